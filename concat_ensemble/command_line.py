@@ -1,0 +1,333 @@
+"""`concat-ensemble`: build an ensemble, probe it, write its card."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Several image backbones as one richer model.",
+)
+out = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything drawn at random.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def build(
+    output: Output,
+    members: Annotated[
+        list[str] | None,
+        typer.Argument(help="timm name, random:NAME, hf-hub:ORG/NAME@REVISION, a folder, or [ARCHITECTURE=]FILE."),
+    ] = None,
+    preprocessing: Annotated[
+        str, typer.Option(help="own: each member's evaluation transform. shared: the first one's for all.")
+    ] = "own",
+    license: Annotated[str | None, typer.Option(help="Of members whose source states none.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Concatenate backbones into one model and save it as a Hub folder.
+
+    concat-ensemble build resnet50.a1_in1k resnet50.tv_in1k --output two-resnets
+    """
+    from concat_ensemble.assemble import assemble
+    from concat_ensemble.model_card import write_card
+
+    with _new_folder(output, overwrite) as folder:
+        model = assemble(members or [], preprocessing=preprocessing, seed=seed, license=license)
+        for member in model.config.members:
+            member["provenance"].setdefault("command", _typed())
+        model.save_pretrained(folder)
+        write_card(folder, title=output.name)
+    if not quiet:
+        table = Table(
+            "", "architecture", "features", "input", "source", title=f"{output}: {model.config.num_features:,} features"
+        )
+        for k, member in enumerate(model.config.members):
+            size = "x".join(map(str, member["preprocessing"]["input_size"]))
+            table.add_row(
+                str(k), member["architecture"], f"{member['num_features']:,}", size, member["provenance"]["source"]
+            )
+        out.print(table)
+
+
+@app.command()
+def probe(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of an ensemble, or anything that build takes as a member.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="digits, scattered-digits, a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.")
+    ] = "scattered-digits",
+    config: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Keep these: 0,1,2 or 5-9 or names.")] = None,
+    image_column: Annotated[str | None, typer.Option()] = None,
+    label_column: Annotated[str | None, typer.Option()] = None,
+    train_split: Annotated[str | None, typer.Option()] = None,
+    validation_split: Annotated[str | None, typer.Option()] = None,
+    test_split: Annotated[str | None, typer.Option()] = None,
+    test_size: Annotated[float, typer.Option(help="Share cut off for the test where there is no test split.")] = 0.5,
+    limit: Annotated[int | None, typer.Option(help="At most this many images of each split.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Another ensemble to compare with; may be repeated.")
+    ] = None,
+    save_head: Annotated[
+        bool, typer.Option("--save-head", help="Keep the probe as the classification head of the folder.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Results file; in the ensemble's own folder when left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit linear probes on an ensemble, its members, what it is compared with, and the controls.
+
+    concat-ensemble probe two-resnets --dataset uoft-cs/cifar100 --label-column fine_label --limit 5000
+    """
+    from concat_ensemble.data import class_names, load_data
+    from concat_ensemble.model_card import RESULTS, write_card
+    from concat_ensemble.probing import members_sha256, probe_ensemble, with_head
+    from concat_ensemble.results import Results
+
+    folder, name = Path(model), Path(model).name
+    is_local = (folder / "config.json").is_file()
+    naming = {
+        "config": config, "revision": revision, "image_column": image_column, "label_column": label_column,
+        "classes": _classes(classes), "train_split": train_split, "validation_split": validation_split,
+        "test_split": test_split, "test_size": test_size, "limit": limit, "seed": seed,
+    }  # fmt: skip
+    words = [dataset, config, classes and f"classes-{classes}", limit and f"limit-{limit}"]
+    slug = re.sub(r"[^a-z0-9]+", "-", "-".join(filter(None, words)).lower()).strip("-")
+    path = output or (folder if is_local else Path()) / RESULTS / f"{slug}.json"
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
+    if save_head and not is_local:
+        raise ValueError(f"--save-head writes into the ensemble's folder, and {model} is not a folder here.")
+    names = [Path(other).name for other in baseline or []]
+    if len({name, *names}) <= len(names):
+        raise ValueError(f"--baseline {' and '.join(names)} beside {name}: they share a name; rename a folder.")
+    ensemble = _load(model, seed)
+    if path.exists() and not overwrite:
+        results = Results.load(path)
+        asked = {"name": dataset, **naming}
+        alike = results.members_sha256 == members_sha256(ensemble.config) and asked.items() <= results.dataset.items()
+        has_head = (folder / "head.safetensors").is_file()
+        if not alike or any(other not in results for other in names) or (save_head and not has_head):
+            raise ValueError(
+                f"{path} holds the results of other weights or data, or not all that is asked for; add --overwrite, or name another --output."
+            )
+        if not quiet:
+            errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
+    else:
+        _writable_parent(path)  # better known before the work than after it
+        data = load_data(dataset, **naming)
+        on_hub = "/" in dataset and not Path(dataset.partition(":")[2] or dataset).exists()
+        results, found = probe_ensemble(
+            ensemble,
+            data,
+            name=name,
+            described={"name": dataset, **naming, "test_images": len(data["test"]), "on_hub": on_hub},
+            baselines={Path(other).name: _load(other, seed) for other in baseline or []},
+            seed=seed,
+            quiet=quiet,
+            batch_size=batch_size,
+            num_workers=workers,
+        )
+        results.command = _typed()
+        results.save(path)
+        if save_head:
+            with_head(ensemble, found, class_names(data["train"])).save_pretrained(folder)
+        if is_local:
+            write_card(folder)
+    if as_json:
+        sys.stdout.write(path.read_text())
+    else:
+        show(results)
+        out.print(f"results: {path}")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An ensemble's folder, with its results.")],
+    title: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Write README.md and the figures of an ensemble's folder anew, from its results.
+
+    concat-ensemble card two-resnets
+    """
+    from concat_ensemble.model_card import write_card
+
+    out.print(str(write_card(folder, title)))
+
+
+@app.command()
+def cache(
+    verify: Annotated[bool, typer.Option("--verify", help="Read every shard; damaged ones are removed.")] = False,
+    prune: Annotated[int | None, typer.Option(min=0, help="Remove what was not read for this many days.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the stored features of each member, and verify or prune them.
+
+    concat-ensemble cache --prune 90
+    """
+    from concat_ensemble.feature_store import default_store, stored_blocks
+
+    table = Table("architecture", "images", "width", "MB", "days since read", "key")
+    found = stored_blocks(default_store(), verify=verify)
+    for block in found:
+        if removed := prune is not None and block["idle_days"] >= prune:
+            shutil.rmtree(default_store() / block["key"])
+        block["removed"] = removed
+        note = " (removed)" if removed else f" ({block['damaged']} damaged shards removed)" if block["damaged"] else ""
+        size = (block["architecture"], f"{block['images']:,}", f"{block['width']:,}", f"{block['bytes'] / 1e6:,.1f}")
+        table.add_row(*size, f"{block['idle_days']:.0f}", block["key"] + note)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        out.print(table)
+        out.print(f"{sum(block['bytes'] for block in found) / 1e6:,.1f} MB in {default_store()}", soft_wrap=True)
+
+
+def show(results) -> None:
+    """The table of a probe, as the card has it."""
+    from concat_ensemble.model_card import verdict
+    from concat_ensemble.plots import describe_dataset
+
+    paired = results.repeats > 1
+    over = f"{results.repeats} repeats" if paired else "one repeat"
+    table = Table(
+        title=f"{describe_dataset(results.dataset)}; {over}; protocol {results.protocol}", title_justify="left"
+    )
+    for heading in (
+        "",
+        "members",
+        "columns",
+        "steps",
+        "top-1",
+        "95% interval",
+        *([f"{results.rows[0].name} minus it"] if paired else []),
+    ):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in results.rows:
+        low, high = row.interval
+        cells = [
+            row.name,
+            str(row.num_members or ""),
+            f"{row.width:,}",
+            "" if row.steps is None else f"{row.steps:,}",
+            f"{100 * row.mean:.1f}",
+        ]
+        cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
+        if paired and row is not results.rows[0]:
+            mean, (low, high) = results.difference(results.rows[0].name, row.name)
+            cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        table.add_row(*cells, style="bold" if row.kind == "ensemble" else None)
+    out.print(table)
+    out.print(verdict(results).replace("**", ""))
+
+
+def main() -> None:
+    """Run, and answer a user's mistake with one line and exit code 2 (130 for Ctrl-C)."""
+    _be_quiet()
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
+        sys.exit(2)
+
+
+def _be_quiet() -> None:
+    """Leave our own progress bars the only ones."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _typed() -> str:
+    return shlex.join(["concat-ensemble", *sys.argv[1:]])
+
+
+def _classes(text: str | None) -> list[int | str] | None:
+    """`0,1,2`, `5-9` or names."""
+    if text is None:
+        return None
+    if match := re.fullmatch(r"(\d+)-(\d+)", text):
+        if int(match[1]) > int(match[2]):
+            raise ValueError(f"--classes {text} runs backwards; write {match[2]}-{match[1]}.")
+        return list(range(int(match[1]), int(match[2]) + 1))
+    return [int(part) if part.isdigit() else part for part in text.split(",")]
+
+
+def _load(name: str, seed: int):
+    """An ensemble from a folder or the Hub as it is, or one made of whatever `build` takes."""
+    from concat_ensemble.assemble import HUB, assemble
+
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not Path(name).exists()
+    return assemble([HUB + name if is_hub_id else name], seed=seed)
+
+
+@contextmanager
+def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when all went well; what was there stays until then."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name a folder with --output.")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{path} holds something already; add --overwrite or name another --output.")
+        if not (path / "model.safetensors.index.json").is_file():
+            raise ValueError(
+                f"{path} holds something other than an ensemble, which --overwrite does not delete; name another --output."
+            )
+    parent = _writable_parent(path)
+    aside = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
+    aside.chmod(0o755)  # mkdtemp's folders are for the owner alone
+    try:
+        yield aside
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.rename(aside / ".replaced")
+        aside.rename(path)
+        shutil.rmtree(path / ".replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _writable_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists; ValueError where nothing can be written there."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return parent
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); name another --output.") from error

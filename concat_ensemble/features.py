@@ -1,0 +1,307 @@
+"""Each member's features of each image, extracted once in its life: every probe, prefix and subset that follows reads
+columns of one table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, Image
+from rich.progress import track
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers import AutoImageProcessor
+
+from concat_ensemble.assemble import assemble
+from concat_ensemble.data import class_names, load_data, name_image, open_image
+from concat_ensemble.feature_store import Block, Rows, block_key, default_store, image_hashes
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+
+SHARD_IMAGES = 512  # what a kill loses at most
+STORAGE = {"float32": torch.float32, "float16": torch.float16}
+
+
+class TableSplit:
+    """What a probe is fitted on: features (N, sum of the blocks' widths) and labels (N,). Unpacks to both as arrays."""
+
+    def __init__(self, blocks: Sequence[Rows | np.ndarray], labels: np.ndarray):
+        self.blocks, self.labels = list(blocks), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self.features
+        yield self.labels
+
+    @property
+    def features(self) -> np.ndarray:
+        """All of them, in memory."""
+        return self.rows(slice(None))
+
+    def rows(self, part: slice) -> np.ndarray:
+        """Some rows' features: what is read at a time where the table is larger than memory."""
+        return np.concatenate([block[part] for block in self.blocks], axis=1)
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features of the splits of a dataset, in one block of columns per member, memory-mapped.
+
+    `table["train"]` is a `TableSplit`; `table.members([0, 2])` is the table of these members alone.
+    """
+
+    blocks: dict[str, list[Rows | np.ndarray]]  # split -> one (N, D_k) block per member
+    labels: dict[str, np.ndarray]  # split -> (N,) int64
+    class_names: list[str]
+    extracted: int = 0  # images that a member had to be run on; 0 where all features were there
+    images_per_second: float | None = None  # of these
+
+    def __getitem__(self, split: str) -> TableSplit:
+        if split not in self.blocks:
+            raise KeyError(f"no split {split!r} in the table; it has {', '.join(self.blocks)}.")
+        return TableSplit(self.blocks[split], self.labels[split])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    @property
+    def widths(self) -> list[int]:
+        return [block.shape[1] for block in next(iter(self.blocks.values()))]
+
+    def members(self, numbers: Sequence[int]) -> FeatureTable:
+        chosen = {split: [blocks[k] for k in numbers] for split, blocks in self.blocks.items()}
+        return FeatureTable(chosen, self.labels, self.class_names)
+
+
+def extract_features(
+    model: nn.Module,
+    dataset: DatasetDict | Dataset,
+    processor=None,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str | torch.device | None = None,
+    compute: torch.dtype = torch.float32,
+    storage: str = "float32",
+    store: Path | None = None,
+    quiet: bool = False,
+) -> FeatureTable:
+    """The features of a frozen model for all images of a dataset: those that were never extracted are, once.
+
+    All missing members run in one pass over the images. Under `accelerate launch` the images are shared out among the
+    processes. A kill loses `SHARD_IMAGES` images at most; another process that wants the same features waits for these.
+
+    Args:
+        model: An ensemble; or any timm model, or any transformers model with a `pooler_output`, for a table of one
+            block.
+        dataset: From `load_data`; anything else is passed through it with its defaults.
+        processor: What makes `pixel_values` of a list of PIL images; the model's own when left out.
+        batch_size: Images in one forward pass.
+        num_workers: Processes that read and transform images.
+        device: Where the model runs; the GPU where there is one.
+        compute: float32, or bfloat16 for autocast. Features of another precision are other features, kept apart.
+        storage: "float32", or "float16" for half the disk.
+        store: Folder of the features; one in `HF_ASSETS_CACHE` when left out.
+        quiet: No progress bar (there is none without a terminal either).
+
+    Raises:
+        ValueError: naming the image that cannot be read, or for which a member gives NaN, infinite, or (in float16) too
+            large features.
+        OSError: when the disk is full; what was extracted is kept.
+    """
+    if storage not in STORAGE:
+        raise ValueError(f"storage={storage!r} must be {' or '.join(STORAGE)}.")
+    if not isinstance(dataset, DatasetDict) or any(
+        s.features.get("image") != Image(decode=False) for s in dataset.values()
+    ):
+        dataset = load_data(dataset)
+    if hasattr(model, "pretrained_cfg"):  # a timm model
+        model = assemble(model)
+    state = PartialState()
+    device = torch.device(
+        device or (state.device if state.num_processes > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    )
+    hashes = {name: image_hashes(split) for name, split in dataset.items()}
+    places = {
+        image: (name, n) for name, images in reversed(hashes.items()) for n, image in reversed(list(enumerate(images)))
+    }
+    images = list(dict.fromkeys(itertools.chain.from_iterable(hashes.values())))
+    keys = _keys(model, processor, compute, STORAGE[storage])
+    blocks = [Block((store or default_store()) / key, name) for key, name in zip(keys, _names(model), strict=True)]
+    was_training = model.training
+    started, extracted = time.perf_counter(), 0
+    if any(block.refresh().missing(images) for block in blocks):
+        with ExitStack() as locks:
+            if state.is_main_process:  # in one order everywhere, so that two extractions cannot wait for each other
+                for block in sorted({block.folder: block for block in blocks}.values(), key=lambda block: block.folder):
+                    locks.enter_context(block.lock())
+            state.wait_for_everyone()
+            work = _work(blocks, images)
+            state.wait_for_everyone()  # all see the same work before any of it is done
+            for wanted, group in work.items():
+                part, transform = _part(model, wanted, processor)
+                shards = [group[n : n + SHARD_IMAGES] for n in range(0, len(group), SHARD_IMAGES)]
+                mine = shards[state.process_index :: state.num_processes]
+                run = _run(part, transform, dataset, places, mine, compute, batch_size, num_workers, device, quiet)
+                for shard, features in zip(mine, run, strict=True):
+                    for k, block in zip(wanted, features, strict=True):
+                        blocks[k].write(shard, _storable(block, STORAGE[storage], k, shard, places))
+                    extracted += len(shard)
+            state.wait_for_everyone()
+    model.train(was_training)
+    for k, block in enumerate(blocks):
+        if left := block.refresh().missing(images):
+            raise RuntimeError(f"{len(left)} images of member {k} were extracted and are not there; report this.")
+    return FeatureTable(
+        {name: [block.rows(hashes[name]) for block in blocks] for name in dataset},
+        {name: np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64) for name, split in dataset.items()},
+        class_names(next(iter(dataset.values()))),
+        extracted,
+        extracted / (time.perf_counter() - started) if extracted else None,
+    )
+
+
+def _keys(model: nn.Module, processor, compute: torch.dtype, storage: torch.dtype) -> list[str]:
+    """The name of each built member's block."""
+    dtypes = {"compute": str(compute), "storage": str(storage)}
+    given = None if processor is None else processor.to_dict()
+    if not _is_ensemble(model):
+        return [block_key(model, {"config": model.config.to_dict(), "processor": given, **dtypes})]
+    computed = ("architecture", "model_args", "preprocessing")
+    return [
+        block_key(
+            member, {name: model.config.members[int(k)][name] for name in computed} | {"processor": given, **dtypes}
+        )
+        for k, member in model.members.items()
+    ]
+
+
+def _names(model: nn.Module) -> list[str]:
+    if not _is_ensemble(model):
+        return [type(model).__name__]
+    return [model.config.members[int(k)]["architecture"] for k in model.members]
+
+
+def _work(blocks: list[Block], images: list[bytes]) -> dict[tuple[int, ...], list[bytes]]:
+    """Which images have to go through which members: usually one group, since all that is missing runs in one pass."""
+    missing = [block.refresh().missing(images) for block in blocks]
+    groups: dict[tuple[int, ...], list[bytes]] = {}
+    for image in images:
+        if wanted := tuple(k for k, lacking in enumerate(missing) if image in lacking):
+            groups.setdefault(wanted, []).append(image)
+    return groups
+
+
+def _is_ensemble(model: nn.Module) -> bool:
+    return getattr(model.config, "model_type", None) == "concat_ensemble"
+
+
+def _part(model: nn.Module, wanted: Sequence[int], processor):
+    """The built members with these places as a model of their own, which sees only what they need, and its processor."""
+    if not _is_ensemble(model):
+        if processor is None and not model.name_or_path:
+            raise ValueError(
+                f"{type(model).__name__} was not loaded from anywhere; pass the processor=... that makes its pixels."
+            )
+        return model, processor or AutoImageProcessor.from_pretrained(model.name_or_path)
+    names = [list(model.members)[k] for k in wanted]
+    config = ConcatEnsembleConfig(members=[model.config.members[int(name)] for name in names])
+    with torch.device("meta"):
+        part = ConcatEnsembleModel(config)
+    part.members = nn.ModuleDict({str(n): model.members[name] for n, name in enumerate(names)})
+    if processor is not None and len(wanted) < len(model.members):
+        raise ValueError("a processor of one's own needs all members at once; extract with another store=...")
+    return part, processor or ConcatEnsembleImageProcessor.from_config(config)
+
+
+def _run(
+    part, processor, dataset, places, shards, compute, batch_size, num_workers, device, quiet
+) -> Iterator[list[torch.Tensor]]:
+    """For each shard of images, one (n, D_k) tensor per member. Batches never cross shards, so that a run that was
+    killed and continued computes the very same numbers."""
+    batches = [shard[n : n + batch_size] for shard in shards for n in range(0, len(shard), batch_size)]
+    order = [places[image] for batch in batches for image in batch]
+    starts = np.cumsum([0, *map(len, batches)])
+    sampler = [list(range(start, stop)) for start, stop in itertools.pairwise(starts)]
+    loader = DataLoader(
+        _Pixels(dataset, order, processor),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    bar = track(_told(loader), "features", len(batches), disable=quiet or not sys.stderr.isatty())
+    # Convolutional networks run faster in channels_last, on a CPU as on a GPU.
+    part = part.eval().to(device, memory_format=torch.channels_last)
+    features: list[list[torch.Tensor]] = []
+    sizes = iter(map(len, shards))
+    size = next(sizes, 0)
+    for pixels in bar:
+        # Not around the loop: what runs where this generator is waited for would be in inference mode as well.
+        with torch.inference_mode(), torch.autocast(device.type, compute, enabled=compute != torch.float32):
+            pixels = pixels.to(device, non_blocking=True)
+            if _is_ensemble(part):
+                blocks = part(pixels, output_member_features=True).member_features
+            else:
+                blocks = (part(pixel_values=pixels).pooler_output.flatten(1),)
+            features.append([block.float().cpu() for block in blocks])
+        if sum(len(batch[0]) for batch in features) == size:
+            yield [torch.cat(block) for block in zip(*features, strict=True)]
+            features, size = [], next(sizes, 0)
+
+
+def _storable(block: torch.Tensor, storage: torch.dtype, k: int, shard: list[bytes], places) -> torch.Tensor:
+    stored = block.to(storage)
+    bad = torch.nonzero(~torch.isfinite(stored).all(dim=1)).flatten().tolist()
+    if bad:
+        split, number = places[shard[bad[0]]]
+        finite = bool(torch.isfinite(block[bad[0]]).all())
+        what = "features too large for float16 (use storage='float32')" if finite else "NaN or infinite features"
+        raise ValueError(
+            f"member {k} gives {what} for image {number} of the {split} split ({len(bad)} such images in its shard)."
+        )
+    return stored
+
+
+def _told(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """The batches; an error in a worker, which torch tells as a whole traceback, as the one line that was raised there."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+class _Pixels(TorchDataset):
+    """`pixel_values` of the images at these places (split, number)."""
+
+    def __init__(self, dataset: DatasetDict, order: list[tuple[str, int]], processor):
+        self.dataset, self.order, self.processor = dataset, order, processor
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        name, number = self.order[index]
+        split = self.dataset[name]
+        try:
+            image = open_image(split, number)
+        except ValueError as error:
+            raise ValueError(f"the {name} split, {error}") from error
+        try:
+            # Our own processor converts to what each member takes; others expect RGB.
+            image = image if isinstance(self.processor, ConcatEnsembleImageProcessor) else convert_image(image, "RGB")
+            return self.processor([image], return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:
+            raise ValueError(f"the {name} split, {name_image(split, number)}: {error.__cause__ or error}") from error

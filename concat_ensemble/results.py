@@ -1,0 +1,142 @@
+"""Results of a probe, as a file: what was measured, on what, how often, and how sure it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from concat_ensemble.probes.metrics import wilson_interval
+
+KINDS = ("ensemble", "prefix", "member", "baseline", "control")
+
+
+@dataclass
+class Run:
+    """One probe of one set of features, on one draw of the data. Accuracies are shares of the `n_test` test images."""
+
+    seed: int
+    metrics: dict[str, float]
+    strength: float  # L2, chosen on validation data
+    n_train: int
+    n_test: int
+
+
+@dataclass
+class Row:
+    """One line of the table: the same features, probed in one or several repeats."""
+
+    name: str
+    kind: str
+    width: int
+    num_members: int = 0
+    steps: int | None = None  # spent on training the members, in all
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def top1(self) -> np.ndarray:
+        return np.array([run.metrics["top1"] for run in self.runs])
+
+    @property
+    def mean(self) -> float:
+        return float(self.top1.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95%: Student's over repeats where there are several, else Wilson's over the test images."""
+        return _t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
+
+
+@dataclass
+class Results:
+    """All rows of one (ensemble, dataset, probe)."""
+
+    ensemble: str
+    dataset: dict[str, Any]
+    probe: dict[str, Any]
+    rows: list[Row]
+    members_sha256: list[str] = field(default_factory=list)
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Row:
+        if name not in self:
+            raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
+        return next(row for row in self.rows if row.name == name)
+
+    def __contains__(self, name: str) -> bool:
+        return any(row.name == name for row in self.rows)
+
+    @property
+    def protocol(self) -> str:
+        """Names the protocol: the same eight characters only where data, cuts, solver, grid and selection are the same
+        (seeds aside).
+        """
+        settings = {
+            "dataset": {key: value for key, value in self.dataset.items() if key != "seed"},
+            "probe": self.probe,
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def repeats(self) -> int:
+        return len(self.rows[0].runs)
+
+    def difference(self, name: str, other: str) -> tuple[float, tuple[float, float]]:
+        """Mean over repeats of top-1 of `name` minus `other`, paired, and its 95% t-interval (infinite for one
+        repeat).
+        """
+        paired = self[name].top1 - self[other].top1
+        return float(paired.mean()), _t_interval(paired)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(json.dumps({"protocol": self.protocol, **dataclasses.asdict(self)}, indent=1) + "\n")
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """
+        Raises:
+            ValueError: when the file is not one that `save` wrote.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            content.pop("protocol")
+            rows = [Row(**{**row, "runs": [Run(**run) for run in row["runs"]]}) for row in content.pop("rows")]
+            return cls(**content, rows=rows)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or not text
+            raise ValueError(f"{path} is not a results file ({error}); probe again with --overwrite.") from error
+
+    @classmethod
+    def merged(cls, repeats: list[Results]) -> Results:
+        """Repeats with different seeds as one.
+
+        Raises:
+            ValueError: when they were not measured alike.
+        """
+        if (
+            len({result.protocol for result in repeats}) > 1
+            or len({tuple(row.name for row in result.rows) for result in repeats}) > 1
+        ):
+            raise ValueError("repeats differ in protocol or rows; probe them again alike.")
+        rows = [
+            dataclasses.replace(row, runs=[run for result in repeats for run in result[row.name].runs])
+            for row in repeats[0].rows
+        ]
+        return dataclasses.replace(repeats[0], rows=rows)
+
+
+def _t_interval(values: np.ndarray) -> tuple[float, float]:
+    if len(values) < 2:
+        return -float("inf"), float("inf")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)

@@ -1,0 +1,257 @@
+"""Configuration of a concatenation of timm backbones."""
+
+import difflib
+import functools
+import math
+import os
+import shutil
+from dataclasses import field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+from transformers import PreTrainedConfig
+
+# Every saved folder carries all four, so that one with a head loads as a bare model too, and the other way round.
+AUTO_MAP = {
+    "AutoConfig": "configuration_concat_ensemble.ConcatEnsembleConfig",
+    "AutoModel": "modeling_concat_ensemble.ConcatEnsembleModel",
+    "AutoModelForImageClassification": "modeling_concat_ensemble.ConcatEnsembleForImageClassification",
+    "AutoImageProcessor": "image_processing_concat_ensemble.ConcatEnsembleImageProcessor",
+}
+IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+MEMBER_KEYS = ("architecture", "model_args", "num_features", "preprocessing", "provenance")
+PREPROCESSING_KEYS = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "image_mode")
+# What would make `timm.create_model` read files, reach the network, or return something other than pooled features.
+REFUSED_MODEL_ARGS = (
+    "cache_dir",
+    "checkpoint_path",
+    "features_only",
+    "model_name",
+    "num_classes",
+    "out_indices",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "scriptable",
+)
+
+
+@functools.cache
+def timm_architectures() -> frozenset[str]:
+    """Names that `timm.create_model` builds without the network."""
+    return frozenset(timm.list_models())
+
+
+def unknown_architecture(name: Any) -> str:
+    """What to say to someone who asks for an architecture that timm does not have."""
+    near = difflib.get_close_matches(str(name), sorted(timm_architectures()), n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"architecture {name!r} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
+
+
+def copy_payload(folder: str | os.PathLike) -> None:
+    """Copy the payload's files into `folder`, as far as they are here (a class from a repo has what it imports)."""
+    here = Path(__file__).parent
+    for name in sorted({f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()}):
+        if (here / name).is_file() and here.resolve() != Path(folder).resolve():
+            shutil.copyfile(here / name, Path(folder) / name)
+
+
+class ConcatEnsembleConfig(PreTrainedConfig):
+    """
+    Args:
+        members (`list[dict]`): The backbones, in the order of their features. Each has
+
+            - `architecture` (`str`): one of `timm.list_models()`;
+            - `model_args` (`dict`): further arguments of `timm.create_model`, plain JSON values;
+            - `num_features` (`int`): width of its pooled features, as measured;
+            - `preprocessing` (`dict`): `input_size` (C, H, W), `crop_pct`, `crop_mode`, `interpolation`, `mean` and
+              `std` (one per channel), `image_mode` (`"RGB"` or `"L"`), with the meaning that
+              `timm.data.create_transform` gives them;
+            - `provenance` (`dict`): where the weights come from; shown on the card, never used to compute.
+        active_members (`list[int]`, *optional*): Numbers of the members that are built; all of them when unset.
+        standardize (`bool`): Whether a classification head first standardises the features with a stored mean and
+            scale.
+        initializer_range (`float`): Standard deviation of a new classification head.
+
+    Raises:
+        ValueError: naming the member and the bad value, when anything above does not hold.
+
+    ```python
+    >>> from concat_ensemble import ConcatEnsembleConfig
+    >>> pixels = {"input_size": [3, 64, 64], "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic",
+    ...           "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "image_mode": "RGB"}
+    >>> member = {"architecture": "resnet18", "model_args": {}, "num_features": 512, "preprocessing": pixels, "provenance": {}}
+    >>> ConcatEnsembleConfig(members=[member, member]).num_features
+    1024
+
+    ```
+    """
+
+    model_type = "concat_ensemble"
+    # Without this `Trainer.predict` returns a tuple in place of the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["pooler_output", "member_features"]
+
+    members: list[dict[str, Any]] = field(default_factory=list)
+    active_members: list[int] | None = None
+    standardize: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if kwargs.get("num_labels", 0) is None:
+            del kwargs["num_labels"]
+        headless = self.id2label is None and "num_labels" not in kwargs
+        super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
+        if headless:  # else transformers gives a model without a head two labels
+            self.id2label = self.label2id = None
+        self.members = [_checked_member(k, member) for k, member in enumerate(self.members)]
+        self.check_active_members()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # transformers leaves out what equals its default, two labels of its own naming: such a head would load as none.
+        return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
+
+    def check_active_members(self) -> None:
+        """Raise ValueError unless `active_members` names members, each once. Called again by the model:
+        `from_pretrained` sets the field later.
+        """
+        active = self.active_members
+        if active is None:
+            return
+        numbers_only = isinstance(active, list | tuple) and all(type(k) is int for k in active)
+        if (
+            not numbers_only
+            or not active
+            or len(set(active)) < len(active)
+            or not set(active) <= set(range(len(self.members)))
+        ):
+            raise ValueError(
+                f"active_members={active!r}: give different member numbers from 0 to {len(self.members) - 1}, or leave it out for all members."
+            )
+
+    @property
+    def built_members(self) -> list[int]:
+        """Numbers of the members that a model with this configuration holds, in the order of their features."""
+        return list(range(len(self.members))) if self.active_members is None else list(self.active_members)
+
+    @property
+    def num_features(self) -> int:
+        """Width of `pooler_output`: the sum over the members that are built."""
+        return sum(self.members[k]["num_features"] for k in self.built_members)
+
+    @property
+    def geometries(self) -> list[dict[str, Any]]:
+        """The distinct ways in which members cut and resize an image, numbered over all members; `mean` and `std` are
+        those of the first member that has it (the others get theirs from it inside the model)."""
+        first = {}
+        for member in self.members:
+            first.setdefault(_geometry_key(member["preprocessing"]), member["preprocessing"])
+        return list(first.values())
+
+    def geometry_of(self, member: int) -> int:
+        """Which of `geometries` the member sees."""
+        keys = [_geometry_key(geometry) for geometry in self.geometries]
+        return keys.index(_geometry_key(self.members[member]["preprocessing"]))
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Shape of one image in `pixel_values`: (C, H, W) with one geometry, else (G, C, H, W) with the largest C, H
+        and W.
+        """
+        sizes = [geometry["input_size"] for geometry in self.geometries]
+        largest = tuple(max(axis) for axis in zip(*sizes, strict=True))
+        return largest if len(sizes) == 1 else (len(sizes), *largest)
+
+
+def _geometry_key(preprocessing: dict[str, Any]) -> tuple:
+    key = tuple(preprocessing[name] for name in ("crop_pct", "crop_mode", "interpolation", "image_mode"))
+    # timm fills the border with the mean, so there a member with another mean sees another image.
+    border = tuple(preprocessing["mean"]) if preprocessing["crop_mode"] == "border" else ()
+    return (*preprocessing["input_size"], *key, *border)
+
+
+def _checked_member(k: int, member: Any) -> dict[str, Any]:
+    """A copy with lists in place of tuples, or a ValueError that names the member and the value."""
+
+    def refuse(problem: str):
+        raise ValueError(f"members[{k}]: {problem}")
+
+    if (
+        not isinstance(member, dict)
+        or set(member) - set(MEMBER_KEYS)
+        or {"architecture", "num_features", "preprocessing"} - set(member)
+    ):
+        got = sorted(member) if isinstance(member, dict) else repr(member)
+        refuse(f"got {got}; a member is a dict with the keys {', '.join(MEMBER_KEYS)}.")
+    architecture, width = member["architecture"], member["num_features"]
+    if architecture not in timm_architectures():
+        refuse(unknown_architecture(architecture))
+    if type(width) is not int or width < 1:
+        refuse(f"num_features={width!r} must be a whole number above zero.")
+    model_args = _plain(
+        member.get("model_args") or {},
+        lambda value: refuse(f"model_args holds {value!r}; only plain JSON values are taken."),
+    )
+    if not isinstance(model_args, dict):
+        refuse(f"model_args={model_args!r} must be a dict.")
+    for name in sorted(set(model_args) & set(REFUSED_MODEL_ARGS)):
+        refuse(f"model_args may not hold {name!r}; weights come from the checkpoint and features are pooled.")
+    provenance = _plain(
+        member.get("provenance") or {},
+        lambda value: refuse(f"provenance holds {value!r}; only plain JSON values are taken."),
+    )
+    preprocessing = _checked_preprocessing(member["preprocessing"], refuse)
+    if model_args.get("in_chans", 3) != preprocessing["input_size"][0]:
+        refuse(
+            f"input_size {preprocessing['input_size']} does not have the model's {model_args.get('in_chans', 3)} channels."
+        )
+    return {
+        "architecture": architecture,
+        "model_args": model_args,
+        "num_features": width,
+        "preprocessing": preprocessing,
+        "provenance": provenance,
+    }
+
+
+def _checked_preprocessing(given: Any, refuse) -> dict[str, Any]:
+    if not isinstance(given, dict) or set(given) != set(PREPROCESSING_KEYS):
+        got = sorted(given) if isinstance(given, dict) else repr(given)
+        refuse(f"preprocessing {got} must have exactly the keys {', '.join(PREPROCESSING_KEYS)}.")
+    pixels = _plain(given, lambda value: refuse(f"preprocessing holds {value!r}; only plain JSON values are taken."))
+    size, mode = pixels["input_size"], pixels["image_mode"]
+    if (
+        not isinstance(size, list)
+        or len(size) != 3
+        or any(type(n) is not int or n < 1 for n in size)
+        or size[0] not in IMAGE_MODES
+    ):
+        refuse(f"input_size={size!r} must be [C, H, W] with 1 or 3 channels.")
+    if mode != IMAGE_MODES[size[0]]:
+        refuse(f"image_mode={mode!r} must be {IMAGE_MODES[size[0]]!r} for {size[0]} channels.")
+    if type(pixels["crop_pct"]) not in (int, float) or not pixels["crop_pct"] > 0:
+        refuse(f"crop_pct={pixels['crop_pct']!r} must be a number above zero.")
+    for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+        if pixels[name] not in allowed:
+            refuse(f"{name}={pixels[name]!r} must be one of {', '.join(allowed)}.")
+    for name in ("mean", "std"):
+        values = pixels[name]
+        if not isinstance(values, list) or len(values) != size[0] or any(type(v) not in (int, float) for v in values):
+            refuse(f"{name}={values!r} must be {size[0]} numbers, one per channel.")
+    if min(pixels["std"]) <= 0:
+        refuse(f"std={pixels['std']!r} must be above zero.")
+    return pixels
+
+
+def _plain(value: Any, refuse) -> Any:
+    """`value` with tuples as lists; `refuse(value)` on what JSON cannot hold."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, refuse) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, refuse) for item in value]
+    if value is None or type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value)):
+        return value
+    return refuse(value)

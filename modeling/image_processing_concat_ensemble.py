@@ -1,0 +1,151 @@
+"""Images to the pixels of every member of an ensemble, as timm's evaluation transform makes them."""
+
+import os
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import timm.data
+import torch
+from transformers import BaseImageProcessor, BatchFeature
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
+
+from .configuration_concat_ensemble import ConcatEnsembleConfig
+from .configuration_concat_ensemble import copy_payload
+
+
+def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """The image upright and in PIL mode `mode` ("RGB" or "L").
+
+    PIL's own `convert` ignores the EXIF rotation and cuts 16-bit values off at 255, so those two come first. Palette,
+    CMYK and 1-bit images are PIL's to convert; an alpha channel is dropped, as timm does.
+
+    Raises:
+        ValueError: for an image of one pixel, and for float pixels that are not finite.
+    """
+    if image.width * image.height < 2:
+        raise ValueError("the image is 1x1 pixels, which shows nothing; remove it from the data.")
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = PIL.Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    elif image.mode == "I" and np.asarray(image).max() > 255:  # 16-bit files as some readers hand them over
+        image = PIL.Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("the image has pixels that are NaN or infinite; remove or repair it.")
+    return image.convert(mode)
+
+
+class ConcatEnsembleImageProcessor(BaseImageProcessor):
+    """
+    Every member sees what `timm.data.create_transform(..., is_training=False)` makes of an image. Members that cut and
+    resize alike share one slice; with several geometries the slices are stacked, each zero-padded on the right and
+    below to the largest.
+
+    Args:
+        geometries (`list[dict]`): `ConcatEnsembleConfig.geometries`; use `from_config` rather than writing them.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers has it)
+
+    def __init__(self, geometries: list[dict[str, Any]] | None = None, **kwargs):
+        super().__init__(**kwargs)
+        if not geometries:
+            raise ValueError(
+                "geometries is empty; use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)."
+            )
+        self.geometries = geometries
+        self._transforms = [_eval_transform(geometry) for geometry in geometries]
+
+    @classmethod
+    def from_config(cls, config: ConcatEnsembleConfig) -> "ConcatEnsembleImageProcessor":
+        """The processor that matches a model with this configuration."""
+        return cls(geometries=config.geometries)
+
+    def preprocess(self, images, return_tensors: str = "pt", **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: One image or a list: PIL images, paths, URLs, or uint8 or [0, 1] float arrays or tensors, (H, W, C)
+                or (C, H, W).
+            return_tensors: `"pt"` or `"np"`.
+
+        Returns:
+            `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several.
+
+        Raises:
+            ValueError: naming the image's place in the batch, when it has no more than one pixel or holds NaN.
+        """
+        if kwargs:
+            raise ValueError(f"unknown arguments {sorted(kwargs)}: what a member sees is fixed by its configuration.")
+        images = _flat(images)
+        if not images:
+            raise ValueError("images is empty; give at least one.")
+        return BatchFeature(
+            {"pixel_values": torch.stack([self._pixels(n, image) for n, image in enumerate(images)])},
+            tensor_type=return_tensors,
+        )
+
+    def _pixels(self, number: int, image) -> torch.Tensor:
+        given = image
+        try:
+            image = _to_pil(image)
+            slices = [
+                transform(convert_image(image, geometry["image_mode"]))
+                for transform, geometry in zip(self._transforms, self.geometries, strict=True)
+            ]
+        except (OSError, ValueError) as error:
+            where = f" ({given})" if isinstance(given, str | os.PathLike) else ""
+            raise ValueError(f"image {number} of the batch{where}: {error}") from error
+        if len(slices) == 1:
+            return slices[0]
+        channels, height, width = (max(axis) for axis in zip(*(s.shape for s in slices), strict=True))
+        stacked = slices[0].new_zeros(len(slices), channels, height, width)
+        for n, pixels in enumerate(slices):
+            stacked[n, :, : pixels.shape[1], : pixels.shape[2]] = pixels  # a grey slice fills all channels
+        return stacked
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        copy_payload(save_directory)
+        return files
+
+    def to_dict(self) -> dict[str, Any]:
+        # Which class this is stands in config.json alone: transformers' `pipeline` takes an `auto_map` here for a
+        # video processor's, too, and asks whether to trust it, even where this package is installed.
+        return {
+            key: value
+            for key, value in super().to_dict().items()
+            if key not in ("_transforms", "image_processor_type", "auto_map")
+        }
+
+
+def _eval_transform(geometry: dict[str, Any]):
+    settings = {key: value for key, value in geometry.items() if key != "image_mode"}
+    return timm.data.create_transform(**settings, is_training=False)
+
+
+def _flat(images) -> list:
+    """One image, a batch, or a list of them, as a list of single images."""
+    if isinstance(images, list | tuple):
+        return [image for item in images for image in _flat(item)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _to_pil(image) -> PIL.Image.Image:
+    if isinstance(image, str | os.PathLike):
+        image = os.fspath(image)
+        # Not `load_image` alone: it converts to RGB before a 16-bit image could be scaled.
+        return load_image(image) if image.startswith(("http://", "https://", "data:")) else PIL.Image.open(image)
+    if isinstance(image, PIL.Image.Image):
+        return image
+    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3):
+        raise ValueError(
+            f"{type(image).__name__} is no image; give a PIL image, a path, or an array of 2 or 3 dimensions."
+        )
+    if array.dtype == np.uint16:
+        array = (array / 257.0).round().astype(np.uint8)
+    if not np.isfinite(array).all():
+        raise ValueError("it has pixels that are NaN or infinite; remove or repair it.")
+    return to_pil_image(array[None] if array.ndim == 2 else array)

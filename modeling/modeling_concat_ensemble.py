@@ -1,0 +1,464 @@
+"""Several timm backbones as one transformers model: the concatenation of their pooled features."""
+
+import functools
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.hub import cached_file, cached_files
+
+from .configuration_concat_ensemble import ConcatEnsembleConfig
+from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
+
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
+SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+@dataclass
+class ConcatEnsembleModelOutput(ModelOutput):
+    """
+    Args:
+        pooler_output: (B, sum of the built members' `num_features`): the members' pooled features side by side, in
+            member order.
+        member_features: One (B, `num_features`) tensor per built member, with `output_member_features=True`.
+    """
+
+    pooler_output: torch.Tensor | None = None
+    member_features: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ConcatEnsembleImageClassifierOutput(ModelOutput):
+    """
+    Args:
+        loss: Scalar, with `labels`.
+        logits: (B, `num_labels`).
+        pooler_output: (B, sum of `num_features`): the concatenation that the head saw, before it is standardised.
+        member_features: One (B, `num_features`) tensor per member, with `output_member_features=True`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    member_features: tuple[torch.Tensor, ...] | None = None
+
+
+class ConcatEnsemblePreTrainedModel(PreTrainedModel):
+    """Holds the members, loads and saves them; the two classes below add what they return."""
+
+    config: ConcatEnsembleConfig
+    config_class = ConcatEnsembleConfig
+    base_model_prefix = ""  # members sit in both classes alike, so a member's file is the same with and without a head
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    model_tags = ["concat-ensemble", "timm"]  # noqa: RUF012 (as transformers has it)
+    accepts_loss_kwargs = False
+    _supports_sdpa = True  # timm's attention layers choose it themselves
+
+    def __init__(self, config: ConcatEnsembleConfig):
+        super().__init__(config)
+        config.check_active_members()
+        if not config.members:
+            raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
+        self.members = nn.ModuleDict({str(k): _create_member(config, k) for k in config.built_members})
+        self.members_frozen = False
+        self._pixel_shape = config.pixel_shape
+        self._member_pixels = {str(k): _pixels_of_member(config, k) for k in config.built_members}
+        self.supports_gradient_checkpointing = any(map(_can_checkpoint, self.members.values()))
+        # `device_map="auto"` places whole members: timm's blocks hold views across submodules that accelerate would
+        # separate.
+        self._no_split_modules = {type(member).__name__ for member in self.members.values()}
+        inactive = [k for k in range(len(config.members)) if k not in config.built_members]
+        self._keys_to_ignore_on_load_unexpected = {rf"^members\.{k}\." for k in inactive}
+
+    def forward_members(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each built member's pooled features, (B, `num_features`), from the processor's `pixel_values`.
+
+        Raises:
+            ValueError: when `pixel_values` is not of the shape that the configuration asks for.
+        """
+        expected = self._pixel_shape
+        if pixel_values.ndim != len(expected) + 1 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; this ensemble wants (B, {', '.join(map(str, expected))}), "
+                "as its own image processor makes them."
+            )
+        features = []
+        for name, member in self.members.items():
+            weight = next(member.parameters())
+            pooled = member(self._member_pixels[name](pixel_values.to(weight.device, weight.dtype)))
+            width = self.config.members[int(name)]["num_features"]
+            if pooled.ndim != 2 or pooled.shape[1] != width:
+                raise ValueError(
+                    f"members[{name}] gave features of shape {tuple(pooled.shape)}; its configuration says pooled ones, (B, {width})."
+                )
+            features.append(pooled.to(pixel_values.device))
+        return tuple(features)
+
+    def freeze_members(self, frozen: bool = True) -> None:
+        """Stop (or resume) the training of the members. Frozen ones stay in evaluation mode whatever `train()` says:
+        `requires_grad=False` alone lets BatchNorm's statistics move."""
+        self.members_frozen = frozen
+        self.members.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.members_frozen:
+            self.members.eval()
+        return self
+
+    def get_input_embeddings(self):
+        return None  # images have none
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
+        for member in filter(_can_checkpoint, self.members.values()):
+            member.set_grad_checkpointing(enable)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # `from_pretrained` builds on the meta device and leaves non-persistent buffers as uninitialised memory
+        # (transformers #48892): Swin crashes on it, EVA02 is silently wrong. Nothing else of timm's is touched: member
+        # weights that are missing are an error.
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, and strict: a missing or unexpected key of a built member raises.
+
+        Args:
+            active_members (`list[int]`, *optional*): Build these members only; only their files are read or fetched.
+
+        Raises:
+            ValueError: for missing or unexpected member weights, bad `active_members`, or a `device_map` that offloads
+                to disk.
+            OSError: for a shard that is missing, truncated, or named outside the folder.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        name = pretrained_model_name_or_path
+        if not isinstance(config, PreTrainedConfig):
+            config = name if config is None else config
+            settings = PreTrainedConfig.get_config_dict(config, **hub)[0]
+            wanted = kwargs.get("active_members", settings.get("active_members"))
+            # Refuses bad numbers before any file is fetched.
+            ConcatEnsembleConfig(members=settings.get("members", []), active_members=wanted)
+        else:
+            config.check_active_members()
+            wanted = config.active_members
+        index = _index_of_members(cls, name, wanted, hub)
+        with tempfile.TemporaryDirectory() as folder:
+            if index is not None:
+                (Path(folder) / hub.get("subfolder", "")).mkdir(parents=True, exist_ok=True)
+                (Path(folder) / hub.get("subfolder", "") / INDEX_NAME).write_text(json.dumps(index))
+            source = name if index is None else folder
+            model, info = super().from_pretrained(
+                source, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        model.name_or_path = model.config.name_or_path = str(name)
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            raise ValueError(
+                "device_map puts members on disk, which gives wrong features; load fewer with active_members=[...] or use a smaller dtype."
+            )
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("members."))
+        unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith("members."))
+        # with ignore_mismatched_sizes a head may change; a member's would be left as uninitialised memory
+        missing += sorted(key for key, *_ in info["mismatched_keys"] if key.startswith("members."))
+        if missing or unexpected:
+            raise ValueError(
+                f"the weights in {name} do not fit its config: missing {_some(missing)}; unexpected {_some(unexpected)}."
+            )
+        for parameter in model.members.parameters():
+            # Mapped files are not aligned, for which some CPU kernels sum in another order: RegNetY differs by 2e-7.
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        push_to_hub=False,
+        max_shard_size="50GB",
+        variant=None,
+        **kwargs,
+    ):
+        """As `PreTrainedModel.save_pretrained`, with one safetensors file per member (`member-00.safetensors`, ...),
+        one for a head, the payload's code and the image processor. Stale shards of an earlier save are removed; with
+        `active_members`, the numbers stay.
+
+        Raises:
+            ValueError: when only some members are built and the folder holds the weights of others, which would be
+                lost.
+            OSError: when the folder is a file or cannot be written.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise OSError(f"{folder} is a file; name a folder to save into.")
+        if variant is not None:
+            raise ValueError(f"variant={variant!r}: an ensemble has one set of weights per folder.")
+        orphaned = (
+            sorted(_members_on_disk(folder) - set(self.config.built_members)) if self.config.active_members else []
+        )
+        if orphaned:
+            raise ValueError(
+                f"{folder} holds the weights of members {orphaned}, which are not built here; save elsewhere, or the result of export_active()."
+            )
+        if is_main_process:
+            self.config.dtype, self.config.architectures = self.dtype, [type(self).__name__]
+            self.config.save_pretrained(folder)
+            ConcatEnsembleImageProcessor.from_config(self.config).save_pretrained(folder)  # copies the code, too
+            _save_shards(self.state_dict() if state_dict is None else state_dict, folder, max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def export_active(self) -> "ConcatEnsembleModel":
+        """A whole ensemble of the built members alone, numbered from 0, without a head; it shares their weights."""
+        config = ConcatEnsembleConfig(
+            members=[self.config.members[k] for k in self.config.built_members], dtype=self.dtype
+        )
+        with torch.device("meta"):
+            ensemble = ConcatEnsembleModel(config)
+        ensemble.members = nn.ModuleDict({str(n): member for n, member in enumerate(self.members.values())})
+        return ensemble.train(self.training)
+
+
+class ConcatEnsembleModel(ConcatEnsemblePreTrainedModel):
+    """The concatenation of the members' pooled features.
+
+    ```python
+    >>> from transformers import AutoImageProcessor, AutoModel
+    >>> model = AutoModel.from_pretrained(folder, trust_remote_code=True)  # doctest: +SKIP
+    >>> processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)  # doctest: +SKIP
+    >>> features = model(**processor(image)).pooler_output  # doctest: +SKIP
+
+    ```
+    """
+
+    def __init__(self, config: ConcatEnsembleConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_member_features: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ConcatEnsembleModelOutput | tuple:
+        """
+        Args:
+            pixel_values: (B, C, H, W), or (B, G, C, H, W) where members differ in geometry, from the image processor.
+            output_member_features: Whether to return each member's features as well.
+        """
+        features = self.forward_members(pixel_values)
+        output = ConcatEnsembleModelOutput(torch.cat(features, dim=1), features if output_member_features else None)
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
+    """The concatenation, optionally standardised with a stored mean and scale, and one linear layer on it: what a
+    linear probe finds.
+    """
+
+    def __init__(self, config: ConcatEnsembleConfig):
+        if config.active_members is not None:
+            raise ValueError(
+                "a head needs all members; load active_members=[...] with ConcatEnsembleModel, or export_active() first."
+            )
+        if not config.num_labels:
+            raise ValueError(
+                f"num_labels={config.num_labels}: a classifier needs classes; pass num_labels=10 or id2label={{0: 'cat', ...}}."
+            )
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        if config.standardize:
+            self.register_buffer("feature_mean", torch.zeros(config.num_features))
+            self.register_buffer("feature_scale", torch.ones(config.num_features))
+        self.classifier = nn.Linear(config.num_features, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_member_features: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ConcatEnsembleImageClassifierOutput | tuple:
+        """
+        Args:
+            pixel_values: (B, C, H, W), or (B, G, C, H, W) where members differ in geometry, from the image processor.
+            labels: (B,) int64 class numbers; floats for regression, (B, `num_labels`) floats for several labels an
+                image.
+            output_member_features: Whether to return each member's features as well.
+        """
+        features = self.forward_members(pixel_values)
+        pooled = torch.cat(features, dim=1)
+        inputs = (pooled - self.feature_mean) / self.feature_scale if self.config.standardize else pooled
+        logits = self.classifier(inputs.to(self.classifier.weight.dtype))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        output = ConcatEnsembleImageClassifierOutput(loss, logits, pooled, features if output_member_features else None)
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self and self.config.standardize:
+            init.zeros_(self.feature_mean)
+            init.ones_(self.feature_scale)
+        elif module is getattr(self, "classifier", None):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+
+
+def _create_member(config: ConcatEnsembleConfig, k: int) -> nn.Module:
+    spec = config.members[k]
+    model_args = {key: _tuples(value) for key, value in spec["model_args"].items()}
+    try:
+        return timm.create_model(spec["architecture"], pretrained=False, num_classes=0, **model_args)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"members[{k}]: timm cannot build {spec['architecture']} with model_args {spec['model_args']}: {error}"
+        ) from error
+
+
+def _tuples(value):
+    """Lists as tuples, which is what timm's own defaults are and JSON cannot hold."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _can_checkpoint(member: nn.Module) -> bool:
+    """Whether timm can trade this member's memory for time; some have the method only to refuse."""
+    try:
+        member.set_grad_checkpointing(True)  # asked not to, even those that cannot agree
+        member.set_grad_checkpointing(False)
+        return True
+    except (AssertionError, AttributeError, NotImplementedError):
+        return False
+
+
+def _pixels_of_member(config: ConcatEnsembleConfig, k: int):
+    """A function from `pixel_values` to what member `k` sees: its slice, normalised by its own mean and std (exact:
+    both are affine).
+    """
+    target, number = config.members[k]["preprocessing"], config.geometry_of(k)
+    source, several = config.geometries[number], len(config.geometries) > 1
+    same = source["mean"] == target["mean"] and source["std"] == target["std"]
+    scale = [s / t for s, t in zip(source["std"], target["std"], strict=True)]
+    shift = [(m - n) / t for m, n, t in zip(source["mean"], target["mean"], target["std"], strict=True)]
+    return functools.partial(
+        _take_pixels, number if several else None, target["input_size"], None if same else (scale, shift)
+    )
+
+
+def _take_pixels(number, size, affine, pixel_values: torch.Tensor) -> torch.Tensor:
+    channels, height, width = size
+    pixels = pixel_values if number is None else pixel_values[:, number, :channels, :height, :width]
+    if affine is None:
+        return pixels
+    scale, shift = affine
+    return pixels * pixels.new_tensor(scale)[:, None, None] + pixels.new_tensor(shift)[:, None, None]
+
+
+def _wants_dict(return_dict: bool | None, config: ConcatEnsembleConfig) -> bool:
+    return config.return_dict if return_dict is None else return_dict
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "nothing"
+
+
+def _members_on_disk(folder: Path) -> set[int]:
+    matches = (SHARD_NAME.fullmatch(path.name) for path in folder.glob("member-*.safetensors"))
+    return {int(match["member"]) for match in matches if match}
+
+
+def _index_of_members(cls, name, wanted: list[int] | None, hub: dict) -> dict | None:
+    """The checkpoint's index cut down to the shards that `cls` needs, with absolute paths, since transformers fetches
+    every shard that an index names; None where it needs all of them or there is no index (a single
+    `model.safetensors`)."""
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    if cached_file(name, "model.safetensors", **hub, **quiet) is not None:
+        return None
+    path = cached_file(name, INDEX_NAME, **hub, **quiet)
+    if path is None:
+        return None
+    try:
+        index = json.loads(Path(path).read_text())
+        set(index["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OSError(f"{path} is not an index of weights ({error!r}); fetch or save it again.") from error
+    unsafe = sorted(shard for shard in set(index["weight_map"].values()) if not SAFE_NAME.fullmatch(shard))
+    if unsafe:
+        raise OSError(
+            f"{name}: the index names {unsafe[0]!r}; a shard's name may hold letters, digits, '.', '_' and '-' only."
+        )
+
+    def needed(key: str) -> bool:
+        member = re.match(r"members\.(\d+)\.", key)
+        return wanted is None or int(member[1]) in wanted if member else not issubclass(cls, ConcatEnsembleModel)
+
+    shards = sorted({shard for key, shard in index["weight_map"].items() if needed(key)})
+    if not shards:
+        raise ValueError(
+            f"{name} holds no weights of members {'any' if wanted is None else wanted}; give active_members=[...] that it has."
+        )
+    files = dict(zip(shards, cached_files(name, shards, **hub), strict=True))
+    for file in files.values():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
+    if set(files) == set(index["weight_map"].values()):
+        return None
+    weight_map = {key: os.path.abspath(files[shard]) for key, shard in index["weight_map"].items() if shard in files}
+    return {"metadata": index.get("metadata", {}), "weight_map": weight_map}
+
+
+def _save_shards(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """One file per member and one for the rest, each written aside and renamed; then the index; then what an earlier
+    save left is removed.
+    """
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state_dict.items():
+        member = re.match(r"members\.(\d+)\.", key)
+        groups.setdefault(f"member-{int(member[1]):02d}" if member else "head", {})[key] = tensor
+    weight_map = {}
+    for stem, tensors in groups.items():
+        split = split_torch_state_dict_into_shards(
+            tensors, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+        )
+        for file, keys in split.filename_to_tensors.items():
+            save_file(
+                {key: tensors[key].detach().cpu().contiguous() for key in keys},
+                folder / f"{file}.tmp",
+                metadata={"format": "pt"},
+            )
+            os.replace(folder / f"{file}.tmp", folder / file)
+            weight_map |= dict.fromkeys(keys, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{INDEX_NAME}.tmp").write_text(json.dumps(index, indent=2) + "\n")
+    os.replace(folder / f"{INDEX_NAME}.tmp", folder / INDEX_NAME)
+    for path in folder.glob("*.safetensors"):
+        if SHARD_NAME.fullmatch(path.name) and path.name not in weight_map.values():
+            path.unlink()

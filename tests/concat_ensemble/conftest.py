@@ -1,0 +1,113 @@
+"""Tiny networks with random weights, and tiny datasets whose every pixel is known."""
+
+# ruff: noqa: E402 (the environment comes before the imports that read it)
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before anything of Hugging Face is imported: no network, and no traces in the user's own cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="concat-ensemble-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import numpy as np
+import pytest
+import timm
+import torch
+from datasets import Dataset, DatasetDict, Image
+from PIL import Image as PILImage
+from threadpoolctl import threadpool_limits
+
+from concat_ensemble import assemble, extract_features, load_data
+from concat_ensemble.results import Results, Row, Run
+
+torch.set_num_threads(1)
+threadpool_limits(1)  # threads that wait for each other make tiny problems ten times slower on a busy machine
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    """`backbone(seed)`: a grey resnet10t, as timm makes it, of 16 features that sees 32x32 pixels; with other `model_args` if wanted."""
+
+    def make(seed: int = 0, architecture: str = "resnet10t", pixels: dict | None = None, **model_args):
+        grey = {"in_chans": 1, "channels": (8, 8, 16, 16), "stem_width": 8, "num_classes": 0}
+        sees = {"input_size": (1, 32, 32), "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = timm.create_model(architecture, pretrained_cfg_overlay=sees | (pixels or {}), **grey | model_args)
+            for tensor in model.state_dict().values():
+                if tensor.ndim == 1:  # fresh norms are all alike, which would hide a lost tensor
+                    tensor += 0.2 * torch.rand_like(tensor)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ensemble(backbone):
+    """Two members of 16 features each."""
+    return assemble([backbone(0), backbone(1)])
+
+
+@pytest.fixture
+def folder(ensemble, tmp_path):
+    """The same, saved."""
+    ensemble.save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+@pytest.fixture(scope="session")
+def images():
+    """`images(labels)`: one noisy 8x8 grey image per label, brighter the later the label comes in the alphabet."""
+
+    def make(labels, image="image", label="label", seed=0):
+        rng = np.random.default_rng(seed)
+        levels = {name: 30 + 60 * n for n, name in enumerate(sorted(set(labels)))}
+        pixels = [rng.integers(-20, 20, (8, 8)) + levels[name] for name in labels]
+        columns = {image: [PILImage.fromarray(p.astype(np.uint8)) for p in pixels], label: list(labels)}
+        return Dataset.from_dict(columns).cast_column(image, Image())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_data("digits", classes=[0, 1, 2], limit=30)
+
+
+@pytest.fixture(scope="session")
+def table(ensemble, digits):
+    return extract_features(ensemble, digits, quiet=True)
+
+
+@pytest.fixture
+def study():
+    """`study(name=[top-1 of each repeat], ...)`: results by hand on 100 test images; the first is the ensemble, of two members."""
+
+    def make(dataset: dict | None = None, hashes=("a" * 64, "b" * 64), **top1) -> Results:
+        rows = []
+        for n, (name, shares) in enumerate(top1.items()):
+            kind = "ensemble" if n == 0 else "control" if name in ("untrained members", "raw pixels") else "baseline"
+            runs = [
+                Run(seed, {"top1": share, "macro_f1": share / 2}, 0.1, 50, 100) for seed, share in enumerate(shares)
+            ]
+            rows.append(Row(name, kind, width=32, num_members=2 if n == 0 else 1, steps=20, runs=runs))
+        dataset = {"name": "digits", "classes": [5, 6], "test_images": 100, "seed": 0} | (dataset or {})
+        return Results(
+            "pair",
+            dataset,
+            {"kind": "linear", "strengths": [1.0, 0.1]},
+            rows,
+            list(hashes),
+            "concat-ensemble probe pair",
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def splits(images):
+    """Both splits named; the classes a and b in each."""
+    return DatasetDict(train=images(["b", "a"] * 20), test=images(["b", "a"] * 10, seed=1))

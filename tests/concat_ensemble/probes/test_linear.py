@@ -1,0 +1,199 @@
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from concat_ensemble import LinearProbe
+from concat_ensemble.features import FeatureTable
+
+COLUMNS_FOR_TWO = "decision_function has a column per class for two classes, too: the head needs both"
+
+
+def clouds(number, classes=3, columns=6, spread=1.5, seed=0):
+    """Gaussian clouds of different scales by column, so that standardising matters."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, columns))
+    labels = np.arange(number) % classes
+    return (centres[labels] + spread * rng.normal(size=(number, columns))) * 10.0 ** np.arange(-2, columns - 2), labels
+
+
+def by_hand(X, y, strength, standardize=True):
+    """scikit-learn's own solution. It minimises C * sum(loss) + ||coef||^2 / 2, so that C = 1 / (N * strength)."""
+    mean, scale = (X.mean(0), np.where(X.std(0) > 0, X.std(0), 1)) if standardize else (0, 1)
+    model = LogisticRegression(C=1 / (len(X) * strength), max_iter=10_000, tol=1e-8).fit((X - mean) / scale, y)
+    return lambda new: model.predict_proba((new - mean) / scale), lambda new: model.predict((new - mean) / scale)
+
+
+def objective(probe, X, y):
+    rows = (X - probe.mean_) / probe.scale_
+    losses = -log_softmax(rows @ probe.coef_.T + probe.intercept_, axis=1)[
+        np.arange(len(y)), np.searchsorted(probe.classes_, y)
+    ]
+    return losses.mean() + probe.strength_ / 2 * (probe.coef_**2).sum()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_equals_scikit_learn_on_train_and_validation_together(classes, standardize, strength):
+    X, y = clouds(90, classes)
+    X = X if standardize else X / 10.0 ** np.arange(-2, 4)
+    validation, new = (X[60:], y[60:]), X + 0.1
+    probe = LinearProbe(strengths=[strength], standardize=standardize).fit(X[:60], y[:60], validation=validation)
+    probabilities, predictions = by_hand(X, y, strength, standardize)
+    np.testing.assert_allclose(softmax(probe.decision_function(new), axis=1), probabilities(new), atol=2e-3)
+    assert np.mean(probe.predict(new) == predictions(new)) >= 0.99
+    assert probe.coef_.shape == (classes, 6) and probe.intercept_.shape == (classes,)
+
+
+def test_solves_what_its_docstring_says():
+    """Any small step from the coefficients makes mean loss + strength / 2 * ||coef||^2 larger."""
+    X, y = clouds(80)
+    probe = LinearProbe(strengths=[0.1]).fit(X[:60], y[:60], validation=(X[60:], y[60:]))
+    least, solution = objective(probe, X, y), probe.coef_.copy()
+    for step in np.random.default_rng(0).normal(size=(20, *solution.shape)):
+        probe.coef_ = solution + 0.05 * step
+        assert objective(probe, X, y) > least
+
+
+def test_the_path_is_validation_accuracy_of_fits_on_the_training_rows_alone():
+    X, y = clouds(60, spread=2.5)
+    X_held, y_held = clouds(40, spread=2.5, seed=1)
+    probe = LinearProbe(strengths=[0.01, 1.0, 0.1]).fit(X, y, validation=(X_held, y_held))
+    expected = {strength: np.mean(by_hand(X, y, strength)[1](X_held) == y_held) for strength in (1.0, 0.1, 0.01)}
+    assert probe.path_ == pytest.approx(expected, abs=1 / 40 + 1e-9)
+    assert probe.strength_ == max(probe.path_, key=lambda strength: (probe.path_[strength], strength))
+
+
+def test_the_strength_is_chosen_on_validation_rows():
+    """Three training labels in ten are wrong, among 40 columns of which one tells: a weak penalty learns them by heart, a stronger one the truth."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 60)
+    X = np.hstack([truth[:, None] * 2.0 + rng.normal(size=(60, 1)), rng.normal(size=(60, 39))])
+    noisy = np.where(rng.random(60) < 0.3, 1 - truth, truth)
+    new = rng.integers(0, 2, 400)
+    X_new = np.hstack([new[:, None] * 2.0 + rng.normal(size=(400, 1)), rng.normal(size=(400, 39))])
+    by_heart, by_truth = (LinearProbe().fit(X, noisy, validation=held) for held in ((X, noisy), (X_new, new)))
+    assert by_heart.strength_ < by_truth.strength_
+    assert by_heart.path_[1e-4] == 1.0 and by_truth.path_[1e-4] < by_truth.path_[by_truth.strength_]
+
+
+def test_the_strongest_of_equals_is_chosen():
+    X, y = clouds(60, spread=0.01)  # every strength separates it
+    probe = LinearProbe().fit(X[:45], y[:45], validation=(X[45:], y[45:]))
+    assert set(probe.path_.values()) == {1.0} and probe.strength_ == 10.0
+
+
+def table_with(test):
+    X, y = clouds(60)
+    blocks = {"train": [X[:40, :2], X[:40, 2:]], "validation": [X[40:, :2], X[40:, 2:]], "test": test[:1]}
+    return FeatureTable(blocks, {"train": y[:40], "validation": y[40:], "test": test[1]}, list("abc"))
+
+
+def test_takes_splits_of_a_table():
+    X, y = clouds(60)
+    X_test, y_test = clouds(30, seed=5)
+    table = table_with((X_test, y_test))
+    probe = LinearProbe().fit(table["train"], validation=table["validation"])
+    plain = LinearProbe().fit(X[:40], y[:40], validation=(X[40:], y[40:]))
+    assert np.array_equal(probe.coef_, plain.coef_)
+    assert probe.score(table["test"]) == plain.score(X_test, y_test) == np.mean(plain.predict(X_test) == y_test)
+
+
+def test_the_test_split_is_never_looked_at():
+    unusable = table_with((np.full((3, 6), np.nan), np.array([7, 8, 9])))
+    usable = table_with(clouds(30, seed=5))
+    probes = [LinearProbe().fit(table["train"], validation=table["validation"]) for table in (unusable, usable)]
+    assert np.array_equal(probes[0].coef_, probes[1].coef_)
+
+
+@pytest.mark.parametrize("names", [(3, 7, 9), (-1, 0, 5), ("ant", "bee", "cow")])
+def test_labels_may_be_anything(names):
+    X, y = clouds(60)
+    named = np.array(names)[y]
+    probe = LinearProbe().fit(X[:40], named[:40], validation=(X[40:], named[40:]))
+    plain = LinearProbe().fit(X[:40], y[:40], validation=(X[40:], y[40:]))
+    assert probe.classes_.tolist() == list(names)
+    assert probe.predict(X).tolist() == np.array(names)[plain.predict(X)].tolist()
+
+
+def test_two_classes_have_opposite_columns_that_softmax_to_the_logistic():
+    X, y = clouds(60, 2)
+    probe = LinearProbe(strengths=[0.1]).fit(X[:40], y[:40], validation=(X[40:], y[40:]))
+    np.testing.assert_allclose(probe.coef_[0], -probe.coef_[1], atol=1e-12)
+    np.testing.assert_allclose(softmax(probe.decision_function(X), axis=1), by_hand(X, y, 0.1)[0](X), atol=2e-3)
+
+
+def test_constant_columns_change_nothing():
+    X, y = clouds(60)
+    padded = np.hstack([X, np.full((60, 1), 3.0), np.zeros((60, 1))])
+    probe = LinearProbe().fit(padded[:40], y[:40], validation=(padded[40:], y[40:]))
+    plain = LinearProbe().fit(X[:40], y[:40], validation=(X[40:], y[40:]))
+    np.testing.assert_allclose(probe.decision_function(padded), plain.decision_function(X), atol=1e-6)
+
+
+def test_more_columns_than_rows():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(20, 200)), np.arange(20) % 2
+    X[:, 0] += 10 * y
+    probe = LinearProbe().fit(X[:14], y[:14], validation=(X[14:], y[14:]))
+    assert np.isfinite(probe.coef_).all() and probe.score(X, y) == 1.0
+
+
+def test_large_float32_features_are_solved_in_float32():
+    X, y = clouds(60, spread=0.3)
+    X32 = (X * 1e6).astype(np.float32)
+    probe = LinearProbe().fit(X32[:40], y[:40], validation=(X32[40:], y[40:]))
+    assert probe.coef_.dtype == np.float32 and probe.score(X32, y) > 0.9
+
+
+def test_without_validation_a_stratified_fifth_is_held_out_by_the_seed():
+    X, y = clouds(60, spread=3)
+    first, again = LinearProbe(seed=1).fit(X, y), LinearProbe(seed=1).fit(X, y)
+    assert first.path_ == again.path_ and np.array_equal(first.coef_, again.coef_)
+    assert any(LinearProbe(seed=seed).fit(X, y).path_ != first.path_ for seed in (2, 3, 4))
+    assert all(round(share * 12, 6).is_integer() for share in first.path_.values()), "twelve of sixty rows"
+
+
+def test_a_class_of_the_validation_rows_alone_is_learnt():
+    X, y = clouds(60)
+    probe = LinearProbe().fit(X[y < 2], y[y < 2], validation=(X, y))
+    assert probe.classes_.tolist() == [0, 1, 2] and probe.coef_.shape == (3, 6)
+
+
+def test_one_class_is_named():
+    with pytest.raises(ValueError, match=r"a probe needs two classes; the training rows have the one class .*'ant'"):
+        LinearProbe().fit(np.ones((4, 2)), np.array(["ant"] * 4))
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_nan_features_are_refused(where):
+    X, y = clouds(60)
+    X[3 if where == "train" else 50, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        LinearProbe().fit(X[:40], y[:40], validation=(X[40:], y[40:]))
+
+
+def test_clone_and_parameters():
+    probe = LinearProbe(strengths=(0.5,), standardize=False, max_iter=7, seed=3)
+    assert clone(probe).get_params() == {
+        "strengths": (0.5,),
+        "standardize": False,
+        "max_iter": 7,
+        "seed": 3,
+        "tol": 1e-6,
+    }
+    assert not hasattr(clone(probe.fit(*clouds(30))), "coef_")
+
+
+@parametrize_with_checks(
+    [LinearProbe(strengths=(1.0, 0.01))],
+    expected_failed_checks=lambda _: {
+        "check_classifiers_classes": COLUMNS_FOR_TWO,
+        "check_classifiers_train": COLUMNS_FOR_TWO,
+    },
+)
+def test_keeps_scikit_learns_contract(estimator, check):
+    check(estimator)

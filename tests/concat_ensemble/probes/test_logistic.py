@@ -1,0 +1,90 @@
+"""The solver against scikit-learn's and against the naive formula, over whatever shapes and faults data may have."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+from concat_ensemble.probes.logistic import logistic_path, objective
+
+
+@st.composite
+def problems(draw):
+    """Rows fewer or more than columns, unequal classes, duplicate and constant columns, wide scales."""
+    rows, width, classes = draw(st.integers(12, 60)), draw(st.integers(1, 80)), draw(st.integers(3, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    X = rng.standard_normal((rows, width)) * 10.0 ** rng.uniform(-1, 1, width)
+    if draw(st.booleans()) and width > 1:
+        X[:, 0] = X[:, -1]
+    if draw(st.booleans()):
+        X[:, width // 2] = 0.0
+    weights = rng.dirichlet(np.full(classes, draw(st.sampled_from([0.5, 5.0]))))
+    y = np.concatenate([np.arange(classes), rng.choice(classes, rows - classes, p=weights)])
+    return X - X.mean(axis=0), y, classes, draw(st.sampled_from([1.0, 0.1, 0.01]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_equals_scikit_learn(problem):
+    X, y, classes, strength = problem
+    found = next(logistic_path(torch.from_numpy(X), torch.from_numpy(y), [strength], classes=classes, tol=1e-13))
+    naive = LogisticRegression(C=1 / (len(X) * strength), tol=1e-10, max_iter=10_000).fit(X, y)
+    size = np.linalg.norm(naive.coef_)
+    assert np.linalg.norm(found.weight.numpy().T - naive.coef_) <= 1e-3 * size + 1e-6
+    ours, theirs = X @ found.weight.numpy() + found.bias.numpy(), naive.decision_function(X)
+    sure = np.diff(np.sort(theirs, axis=1)[:, -2:])[:, 0] > 1e-3
+    assert np.array_equal(ours.argmax(1)[sure], theirs.argmax(1)[sure])
+
+
+def test_the_objective_is_the_formula():
+    logits, y, weight = (
+        torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]).double(),
+        torch.tensor([2, 1]),
+        torch.ones(2, 3),
+    )
+    expected = np.mean([np.log(1 + np.e + np.e**2) - 2, np.log(np.e**3 + 2)]) + 0.5 / 2 * 6
+    assert float(objective(logits, y, weight, 0.5)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_gradient_vanishes_at_every_strength_of_a_path():
+    rng = np.random.default_rng(0)
+    X, y = torch.from_numpy(rng.standard_normal((200, 30))), torch.from_numpy(rng.integers(0, 4, 200))
+    for found in logistic_path(X - X.mean(0), y, [1.0, 0.1, 0.01, 1e-3], classes=4, tol=1e-12):
+        weight = found.weight.clone().requires_grad_()
+        objective((X - X.mean(0)) @ weight + found.bias, y, weight, found.strength).backward()
+        assert weight.grad.abs().max() < 1e-5
+        assert found.objective == pytest.approx(
+            float(objective((X - X.mean(0)) @ found.weight + found.bias, y, found.weight, found.strength))
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loose_tolerance_is_kept(dtype):
+    """In float32 the products are bfloat16's where the processor has it, and the minimum is found all the same."""
+    torch.manual_seed(0)
+    X = torch.randn(1_000, 100, dtype=dtype) * torch.arange(1, 101, dtype=dtype) ** -0.5
+    y = (X @ torch.randn(100, 10, dtype=dtype) + torch.randn(1_000, 10)).argmax(1)
+    X = (X - X.mean(0)) / X.std(0)
+    strengths = [1.0, 0.1, 0.01, 1e-3, 1e-4]
+    exact = list(logistic_path(X.double(), y, strengths, classes=10, tol=1e-12))
+    for loose, best in zip(logistic_path(X, y, strengths, classes=10, tol=1e-4), exact, strict=True):
+        assert 0 <= loose.objective / best.objective - 1 + 1e-6 <= 1e-4
+
+
+def test_separable_rows_at_a_weak_strength_end():
+    X = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]).double()
+    found = list(logistic_path(X, torch.tensor([0, 0, 1, 1]), [1.0, 1e-6], classes=2))
+    assert all(torch.isfinite(solution.weight).all() for solution in found) and found[-1].objective < 1e-3
+
+
+def test_a_start_leads_to_the_same_solution():
+    rng = np.random.default_rng(1)
+    for rows in (20, 200):  # in the row space, and not
+        X, y = torch.from_numpy(rng.standard_normal((rows, 50))), torch.from_numpy(rng.integers(0, 3, rows))
+        X = X - X.mean(0)
+        (cold,) = logistic_path(X, y, [0.01], classes=3, tol=1e-12)
+        (warm,) = logistic_path(X, y, [0.01], classes=3, tol=1e-12, start=(cold.weight, cold.bias))
+        torch.testing.assert_close(warm.weight, cold.weight, atol=1e-6, rtol=1e-4)
+        assert warm.newton_steps <= 2 < cold.newton_steps

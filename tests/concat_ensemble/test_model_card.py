@@ -1,0 +1,209 @@
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from concat_ensemble import ConcatEnsembleConfig, assemble
+from concat_ensemble.model_card import verdict, write_card
+from concat_ensemble.probing import probe_ensemble, with_head
+
+REPEATS = {"pair": [0.8, 0.9], "one": [0.7, 0.75], "untrained members": [0.5, 0.6], "raw pixels": [0.4, 0.45]}
+
+
+@pytest.fixture
+def card(folder, study):
+    """`card(studies, provenance of each member)`: README.md of the pair's folder, as text and as the Hub reads it."""
+    config = ConcatEnsembleConfig.from_pretrained(folder)
+    hashes = [member["provenance"]["weights_sha256"] for member in config.members]
+
+    def write(studies: dict | None = None, provenance: list[dict] | None = None, **how):
+        for member, digest, told in zip(config.members, hashes, provenance or [{}, {}], strict=True):
+            member["provenance"] = {"weights_sha256": digest, "source": "here"} | told
+        config.save_pretrained(folder)
+        for name, rows in (studies or {}).items():
+            study(how.get("dataset"), hashes, **rows).save(folder / "results" / f"{name}.json")
+        assert write_card(folder, how.get("title")) == folder / "README.md"
+        return (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
+
+    return write
+
+
+def tables(text):
+    """The tables as a renderer finds them: lists of rows, each a list of cells."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+    found = []
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif token.type in ("th_open", "td_open"):
+            found[-1][-1].append(following.content)
+    return found
+
+
+def test_metadata_is_what_the_hub_wants(card):
+    _, data = card({"digits": REPEATS}, [{"license": "mit"}, {"license": "mit"}])
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "image-feature-extraction", "mit")
+    assert data.model_name == "pair" and {"concat-ensemble", "timm"} <= set(data.tags)
+    assert data.base_model is None and data.datasets is None, "neither members nor dataset came from the Hub"
+    values = {result.metric_type: result for result in data.eval_results}
+    assert set(values) == {"accuracy", "macro_f1"}
+    assert values["accuracy"].metric_value == pytest.approx(0.85) and values["macro_f1"].metric_value == pytest.approx(
+        0.425
+    )
+    assert values["accuracy"].task_type == "image-classification" and values["accuracy"].dataset_type == "digits"
+    assert values["accuracy"].metric_args["repeats"] == 2 and values["accuracy"].metric_args["classes"] == [5, 6]
+
+
+def test_hub_members_and_datasets_are_linked(card):
+    provenance = [{"hub_id": "timm/resnet10t.c3_in1k", "revision": "abc"}, {"hub_id": "timm/resnet18.a1_in1k"}]
+    text, data = card({"x": REPEATS}, provenance, dataset={"name": "uoft-cs/cifar10", "on_hub": True, "revision": "r1"})
+    assert (
+        data.base_model == ["timm/resnet10t.c3_in1k", "timm/resnet18.a1_in1k"] and data.base_model_relation == "merge"
+    )
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert {result.dataset_revision for result in data.eval_results} == {"r1"}
+    assert "[timm/resnet10t.c3_in1k](https://huggingface.co/timm/resnet10t.c3_in1k/tree/abc)" in text
+
+
+def test_a_hub_member_used_twice_is_one_base_model(card):
+    _, data = card({}, [{"hub_id": "timm/resnet10t.c3_in1k"}] * 2)
+    assert data.base_model in ("timm/resnet10t.c3_in1k", ["timm/resnet10t.c3_in1k"])
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [(("mit", "mit"), "mit"), (("mit", "apache-2.0"), "other"), (("mit", None), "other"), ((None, None), "other")],
+)
+def test_the_licence_is_the_common_one_or_left_to_the_members(licenses, expected, card):
+    text, data = card({}, [{"license": name} if name else {} for name in licenses])
+    assert data.license == expected
+    assert (data.to_dict().get("license_link") == "#members") == (expected == "other")
+    assert [row[8] for row in tables(text)[0][1:]] == [name or "not stated" for name in licenses]
+
+
+def test_a_card_without_results_has_no_evaluation(card):
+    text, data = card()
+    assert data.eval_results is None and "## Results" not in text and "![" not in text
+    assert len(tables(text)) == 1
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_tables_are_whole_with_a_cell_for_every_column(repeats, card):
+    rows = {name: shares[:repeats] for name, shares in REPEATS.items()}
+    text, _ = card({"digits": rows, "more": rows})
+    members, *studies = tables(text)
+    assert [len(row) for row in members] == [10, 10, 10], "a heading and two members"
+    assert len(studies) == 2
+    for table in studies:
+        assert [len(row) for row in table] == [5 + repeats] * 5, (
+            "a heading and four rows; repeats add the paired difference"
+        )
+    pipes = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(pipes) == 4 + 2 * 6, "no line of a table lies outside of it"
+
+
+def test_the_numbers_of_the_table_are_those_of_the_results(card):
+    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5."""
+    text, _ = card({"digits": REPEATS})
+    _, first, second, *_ = tables(text)[1]
+    assert first == ["**pair**", "2", "32", "20", "85.0", "21.5 to 148.5", ""]
+    assert second == ["one", "1", "32", "20", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]"]
+
+
+def test_members_are_shown_with_their_provenance(card, ensemble):
+    told = [{"pretraining_data": "digits, classes 0, 1", "steps": 400, "seed": 7}, {"source": "runs/x"}]
+    text, _ = card({}, told)
+    first, second = tables(text)[0][1:]
+    digest = ensemble.config.members[0]["provenance"]["weights_sha256"][:12]
+    assert (
+        first[0] == "0"
+        and first[1].startswith("`resnet10t {")
+        and first[2:8] == ["16", "1x32x32", "here", "digits, classes 0, 1", "400", "7"]
+    )
+    assert first[9] == f"`{digest}`"
+    assert second[4:8] == ["runs/x", "not stated", "not stated", "not stated"]
+
+
+def test_provenance_cannot_break_the_table(card):
+    text, _ = card({}, [{"source": "a | b"}, {"pretraining_data": "one\ntwo"}])
+    table = tables(text)[0]
+    assert [len(row) for row in table] == [10, 10, 10]
+    assert table[2][8] == "not stated" and table[1][5] == "not stated", "nothing has moved to another column"
+
+
+def test_figures_are_drawn_and_linked(card, folder):
+    text, _ = card({"digits": REPEATS, "more": REPEATS})
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert linked == ["figures/digits.png", "figures/more.png"]
+    assert all((folder / name).stat().st_size > 10_000 for name in linked)
+
+
+def test_says_how_it_was_made_and_loaded(card):
+    text, _ = card({"digits": REPEATS}, [{"command": "concat-ensemble build a b"}] * 2, title="me/pair")
+    assert text.count("concat-ensemble build a b\n") == 1 and "concat-ensemble probe pair\n" in text
+    assert 'AutoModel.from_pretrained("me/pair", trust_remote_code=True)' in text
+    assert text.startswith("---\n") and "# me/pair\n" in text and text.count("```") % 2 == 0
+
+
+def test_the_snippet_on_the_card_runs(card, folder):
+    text, _ = card()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("path/to/pair", str(folder))
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["model"](**namespace["processor"](Image.new("L", (8, 8)))).pooler_output.shape == (1, 32)
+
+
+def test_with_a_head_it_is_a_classifier(ensemble, folder, digits):
+    with_head(ensemble, probe_ensemble(ensemble, digits, quiet=True)[1], ["0", "1", "2"]).save_pretrained(folder)
+    text = write_card(folder).read_text()
+    assert ModelCard(text).data.pipeline_tag == "image-classification"
+    assert "AutoModelForImageClassification.from_pretrained" in text
+
+
+def test_results_of_other_weights_are_refused(folder, study):
+    study(pair=[0.5]).save(folder / "results" / "old.json")
+    with pytest.raises(ValueError, match=r"old\.json was measured on other weights than .*pair holds; probe again"):
+        write_card(folder)
+    assert not (folder / "README.md").exists()
+
+
+def test_a_folder_without_an_ensemble_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} holds no ensemble .*concat-ensemble build"):
+        write_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"pair": [0.9, 0.91], "one": [0.7, 0.71]}, "pair is 20.0 points above one."),
+        ({"pair": [0.7, 0.71], "one": [0.9, 0.91]}, "pair is 20.0 points below one."),
+        ({"pair": [0.8, 0.9], "one": [0.9, 0.7]}, "5.0 points above one (not beyond chance)"),
+        ({"pair": [0.5], "one": [0.45]}, "5.0 points above one (the intervals overlap)"),
+        ({"pair": [0.9], "one": [0.5]}, "40.0 points above one."),
+        ({"pair": [0.9], "raw pixels": [0.86]}, "Raw pixels do about as well, so this dataset does not show"),
+        ({"pair": [0.9], "untrained members": [0.95], "raw pixels": [0.2]}, "Untrained members do about as well"),
+    ],
+)
+def test_the_verdict_speaks_for_and_against(rows, said, study):
+    assert said in verdict(study(**rows))
+
+
+def test_the_verdict_leaves_out_warnings_that_do_not_hold(study):
+    assert "about as well" not in verdict(study(**{"pair": [0.9], "raw pixels": [0.5]}))
+    assert verdict(study(pair=[0.9])) == ""
+
+
+def test_a_title_may_hold_what_yaml_reserves(card):
+    _, data = card({"digits": REPEATS}, title='pair: a "test" #1')
+    assert data.model_name == 'pair: a "test" #1'
+
+
+def test_the_card_of_a_freshly_assembled_ensemble_is_whole(tmp_path):
+    assemble(["random:test_vit"]).save_pretrained(tmp_path / "solo")
+    text = write_card(tmp_path / "solo").read_text()
+    assert "One image backbone" in text or "1 image backbone (`test_vit`)" in text
+    assert ModelCard(text).data.license == "apache-2.0"

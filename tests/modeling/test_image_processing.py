@@ -1,0 +1,297 @@
+"""What each member sees of an image: the same as timm's evaluation transform shows it, whatever the image is."""
+
+import inspect
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor
+from concat_ensemble.modeling.configuration_concat_ensemble import copy_payload
+
+MIXED = ("resnet18", "grey", "convnext", "deit", "swin", "resnet50", "vit-tiny", "wide")
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def processor_of(model) -> ConcatEnsembleImageProcessor:
+    return ConcatEnsembleImageProcessor.from_config(model.config)
+
+
+@pytest.fixture(scope="module")
+def rgb(build):
+    return processor_of(build("resnet18")[0])
+
+
+@pytest.fixture(scope="module")
+def grey(build):
+    return processor_of(build("grey")[0])
+
+
+def pixels(processor, *images, **kwargs) -> torch.Tensor:
+    return processor(list(images), **kwargs)["pixel_values"]
+
+
+# --- timm's pixels --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_alone_a_members_features_of_real_photographs_are_timms(build, photos, timm_features, kind):
+    model, (backbone,) = build(kind)
+    close(model(**processor_of(model)(photos)).pooler_output, timm_features(backbone, photos))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", [MIXED, MIXED[::-1]])
+def test_mixed_every_members_columns_are_timms(build, photos, timm_features, kinds):
+    model, backbones = build(*kinds)
+    parts = model(**processor_of(model)(photos), output_member_features=True).member_features
+    for part, backbone in zip(parts, backbones, strict=True):
+        close(part, timm_features(backbone, photos))
+
+
+def test_a_slice_is_timms_transform_padded_with_zeros_on_the_right_and_below(build, photos, transform):
+    model, backbones = build("grey", "convnext", "resnet18")
+    got = pixels(processor_of(model), *photos)
+    assert got.shape == (5, 3, 3, 64, 80) and got.dtype == torch.float32
+    for n, backbone in enumerate(backbones):
+        wanted = torch.stack([transform(backbone)(photo) for photo in photos])
+        channels, height, width = wanted.shape[1:]
+        assert torch.equal(got[:, n, :channels, :height, :width], wanted)
+        assert not got[:, n, :, height:].any() and not got[:, n, :, :, width:].any()
+    assert torch.equal(got[:, 0, 0], got[:, 0, 2])  # a grey slice fills the channels that it does not need
+
+
+@pytest.mark.parametrize("size", [(1, 7), (400, 2), (33, 31), (2000, 20)])
+def test_images_of_any_shape_are_cut_as_by_timm(build, photos, transform, size):
+    model, backbones = build("resnet18", "swin", "convnext")
+    image = photos[0].resize(size)
+    got = pixels(processor_of(model), image)[0]
+    for n, backbone in enumerate(backbones):
+        wanted = transform(backbone)(image)
+        assert torch.equal(got[n, :, : wanted.shape[1], : wanted.shape[2]], wanted)
+
+
+def test_in_border_mode_the_bars_have_the_mean_and_a_grey_one_too(spec, transform, backbone):
+    member = spec("grey")
+    member["preprocessing"] |= {"crop_mode": "border"}
+    border = ConcatEnsembleImageProcessor.from_config(ConcatEnsembleConfig(members=[member]))
+    got = pixels(border, PIL.Image.new("L", (64, 32), 255))[0, 0]
+    # twice as wide as high: 32x16 in the middle, and bars of 0.4 before, which is 0 after normalisation
+    assert got[8:24].allclose(torch.tensor((1 - 0.4) / 0.3)) and got[[*range(8), *range(24, 32)]].abs().max() < 0.01
+
+
+# --- kinds of image -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1", "LA", "RGBA", "YCbCr"])
+def test_pil_modes_are_converted_as_by_timm(rgb, grey, build, photos, transform, mode):
+    image = photos[0].convert(mode)
+    assert torch.equal(pixels(rgb, image)[0], transform(build("resnet18")[1][0])(image))
+    assert torch.equal(pixels(grey, image)[0], transform(build("grey")[1][0])(image))
+
+
+def test_a_palette_with_a_transparent_colour_loses_its_transparency_alone(rgb, photos):
+    image = photos[0].quantize(16)
+    image.info["transparency"] = 3
+    assert torch.equal(pixels(rgb, image), pixels(rgb, image.convert("RGBA").convert("RGB")))
+
+
+@pytest.fixture(scope="module")
+def sixteen_bit(photos):
+    """A photograph with 16 bits a pixel, and what it is with 8: 257 steps of the one are a step of the other."""
+    eight = photos[0].convert("L")
+    return PIL.Image.fromarray(np.asarray(eight).astype(np.uint16) * 257), eight
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(rgb, grey, sixteen_bit):
+    deep, eight = sixteen_bit
+    assert deep.mode == "I;16"
+    for processor in (rgb, grey):
+        assert torch.equal(pixels(processor, deep), pixels(processor, eight))
+        assert torch.equal(
+            pixels(processor, PIL.Image.fromarray(np.asarray(deep).astype(np.int32))), pixels(processor, eight)
+        )
+
+
+def test_a_sixteen_bit_file_and_array_are_scaled_too(grey, sixteen_bit, tmp_path):
+    deep, eight = sixteen_bit
+    deep.save(tmp_path / "deep.png")
+    assert torch.equal(pixels(grey, str(tmp_path / "deep.png")), pixels(grey, eight))
+    assert torch.equal(pixels(grey, np.asarray(deep)[None]), pixels(grey, eight))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_with_an_exif_rotation_is_set_upright(rgb, photos, orientation):
+    image, file = photos[1], io.BytesIO()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    image.save(file, "PNG", exif=exif)
+    upright = {
+        2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+        3: PIL.Image.Transpose.ROTATE_180,
+        4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+        5: PIL.Image.Transpose.TRANSPOSE,
+        6: PIL.Image.Transpose.ROTATE_270,
+        7: PIL.Image.Transpose.TRANSVERSE,
+        8: PIL.Image.Transpose.ROTATE_90,
+    }
+    wanted = image.transpose(upright[orientation]) if orientation > 1 else image
+    assert torch.equal(pixels(rgb, PIL.Image.open(file)), pixels(rgb, wanted))
+
+
+# --- kinds of input -------------------------------------------------------------------------------------------------
+
+
+def as_tensor(array):
+    return torch.from_numpy(array.copy())
+
+
+@pytest.mark.parametrize("make", [np.asarray, as_tensor])
+def test_arrays_and_tensors_are_read_with_channels_first_or_last_in_bytes_or_floats(rgb, photos, make):
+    wanted = pixels(rgb, photos[0])
+    array = np.asarray(photos[0])
+    for variant in (array, array.transpose(2, 0, 1), (array / 255).astype(np.float32), array / 255):
+        assert torch.equal(pixels(rgb, make(variant)), wanted)
+        assert torch.equal(rgb(make(variant))["pixel_values"], wanted)  # one, without a list
+        assert torch.equal(rgb(make(np.stack([variant] * 2)))["pixel_values"], torch.cat([wanted] * 2))
+
+
+@pytest.mark.parametrize("make", [np.asarray, as_tensor])
+def test_grey_arrays_need_no_channel(grey, photos, make):
+    image = photos[0].convert("L")
+    wanted, array = pixels(grey, image), np.asarray(image)
+    for variant in (array[None], array[:, :, None], array, (array / 255).astype(np.float32)):
+        assert torch.equal(pixels(grey, make(variant)), wanted)
+
+
+def test_paths_are_read_alone_and_in_lists(rgb, photos, tmp_path):
+    for n, photo in enumerate(photos[:2]):
+        photo.save(tmp_path / f"{n}.png")
+    wanted, files = pixels(rgb, *photos[:2]), [tmp_path / "0.png", tmp_path / "1.png"]
+    for kind in (str, Path):
+        assert torch.equal(rgb([kind(file) for file in files])["pixel_values"], wanted)
+        assert torch.equal(rgb(kind(files[0]))["pixel_values"], wanted[:1])
+
+
+def test_one_image_is_a_batch_of_one_and_a_tuple_is_a_list(rgb, photos):
+    assert torch.equal(rgb(photos[0])["pixel_values"], pixels(rgb, photos[0]))
+    assert torch.equal(rgb(tuple(photos))["pixel_values"], pixels(rgb, *photos))
+
+
+def test_numpy_comes_on_request(rgb, photos):
+    got = rgb(photos, return_tensors="np")["pixel_values"]
+    assert isinstance(got, np.ndarray) and np.array_equal(got, pixels(rgb, *photos).numpy())
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def nan_array():
+    array = np.full((8, 8, 3), 0.5, np.float32)
+    array[3, 4, 1] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (PIL.Image.new("RGB", (1, 1)), "1x1"),
+        (PIL.Image.new("I;16", (1, 1)), "1x1"),
+        (PIL.Image.fromarray(np.array([[0.1, np.nan]], np.float32)), "NaN"),
+        (PIL.Image.fromarray(np.array([[0.1, np.inf]], np.float32)), "infinite"),
+    ],
+)
+def test_bad_images_are_refused_with_their_place(rgb, photos, bad, what):
+    with pytest.raises(ValueError, match=rf"image 2 of the batch: .*{what}"):
+        rgb([photos[0], photos[1], bad])
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (nan_array(), "NaN"),
+        (torch.from_numpy(nan_array()), "NaN"),
+        (-nan_array(), "NaN"),
+        (np.full((8, 8, 3), np.inf), "infinite"),
+        (np.full((8, 8, 3), -1.0), r"\[0, 1\]|between|range|-1"),
+        (np.zeros((3, 1, 1), np.uint8), "1x1"),
+    ],
+)
+def test_bad_arrays_are_refused_with_their_place(rgb, photos, bad, what):
+    good = np.asarray(photos[0])
+    with pytest.raises(ValueError, match=rf"image 1 of the batch: .*({what})"):
+        rgb([torch.from_numpy(good.copy()) if isinstance(bad, torch.Tensor) else good, bad])
+
+
+def test_files_that_cannot_be_read_are_named(rgb, photos, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    photos[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
+    for name in ("text.png", "cut.png", "missing.png"):
+        with pytest.raises((ValueError, OSError), match=name):
+            rgb([str(tmp_path / name)])
+
+
+def test_a_file_cut_short_is_refused_with_its_place(rgb, photos):
+    file = io.BytesIO()
+    photos[0].save(file, "PNG")
+    with pytest.raises(ValueError, match=r"image 1 of the batch: .*truncated"):
+        rgb([photos[0], PIL.Image.open(io.BytesIO(file.getvalue()[:5000]))])
+
+
+@pytest.mark.parametrize("bad", [None, 3, [], [None], ["", 3]])
+def test_what_is_no_image_is_refused(rgb, bad):
+    with pytest.raises((ValueError, OSError)):
+        rgb(bad)
+
+
+def test_settings_that_would_change_what_members_see_are_refused(rgb, photos):
+    with pytest.raises(ValueError, match="do_resize"):
+        rgb(photos, do_resize=False)
+
+
+def test_a_processor_without_geometries_is_refused_with_the_way_to_make_one():
+    with pytest.raises(ValueError, match="from_config"):
+        ConcatEnsembleImageProcessor()
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [("resnet18",), ("grey",), MIXED])
+def test_it_survives_saving_and_pickling(build, photos, tmp_path, kinds):
+    model, _ = build(*kinds)
+    processor = processor_of(model)
+    wanted = pixels(processor, *photos)
+    processor.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)  # which says what class the processor has
+    for again in (
+        ConcatEnsembleImageProcessor.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path),
+        pickle.loads(pickle.dumps(processor)),  # for the workers of a DataLoader
+    ):
+        assert type(again) is ConcatEnsembleImageProcessor and torch.equal(pixels(again, *photos), wanted)
+
+
+def test_its_file_holds_the_geometries_and_nothing_computed(build, tmp_path):
+    model, _ = build("resnet18", "grey")
+    processor_of(model).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["geometries"] == model.config.geometries and not any(key.startswith("_") for key in saved)
+    assert len(list(tmp_path.glob("*.py"))) == 3
+
+
+def test_the_payload_is_not_copied_over_itself():
+    here = Path(inspect.getfile(ConcatEnsembleConfig)).parent
+    copy_payload(here)
+    assert all(path.stat().st_size for path in here.glob("*.py"))

@@ -1,0 +1,45 @@
+"""The README's Python runs as it stands, and its commands name things that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    """In order, in one namespace, with the demo's folder made by its smoke run's own scripts."""
+    monkeypatch.chdir(tmp_path)
+    train = ["training/pretrain_members.py", "training/recipes/scattered_digits_timecat.yaml", "--cpu", "--smoke"]
+    command = [sys.executable, *train, "--output", str(tmp_path / "runs" / "demo")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    namespace = {"image": Image.new("RGB", (40, 30), "teal")}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["features"].shape == (1, 256)
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line])
+def test_commands_exist(line):
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif words[0] == "concat-ensemble":
+        program = Path(sys.executable).with_name("concat-ensemble")
+        shown = subprocess.run([program, words[1], "--help"], capture_output=True, text=True, env={"COLUMNS": "200"})
+        assert shown.returncode == 0
+        assert all(word in shown.stdout for word in words if word.startswith("--"))
+    elif words[0] == "accelerate":
+        assert all((ROOT / word).is_file() for word in words if "/" in word)
+    else:
+        assert line == "pip install ."

@@ -1,0 +1,97 @@
+"""What `pip install` brings: one top-level name, with the Hub payload and the card's template in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words, **options) -> str:
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy: setuptools leaves its working files beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("concat_ensemble", "modeling", "training", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=folder)
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+def test_it_has_one_top_level_name(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+        assert archive.read(f"{info}/top_level.txt").decode().split() == ["concat_ensemble"]
+        assert {name.split("/")[0] for name in names} == {"concat_ensemble", info}
+        assert f"{info}/licenses/LICENSE" in names
+        assert (
+            "concat-ensemble = concat_ensemble.command_line:main" in archive.read(f"{info}/entry_points.txt").decode()
+        )
+
+
+def test_it_holds_every_source_file_and_the_template(wheel):
+    expected = {
+        f"concat_ensemble/{path.relative_to(ROOT / 'concat_ensemble')}" for path in ROOT.glob("concat_ensemble/**/*.py")
+    }
+    expected |= {f"concat_ensemble/modeling/{path.name}" for path in ROOT.glob("modeling/*.py")}
+    expected |= {f"concat_ensemble/{path.name}" for path in ROOT.glob("concat_ensemble/*.jinja")}
+    assert len(expected) >= 15
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if name.startswith("concat_ensemble/")} == expected
+
+
+# Runs the installed console script twice in one process, since importing takes seconds, and says whose code it was.
+BUILD = """
+import runpy, sys
+program = sys.argv[1]
+for words in (["--help"], ["build", "random:test_vit", "--output", "one", "--quiet"]):
+    sys.argv = [program, *words]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop
+from concat_ensemble import command_line, modeling
+print(command_line.__file__, modeling.__path__[0])
+"""
+# ... and one that does not find it, but the folder that it wrote.
+LOAD = """
+import importlib.util
+from transformers import AutoModel
+assert importlib.util.find_spec("concat_ensemble") is None
+model = AutoModel.from_pretrained("one", trust_remote_code=True)
+print(type(model).__name__, model.config.num_features)
+"""
+
+
+def test_installed_it_builds_an_ensemble_that_loads_without_it(wheel, tmp_path):
+    place = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, wheel)
+    assert (place / "concat_ensemble" / "card.md.jinja").is_file()
+    # -S leaves out the environment's own packages and with them its editable install; the dependencies come by path.
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    with_it, without = (
+        environment | {"PYTHONPATH": os.pathsep.join(map(str, paths))} for paths in ([place, packages], [packages])
+    )
+    shown = run(sys.executable, "-S", "-c", BUILD, place / "bin" / "concat-ensemble", cwd=tmp_path, env=with_it)
+    assert all(command in shown for command in ("build", "probe", "card"))
+    assert shown.split()[-2:] == [
+        str(place / "concat_ensemble" / "command_line.py"),
+        str(place / "concat_ensemble" / "modeling"),
+    ]
+    assert "Made with concat-ensemble" in (tmp_path / "one" / "README.md").read_text()
+    assert run(sys.executable, "-S", "-c", LOAD, cwd=tmp_path, env=without).split() == ["ConcatEnsembleModel", "64"]
