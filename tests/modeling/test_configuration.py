@@ -236,7 +236,7 @@ def valid_members(draw):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members=st.lists(valid_members(), min_size=1, max_size=4), data=st.data(), labels=st.sampled_from([0, 1, 2, 3]))
 def test_every_valid_configuration_survives_json_and_gives_a_processor(tmp_path_factory, members, data, labels):
     some = st.lists(st.sampled_from(range(len(members))), min_size=1, unique=True)

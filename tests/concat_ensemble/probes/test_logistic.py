@@ -25,7 +25,7 @@ def problems(draw):
     return X - X.mean(axis=0), y, classes, draw(st.sampled_from([1.0, 0.1, 0.01]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_equals_scikit_learn(problem):
     X, y, classes, strength = problem

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -39,7 +39,6 @@ def test_wilson_by_hand():
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2000), st.floats(0, 1))
 def test_wilson_is_scipys_and_stays_within_0_and_1(number, part):
     count = round(part * number)
