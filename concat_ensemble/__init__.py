@@ -13,7 +13,7 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
     ConcatEnsembleModel,
 )
-from concat_ensemble.probes import LinearProbe
+from concat_ensemble.probes import LinearProbe, RidgeProbe
 
 __all__ = [
     "ConcatEnsembleConfig",
@@ -21,6 +21,7 @@ __all__ = [
     "ConcatEnsembleImageProcessor",
     "ConcatEnsembleModel",
     "LinearProbe",
+    "RidgeProbe",
     "assemble",
     "extract_features",
     "load_data",

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from concat_ensemble.data import class_names, open_image
-from concat_ensemble.features import FeatureTable
+from concat_ensemble.feature_table import FeatureTable
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 

@@ -172,10 +172,14 @@ class Rows:
     def shape(self) -> tuple[int, int]:
         return len(self), self._shards[0].shape[1]
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """(rows, width) float32."""
+    @property
+    def dtype(self) -> np.dtype:
+        return self._shards[0].dtype
+
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
+        """(rows, width), as stored."""
         shard, row = self._shard[part], self._row[part]
-        out = np.empty((len(row), self.shape[1]), np.float32)
+        out = np.empty((len(row), self.shape[1]), self.dtype)
         for number in np.unique(shard):
             here = np.flatnonzero(shard == number)
             out[here] = self._shards[number][row[here]]

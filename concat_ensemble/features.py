@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,66 +23,14 @@ from transformers import AutoImageProcessor
 
 from concat_ensemble.assemble import assemble
 from concat_ensemble.data import class_names, load_data, name_image, open_image
-from concat_ensemble.feature_store import Block, Rows, block_key, default_store, image_hashes
+from concat_ensemble.feature_store import Block, block_key, default_store, image_hashes
+from concat_ensemble.feature_table import FeatureTable
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 
 SHARD_IMAGES = 512  # what a kill loses at most
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
-
-
-class TableSplit:
-    """What a probe is fitted on: features (N, sum of the blocks' widths) and labels (N,). Unpacks to both as arrays."""
-
-    def __init__(self, blocks: Sequence[Rows | np.ndarray], labels: np.ndarray):
-        self.blocks, self.labels = list(blocks), labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        yield self.features
-        yield self.labels
-
-    @property
-    def features(self) -> np.ndarray:
-        """All of them, in memory."""
-        return self.rows(slice(None))
-
-    def rows(self, part: slice) -> np.ndarray:
-        """Some rows' features: what is read at a time where the table is larger than memory."""
-        return np.concatenate([block[part] for block in self.blocks], axis=1)
-
-
-@dataclass(frozen=True)
-class FeatureTable:
-    """Features of the splits of a dataset, in one block of columns per member, memory-mapped.
-
-    `table["train"]` is a `TableSplit`; `table.members([0, 2])` is the table of these members alone.
-    """
-
-    blocks: dict[str, list[Rows | np.ndarray]]  # split -> one (N, D_k) block per member
-    labels: dict[str, np.ndarray]  # split -> (N,) int64
-    class_names: list[str]
-    extracted: int = 0  # images that a member had to be run on; 0 where all features were there
-    images_per_second: float | None = None  # of these
-
-    def __getitem__(self, split: str) -> TableSplit:
-        if split not in self.blocks:
-            raise KeyError(f"no split {split!r} in the table; it has {', '.join(self.blocks)}.")
-        return TableSplit(self.blocks[split], self.labels[split])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    @property
-    def widths(self) -> list[int]:
-        return [block.shape[1] for block in next(iter(self.blocks.values()))]
-
-    def members(self, numbers: Sequence[int]) -> FeatureTable:
-        chosen = {split: [blocks[k] for k in numbers] for split, blocks in self.blocks.items()}
-        return FeatureTable(chosen, self.labels, self.class_names)
 
 
 def extract_features(
@@ -169,6 +116,7 @@ def extract_features(
         {name: [block.rows(hashes[name]) for block in blocks] for name in dataset},
         {name: np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64) for name, split in dataset.items()},
         class_names(next(iter(dataset.values()))),
+        tuple(keys),
         extracted,
         extracted / (time.perf_counter() - started) if extracted else None,
     )

@@ -9,7 +9,8 @@ from datasets import DatasetDict
 from torch import nn
 
 from concat_ensemble.controls import narrowed, pixel_table, untrained_like
-from concat_ensemble.features import FeatureTable, extract_features
+from concat_ensemble.feature_table import FeatureTable
+from concat_ensemble.features import extract_features
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification
 from concat_ensemble.probes import LinearProbe
@@ -143,7 +144,7 @@ def _measured(probe: LinearProbe, table: FeatureTable, metrics: ProbeMetrics, se
     """The one look at the test split."""
     features, labels = table["test"]
     scores = np.full((len(labels), len(table.class_names)), -np.inf)  # a class without training images is never chosen
-    scores[:, probe.classes_] = probe.decision_function(features)
+    scores[:, probe.classes_] = probe.logits(features)
     measured = metrics.compute(predictions=scores, references=labels)
     return Run(
         seed, measured, probe.strength_, len(table.labels["train"]) + len(table.labels["validation"]), len(labels)

@@ -15,6 +15,9 @@ bound 1/2 in the place of h_c is far too large where there are many classes.) Th
 they run in bfloat16 where the processor has it; gradients and objective stay in X's precision.
 
 With fewer rows than columns everything happens in the row space: X = U S V' is replaced by U S, and the solution mapped back.
+
+Rows that do not fit into memory are read again in every pass. There a sample of them, which fits, is solved first: it gives the
+preconditioner, and for each strength a place to start from that leaves little to do.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ from dataclasses import dataclass
 
 import torch
 
+from concat_ensemble.probes.design import Design
+
 MAX_HALVINGS = 30
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
+SAMPLE = 65_536  # rows
 
 
 @dataclass
@@ -39,7 +45,7 @@ class Solution:
 
 
 def logistic_path(
-    X: torch.Tensor,
+    X: Design | torch.Tensor,
     y: torch.Tensor,
     strengths: Sequence[float],
     *,
@@ -57,26 +63,33 @@ def logistic_path(
         tol: Stop when Newton's decrement says that the objective is this share of itself above its minimum.
         max_iter: Newton steps per strength.
     """
+    X = Design.of(X) if isinstance(X, torch.Tensor) else X
     n, width = X.shape
-    back = None
+    back, starts = None, {}
     if n < width:  # the gradient, and so the solution, lies in the span of the rows
-        values, vectors = torch.linalg.eigh(X @ X.T)
-        kept = values > values[-1] * n * torch.finfo(X.dtype).eps
+        rows = torch.cat([chunk for _, chunk in X.chunks()])
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = values > values[-1] * n * torch.finfo(rows.dtype).eps
         lengths, vectors = values[kept].clamp_min(0).sqrt(), vectors[:, kept]
-        back = X.T @ (vectors / lengths)
-        X = vectors * lengths
-        spectrum, basis = lengths**2 / n, None
+        back = rows.T @ (vectors / lengths)
+        X, spectrum, basis = Design.of(vectors * lengths), lengths**2 / n, None
+    elif X.in_memory or n <= SAMPLE:
+        spectrum, basis = torch.linalg.eigh(X.gram().to(X.dtype))
     else:
-        spectrum, basis = torch.linalg.eigh(X.T @ X / n)
+        drawn, few = X.sample(max(SAMPLE, 8 * width))
+        path = logistic_path(few, y[drawn], strengths, classes=classes, start=start, tol=1e-4, max_iter=max_iter)
+        starts = {solution.strength: (solution.weight, solution.bias) for solution in path}
+        spectrum, basis = torch.linalg.eigh(few.gram().to(X.dtype))
+        del few
     spectrum = spectrum.clamp_min(0)
-    fast = X.to(torch.bfloat16) if X.dtype == torch.float32 and _has_bfloat16(X.device) else X
 
     counts = torch.bincount(y, minlength=classes).to(X.dtype)
-    weight, bias = X.new_zeros(X.shape[1], classes), ((counts + 0.5) / (n + 0.5 * classes)).log()
+    weight, bias = counts.new_zeros(X.shape[1], classes), ((counts + 0.5) / (n + 0.5 * classes)).log()
     if start is not None:
         weight, bias = (start[0] if back is None else back.T @ start[0]), start[1]
     for strength in strengths:
-        weight, bias, *found = _minimise(X, fast, y, weight, bias, strength, spectrum, basis, tol, max_iter)
+        weight, bias = starts.get(strength, (weight, bias))
+        weight, bias, *found = _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter)
         yield Solution(strength, weight if back is None else back @ weight, bias - bias.mean(), *found)
 
 
@@ -86,21 +99,21 @@ def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stren
     return losses.double().mean() + strength / 2 * weight.double().square().sum()
 
 
-def _minimise(X, fast, y, weight, bias, strength, spectrum, basis, tol, max_iter):
+def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
     n = len(X)
     logits = X @ weight + bias
     value, steps, products = objective(logits, y, weight, strength), 0, 0
     while steps < max_iter:
         steps += 1
         probabilities = logits.softmax(1)
-        residual = probabilities.clone()
-        residual[torch.arange(n, device=X.device), y] -= 1
-        gradient, gradient_bias = X.T @ residual / n + strength * weight, residual.mean(0)
+        gradient, gradient_bias = strength * weight, torch.zeros_like(bias)
+        for rows, chunk in X.chunks():
+            residual = probabilities[rows].clone()
+            residual[torch.arange(len(chunk), device=X.device), y[rows]] -= 1
+            gradient, gradient_bias = gradient + chunk.T @ residual / n, gradient_bias + residual.sum(0) / n
         curvature = (probabilities * (1 - probabilities)).mean(0)
         scales = curvature * spectrum[:, None] + strength, curvature + 1e-12
-        move, move_bias, used = _conjugate_gradients(
-            fast, probabilities, gradient, gradient_bias, strength, scales, basis
-        )
+        move, move_bias, used = _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, scales, basis)
         products += used
         along = X @ move + move_bias
         slope = float((gradient * move).sum() + (gradient_bias * move_bias).sum())
@@ -120,10 +133,9 @@ def _minimise(X, fast, y, weight, bias, strength, spectrum, basis, tol, max_iter
     return weight, bias, float(value), steps, products
 
 
-def _conjugate_gradients(fast, probabilities, gradient, gradient_bias, strength, scales, basis, most=50):
+def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, scales, basis, most=50):
     """An inexact solution of H move = -gradient: to SHARE of the gradient, in the preconditioner's norm."""
-    n = len(fast)
-    dtype = gradient.dtype
+    n = len(X)
 
     def precondition(matrix, vector):
         if basis is None:
@@ -137,11 +149,12 @@ def _conjugate_gradients(fast, probabilities, gradient, gradient_bias, strength,
     used = 0
     while used < most:
         used += 1
-        images = (fast @ ahead.to(fast.dtype)).to(dtype) + ahead_bias
-        weighted = probabilities * images
-        weighted -= probabilities * weighted.sum(1, keepdim=True)
-        bent = (fast.T @ weighted.to(fast.dtype)).to(dtype) / n + strength * ahead
-        bent_bias = weighted.mean(0)
+        bent, bent_bias, narrow = strength * ahead, torch.zeros_like(ahead_bias), ahead.to(X.fast_dtype)
+        for rows, chunk in X.chunks(fast=True):
+            weighted = probabilities[rows] * ((chunk @ narrow).to(X.dtype) + ahead_bias)
+            weighted -= probabilities[rows] * weighted.sum(1, keepdim=True)
+            bent += (chunk.T @ weighted.to(chunk.dtype)).to(X.dtype) / n
+            bent_bias += weighted.sum(0) / n
         curve = (ahead * bent).sum() + (ahead_bias * bent_bias).sum()
         if not curve > 0:  # rounding, in bfloat16 or at the very minimum
             break
@@ -154,10 +167,3 @@ def _conjugate_gradients(fast, probabilities, gradient, gradient_bias, strength,
             break
         ahead, ahead_bias = whitened + size / before * ahead, whitened_bias + size / before * ahead_bias
     return move, move_bias, used
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False

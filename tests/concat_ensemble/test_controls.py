@@ -6,7 +6,7 @@ from PIL import Image
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel, load_data
 from concat_ensemble.controls import narrowed, pixel_table, untrained_like
-from concat_ensemble.features import FeatureTable
+from concat_ensemble.feature_table import FeatureTable
 
 
 def weights(model):

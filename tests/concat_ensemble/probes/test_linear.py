@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from concat_ensemble import LinearProbe
-from concat_ensemble.features import FeatureTable
-
-COLUMNS_FOR_TWO = "decision_function has a column per class for two classes, too: the head needs both"
+from concat_ensemble import LinearProbe, RidgeProbe
+from concat_ensemble.feature_table import FeatureTable
 
 
 def clouds(number, classes=3, columns=6, spread=1.5, seed=0):
@@ -43,7 +41,7 @@ def test_equals_scikit_learn_on_train_and_validation_together(classes, standardi
     validation, new = (X[60:], y[60:]), X + 0.1
     probe = LinearProbe(strengths=[strength], standardize=standardize).fit(X[:60], y[:60], validation=validation)
     probabilities, predictions = by_hand(X, y, strength, standardize)
-    np.testing.assert_allclose(softmax(probe.decision_function(new), axis=1), probabilities(new), atol=2e-3)
+    np.testing.assert_allclose(probe.predict_proba(new), probabilities(new), atol=2e-3)
     assert np.mean(probe.predict(new) == predictions(new)) >= 0.99
     assert probe.coef_.shape == (classes, 6) and probe.intercept_.shape == (classes,)
 
@@ -123,7 +121,7 @@ def test_two_classes_have_opposite_columns_that_softmax_to_the_logistic():
     X, y = clouds(60, 2)
     probe = LinearProbe(strengths=[0.1]).fit(X[:40], y[:40], validation=(X[40:], y[40:]))
     np.testing.assert_allclose(probe.coef_[0], -probe.coef_[1], atol=1e-12)
-    np.testing.assert_allclose(softmax(probe.decision_function(X), axis=1), by_hand(X, y, 0.1)[0](X), atol=2e-3)
+    np.testing.assert_allclose(probe.predict_proba(X), by_hand(X, y, 0.1)[0](X), atol=2e-3)
 
 
 def test_constant_columns_change_nothing():
@@ -131,7 +129,7 @@ def test_constant_columns_change_nothing():
     padded = np.hstack([X, np.full((60, 1), 3.0), np.zeros((60, 1))])
     probe = LinearProbe().fit(padded[:40], y[:40], validation=(padded[40:], y[40:]))
     plain = LinearProbe().fit(X[:40], y[:40], validation=(X[40:], y[40:]))
-    np.testing.assert_allclose(probe.decision_function(padded), plain.decision_function(X), atol=1e-6)
+    np.testing.assert_allclose(probe.logits(padded), plain.logits(X), atol=1e-6)
 
 
 def test_more_columns_than_rows():
@@ -184,16 +182,12 @@ def test_clone_and_parameters():
         "max_iter": 7,
         "seed": 3,
         "tol": 1e-6,
+        "cv": None,
+        "in_memory": None,
     }
     assert not hasattr(clone(probe.fit(*clouds(30))), "coef_")
 
 
-@parametrize_with_checks(
-    [LinearProbe(strengths=(1.0, 0.01))],
-    expected_failed_checks=lambda _: {
-        "check_classifiers_classes": COLUMNS_FOR_TWO,
-        "check_classifiers_train": COLUMNS_FOR_TWO,
-    },
-)
+@parametrize_with_checks([LinearProbe(strengths=(1.0, 0.01)), LinearProbe(strengths=(1.0, 0.01), cv=2), RidgeProbe()])
 def test_keeps_scikit_learns_contract(estimator, check):
     check(estimator)
