@@ -1,10 +1,12 @@
 """Several timm backbones as one transformers model: the concatenation of their pooled features."""
 
+import copy
 import functools
 import json
 import os
 import re
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -117,7 +122,38 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         self.members.requires_grad_(not frozen)
         self.train(self.training)
 
+    @torch.no_grad()
+    def fold_batchnorm(self):
+        """For faster inference, put each BatchNorm that alone follows a convolution into the convolution's weights and
+        bias. Features stay the same up to rounding; members without BatchNorm stay as they are, and so do other
+        ensembles that share the members. Folding twice is folding once. A folded model can be neither saved nor
+        trained: `save_pretrained` and `train()` refuse it.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: in training mode, where statistics move, and for a member that it would change.
+        """
+        if any(module.training for module in self.modules()):
+            raise ValueError("fold_batchnorm() is for evaluation; call eval() first, and fold after training.")
+        pixels = torch.rand(1, *self._pixel_shape, generator=torch.Generator().manual_seed(0))
+        folded = {}
+        for name, member in self.members.items():
+            try:
+                folded[name] = _folded(member, self._member_pixels[name](pixels))
+            except ValueError as error:
+                raise ValueError(f"members[{name}]: {error}") from error
+        self.members.update(folded)
+        return self
+
+    def _check_not_folded(self, action: str) -> None:
+        if any(isinstance(module, _FoldedBatchNorm) for module in self.members.modules()):
+            raise ValueError(f"a model after fold_batchnorm() cannot be {action}; load or assemble it anew for that.")
+
     def train(self, mode: bool = True):
+        if mode:
+            self._check_not_folded("trained")
         super().train(mode)
         if self.members_frozen:
             self.members.eval()
@@ -206,9 +242,10 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: when only some members are built and the folder holds the weights of others, which would be
-                lost.
+                lost; and after `fold_batchnorm()`.
             OSError: when the folder is a file or cannot be written.
         """
+        self._check_not_folded("saved")
         folder = Path(save_directory)
         if folder.is_file():
             raise OSError(f"{folder} is a file; name a folder to save into.")
@@ -376,6 +413,65 @@ def _take_pixels(number, size, affine, pixel_values: torch.Tensor) -> torch.Tens
         return pixels
     scale, shift = affine
     return pixels * pixels.new_tensor(scale)[:, None, None] + pixels.new_tensor(shift)[:, None, None]
+
+
+class _FoldedBatchNorm(nn.Sequential):
+    """What a BatchNorm leaves behind when it is folded: timm's may hold a dropout and an activation."""
+
+
+class _Recording(TorchFunctionMode):
+    """What a forward pass does: which weight convolves into a BatchNorm, and how often each tensor is used. Seen from
+    the functions and not from the modules, since some modules convolve with other weights than they hold.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.convolved, self.normalised, self.uses, self.kept = {}, {}, Counter(), []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, int | torch.Size):  # asking for a shape is no use
+            return result
+        for value in (*args, *(kwargs or {}).values()):
+            self.uses.update(map(id, value if isinstance(value, list | tuple) else [value]))
+        if function in (functional.conv1d, functional.conv2d, functional.conv3d):
+            self.convolved[id(result)] = id(args[1])
+        elif function is functional.batch_norm:
+            self.normalised[id(args[1])] = id(args[0])
+        self.kept.append((args, kwargs, result))  # an id is a tensor's own only while the tensor lives
+        return result
+
+
+def _folded(member: nn.Module, pixels: torch.Tensor) -> nn.Module:
+    """A copy of `member` with its BatchNorms folded where one image shows that it can be; itself where none can."""
+    if not any(getattr(module, "running_mean", None) is not None for module in member.modules()):
+        return member
+    weight = next(member.parameters())
+    precise = torch.promote_types(weight.dtype, torch.float32)  # rounded once, after folding
+    folded = copy.deepcopy(member).to(precise)
+    pixels = pixels.to(weight.device, precise)
+    with _Recording() as seen:
+        wanted = folded(pixels)
+    convs = {
+        id(module.weight): module
+        for module in folded.modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    pairs = []
+    for name, norm in folded.named_modules():
+        statistics = id(getattr(norm, "running_mean", None))
+        between = seen.normalised.get(statistics)
+        kernel = seen.convolved.get(between)
+        if kernel in convs and seen.uses[statistics] == seen.uses[between] == seen.uses[kernel] == 1:
+            pairs.append((name, norm, convs[kernel]))
+    for name, norm, conv in pairs:
+        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        rest = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]
+        folded.set_submodule(name, _FoldedBatchNorm(*rest).eval())
+    if not torch.dist(folded(pixels), wanted) <= 1e-2 * wanted.norm():  # TF32's rounding is well within it
+        raise ValueError("its features change when BatchNorm is folded; use it as it is.")
+    return folded.to(weight.dtype) if pairs else member
 
 
 def _wants_dict(return_dict: bool | None, config: ConcatEnsembleConfig) -> bool:
