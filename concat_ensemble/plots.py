@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from concat_ensemble.results import Results, Row
+from concat_ensemble.selection import Selection
 
 BLUE, GREY, ORANGE = "#1f5fa8", "#8a8a8a", "#d9772b"
 
@@ -53,6 +54,43 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
+    """Held-out top-1 of every subset against its FLOPs, those that nothing cheaper beats, and the chosen one."""
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for size in range(1, len(selection.names) + 1):
+        points = [s for s in selection.subsets if len(s.members) == size]
+        shade = 0.75 - 0.6 * size / len(selection.names)
+        axes.scatter([s.cost.gflops for s in points], [100 * s.top1 for s in points], s=18, color=str(shade),
+                     label=f"{size} member{'s' if size > 1 else ''}")  # fmt: skip
+    front = []
+    for subset in sorted(selection.subsets, key=lambda s: (s.cost.gflops, -s.top1)):
+        if not front or subset.top1 > front[-1].top1:
+            front.append(subset)
+    axes.step([s.cost.gflops for s in front], [100 * s.top1 for s in front], where="post", color=BLUE, linewidth=1.2,
+              label="best for its cost")  # fmt: skip
+    for subset in front[-6:]:
+        axes.annotate("+".join(map(str, subset.members)), (subset.cost.gflops, 100 * subset.top1), fontsize=8,
+                      xytext=(0, 5), textcoords="offset points", ha="center", color=BLUE)  # fmt: skip
+    best = selection[selection.best]
+    axes.plot([best.cost.gflops], [100 * best.top1], marker="o", ms=11, mfc="none", mec=ORANGE, mew=2, linestyle="none",
+              label="chosen: " + " + ".join(f"{k} {selection.names[k]}" for k in best.members))  # fmt: skip
+    # A hopeless subset would press all others into one line.
+    span = 100 * max(front[-1].top1 - front[0].top1, 0.02)
+    floor = 100 * front[0].top1 - span
+    if below := sum(100 * s.top1 < floor for s in selection.subsets):
+        axes.set_ylim(floor, 100 * front[-1].top1 + 0.3 * span)
+        axes.text(0.01, 0.02, f"{below} below", transform=axes.transAxes, fontsize=8, color=GREY)
+    axes.set_xlabel("GFLOPs per image")
+    axes.set_ylabel("ridge probe, held-out top-1 (%)")
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
