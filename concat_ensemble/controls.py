@@ -1,12 +1,8 @@
-"""What could explain a concatenation's gain away: width without training, the pixels themselves, and its own features
-at one member's width.
-"""
+"""What could explain a concatenation's gain away: width without training, and the pixels themselves."""
 
 import numpy as np
 import torch
 from datasets import DatasetDict
-from sklearn.decomposition import PCA
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from concat_ensemble.data import class_names, open_image
@@ -43,14 +39,3 @@ def pixel_table(dataset: DatasetDict, mode: str) -> FeatureTable:
     }
     labels = {name: np.asarray(split.with_format("numpy")["label"][:]) for name, split in dataset.items()}
     return FeatureTable({name: [block] for name, block in rows.items()}, labels, class_names(dataset["train"]))
-
-
-def narrowed(table: FeatureTable, width: int) -> FeatureTable:
-    """The table brought to `width` columns by PCA, fitted on the training rows. Features are standardised before it,
-    and must not be after it: that would be whitening, which ruins a probe where the width comes near the number of
-    rows."""
-    rows = np.concatenate([table["train"].features, table["validation"].features])
-    scaler = StandardScaler().fit(rows)
-    pca = PCA(min(width, *rows.shape), svd_solver="full").fit(scaler.transform(rows))
-    blocks = {split: [pca.transform(scaler.transform(table[split].features)).astype(np.float32)] for split in table}
-    return FeatureTable(blocks, table.labels, table.class_names)

@@ -22,7 +22,7 @@ class TableSplit:
 
     def __init__(
         self,
-        blocks: Sequence[Rows | np.ndarray | Taken],
+        blocks: Sequence[Rows | np.ndarray | Taken | Joined],
         labels: np.ndarray,
         keys: tuple[str, ...] | None = None,
     ):
@@ -58,6 +58,12 @@ class TableSplit:
         """The split of these rows alone; nothing is read or copied."""
         return TableSplit([Taken(block, numbers) for block in self.blocks], self.labels[numbers], self.keys)
 
+    @classmethod
+    def joined(cls, splits: Sequence[TableSplit]) -> TableSplit:
+        """Splits of the same columns, one below another; nothing is read or copied."""
+        blocks = [Joined(blocks) for blocks in zip(*(split.blocks for split in splits), strict=True)]
+        return cls(blocks, np.concatenate([split.labels for split in splits]), splits[0].keys)
+
 
 class Taken:
     """Some rows of a block, looked up when they are read."""
@@ -71,6 +77,27 @@ class Taken:
 
     def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
         return self._block[self._numbers[part]]
+
+
+class Joined:
+    """Blocks of the same columns one below another, looked up when they are read."""
+
+    def __init__(self, blocks: Sequence[Rows | np.ndarray | Taken]):
+        self._blocks, self._starts = blocks, np.cumsum([0, *map(len, blocks)])
+        self.shape = int(self._starts[-1]), blocks[0].shape[1]
+        self.dtype = np.result_type(*(block.dtype for block in blocks))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
+        numbers = np.arange(*part.indices(len(self))) if isinstance(part, slice) else part
+        out = np.empty((len(numbers), self.shape[1]), self.dtype)
+        for block, start, stop in zip(self._blocks, self._starts[:-1], self._starts[1:], strict=True):
+            here = (numbers >= start) & (numbers < stop)
+            if here.any():
+                out[here] = block[numbers[here] - start]
+        return out
 
 
 @dataclass(frozen=True)

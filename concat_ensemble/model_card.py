@@ -1,6 +1,7 @@
 """README.md of an ensemble's folder, from its config and its results files alone."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from concat_ensemble.probing import members_sha256, versions
 from concat_ensemble.results import Results, Row
 
 RESULTS, FIGURES = "results", "figures"
-METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class accuracy", "macro_f1": "macro F1"}
+METRIC_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class accuracy",
+    "macro_f1": "macro F1",
+    "calibration_error": "calibration error",
+}
 
 
 def write_card(folder: Path, title: str | None = None) -> Path:
@@ -167,55 +174,59 @@ def _study(study: Results) -> dict[str, Any]:
         "title": describe_dataset(study.dataset),
         "subject": subject.name,
         "protocol": study.protocol,
-        "paired": study.repeats > 1,
-        "interval_kind": f"mean over {study.repeats} repeats with other seeds, Student's interval"
+        "drawn": study.rows[0].draw_deviation is not None,
+        "interval_kind": f"mean over {study.repeats} repeats with other seeds, Student's intervals"
         if study.repeats > 1
-        else "one repeat, Wilson's interval over the test images",
-        "rows": [_row(study, row) for row in study.rows],
+        else "one repeat; intervals over the test images, Wilson's and (paired) the bootstrap's, with McNemar's test",
+        "rows": [row_texts(study, row) | {"bold": row.kind == "ensemble"} for row in study.rows],
         "verdict": verdict(study),
     }
 
 
-def _row(study: Results, row: Row) -> dict[str, str]:
+def row_texts(study: Results, row: Row) -> dict[str, str]:
+    """A row of a study's table, as people read it."""
     low, high = row.interval
     shown = {
-        "name": f"**{row.name}**" if row.kind == "ensemble" else row.name,
+        "name": row.name,
         "num_members": str(row.num_members or ""),
         "width": f"{row.width:,}",
         "steps": "" if row.steps is None else f"{row.steps:,}",
         "top1": f"{100 * row.mean:.1f}",
         "interval": f"{100 * low:.1f} to {100 * high:.1f}",
+        "draws": "" if row.draw_deviation is None else f"{100 * row.draw_deviation:.1f}",
         "paired": "",
+        "p": "",
     }
-    if study.repeats > 1 and row is not study.rows[0]:
-        mean, (low, high) = study.difference(study.rows[0].name, row.name)
+    if row is not study.rows[0]:
+        mean, (low, high), p = study.difference(study.rows[0].name, row.name)
         shown["paired"] = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        shown["p"] = "<0.001" if p < 0.001 else f"{p:.3f}"
+        if not math.isfinite(low):  # one repeat that does not say which images it got right
+            shown |= {"paired": f"{100 * mean:+.1f}", "p": ""}
     return shown
 
 
 def verdict(study: Results) -> str:
     """What the table says about the concatenation, in words, for and against."""
     subject = study.rows[0]
-    sentences = []
-    best = sorted((row for row in study.rows if row.kind == "member"), key=lambda row: row.mean)[-1:]
-    others = [row for row in study.rows if row.kind in ("baseline", "control") and ", PCA to " not in row.name]
-    for row in best + others:
-        if study.repeats > 1:
-            gap, (low, high) = study.difference(subject.name, row.name)
-            sure = low > 0 or high < 0
-            doubt = " (not beyond chance)"
-        else:
-            gap = subject.mean - row.mean
-            sure = subject.interval[0] > row.interval[1] or row.interval[0] > subject.interval[1]
-            doubt = " (the intervals overlap)"
-        word = "above" if gap > 0 else "below"
-        sentences.append(
-            f"{abs(100 * gap):.1f} points {word} {'its best, ' if row in best else ''}{row.name}"
-            + ("" if sure else doubt)
-        )
-    text = f"{subject.name} is {'; '.join(sentences)}." if sentences else ""
+    best = max((row for row in study.rows if row.kind == "member"), key=lambda row: row.mean, default=None)
+    others = [row for row in study.rows if row.kind in ("baseline", "control")]
+    compared = [
+        _compared(study, subject, row, "its best, " if row is best else "") for row in [*filter(None, [best]), *others]
+    ]
+    text = f"{subject.name} is {'; '.join(compared)}." if compared else ""
+    narrowed = [row for row in study.rows if row.kind == "narrowed"]
+    if best and narrowed:
+        at = "; ".join(f"by {row.name.rpartition(', ')[2]} {_compared(study, row, best)}" for row in narrowed)
+        text += f" At one member's width: {at}."
     controls = [row for row in study.rows if row.name in ("untrained members", "raw pixels")]
     rival = max(controls, key=lambda row: row.mean, default=None)
     if rival and rival.mean > subject.mean - 0.05:
         text += f" **{rival.name.capitalize()} do about as well, so this dataset does not show that the members' features are of use.**"
     return text
+
+
+def _compared(study: Results, row: Row, other: Row, what: str = "") -> str:
+    gap, (low, high), _ = study.difference(row.name, other.name)
+    doubt = "" if low > 0 or high < 0 else " (not beyond chance)"
+    return f"{abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'} {what}{other.name}{doubt}"

@@ -35,12 +35,12 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
             linestyle="--",
             linewidth=1.2,
         )
-    narrow = [row for row in results.rows if ", PCA to " in row.name]
-    for row in narrow:
+    for row in (row for row in results.rows if row.kind == "narrowed"):
         low, high = row.interval
-        axes.errorbar([row.num_members], [100 * row.mean], [[100 * (row.mean - low)], [100 * (high - row.mean)]], color=ORANGE, marker="D", mfc="white",
+        axes.errorbar([row.num_members], [100 * row.mean], [[100 * (row.mean - low)], [100 * (high - row.mean)]], color=ORANGE,
+                      marker="D" if ", PCA to " in row.name else "x", mfc="white",
                       capsize=3, linestyle="none", label=row.name)  # fmt: skip
-    levels += [row for row in results.rows if row.kind == "control" and row not in narrow]
+    levels += [row for row in results.rows if row.kind == "control"]
     styles = [":", "-.", (0, (5, 2)), (0, (1, 3))]
     for row, style in zip(levels, styles * len(levels), strict=False):
         axes.axhline(

@@ -1,21 +1,25 @@
 """Probing an ensemble on a dataset: itself, its prefixes, its members, what it is compared with, and the controls."""
 
+import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import numpy as np
 import torch
 from datasets import DatasetDict
+from rich.progress import track
 from torch import nn
 
-from concat_ensemble.controls import narrowed, pixel_table, untrained_like
-from concat_ensemble.feature_table import FeatureTable
+from concat_ensemble.controls import pixel_table, untrained_like
+from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.features import extract_features
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification
 from concat_ensemble.probes import LinearProbe
-from concat_ensemble.probes.metrics import ProbeMetrics
-from concat_ensemble.results import Results, Row, Run
+from concat_ensemble.probes.metrics import ProbeMetrics, bootstrap_intervals
+from concat_ensemble.projection import principal_projection, random_projection
+from concat_ensemble.results import Results, Row, Run, packed
 
 NEVER = -1e4  # the logit of a class that had no training images
 
@@ -27,6 +31,7 @@ def probe_ensemble(
     name: str = "ensemble",
     described: dict | None = None,
     baselines: dict[str, nn.Module] | None = None,
+    draws: int = 5,
     seed: int = 0,
     quiet: bool = False,
     **extraction,
@@ -39,7 +44,8 @@ def probe_ensemble(
         name: Of the ensemble, in the table.
         described: How the dataset was named, for the record.
         baselines: Other ensembles on the same images, such as the longer or wider single network.
-        seed: Of the untrained members; recorded with every run.
+        draws: How often the training images are drawn anew, for how much the result depends on them.
+        seed: Of the untrained members, the random projection and the draws; recorded with every run.
         extraction: Further arguments of `extract_features`.
 
     Returns:
@@ -48,48 +54,22 @@ def probe_ensemble(
     started = time.perf_counter()
     table = extract_features(model, dataset, quiet=quiet, **extraction)
     extracted = time.perf_counter()
-    config = model.config
-    count = len(table.widths)
-    candidates = [(Row(name, "ensemble", sum(table.widths), count, _steps(model)), table, True)]
-    candidates += [
-        (
-            Row(f"{name}, first {k}", "prefix", sum(table.widths[:k]), k, _steps(model, range(k))),
-            table.members(range(k)),
-            True,
-        )
-        for k in range(count - 1, 1, -1)
-    ]
-    if count > 1:
-        candidates += [
-            (
-                Row(f"{name}, member {k} alone", "member", table.widths[k], 1, _steps(model, [k])),
-                table.members([k]),
-                True,
-            )
-            for k in range(count)
-        ]
-        width = max(table.widths)
-        candidates.append(
-            (Row(f"{name}, PCA to {width}", "control", width, count, _steps(model)), narrowed(table, width), False)
-        )
+    candidates = list(_candidates(model, table, name, seed))
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        candidates.append(
-            (Row(other, "baseline", sum(features.widths), len(features.widths), _steps(baseline)), features, True)
-        )
+        row = Row(other, "baseline", sum(features.widths), len(features.widths), _steps(baseline))
+        candidates.append((row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
-    candidates.append((Row("untrained members", "control", sum(untrained.widths), count, 0), untrained, True))
-    modes = {config.members[k]["preprocessing"]["image_mode"] for k in config.built_members}
+    candidates.append((Row("untrained members", "control", sum(untrained.widths), len(untrained.widths), 0), untrained))
+    modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
     pixels = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
-    candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0), pixels, True))
+    candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0), pixels))
 
-    metrics = ProbeMetrics()
     probes = {}
-    for row, features, standardize in candidates:
-        probes[row.name] = LinearProbe(standardize=standardize, seed=seed).fit(
-            features["train"], validation=features["validation"]
-        )
-        row.runs.append(_measured(probes[row.name], features, metrics, seed))
+    for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
+        probe = LinearProbe(standardize=row.kind != "narrowed", seed=seed)
+        probes[row.name] = probe.fit(features["train"], validation=features["validation"])
+        row.runs.append(_measured(probe, features, draws, seed))
     results = Results(
         ensemble=name,
         dataset=described or {},
@@ -97,13 +77,33 @@ def probe_ensemble(
             "kind": "linear",
             "strengths": list(probes[name].strengths),
             "selection": "validation top-1, then fitted on train + validation",
+            "draws": draws,
         },
-        rows=[row for row, _, _ in candidates],
+        rows=[row for row, _ in candidates],
         members_sha256=members_sha256(model.config),
         versions=versions(),
         seconds={"extraction": extracted - started, "total": time.perf_counter() - started},
     )
     return results, probes[name]
+
+
+def _candidates(model: nn.Module, table: FeatureTable, name: str, seed: int) -> Iterator[tuple[Row, FeatureTable]]:
+    """The ensemble, its prefixes, each member, and itself at one member's width."""
+    widths, count = table.widths, len(table.widths)
+    yield Row(name, "ensemble", sum(widths), count, _steps(model)), table
+    for k in range(count - 1, 1, -1):
+        part = range(k)
+        yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, _steps(model, part)), table.members(part)
+    if count == 1:
+        return
+    for k in range(count):
+        yield Row(f"{name}, member {k} alone", "member", widths[k], 1, _steps(model, [k])), table.members([k])
+    width = max(widths)
+    for how, projection in (
+        ("PCA", principal_projection(table, width)),
+        ("random projection", random_projection(table, width, seed)),
+    ):
+        yield Row(f"{name}, {how} to {width}", "narrowed", width, count, _steps(model)), projection(table)
 
 
 def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:
@@ -140,14 +140,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def _measured(probe: LinearProbe, table: FeatureTable, metrics: ProbeMetrics, seed: int) -> Run:
-    """The one look at the test split."""
-    features, labels = table["test"]
-    scores = np.full((len(labels), len(table.class_names)), -np.inf)  # a class without training images is never chosen
-    scores[:, probe.classes_] = probe.logits(features)
-    measured = metrics.compute(predictions=scores, references=labels)
+def _measured(probe: LinearProbe, table: FeatureTable, draws: int, seed: int) -> Run:
+    """The one look at the test split, with the probe and with others like it on training images drawn anew."""
+    test, known = table["test"], TableSplit.joined([table["train"], table["validation"]])
+    scores = np.full((len(test), len(table.class_names)), -np.inf)  # a class without training images is never chosen
+    scores[:, probe.classes_] = probe.logits(test)
+    chosen = scores.argmax(axis=1)
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(draws):
+        numbers = np.sort(rng.integers(0, len(known), len(known)))
+        again = LinearProbe([probe.strength_], probe.standardize, tol=1e-4)
+        drawn.append(again.fit(known.take(numbers)).score(test))
     return Run(
-        seed, measured, probe.strength_, len(table.labels["train"]) + len(table.labels["validation"]), len(labels)
+        seed=seed,
+        metrics=ProbeMetrics().compute(predictions=scores, references=test.labels),
+        strength=probe.strength_,
+        n_train=len(known),
+        n_test=len(test),
+        intervals={metric: list(bounds) for metric, bounds in bootstrap_intervals(chosen, test.labels, seed).items()},
+        draws=drawn,
+        right=packed(chosen == test.labels),
     )
 
 

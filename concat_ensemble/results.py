@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from concat_ensemble.probes.metrics import wilson_interval
+from concat_ensemble.probes.metrics import paired_difference, wilson_interval
 
-KINDS = ("ensemble", "prefix", "member", "baseline", "control")
+# "narrowed": the ensemble itself at one member's width
+KINDS = ("ensemble", "prefix", "member", "narrowed", "baseline", "control")
 
 
 @dataclass
@@ -26,6 +28,22 @@ class Run:
     strength: float  # L2, chosen on validation data
     n_train: int
     n_test: int
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, over redrawn test images
+    draws: list[float] = field(default_factory=list)  # top-1 with the training images drawn anew, with replacement
+    right: str = ""  # which test images are predicted right: packed bits in base64, for paired tests
+
+    @property
+    def right_images(self) -> np.ndarray | None:
+        """(N,) bool, in the order of the test split."""
+        if not self.right:
+            return None
+        packed = np.frombuffer(base64.b64decode(self.right), dtype=np.uint8)
+        return np.unpackbits(packed, count=self.n_test).astype(bool)
+
+
+def packed(right: np.ndarray) -> str:
+    """(N,) bool as a file keeps it."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
 
 
 @dataclass
@@ -51,6 +69,12 @@ class Row:
     def interval(self) -> tuple[float, float]:
         """95%: Student's over repeats where there are several, else Wilson's over the test images."""
         return _t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
+
+    @property
+    def draw_deviation(self) -> float | None:
+        """Standard deviation of top-1 over draws of the training images, averaged over runs; None without draws."""
+        drawn = [np.var(run.draws, ddof=1) for run in self.runs if len(run.draws) > 1]
+        return float(np.sqrt(np.mean(drawn))) if drawn else None
 
 
 @dataclass
@@ -89,12 +113,20 @@ class Results:
     def repeats(self) -> int:
         return len(self.rows[0].runs)
 
-    def difference(self, name: str, other: str) -> tuple[float, tuple[float, float]]:
-        """Mean over repeats of top-1 of `name` minus `other`, paired, and its 95% t-interval (infinite for one
-        repeat).
+    def difference(self, name: str, other: str) -> tuple[float, tuple[float, float], float]:
+        """Mean top-1 of `name` minus `other`, paired, its 95% interval, and the p-value of there being none.
+
+        Over several repeats Student's; for one repeat over its test images, by the bootstrap and McNemar's test
+        (infinite, and 1, where a run does not say which images it got right).
         """
         paired = self[name].top1 - self[other].top1
-        return float(paired.mean()), _t_interval(paired)
+        if self.repeats > 1:
+            p = float(stats.ttest_1samp(paired, 0.0).pvalue) if paired.std() > 0 else float(paired[0] == 0)
+            return float(paired.mean()), _t_interval(paired), p
+        mine, its = self[name].runs[0].right_images, self[other].runs[0].right_images
+        if mine is None or its is None:
+            return float(paired[0]), (-float("inf"), float("inf")), 1.0
+        return paired_difference(mine, its)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +168,5 @@ class Results:
 
 
 def _t_interval(values: np.ndarray) -> tuple[float, float]:
-    if len(values) < 2:
-        return -float("inf"), float("inf")
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)

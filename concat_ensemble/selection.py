@@ -271,8 +271,8 @@ class _Scorer:
 
     def __init__(self, fitted: TableSplit, held: TableSplit, table: FeatureTable, strengths: Sequence[float]):
         self.strengths = strengths
-        mean, scale = moments([fitted])
-        X, self.held = Design([fitted], mean, scale), Design([held], mean, scale)
+        mean, scale = moments(fitted)
+        X, self.held = Design(fitted, mean, scale), Design(held, mean, scale)
         classes, numbers = np.unique(fitted.labels, return_inverse=True)
         y = torch.from_numpy(numbers).to(X.device)
         # a class that was never fitted is never predicted
@@ -324,10 +324,7 @@ def _cuts(table: FeatureTable, folds: int | None, seed: int) -> list[tuple[Table
     train, validation = table["train"], table["validation"]
     if folds is None:
         return [(train, validation)]
-    pooled = TableSplit(
-        [np.concatenate([a[:], b[:]]) for a, b in zip(train.blocks, validation.blocks, strict=True)],
-        np.concatenate([train.labels, validation.labels]),
-    )
+    pooled = TableSplit.joined([train, validation])
     cuts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(pooled)), pooled.labels)
     return [(pooled.take(fitted), pooled.take(held)) for fitted, held in cuts]
 

@@ -101,7 +101,7 @@ def show(studies: dict[str, Results], smoke: bool) -> None:
             f"{row.steps:,}",
             f"{100 * row.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
         ]
-        mean, (low, high) = unseen.difference("cat4", row.name)
+        mean, (low, high), _ = unseen.difference("cat4", row.name)
         cells.append("" if row.name == "cat4" else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
         table.add_row(*cells, f"{100 * at_home:.1f}", style="bold" if row.name == "cat4" else None)
     console.print(table)

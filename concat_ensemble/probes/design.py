@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import psutil
@@ -15,21 +15,21 @@ MEMORY_SHARE = 0.5  # of what is free, for the rows in full and in half precisio
 
 
 class Design:
-    """Rows (n, D) of one or several splits, (x - mean) / scale, in chunks.
+    """Rows (n, D) of a split, (x - mean) / scale, in chunks.
 
     Args:
-        parts: The splits, one after another.
+        split: Its labels are not looked at.
         mean, scale: (D,), from `moments`; None for rows as they are.
         device: Where the chunks go; the GPU where there is one.
         in_memory: Whether rows stay there between passes; decided by what is free when left out.
 
-    Chunks are float32, or float64 where the splits are. `fast=True` asks for bfloat16 where the processor multiplies that
+    Chunks are float32, or float64 where the split is. `fast=True` asks for bfloat16 where the processor multiplies that
     faster: good enough for products that an outer loop corrects.
     """
 
     def __init__(
         self,
-        parts: Sequence[TableSplit],
+        split: TableSplit,
         mean: np.ndarray | None = None,
         scale: np.ndarray | None = None,
         *,
@@ -37,10 +37,10 @@ class Design:
         in_memory: bool | None = None,
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = torch.float64 if any(part.dtype == np.float64 for part in parts) else torch.float32
-        self.shape = sum(map(len, parts)), parts[0].width
+        self.dtype = torch.float64 if split.dtype == np.float64 else torch.float32
+        self.shape = split.blocks[0].shape[0], split.width
         self.fast_dtype = torch.bfloat16 if self.dtype == torch.float32 and _has_bfloat16(self.device) else self.dtype
-        self._parts = parts
+        self._split = split
         if mean is not None:
             mean, scale = (torch.as_tensor(vector, dtype=self.dtype, device=self.device) for vector in (mean, scale))
         self._mean, self._scale = mean, scale
@@ -53,10 +53,8 @@ class Design:
     @classmethod
     def of(cls, rows: torch.Tensor) -> Design:
         """A tensor (n, D) as a design, on its device."""
-        blank = TableSplit(
-            [np.empty((0, rows.shape[1]), np.float64 if rows.dtype == torch.float64 else np.float32)], []
-        )
-        design = cls([blank], device=rows.device, in_memory=True)
+        blank = torch.empty(0, rows.shape[1], dtype=rows.dtype).numpy()
+        design = cls(TableSplit([blank], blank), device=rows.device, in_memory=True)
         design.shape = tuple(rows.shape)
         starts = range(0, len(rows), CHUNK)
         design._kept[design.dtype] = [(slice(n, min(n + CHUNK, len(rows))), rows[n : n + CHUNK]) for n in starts]
@@ -98,45 +96,36 @@ class Design:
     def sample(self, number: int, seed: int = 0) -> tuple[np.ndarray, Design]:
         """`number` rows drawn at random, in memory, and which they are."""
         drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:number])
-        starts = np.cumsum([0, *map(len, self._parts)])
-        bounds = zip(self._parts, starts[:-1], starts[1:], strict=True)
-        parts = [part.take(drawn[(drawn >= low) & (drawn < high)] - low) for part, low, high in bounds]
-        return drawn, Design(parts, self._mean, self._scale, device=self.device, in_memory=True)
+        few = Design(self._split.take(drawn), self._mean, self._scale, device=self.device, in_memory=True)
+        return drawn, few
 
     def _made(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        start = 0
-        for part in self._parts:
-            for n in range(0, len(part), CHUNK):
-                chunk = _read(part, n).to(self.device, self.dtype)
-                if self._mean is not None:
-                    chunk = (chunk - self._mean).div_(self._scale)
-                yield slice(start + n, start + n + len(chunk)), chunk.to(dtype)
-            start += len(part)
+        for start in range(0, len(self), CHUNK):
+            chunk = _read(self._split, start).to(self.device, self.dtype)
+            if self._mean is not None:
+                chunk = (chunk - self._mean).div_(self._scale)
+            yield slice(start, start + len(chunk)), chunk.to(dtype)
 
 
-def moments(parts: Sequence[TableSplit]) -> tuple[np.ndarray, np.ndarray]:
+def moments(split: TableSplit) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each column, 1 where it is constant, in one pass with sums in float64.
 
     Raises:
         ValueError: naming the first row with a NaN or an infinite feature.
     """
     count, mean, squares = 0, 0.0, 0.0
-    for number, part in enumerate(parts):
-        for n in range(0, len(part), CHUNK):
-            chunk = _read(part, n).double()
-            here = chunk.mean(0)
-            if not torch.isfinite(here).all():
-                row = n + int(torch.nonzero(~torch.isfinite(chunk).all(1))[0])
-                raise ValueError(
-                    f"row {row} of the {'training' if number == 0 else 'validation'} features holds NaN or infinity; "
-                    "remove the image, or extract in float32."
-                )
-            # Chan, Golub and LeVeque 1979: sums of squares about each chunk's own mean lose no digits.
-            shift, total = here - mean, count + len(chunk)
-            squares = squares + (chunk - here).square_().sum(0) + shift**2 * count * len(chunk) / total
-            mean, count = mean + shift * len(chunk) / total, total
+    for start in range(0, split.blocks[0].shape[0], CHUNK):
+        chunk = _read(split, start).double()
+        here = chunk.mean(0)
+        if not torch.isfinite(here).all():
+            row = start + int(torch.nonzero(~torch.isfinite(chunk).all(1))[0])
+            raise ValueError(f"the features of row {row} hold NaN or infinity; leave it out, or extract in float32.")
+        # Chan, Golub and LeVeque 1979: sums of squares about each chunk's own mean lose no digits.
+        shift, total = here - mean, count + len(chunk)
+        squares = squares + (chunk - here).square_().sum(0) + shift**2 * count * len(chunk) / total
+        mean, count = mean + shift * len(chunk) / total, total
     mean, scale = mean.numpy(), (squares / count).sqrt().numpy()
-    exact = np.float64 in {part.dtype.type for part in parts}
+    exact = split.dtype == np.float64
     # A constant column differs from its rounded mean by rounding alone.
     scale[scale <= (1e-14 if exact else 1e-6) * np.abs(mean)] = 1.0
     dtype = np.float64 if exact else np.float32

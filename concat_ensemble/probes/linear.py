@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from concat_ensemble.feature_table import TableSplit
 from concat_ensemble.probes.design import Design, moments
 from concat_ensemble.probes.estimator import ProbabilityProbe
 from concat_ensemble.probes.logistic import logistic_path
@@ -25,7 +26,8 @@ class LinearProbe(ProbabilityProbe):
 
     Attributes:
         coef_ (C, D), intercept_ (C,): of the standardised features. mean_, scale_ (D,): what standardises them.
-        strength_: the one chosen. path_: validation top-1 of each strength. n_iter_: most Newton steps of any strength.
+        strength_: the one chosen. path_: validation top-1 of each strength
+            (empty where there was one to choose from and no validation). n_iter_: most Newton steps of any strength.
     """
 
     def __init__(
@@ -47,10 +49,14 @@ class LinearProbe(ProbabilityProbe):
         self.seed = seed
 
     def _fit(self, train, held):
+        whole = train if held is None else TableSplit.joined([train, held])
+        if len(self.strengths) == 1 and held is None:  # nothing to choose
+            self.path_, (self.strength_,) = {}, self.strengths
+            self.n_iter_ = next(self._solutions(whole, self.strengths))[1].newton_steps
+            return
         path, steps = {}, 0
-        cuts = self._cuts(train, held, self.cv, self.seed)
-        for fitted, validated in cuts:
-            for strength, solution in self._solutions([fitted], sorted(self.strengths, reverse=True)):
+        for fitted, validated in self._cuts(train, held, self.cv, self.seed):
+            for strength, solution in self._solutions(fitted, sorted(self.strengths, reverse=True)):
                 right = self.score(validated)
                 path.setdefault(strength, []).append((right, solution, self.classes_))
                 steps = max(steps, solution.newton_steps)
@@ -58,22 +64,21 @@ class LinearProbe(ProbabilityProbe):
         self.strength_ = max(self.path_, key=self.path_.get)  # the strongest of equals: the path begins with it
         self.n_iter_ = steps
         _, nearby, classes = path[self.strength_][-1]
-        parts = [train] if held is None else [train, held]
-        alike = np.array_equal(classes, np.unique(np.concatenate([part.labels for part in parts])))
-        for _ in self._solutions(parts, [self.strength_], (nearby.weight, nearby.bias) if alike else None):
+        alike = np.array_equal(classes, np.unique(whole.labels))
+        for _ in self._solutions(whole, [self.strength_], (nearby.weight, nearby.bias) if alike else None):
             return
 
     def _logits(self, rows):
         return (rows - self.mean_) / self.scale_ @ self.coef_.T + self.intercept_
 
-    def _solutions(self, parts, strengths, start=None):
+    def _solutions(self, split, strengths, start=None):
         """Solve for each strength in turn and take its coefficients on."""
-        self.classes_, numbers = np.unique(np.concatenate([part.labels for part in parts]), return_inverse=True)
-        mean, scale = moments(parts)
+        self.classes_, numbers = np.unique(split.labels, return_inverse=True)
+        mean, scale = moments(split)
         scale = (
             scale if self.standardize else np.ones_like(scale)
         )  # centred in any case: that changes the intercept alone
-        design = Design(parts, mean, scale, in_memory=self.in_memory)
+        design = Design(split, mean, scale, in_memory=self.in_memory)
         labels = torch.from_numpy(numbers).to(design.device)
         # With two classes scikit-learn penalises the one difference of the columns, which is half as much as both.
         strengths = {strength * (2 if len(self.classes_) == 2 else 1): strength for strength in strengths}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from concat_ensemble.feature_table import TableSplit
 from concat_ensemble.probes.design import Design, moments
 from concat_ensemble.probes.estimator import FeatureProbe
 
@@ -75,25 +76,24 @@ class RidgeProbe(FeatureProbe):
         self.in_memory = in_memory
 
     def _fit(self, train, held):
-        strengths, parts = sorted(self.strengths, reverse=True), [train] if held is None else [train, held]
-        self.path_ = {}
+        strengths, self.path_ = sorted(self.strengths, reverse=True), {}
         if held is not None:
-            eigen = self._prepared([train])
+            eigen = self._prepared(train)
             for strength in strengths:
                 self.coef_ = eigen.weight(strength).T.cpu().numpy()
                 self.path_[strength] = self.score(held)
-        eigen = self._prepared(parts)
+        eigen = self._prepared(train if held is None else TableSplit.joined([train, held]))
         if held is None:
             self.path_ = dict(zip(strengths, eigen.left_out(strengths), strict=True))
         self.strength_ = max(self.path_, key=self.path_.get)  # the strongest of equals
         self.coef_ = eigen.weight(self.strength_).T.cpu().numpy()
 
-    def _prepared(self, parts):
-        self.classes_, numbers = np.unique(np.concatenate([part.labels for part in parts]), return_inverse=True)
-        self.mean_, self.scale_ = moments(parts)
+    def _prepared(self, split):
+        self.classes_, numbers = np.unique(split.labels, return_inverse=True)
+        self.mean_, self.scale_ = moments(split)
         if not self.standardize:
             self.scale_ = np.ones_like(self.scale_)
-        eigen = _Eigen(Design(parts, self.mean_, self.scale_, in_memory=self.in_memory), numbers, len(self.classes_))
+        eigen = _Eigen(Design(split, self.mean_, self.scale_, in_memory=self.in_memory), numbers, len(self.classes_))
         self.intercept_ = eigen.shares.cpu().numpy()
         return eigen
 

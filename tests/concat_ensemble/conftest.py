@@ -5,6 +5,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 # Before anything of Hugging Face is imported: no network, and no traces in the user's own cache.
@@ -21,7 +22,8 @@ from PIL import Image as PILImage
 from threadpoolctl import threadpool_limits
 
 from concat_ensemble import assemble, extract_features, load_data
-from concat_ensemble.results import Results, Row, Run
+from concat_ensemble.command_line import main
+from concat_ensemble.results import Results, Row, Run, packed
 
 torch.set_num_threads(1)
 threadpool_limits(1)  # threads that wait for each other make tiny problems ten times slower on a busy machine
@@ -90,9 +92,10 @@ def study():
         rows = []
         for n, (name, shares) in enumerate(top1.items()):
             kind = "ensemble" if n == 0 else "control" if name in ("untrained members", "raw pixels") else "baseline"
-            runs = [
-                Run(seed, {"top1": share, "macro_f1": share / 2}, 0.1, 50, 100) for seed, share in enumerate(shares)
-            ]
+            runs = []
+            for seed, share in enumerate(shares):
+                right = np.random.default_rng(n).permutation(100) < round(100 * share)
+                runs.append(Run(seed, {"top1": share, "macro_f1": share / 2}, 0.1, 50, 100, right=packed(right)))
             rows.append(Row(name, kind, width=32, num_members=2 if n == 0 else 1, steps=20, runs=runs))
         dataset = {"name": "digits", "classes": [5, 6], "test_images": 100, "seed": 0} | (dataset or {})
         return Results(
@@ -111,3 +114,47 @@ def study():
 def splits(images):
     """Both splits named; the classes a and b in each."""
     return DatasetDict(train=images(["b", "a"] * 20), test=images(["b", "a"] * 10, seed=1))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """`run(*words)`: exit code, stdout and stderr of the command, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["concat-ensemble", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """`contents(folder)`: every file below and its bytes; a folder without any has None."""
+
+    def contents(folder):
+        return {
+            str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))
+        }
+
+    return contents
+
+
+@pytest.fixture
+def refused(run, contents, tmp_path):
+    """Run a command that must exit with 2, say one line with all of `said` on stderr, and leave every file as it was."""
+
+    def refused(words, *said):
+        before = contents(tmp_path)
+        code, out, err = run(*words)
+        assert code == 2, err
+        assert len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
+        assert not [text for text in said if text not in err], err
+        assert out == "" and "Traceback" not in err
+        assert contents(tmp_path) == before, "something was written"
+
+    return refused

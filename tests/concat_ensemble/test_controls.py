@@ -5,8 +5,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel, load_data
-from concat_ensemble.controls import narrowed, pixel_table, untrained_like
-from concat_ensemble.feature_table import FeatureTable
+from concat_ensemble.controls import pixel_table, untrained_like
 
 
 def weights(model):
@@ -31,48 +30,6 @@ def test_untrained_members_can_be_had_of_a_part_and_of_a_classifier(ensemble, fo
     assert untrained_like(part, 0).config.num_features == 16
     config = type(ensemble.config)(members=ensemble.config.members, num_labels=3)
     assert untrained_like(ConcatEnsembleForImageClassification(config), 0).config.num_features == 32
-
-
-@pytest.fixture
-def wide():
-    """Ten training, five validation and four test rows of two blocks, the columns of very different sizes."""
-    rng = np.random.default_rng(0)
-    mix = rng.normal(size=(6, 6))
-    blocks, labels = {}, {}
-    for kind, number in {"train": 10, "validation": 5, "test": 4}.items():
-        rows = (rng.normal(size=(number, 6)) @ mix * 10.0 ** np.arange(6) + 3).astype(np.float32)
-        blocks[kind], labels[kind] = [rows[:, :2], rows[:, 2:]], np.arange(number) % 2
-    return FeatureTable(blocks, labels, ["a", "b"])
-
-
-def test_narrowed_is_pca_of_the_standardised_training_half(wide):
-    fitted = np.vstack([wide["train"].features, wide["validation"].features]).astype(np.float64)
-    standard = {kind: (wide[kind].features - fitted.mean(0)) / fitted.std(0) for kind in wide}
-    directions = np.linalg.svd(np.vstack([standard["train"], standard["validation"]]), full_matrices=False)[2][:3]
-    table = narrowed(wide, 3)
-    assert table.widths == [3] and table.class_names == ["a", "b"] and list(table) == ["train", "validation", "test"]
-    for kind in table:
-        # up to the sign of each direction
-        np.testing.assert_allclose(
-            np.abs(table[kind].features), np.abs(standard[kind] @ directions.T), rtol=1e-3, atol=1e-4
-        )
-        assert table[kind].labels.tolist() == wide[kind].labels.tolist()
-
-
-def test_narrowed_learns_nothing_from_the_test_rows(wide):
-    other = FeatureTable(
-        wide.blocks | {"test": [block * 100 + 7 for block in wide.blocks["test"]]}, wide.labels, wide.class_names
-    )
-    assert np.array_equal(narrowed(wide, 3)["train"].features, narrowed(other, 3)["train"].features)
-
-
-def test_narrowed_to_its_own_width_keeps_all_distances(wide):
-    table = narrowed(wide, 6)
-    fitted = np.vstack([wide["train"].features, wide["validation"].features])
-    standard = (wide["test"].features - fitted.mean(0)) / fitted.std(0)
-    apart = [np.linalg.norm(rows[0] - rows[3]) for rows in (table["test"].features, standard)]
-    assert apart[0] == pytest.approx(apart[1], rel=1e-4)
-    assert narrowed(wide, 50).widths == [6], "no wider than the table"
 
 
 def in_memory(*arrays):

@@ -99,19 +99,17 @@ def test_tables_are_whole_with_a_cell_for_every_column(repeats, card):
     assert [len(row) for row in members] == [10, 10, 10], "a heading and two members"
     assert len(studies) == 2
     for table in studies:
-        assert [len(row) for row in table] == [5 + repeats] * 5, (
-            "a heading and four rows; repeats add the paired difference"
-        )
+        assert [len(row) for row in table] == [8] * 5, "a heading and four rows"
     pipes = [line for line in text.splitlines() if line.startswith("|")]
     assert len(pipes) == 4 + 2 * 6, "no line of a table lies outside of it"
 
 
 def test_the_numbers_of_the_table_are_those_of_the_results(card):
-    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5."""
+    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5, t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
     text, _ = card({"digits": REPEATS})
     _, first, second, *_ = tables(text)[1]
-    assert first == ["**pair**", "2", "32", "20", "85.0", "21.5 to 148.5", ""]
-    assert second == ["one", "1", "32", "20", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]"]
+    assert first == ["**pair**", "2", "32", "20", "85.0", "21.5 to 148.5", "", ""]
+    assert second == ["one", "1", "32", "20", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]", "0.126"]
 
 
 def test_members_are_shown_with_their_provenance(card, ensemble):
@@ -182,7 +180,7 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
         ({"pair": [0.9, 0.91], "one": [0.7, 0.71]}, "pair is 20.0 points above one."),
         ({"pair": [0.7, 0.71], "one": [0.9, 0.91]}, "pair is 20.0 points below one."),
         ({"pair": [0.8, 0.9], "one": [0.9, 0.7]}, "5.0 points above one (not beyond chance)"),
-        ({"pair": [0.5], "one": [0.45]}, "5.0 points above one (the intervals overlap)"),
+        ({"pair": [0.5], "one": [0.45]}, "5.0 points above one (not beyond chance)"),
         ({"pair": [0.9], "one": [0.5]}, "40.0 points above one."),
         ({"pair": [0.9], "raw pixels": [0.86]}, "Raw pixels do about as well, so this dataset does not show"),
         ({"pair": [0.9], "untrained members": [0.95], "raw pixels": [0.2]}, "Untrained members do about as well"),

@@ -12,9 +12,10 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.controls import narrowed, pixel_table
+from concat_ensemble.controls import pixel_table
 from concat_ensemble.data import class_names, open_image
 from concat_ensemble.probing import probe_ensemble, with_head
+from concat_ensemble.projection import principal_projection
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def test_rows_are_the_ensemble_its_parts_and_all_controls(found):
         ("trio, member 0 alone", "member", 16, 1),
         ("trio, member 1 alone", "member", 16, 1),
         ("trio, member 2 alone", "member", 24, 1),
-        ("trio, PCA to 24", "control", 24, 3),
+        ("trio, PCA to 24", "narrowed", 24, 3),
+        ("trio, random projection to 24", "narrowed", 24, 3),
         ("one", "baseline", 16, 1),
         ("untrained members", "control", 56, 3),
         ("raw pixels", "control", 64, 0),
@@ -53,7 +55,7 @@ def test_every_accuracy_is_that_of_its_own_features(found, trio, digits):
         "trio": (table, True),
         "trio, first 2": (table.members([0, 1]), True),
         "trio, member 2 alone": (table.members([2]), True),
-        "trio, PCA to 24": (narrowed(table, 24), False),
+        "trio, PCA to 24": (principal_projection(table, 24)(table), False),
         "raw pixels": (pixel_table(digits, "L"), True),
     }
     for name, (features, standardize) in tables.items():
@@ -95,7 +97,7 @@ def test_the_head_predicts_what_the_probe_does(found, trio, digits, tmp_path):
     processor = ConcatEnsembleImageProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
         output = model(**processor([open_image(digits["test"], n) for n in range(30)]))
-    expected = probe.decision_function(output.pooler_output.numpy())
+    expected = probe.logits(output.pooler_output.numpy())
     np.testing.assert_allclose(output.logits.numpy(), expected, atol=2e-3)
     assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from concat_ensemble.results import Results, Row, Run
+from concat_ensemble.results import Results, Row, Run, packed
 
 
 def test_mean_and_students_interval_by_hand(study):
@@ -20,12 +20,31 @@ def test_one_repeat_has_wilsons_interval(study):
 def test_difference_is_paired(study):
     """0.1, 0.2, 0.3 repeat by repeat, though each row moves by far more."""
     results = study(pair=[0.5, 0.9, 0.7], other=[0.4, 0.7, 0.4])
-    mean, interval = results.difference("pair", "other")
+    mean, interval, p = results.difference("pair", "other")
     assert mean == pytest.approx(0.2) and interval == pytest.approx((0.2 - 0.248414, 0.2 + 0.248414), abs=1e-6)
+    assert p == pytest.approx(0.0742, abs=1e-4), "t = 0.2 / (0.1 / sqrt 3) = 3.4641: p = 1 - t / sqrt(t^2 + 2)"
     assert results.difference("other", "pair")[0] == pytest.approx(-0.2)
-    assert study(pair=[0.5], other=[0.4]).difference("pair", "other")[1] == (-np.inf, np.inf), (
-        "one repeat says nothing of chance"
-    )
+
+
+def test_one_repeat_is_paired_image_by_image():
+    """Of ten images the first gets 0 to 7 right, the second 0, 1, 8: six won, one lost. McNemar: 2 * (1 + 7) / 2^7."""
+    runs = [Run(0, {"top1": n / 10}, 0.1, 50, 10, right=packed(np.isin(np.arange(10), which)))
+            for n, which in ((8, range(8)), (3, [0, 1, 8]))]  # fmt: skip
+    rows = [Row(name, "ensemble", 4, runs=[run]) for name, run in zip("ab", runs, strict=True)]
+    results = Results("a", {}, {}, rows)
+    mean, (low, high), p = results.difference("a", "b")
+    assert mean == pytest.approx(0.5) and p == pytest.approx(16 / 128)
+    assert low <= 0.5 <= high and low in np.arange(-10, 11) / 10
+    for row in rows:
+        row.runs[0].right = ""
+    assert results.difference("a", "b")[1:] == ((-np.inf, np.inf), 1.0), "an older file does not say which images"
+
+
+def test_the_deviation_over_draws_is_that_of_the_draws(study):
+    results = study(pair=[0.5, 0.6])
+    assert results["pair"].draw_deviation is None
+    results["pair"].runs[0].draws, results["pair"].runs[1].draws = [0.4, 0.5, 0.6], [0.5, 0.5, 0.5]
+    assert results["pair"].draw_deviation == pytest.approx((0.01 / 2) ** 0.5), "variances 0.01 and 0"
 
 
 def test_comes_back_from_its_file_as_it_was(study, tmp_path):
