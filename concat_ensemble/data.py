@@ -19,7 +19,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from sklearn.model_selection import train_test_split
@@ -67,9 +67,9 @@ def load_data(
         classes: Keep these, by number or name; labels are then renumbered from 0 in the order of the dataset's
             classes.
         train_split, validation_split, test_split: Names of the splits, in `datasets` syntax; found by common names
-            when left out. A missing test split is `test_size` of the training split; where there is a validation split
-            but no test split, that one is the test. A missing validation split is `validation_size` of what is left to
-            train on. Both cuts are stratified and drawn by `seed`.
+            among those not named when left out. A missing test split is `test_size` of the training split; where there
+            is a validation split but no test split, that one is the test. A missing validation split is
+            `validation_size` of what is left to train on. Both cuts are stratified and drawn by `seed`.
         limit: Keep at most this many images of each split, drawn by `seed`.
         seed: Of the cuts, the limit, and the placement of scattered digits.
 
@@ -84,10 +84,9 @@ def load_data(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1.")
     loaded = _load(name, config, revision, seed)
-    splits = {
-        kind: _pick_split(loaded, kind, asked)
-        for kind, asked in (("train", train_split), ("validation", validation_split), ("test", test_split))
-    }
+    asked = {"train": train_split, "validation": validation_split, "test": test_split}
+    taken = {split.partition("[")[0] for split in asked.values() if split}  # not to be found again by a common name
+    splits = {kind: _pick_split(loaded, kind, split, taken) for kind, split in asked.items()}
     if splits["train"] is None:
         raise ValueError(f"no training split among {sorted(loaded)}; name it with train_split.")
     for kind, split in splits.items():
@@ -225,7 +224,7 @@ def _load(name, config, revision, seed) -> dict[str, Dataset]:
             f"no dataset {str(name)!r}: it is neither {' nor '.join(EMBEDDED)}, nor a path here, and the Hub does not give it "
             f"({first_line(error)})."
         ) from error
-    except (FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
+    except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load dataset {str(name)!r}: {first_line(error)}") from error
     return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
@@ -267,11 +266,12 @@ def _data_files(path: Path, builder: str) -> str | dict[str, str]:
     return by_split
 
 
-def _pick_split(loaded: dict[str, Dataset], kind: str, asked: str | None) -> Dataset | None:
+def _pick_split(loaded: dict[str, Dataset], kind: str, asked: str | None, taken: set[str]) -> Dataset | None:
     if asked is None:
-        found = [name for name in loaded if name in SPLIT_NAMES[kind]] or (
-            [next(iter(loaded))] if kind == "train" and len(loaded) == 1 else []
-        )
+        free = [name for name in loaded if name not in taken]
+        found = [name for name in free if name in SPLIT_NAMES[kind]]
+        if not found and kind == "train" and len(loaded) == 1:
+            found = free
         return loaded[found[0]] if found else None
     base, bracket, slice_ = asked.partition("[")
     if base not in loaded:

@@ -190,6 +190,14 @@ def test_a_slice_holds_the_rows_it_names():
     assert rows(data["test"]) == [b"16", b"17", b"18", b"19"]
 
 
+def test_a_split_named_for_the_test_is_not_found_again_by_its_common_name():
+    named = DatasetDict(train=numbered([0, 1] * 10), validation=numbered([0, 1] * 5), test=numbered([0, 1] * 3))
+    data = load_data(named, test_split="validation")
+    assert {kind: len(split) for kind, split in data.items()} == {"train": 16, "validation": 4, "test": 10}
+    with pytest.raises(ValueError, match=r"no training split among \['train'\]; name it with train_split"):
+        load_data(numbered([0, 1] * 10), test_split="train[:50%]")
+
+
 def test_limit_keeps_the_same_few_images_of_each_split():
     order = [0, 1] * 50
     whole, ten, five = (load_data(numbered(order), limit=limit) for limit in (None, 10, 5))
@@ -522,6 +530,15 @@ def test_a_file_of_another_kind_is_named(name, message, tmp_path):
     (tmp_path / name).write_text("only text")
     with pytest.raises(ValueError, match=message):
         load_data(tmp_path / name)
+
+
+def test_a_damaged_parquet_file_is_named(splits, tmp_path):
+    """Whole at its end, where the columns stand, and not within."""
+    splits["train"].to_parquet(tmp_path / "x.parquet")
+    whole = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(whole[:40] + b"\xff" * 200 + whole[240:])
+    with pytest.raises(ValueError, match=r"cannot load dataset .*x\.parquet"):
+        load_data(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("prefix", ["", "parquet:", "imagefolder:"])
