@@ -1,4 +1,4 @@
-"""What `pip install` brings: one top-level name, with the Hub payload and the card's template in it."""
+"""What `pip install` brings: one top-level name, with the Hub payload, the card's template and the recipes in it."""
 
 import os
 import shutil
@@ -43,12 +43,13 @@ def test_it_has_one_top_level_name(wheel):
         )
 
 
-def test_it_holds_every_source_file_and_the_template(wheel):
+def test_it_holds_every_source_file_the_template_and_the_recipes(wheel):
     expected = {
         f"concat_ensemble/{path.relative_to(ROOT / 'concat_ensemble')}" for path in ROOT.glob("concat_ensemble/**/*.py")
     }
     expected |= {f"concat_ensemble/modeling/{path.name}" for path in ROOT.glob("modeling/*.py")}
     expected |= {f"concat_ensemble/{path.name}" for path in ROOT.glob("concat_ensemble/*.jinja")}
+    expected |= {f"concat_ensemble/recipes/{path.name}" for path in ROOT.glob("concat_ensemble/recipes/*.yaml")}
     assert len(expected) >= 15
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if name.startswith("concat_ensemble/")} == expected
