@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Subset:
     top1: float
     strength: float
     cost: Cost
-    right: np.ndarray = field(repr=False)  # (N,) bool, per held-out image
+    right: np.ndarray = field(repr=False, compare=False)  # (N,) bool, per held-out image
 
     def __post_init__(self):
         self.members = tuple(self.members)
@@ -61,7 +61,8 @@ class Contribution:
     """What a member adds, in shares of top-1, each with its 95% bootstrap interval over the held-out images."""
 
     member: int
-    gain: float  # of all members over all others
+    chosen: bool
+    gain: float  # of the chosen members with it over those without it
     gain_interval: tuple[float, float]
     shapley: (
         float | None
@@ -70,9 +71,8 @@ class Contribution:
 
     @property
     def advice(self) -> str:
-        if self.gain_interval[0] > 0:
-            return "keep"
-        return "drop" if self.gain < NEGLIGIBLE else "not sure"
+        sure = self.gain_interval[0] > 0
+        return ("keep" if sure else "not sure") if self.chosen else ("beyond the budget" if sure else "drop")
 
 
 @dataclass
@@ -106,10 +106,13 @@ class Selection:
         sentences = []
         for found in self.contributions if len(self.names) > 1 else []:
             low, high = (100 * bound for bound in found.gain_interval)
-            what = {"keep": "Keep", "drop": "Drop", "not sure": "Not sure about"}[found.advice]
+            what = {"beyond the budget": "No budget for", "not sure": "Not sure about"}.get(
+                found.advice, found.advice.title()
+            )
+            others = "+".join(str(k) for k in self.best if k != found.member)
+            to = f"to {others} it adds" if others else "alone it does better than guessing by"
             sentences.append(
-                f"{what} member {found.member} ({self.names[found.member]}): to all others it adds {100 * found.gain:.1f} "
-                f"points [{low:.1f}, {high:.1f}]."
+                f"{what} member {found.member} ({self.names[found.member]}): {to} {100 * found.gain:.1f} points [{low:.1f}, {high:.1f}]."
             )
         alike = [(self.similarity[a][b], a, b) for a in range(len(self.names)) for b in range(a)]
         if alike:
@@ -189,9 +192,8 @@ def select_members(
     while len(chain[-1]) < count:  # greedy
         left = [k for k in everyone if k not in chain[-1]]
         chain.append((*chain[-1], max(left, key=lambda k: probe((*chain[-1], k)).top1)))
-    for k in everyone:
-        probe(everyone[:k] or everyone)
-        probe([other for other in everyone if other != k] or everyone)
+    for k in everyone:  # prefixes
+        probe(everyone[: k + 1])
 
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), BOOTSTRAP) / len(labels)
@@ -200,29 +202,6 @@ def select_members(
         """95%, of the mean of a difference (N,) over redrawn images."""
         low, high = np.percentile(weights @ right, [2.5, 97.5])
         return float(low), float(high)
-
-    commonest = [np.unique(fitted.labels, return_counts=True) for fitted, _ in cuts]
-    guess = [
-        held.labels == names_[counts.argmax()] for (names_, counts), (_, held) in zip(commonest, cuts, strict=True)
-    ]
-    right = {(): np.concatenate(guess).astype(float)} | {
-        members: s.right.astype(float) for members, s in probed.items()
-    }
-    contributions = []
-    for k in everyone:
-        gain = right[everyone] - right[tuple(other for other in everyone if other != k)]
-        shapley = _shapley(right, count, k) if exhaustive else None
-        contributions.append(
-            Contribution(
-                k,
-                float(gain.mean()),
-                interval(gain),
-                None if shapley is None else float(shapley.mean()),
-                None if shapley is None else interval(shapley),
-            )
-        )
-    gains = [right[tuple(sorted(after))] - right[tuple(sorted(before))] for before, after in itertools.pairwise(chain)]
-    order = [(chain[n + 1][-1], float(gain.mean()), interval(gain)) for n, gain in enumerate(gains)]
 
     affordable = [s for s in probed.values() if _within(s, max_members, max_gflops, max_parameters)]
     if not affordable:
@@ -237,7 +216,32 @@ def select_members(
         within_error = lost.mean() <= lost.std() / math.sqrt(len(lost))
         return within_error or (lost.mean() < NEGLIGIBLE and interval(lost)[0] <= 0)
 
-    best = min(filter(as_good, affordable), key=lambda s: (s.cost.gflops, -s.top1))
+    best = min(filter(as_good, affordable), key=lambda s: (s.cost.gflops, -s.top1)).members
+
+    commonest = [np.unique(fitted.labels, return_counts=True) for fitted, _ in cuts]
+    guess = [held.labels == kinds[counts.argmax()] for (kinds, counts), (_, held) in zip(commonest, cuts, strict=True)]
+    nothing = np.concatenate(guess).astype(float)
+
+    def right(members) -> np.ndarray:
+        return probe(members).right.astype(float) if members else nothing
+
+    contributions = []
+    for k in everyone:
+        without = [other for other in best if other != k]
+        gain = right([*without, k]) - right(without)
+        shapley = _shapley(right, count, k) if exhaustive else None
+        contributions.append(
+            Contribution(
+                k,
+                k in best,
+                float(gain.mean()),
+                interval(gain),
+                None if shapley is None else float(shapley.mean()),
+                None if shapley is None else interval(shapley),
+            )
+        )
+    gains = [right(after) - right(before) for before, after in itertools.pairwise(chain)]
+    order = [(chain[n + 1][-1], float(gain.mean()), interval(gain)) for n, gain in enumerate(gains)]
     return Selection(
         names=list(names),
         widths=table.widths,
@@ -245,7 +249,7 @@ def select_members(
         subsets=sorted(probed.values(), key=lambda s: (-s.top1, s.cost.gflops)),
         contributions=contributions,
         similarity=scorers[0].similarity(),
-        best=best.members,
+        best=best,
         order=order,
         n_train=len(cuts[0][0]),
         n_held=len(labels),
@@ -338,14 +342,14 @@ def _work(widths: Sequence[int], members: Sequence[int], rows: int) -> float:
     return min(rows, sum(widths[k] for k in members)) ** 3 / 3
 
 
-def _shapley(right: dict[tuple[int, ...], np.ndarray], count: int, k: int) -> np.ndarray:
+def _shapley(right: Callable[[Sequence[int]], np.ndarray], count: int, k: int) -> np.ndarray:
     """Member k's mean gain over all orders, image by image."""
     others = [other for other in range(count) if other != k]
-    total = np.zeros_like(right[()])
+    total = 0.0
     for size in range(count):
         share = 1 / (count * math.comb(count - 1, size))  # of the orders in which these are the members before k
         for before in itertools.combinations(others, size):
-            total += share * (right[tuple(sorted((*before, k)))] - right[before])
+            total = total + share * (right([*before, k]) - right(before))
     return total
 
 

@@ -70,6 +70,12 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
                     f"the table has {width} columns of members {_named(keys)}; this probe was fitted on "
                     f"{self.n_features_in_} of {_named(self.table_keys_)}."
                 )
+            for start in range(0, len(X), CHUNK):
+                bad = np.flatnonzero(~np.isfinite(X.rows(slice(start, start + CHUNK))).all(axis=1))
+                if len(bad):
+                    raise ValueError(
+                        f"the features of row {start + bad[0]} hold NaN or infinity; leave it out, or extract in float32."
+                    )
             return X
         shape = getattr(y, "shape", ())
         if len(shape) == 2 and shape[1] > 1:
