@@ -13,14 +13,17 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
     ConcatEnsembleModel,
 )
-from concat_ensemble.probes import LinearProbe, RidgeProbe
+from concat_ensemble.probes import KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe
 
 __all__ = [
     "ConcatEnsembleConfig",
     "ConcatEnsembleForImageClassification",
     "ConcatEnsembleImageProcessor",
     "ConcatEnsembleModel",
+    "KNNProbe",
     "LinearProbe",
+    "PrototypeProbe",
+    "ReferenceProbe",
     "RidgeProbe",
     "assemble",
     "extract_features",

@@ -5,7 +5,7 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from concat_ensemble.feature_table import TableSplit
 from concat_ensemble.probes.design import CHUNK
@@ -88,6 +88,7 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
             check_classification_targets(y)
         else:
             X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+            check_consistent_length(X, y)
         return TableSplit([X], None if y is None else np.asarray(y))
 
     def _cuts(self, train: TableSplit, held: TableSplit | None, folds: int | None = None, seed: int = 0):

@@ -1,0 +1,145 @@
+"""The votes against scikit-learn's KNeighborsClassifier, whose cosines are computed all at once."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from test_linear import clouds
+
+from concat_ensemble import KNNProbe
+from concat_ensemble.feature_table import TableSplit
+from concat_ensemble.probes.design import CHUNK
+
+
+def by_hand(X, y, k, temperature=0.07, standardize=True):
+    """What gives (N, C) shares of the votes."""
+    scaler = StandardScaler().fit(X) if standardize else StandardScaler(with_mean=False, with_std=False).fit(X)
+    votes = KNeighborsClassifier(k, metric="cosine", weights=lambda distances: np.exp((1 - distances) / temperature))
+    votes.fit(scaler.transform(X), y)
+    return lambda new: votes.predict_proba(scaler.transform(new))
+
+
+@st.composite
+def problems(draw):
+    rows, width, classes = draw(st.integers(6, 60)), draw(st.integers(2, 20)), draw(st.integers(2, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    X = rng.standard_normal((rows + 20, width)) * 10.0 ** rng.uniform(-1, 1, width) + rng.uniform(0, 2)
+    y = np.concatenate([np.arange(2), rng.integers(0, classes, rows - 2)])
+    return X[:rows], y, X[rows:], draw(st.integers(1, rows)), draw(st.sampled_from([0.07, 0.5])), draw(st.booleans())
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_equals_scikit_learn(problem):
+    X, y, new, k, temperature, standardize = problem
+    probe = KNNProbe((k,), temperature, standardize).fit(X, y)
+    expected = by_hand(X, y, k, temperature, standardize)(new)
+    np.testing.assert_allclose(probe.predict_proba(new), expected, atol=1e-9)
+
+
+def test_k_is_chosen_on_validation_rows_and_all_rows_vote_afterwards():
+    (X, y), (X_held, y_held), (new, _) = (clouds(n, spread=2, seed=n) for n in (60, 40, 30))
+    probe = KNNProbe(ks=(20, 1, 5)).fit(X, y, validation=(X_held, y_held))
+    path = {k: np.mean(by_hand(X, y, k)(X_held).argmax(1) == y_held) for k in (20, 5, 1)}
+    assert probe.path_ == pytest.approx(path) and len(set(path.values())) > 1
+    assert probe.k_ == max(path, key=path.get)
+    everything = by_hand(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.k_)
+    np.testing.assert_allclose(probe.predict_proba(new), everything(new), atol=1e-9)
+
+
+def test_the_largest_of_equals_is_chosen():
+    X, y = clouds(60, spread=0.01)
+    probe = KNNProbe(ks=(1, 5, 10)).fit(X, y)
+    assert set(probe.path_.values()) == {1.0} and probe.k_ == 10
+
+
+def test_more_neighbours_than_rows_are_all_rows():
+    X, y = clouds(12)
+    np.testing.assert_allclose(KNNProbe((50,)).fit(X, y).predict_proba(X), by_hand(X, y, 12)(X), atol=1e-9)
+
+
+def test_a_class_without_votes_has_a_finite_score():
+    X, y = clouds(60)
+    probe = KNNProbe((1,), temperature=0.01).fit(X, y)
+    assert np.isfinite(probe.logits(X)).all()
+    np.testing.assert_allclose(probe.predict_proba(X), np.eye(3)[y], atol=1e-300)  # each row is most alike itself
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_bank_of_several_chunks_streams_to_the_same_votes(dtype):
+    X, y = clouds(CHUNK + 900)
+    X = X.astype(dtype)
+    new = clouds(40, seed=1)[0].astype(dtype)
+    probes = [KNNProbe((10,), in_memory=kept).fit(X, y) for kept in (True, False)]
+    np.testing.assert_array_equal(probes[0].logits(new), probes[1].logits(new))
+    np.testing.assert_allclose(probes[0].predict_proba(new), by_hand(X, y, 10)(new), atol=1e-5)
+
+
+def test_queries_of_several_chunks():
+    (X, y), (new, _) = clouds(60), clouds(CHUNK + 60, seed=1)
+    kept, read = (KNNProbe((5,), in_memory=in_memory).fit(X, y).logits(new) for in_memory in (True, False))
+    np.testing.assert_array_equal(kept, read)
+    np.testing.assert_array_equal(kept[-60:], KNNProbe((5,)).fit(X, y).logits(new[-60:]))
+
+
+def test_float16_and_mapped_table_splits_are_as_arrays(tmp_path):
+    X, y = clouds(80)
+    half = X.astype(np.float16)
+    np.save(tmp_path / "block.npy", half[:, 4:])
+    blocks = [half[:, :4], np.load(tmp_path / "block.npy", mmap_mode="r")]
+    split = TableSplit(blocks, y)
+    probe = KNNProbe().fit(split.take(np.arange(50)), validation=split.take(np.arange(50, 80)))
+    single = half.astype(np.float32)
+    plain = KNNProbe().fit(single[:50], y[:50], validation=(single[50:], y[50:]))
+    np.testing.assert_array_equal(probe.logits(split), plain.logits(single))
+    assert probe.path_ == plain.path_ and probe.score(split) == plain.score(single, y)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(probe)).logits(split), probe.logits(split))
+
+
+def test_a_member_of_large_features_does_not_decide_alone():
+    (X, y), (new, _) = clouds(60), clouds(30, seed=1)
+    loud, loud_new = X * ([1e9] * 3 + [1] * 3), new * ([1e9] * 3 + [1] * 3)
+    kept = KNNProbe((5,)).fit(X, y).predict_proba(new)
+    np.testing.assert_allclose(KNNProbe((5,)).fit(loud, y).predict_proba(loud_new), kept, atol=1e-9)
+    drowned = KNNProbe((5,), standardize=False).fit(loud, y).predict_proba(loud_new)
+    alone = KNNProbe((5,), standardize=False).fit(X[:, :3], y).predict_proba(new[:, :3])
+    np.testing.assert_allclose(drowned, alone, atol=1e-4)
+
+
+def test_without_validation_a_fifth_is_held_out_by_the_seed():
+    X, y = clouds(60, spread=3)
+    first, again = KNNProbe(seed=1).fit(X, y), KNNProbe(seed=1).fit(X, y)
+    assert first.path_ == again.path_ and np.array_equal(first.logits(X), again.logits(X))
+    assert any(KNNProbe(seed=seed).fit(X, y).path_ != first.path_ for seed in (2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"ks": (0, 5)}, r"ks=\(0, 5\)"), ({"ks": ()}, r"ks=\(\)"), ({"temperature": 0}, "temperature=0 must be above 0")],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        KNNProbe(**settings).fit(*clouds(30))
+
+
+def test_validation_labels_of_another_number_are_refused():
+    X, y = clouds(30)
+    with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[10, 11\]"):
+        KNNProbe().fit(X[:20], y[:20], validation=(X[20:], y[:11]))
+
+
+def test_nan_in_a_table_is_refused():
+    X, y = clouds(30)
+    X[3, 2] = np.nan
+    with pytest.raises(ValueError, match="row 3"):
+        KNNProbe().fit(TableSplit([X], y))
+
+
+@parametrize_with_checks([KNNProbe(), KNNProbe(standardize=False)])
+def test_keeps_scikit_learns_contract(estimator, check):
+    check(estimator)
