@@ -12,7 +12,7 @@ check: .venv/installed   ## lint and formatting
 	.venv/bin/ruff check && .venv/bin/ruff format --check
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test]'
+	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,export]'
 	@touch $@
 
 .PHONY: help demo test check
