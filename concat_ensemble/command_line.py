@@ -6,8 +6,10 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -73,12 +75,17 @@ def build(
 
 @app.command()
 def probe(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Folder or Hub id of an ensemble, or anything that build takes as a member.")
     ],
     dataset: Annotated[
         str, typer.Option(help="digits, scattered-digits, a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.")
     ] = "scattered-digits",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="A well-known dataset as it is customary, such as cifar100; may be repeated for one table."),
+    ] = None,
     config: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
     classes: Annotated[str | None, typer.Option(help="Keep these: 0,1,2 or 5-9 or names.")] = None,
@@ -108,67 +115,61 @@ def probe(
     """Fit linear probes on an ensemble, its members, what it is compared with, and the controls.
 
     concat-ensemble probe two-resnets --dataset uoft-cs/cifar100 --label-column fine_label --limit 5000
-    """
-    from concat_ensemble.data import class_names, load_data
-    from concat_ensemble.model_card import RESULTS, write_card
-    from concat_ensemble.probing import members_sha256, probe_ensemble, with_head
-    from concat_ensemble.results import Results
 
-    folder, name = Path(model), Path(model).name
+    concat-ensemble probe two-resnets --recipe cifar100 --recipe flowers102 --limit 5000
+    """
+    from concat_ensemble.data import load_data
+    from concat_ensemble.model_card import RESULTS
+    from concat_ensemble.recipes import dataset_recipe
+
+    folder = Path(model)
     is_local = (folder / "config.json").is_file()
+    drawn = {"limit": limit, "seed": seed}
     naming = {
         "config": config, "revision": revision, "image_column": image_column, "label_column": label_column,
         "classes": _classes(classes), "train_split": train_split, "validation_split": validation_split,
-        "test_split": test_split, "test_size": test_size, "limit": limit, "seed": seed,
+        "test_split": test_split, "test_size": test_size,
     }  # fmt: skip
-    words = [dataset, config, classes and f"classes-{classes}", limit and f"limit-{limit}"]
-    slug = re.sub(r"[^a-z0-9]+", "-", "-".join(filter(None, words)).lower()).strip("-")
-    path = output or (folder if is_local else Path()) / RESULTS / f"{slug}.json"
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
+    if recipe:
+        _refuse_beside(context, "--recipe", ["dataset", *naming])
+        recipes = [dataset_recipe(name) for name in dict.fromkeys(recipe)]
+        studies = {known.recipe: (known.described | drawn, partial(known.load, **drawn)) for known in recipes}
+    else:
+        asked = {"name": dataset, **naming, **drawn}
+        words = [dataset, config, classes and f"classes-{classes}"]
+        studies = {"-".join(filter(None, words)): (asked, partial(load_data, **asked))}
+    if len(studies) > 1:
+        _refuse_beside(context, "more than one --recipe", ["output", "save_head"])
     if save_head and not is_local:
         raise ValueError(f"--save-head writes into the ensemble's folder, and {model} is not a folder here.")
     names = [Path(other).name for other in baseline or []]
-    if len({name, *names}) <= len(names):
-        raise ValueError(f"--baseline {' and '.join(names)} beside {name}: they share a name; rename a folder.")
+    if len({folder.name, *names}) <= len(names):
+        raise ValueError(f"--baseline {' and '.join(names)} beside {folder.name}: they share a name; rename a folder.")
     ensemble = _load(model, seed)
-    if path.exists() and not overwrite:
-        results = Results.load(path)
-        asked = {"name": dataset, **naming}
-        alike = results.members_sha256 == members_sha256(ensemble.config) and asked.items() <= results.dataset.items()
-        has_head = (folder / "head.safetensors").is_file()
-        if not alike or any(other not in results for other in names) or (save_head and not has_head):
-            raise ValueError(
-                f"{path} holds the results of other weights or data, or not all that is asked for; add --overwrite, or name another --output."
-            )
-        if not quiet:
-            errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
-    else:
-        _writable_parent(path)  # better known before the work than after it
-        data = load_data(dataset, **naming)
-        on_hub = "/" in dataset and not Path(dataset.partition(":")[2] or dataset).exists()
-        results, found = probe_ensemble(
-            ensemble,
-            data,
-            name=name,
-            described={"name": dataset, **naming, "test_images": len(data["test"]), "on_hub": on_hub},
-            baselines={Path(other).name: _load(other, seed) for other in baseline or []},
-            seed=seed,
-            quiet=quiet,
-            batch_size=batch_size,
-            num_workers=workers,
-        )
-        results.command = _typed()
-        results.save(path)
-        if save_head:
-            with_head(ensemble, found, class_names(data["train"])).save_pretrained(folder)
-        if is_local:
-            write_card(folder)
+    found, paths, failed = {}, {}, {}
+    for study, (asked, load) in studies.items():
+        slug = re.sub(r"[^a-z0-9]+", "-", (study + (f"-limit-{limit}" if limit else "")).lower()).strip("-")
+        path = output or (folder if is_local else Path()) / RESULTS / f"{slug}.json"
+        try:
+            found[study] = _probe_on(
+                asked, load, path, ensemble, folder, baseline or [],
+                save_head=save_head, overwrite=overwrite, quiet=quiet, batch_size=batch_size, num_workers=workers,
+            )  # fmt: skip
+            paths[study] = path
+        except (ValueError, OSError) as error:
+            if len(studies) == 1:
+                raise
+            failed[study] = error  # what the others cost is not to be lost
     if as_json:
-        sys.stdout.write(path.read_text())
-    else:
-        show(results)
-        out.print(f"results: {path}")
+        texts = [path.read_text() for path in paths.values()]
+        sys.stdout.write(texts[0] if len(studies) == 1 else f"[{','.join(texts)}]\n")
+    elif found:
+        show_recipes(found) if len(studies) > 1 else show(*found.values())
+        for path in paths.values():
+            out.print(f"results: {path}")
+    if failed:
+        told = "; ".join(f"{study}: {error}" for study, error in failed.items())
+        raise ValueError(f"{len(failed)} of {len(studies)} recipes failed: {told}")
 
 
 @app.command()
@@ -247,8 +248,28 @@ def show(results) -> None:
             mean, (low, high) = results.difference(results.rows[0].name, row.name)
             cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
         table.add_row(*cells, style="bold" if row.kind == "ensemble" else None)
-    out.print(table)
+    _print_unfolded(table)
     out.print(verdict(results).replace("**", ""))
+
+
+def show_recipes(found: dict) -> None:
+    """One table of several recipes' results, each in its own metric: the ensemble, its best member, and what they are
+    compared with.
+    """
+    columns = {}
+    for recipe, results in found.items():
+        metric = results.dataset["metric"]
+        rows = {row.name: _in_metric(row, metric) for row in results.rows if row.kind not in ("prefix", "member")}
+        members = [_in_metric(row, metric) for row in results.rows if row.kind == "member"]
+        best = {"its best member, by test": max(members)} if members else {}
+        columns[f"{recipe}\n{metric}"] = {results.ensemble: rows.pop(results.ensemble)} | best | rows
+    table = Table("", title="linear probe in %, with 95% interval", title_justify="left")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        shown = [column.get(name) for column in columns.values()]
+        table.add_row(name, *("{:.1f} [{:.1f}, {:.1f}]".format(*percent) if percent else "" for percent in shown))
+    _print_unfolded(table)
 
 
 def main() -> None:
@@ -276,6 +297,82 @@ def _be_quiet() -> None:
 
 def _typed() -> str:
     return shlex.join(["concat-ensemble", *sys.argv[1:]])
+
+
+def _probe_on(
+    asked: dict,
+    load: Callable,
+    path: Path,
+    ensemble,
+    folder: Path,
+    baselines: list[str],
+    *,
+    save_head: bool,
+    overwrite: bool,
+    quiet: bool,
+    **extraction,
+):
+    """Results on one dataset, named by `asked` and had by `load`: probed and saved to `path`, or read from there."""
+    from concat_ensemble.data import class_names
+    from concat_ensemble.model_card import write_card
+    from concat_ensemble.probing import members_sha256, probe_ensemble, with_head
+    from concat_ensemble.results import Results
+
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
+    if path.exists() and not overwrite:
+        results = Results.load(path)
+        alike = results.members_sha256 == members_sha256(ensemble.config) and asked.items() <= results.dataset.items()
+        has_head = (folder / "head.safetensors").is_file()
+        if not alike or any(Path(other).name not in results for other in baselines) or (save_head and not has_head):
+            raise ValueError(
+                f"{path} holds the results of other weights or data, or not all that is asked for; add --overwrite, or name another --output."
+            )
+        if not quiet:
+            errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
+        return results
+    _writable_parent(path)  # better known before the work than after it
+    data = load()
+    on_hub = "/" in asked["name"] and not Path(asked["name"].partition(":")[2] or asked["name"]).exists()
+    results, found = probe_ensemble(
+        ensemble,
+        data,
+        name=folder.name,
+        described=asked | {"test_images": len(data["test"]), "on_hub": on_hub},
+        baselines={Path(other).name: _load(other, asked["seed"]) for other in baselines},
+        seed=asked["seed"],
+        quiet=quiet,
+        **extraction,
+    )
+    results.command = _typed()
+    results.save(path)
+    if save_head:
+        with_head(ensemble, found, class_names(data["train"])).save_pretrained(folder)
+    if (folder / "config.json").is_file():
+        write_card(folder)
+    return results
+
+
+def _refuse_beside(context: typer.Context, what: str, parameters: list[str]) -> None:
+    given = [name for name in parameters if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if given:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{what} does not go with {options}; leave one out.")
+
+
+def _print_unfolded(table: Table) -> None:
+    """As wide as it is, also where the terminal is narrower or there is none: folded numbers cannot be read."""
+    out.print(table, width=10_000, crop=False)
+
+
+def _in_metric(row, metric: str) -> list[float]:
+    """In percent, the mean over repeats and its interval: Student's over them, else over test images, which are redrawn
+    where the metric is not a share of them.
+    """
+    alike = replace(row, runs=[replace(run, metrics={"top1": run.metrics[metric]}) for run in row.runs])
+    redrawn = metric != "top1" and len(row.runs) == 1
+    interval = row.runs[0].intervals[metric] if redrawn else alike.interval
+    return [100 * share for share in (alike.mean, *interval)]
 
 
 def _classes(text: str | None) -> list[int | str] | None:

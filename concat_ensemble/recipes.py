@@ -6,13 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
 from concat_ensemble.data import class_names, load_data
 
-METRICS = ("top1", "mean_per_class")  # of `ProbeMetrics`: those whose interval `images_behind` makes possible
+METRICS = ("top1", "mean_per_class", "macro_f1")  # of `ProbeMetrics`: those that come with an interval
 NAMING = ("name", "config", "revision", "image_column", "label_column", "train_split", "validation_split", "test_split")
 _FOLDER = files("concat_ensemble") / "recipes"
 
@@ -114,16 +113,3 @@ def dataset_recipe(name: str) -> DatasetRecipe:
 def recipe_names() -> list[str]:
     """Of all recipes, sorted."""
     return sorted(file.name.removesuffix(".yaml") for file in _FOLDER.iterdir() if file.name.endswith(".yaml"))
-
-
-def images_behind(metric: str, test: Dataset) -> int:
-    """How many independent images would make top-1 as sure as `metric` is on this test split: all of them for top-1.
-
-    The mean over C classes has the variance 1/C^2 sum_c p_c (1 - p_c) / n_c: with alike p_c, that of a share of
-    C^2 / sum_c (1 / n_c) images, which are few where some classes have hardly any.
-    """
-    if metric == "top1":
-        return len(test)
-    counts = np.bincount(test["label"][:])
-    counts = counts[counts > 0]
-    return round(len(counts) ** 2 / (1 / counts).sum())

@@ -19,51 +19,11 @@ from timm.models import save_for_hf
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import LinearProbe, assemble, extract_features
-from concat_ensemble.command_line import main
 from concat_ensemble.results import Results
 
 PROGRAM = Path(sys.executable).with_name("concat-ensemble")
 DIGITS = ["--dataset", "digits", "--classes", "0-2", "--limit", "30"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """`run(*words)`: exit code, stdout and stderr of the command, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["concat-ensemble", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return run
-
-
-def contents(folder):
-    """Every file below and its bytes; a folder without any has None."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@pytest.fixture
-def refused(run, tmp_path):
-    """Run a command that must exit with 2, say one line with all of `said` on stderr, and leave every file as it was."""
-
-    def refused(words, *said):
-        before = contents(tmp_path)
-        code, out, err = run(*words)
-        assert code == 2, err
-        assert len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
-        assert not [text for text in said if text not in err], err
-        assert out == "" and "Traceback" not in err
-        assert contents(tmp_path) == before, "something was written"
-
-    return refused
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
@@ -450,7 +410,7 @@ def interrupted(place) -> tuple[int, str]:
         os.close(terminal)
 
 
-def test_ctrl_c_ends_with_130_and_nothing_written(folder, tmp_path):
+def test_ctrl_c_ends_with_130_and_nothing_written(folder, tmp_path, contents):
     # Once in some forty runs, on a busy machine, the signal was lost in a library and the probe went on to its end.
     for attempt in range(3):
         place = tmp_path / f"attempt-{attempt}"
