@@ -187,6 +187,30 @@ def card(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="An ensemble's folder; with a head, its logits come first.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .onnx, or .pt2 for torch.export.")],
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an ensemble as one file that runs without this package, checked against PyTorch.
+
+    concat-ensemble export two-resnets --output two-resnets.onnx
+    """
+    from concat_ensemble.export import export_onnx, export_program, load_for_export
+
+    write = {".onnx": export_onnx, ".pt2": export_program}.get(output.suffix)
+    if write is None:
+        raise ValueError(f"--output {output}: name a file that ends in .onnx, or in .pt2 for torch.export.")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} is there already; add --overwrite or name another --output.")
+    _writable_parent(output)
+    write(load_for_export(folder), output)
+    if not quiet:
+        out.print(f"{output}: {output.stat().st_size / 1e6:,.1f} MB", soft_wrap=True, markup=False)
+
+
+@app.command()
 def cache(
     verify: Annotated[bool, typer.Option("--verify", help="Read every shard; damaged ones are removed.")] = False,
     prune: Annotated[int | None, typer.Option(min=0, help="Remove what was not read for this many days.")] = None,
