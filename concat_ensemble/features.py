@@ -4,6 +4,7 @@ columns of one table.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import time
@@ -28,6 +29,7 @@ from concat_ensemble.feature_table import FeatureTable
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.projection import projection_of
 
 SHARD_IMAGES = 512  # what a kill loses at most
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
@@ -46,7 +48,8 @@ def extract_features(
     store: Path | None = None,
     quiet: bool = False,
 ) -> FeatureTable:
-    """The features of a frozen model for all images of a dataset: those that were never extracted are, once.
+    """The features of a frozen model for all images of a dataset: those that were never extracted are, once. What is stored
+    are the members' own; a projection is applied when the table is read.
 
     All missing members run in one pass over the images. Under `accelerate launch` the images are shared out among the
     processes. A kill loses `SHARD_IMAGES` images at most; another process that wants the same features waits for these.
@@ -112,7 +115,7 @@ def extract_features(
     for k, block in enumerate(blocks):
         if left := block.refresh().missing(images):
             raise RuntimeError(f"{len(left)} images of member {k} were extracted and are not there; report this.")
-    return FeatureTable(
+    table = FeatureTable(
         {name: [block.rows(hashes[name]) for block in blocks] for name in dataset},
         {name: np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64) for name, split in dataset.items()},
         class_names(next(iter(dataset.values()))),
@@ -120,6 +123,8 @@ def extract_features(
         extracted,
         extracted / (time.perf_counter() - started) if extracted else None,
     )
+    projected = _is_ensemble(model) and model.config.projection_dim is not None
+    return projection_of(model)(table) if projected else table
 
 
 def _keys(model: nn.Module, processor, compute: torch.dtype, storage: torch.dtype) -> list[str]:
@@ -191,6 +196,8 @@ def _run(
         pin_memory=device.type == "cuda",
     )
     bar = track(_told(loader), "features", len(batches), disable=quiet or not sys.stderr.isatty())
+    if next(part.parameters()).dtype != torch.float32:
+        part = copy.deepcopy(part).float()  # weights kept in half precision are computed with in full
     # Convolutional networks run faster in channels_last, on a CPU as on a GPU.
     part = part.eval().to(device, memory_format=torch.channels_last)
     features: list[list[torch.Tensor]] = []

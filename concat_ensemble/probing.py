@@ -15,7 +15,10 @@ from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.features import extract_features
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleForImageClassification,
+    ConcatEnsembleModel,
+)
 from concat_ensemble.probes import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics, bootstrap_intervals
 from concat_ensemble.projection import principal_projection, random_projection
@@ -55,12 +58,14 @@ def probe_ensemble(
     table = extract_features(model, dataset, quiet=quiet, **extraction)
     extracted = time.perf_counter()
     candidates = list(_candidates(model, table, name, seed))
+    if model.config.projection_dim is not None:
+        baselines = {f"{name}, not projected": _unprojected(model)} | (baselines or {})
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        row = Row(other, "baseline", sum(features.widths), len(features.widths), _steps(baseline))
+        row = Row(other, "baseline", sum(features.widths), len(baseline.members), _steps(baseline))
         candidates.append((row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
-    candidates.append((Row("untrained members", "control", sum(untrained.widths), len(untrained.widths), 0), untrained))
+    candidates.append((Row("untrained members", "control", sum(untrained.widths), len(model.members), 0), untrained))
     modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
     pixels = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
     candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0), pixels))
@@ -90,7 +95,7 @@ def probe_ensemble(
 def _candidates(model: nn.Module, table: FeatureTable, name: str, seed: int) -> Iterator[tuple[Row, FeatureTable]]:
     """The ensemble, its prefixes, each member, and itself at one member's width."""
     widths, count = table.widths, len(table.widths)
-    yield Row(name, "ensemble", sum(widths), count, _steps(model)), table
+    yield Row(name, "ensemble", sum(widths), len(model.members), _steps(model)), table
     for k in range(count - 1, 1, -1):
         part = range(k)
         yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, _steps(model, part)), table.members(part)
@@ -111,12 +116,13 @@ def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatE
     config = ConcatEnsembleConfig(
         members=model.config.members,
         standardize=True,
+        projection_dim=model.config.projection_dim,
         id2label=dict(enumerate(names)),
         label2id={name: k for k, name in enumerate(names)},
     )
     with torch.device("meta"):
         classifier = ConcatEnsembleForImageClassification(config)
-    classifier.members = model.members
+    classifier.members, classifier.projection = model.members, model.projection
     classifier.classifier = nn.Linear(config.num_features, len(names))
     weight, bias = torch.zeros(len(names), config.num_features), torch.full((len(names),), NEVER)
     weight[probe.classes_], bias[probe.classes_] = (
@@ -127,6 +133,13 @@ def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatE
     head |= {"feature_mean": torch.tensor(probe.mean_).float(), "feature_scale": torch.tensor(probe.scale_).float()}
     classifier.load_state_dict(head, strict=False, assign=True)
     return classifier.eval()
+
+
+def _unprojected(model: nn.Module) -> ConcatEnsembleModel:
+    with torch.device("meta"):
+        ensemble = ConcatEnsembleModel(ConcatEnsembleConfig(members=model.config.members))
+    ensemble.members = model.members
+    return ensemble.eval()
 
 
 def members_sha256(config: ConcatEnsembleConfig) -> list[str]:

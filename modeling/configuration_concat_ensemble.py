@@ -73,6 +73,8 @@ class ConcatEnsembleConfig(PreTrainedConfig):
               `timm.data.create_transform` gives them;
             - `provenance` (`dict`): where the weights come from; shown on the card, never used to compute.
         active_members (`list[int]`, *optional*): Numbers of the members that are built; all of them when unset.
+        projection_dim (`int`, *optional*): Width of a stored linear projection of the concatenation, such as its
+            principal directions; `pooler_output` has as many columns then. It needs all members.
         standardize (`bool`): Whether a classification head first standardises the features with a stored mean and
             scale.
         initializer_range (`float`): Standard deviation of a new classification head.
@@ -97,6 +99,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     members: list[dict[str, Any]] = field(default_factory=list)
     active_members: list[int] | None = None
+    projection_dim: int | None = None
     standardize: bool = False
     initializer_range: float = 0.02
 
@@ -108,6 +111,8 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         if headless:  # else transformers gives a model without a head two labels
             self.id2label = self.label2id = None
         self.members = [_checked_member(k, member) for k, member in enumerate(self.members)]
+        if self.projection_dim is not None and (type(self.projection_dim) is not int or self.projection_dim < 1):
+            raise ValueError(f"projection_dim={self.projection_dim!r} must be a whole number above zero.")
         self.check_active_members()
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -121,6 +126,11 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         active = self.active_members
         if active is None:
             return
+        if self.projection_dim is not None:
+            raise ValueError(
+                "a projection needs all members; load some with "
+                "ConcatEnsembleModel.from_pretrained(..., active_members=[...], projection_dim=None)."
+            )
         numbers_only = isinstance(active, list | tuple) and all(type(k) is int for k in active)
         if (
             not numbers_only
@@ -139,7 +149,12 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     @property
     def num_features(self) -> int:
-        """Width of `pooler_output`: the sum over the members that are built."""
+        """Width of `pooler_output`: the projection's, or the sum over the members that are built."""
+        return self.projection_dim or self.num_member_features
+
+    @property
+    def num_member_features(self) -> int:
+        """Width of the concatenation: the sum over the members that are built."""
         return sum(self.members[k]["num_features"] for k in self.built_members)
 
     @property

@@ -29,7 +29,7 @@ from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 
 
 INDEX_NAME = "model.safetensors.index.json"
-SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
+SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -39,7 +39,7 @@ class ConcatEnsembleModelOutput(ModelOutput):
     """
     Args:
         pooler_output: (B, sum of the built members' `num_features`): the members' pooled features side by side, in
-            member order.
+            member order; (B, `projection_dim`) where the ensemble has a projection.
         member_features: One (B, `num_features`) tensor per built member, with `output_member_features=True`.
     """
 
@@ -53,7 +53,7 @@ class ConcatEnsembleImageClassifierOutput(ModelOutput):
     Args:
         loss: Scalar, with `labels`.
         logits: (B, `num_labels`).
-        pooler_output: (B, sum of `num_features`): the concatenation that the head saw, before it is standardised.
+        pooler_output: (B, sum of `num_features`, or `projection_dim`): what the head saw, before it is standardised.
         member_features: One (B, `num_features`) tensor per member, with `output_member_features=True`.
     """
 
@@ -81,6 +81,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         if not config.members:
             raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
         self.members = nn.ModuleDict({str(k): _create_member(config, k) for k in config.built_members})
+        width = config.projection_dim
+        self.projection = None if width is None else nn.Linear(config.num_member_features, width)
         self.members_frozen = False
         self._pixel_shape = config.pixel_shape
         self._member_pixels = {str(k): _pixels_of_member(config, k) for k in config.built_members}
@@ -114,6 +116,12 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
                 )
             features.append(pooled.to(pixel_values.device))
         return tuple(features)
+
+    def pool(self, features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """(B, `num_features` of the configuration): the members' features side by side, projected where there is a
+        projection."""
+        pooled = torch.cat(features, dim=1)
+        return pooled if self.projection is None else self.projection(pooled.to(self.projection.weight.dtype))
 
     def freeze_members(self, frozen: bool = True) -> None:
         """Stop (or resume) the training of the members. Frozen ones stay in evaluation mode whatever `train()` says:
@@ -193,12 +201,13 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             config = name if config is None else config
             settings = PreTrainedConfig.get_config_dict(config, **hub)[0]
             wanted = kwargs.get("active_members", settings.get("active_members"))
+            projection = kwargs.get("projection_dim", settings.get("projection_dim"))
             # Refuses bad numbers before any file is fetched.
-            ConcatEnsembleConfig(members=settings.get("members", []), active_members=wanted)
+            ConcatEnsembleConfig(members=settings.get("members", []), active_members=wanted, projection_dim=projection)
         else:
             config.check_active_members()
-            wanted = config.active_members
-        index = _index_of_members(cls, name, wanted, hub)
+            wanted, projection = config.active_members, config.projection_dim
+        index = _index_of_members(cls, name, wanted, projection is not None, hub)
         with tempfile.TemporaryDirectory() as folder:
             if index is not None:
                 (Path(folder) / hub.get("subfolder", "")).mkdir(parents=True, exist_ok=True)
@@ -212,10 +221,11 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "device_map puts members on disk, which gives wrong features; load fewer with active_members=[...] or use a smaller dtype."
             )
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("members."))
-        unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith("members."))
+        strict = ("members.", "projection.")
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(strict))
+        unexpected = sorted(key for key in info["unexpected_keys"] if key.startswith(strict))
         # with ignore_mismatched_sizes a head may change; a member's would be left as uninitialised memory
-        missing += sorted(key for key, *_ in info["mismatched_keys"] if key.startswith("members."))
+        missing += sorted(key for key, *_ in info["mismatched_keys"] if key.startswith(strict))
         if missing or unexpected:
             raise ValueError(
                 f"the weights in {name} do not fit its config: missing {_some(missing)}; unexpected {_some(unexpected)}."
@@ -269,11 +279,14 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def export_active(self) -> "ConcatEnsembleModel":
         """A whole ensemble of the built members alone, numbered from 0, without a head; it shares their weights."""
         config = ConcatEnsembleConfig(
-            members=[self.config.members[k] for k in self.config.built_members], dtype=self.dtype
+            members=[self.config.members[k] for k in self.config.built_members],
+            projection_dim=self.config.projection_dim,
+            dtype=self.dtype,
         )
         with torch.device("meta"):
             ensemble = ConcatEnsembleModel(config)
         ensemble.members = nn.ModuleDict({str(n): member for n, member in enumerate(self.members.values())})
+        ensemble.projection = self.projection
         return ensemble.train(self.training)
 
 
@@ -306,7 +319,7 @@ class ConcatEnsembleModel(ConcatEnsemblePreTrainedModel):
             output_member_features: Whether to return each member's features as well.
         """
         features = self.forward_members(pixel_values)
-        output = ConcatEnsembleModelOutput(torch.cat(features, dim=1), features if output_member_features else None)
+        output = ConcatEnsembleModelOutput(self.pool(features), features if output_member_features else None)
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
@@ -348,7 +361,7 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
             output_member_features: Whether to return each member's features as well.
         """
         features = self.forward_members(pixel_values)
-        pooled = torch.cat(features, dim=1)
+        pooled = self.pool(features)
         inputs = (pooled - self.feature_mean) / self.feature_scale if self.config.standardize else pooled
         logits = self.classifier(inputs.to(self.classifier.weight.dtype))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -487,7 +500,7 @@ def _members_on_disk(folder: Path) -> set[int]:
     return {int(match["member"]) for match in matches if match}
 
 
-def _index_of_members(cls, name, wanted: list[int] | None, hub: dict) -> dict | None:
+def _index_of_members(cls, name, wanted: list[int] | None, projected: bool, hub: dict) -> dict | None:
     """The checkpoint's index cut down to the shards that `cls` needs, with absolute paths, since transformers fetches
     every shard that an index names; None where it needs all of them or there is no index (a single
     `model.safetensors`)."""
@@ -510,7 +523,9 @@ def _index_of_members(cls, name, wanted: list[int] | None, hub: dict) -> dict | 
 
     def needed(key: str) -> bool:
         member = re.match(r"members\.(\d+)\.", key)
-        return wanted is None or int(member[1]) in wanted if member else not issubclass(cls, ConcatEnsembleModel)
+        if member:
+            return wanted is None or int(member[1]) in wanted
+        return projected if key.startswith("projection.") else not issubclass(cls, ConcatEnsembleModel)
 
     shards = sorted({shard for key, shard in index["weight_map"].items() if needed(key)})
     if not shards:
@@ -537,7 +552,8 @@ def _save_shards(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_si
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
         member = re.match(r"members\.(\d+)\.", key)
-        groups.setdefault(f"member-{int(member[1]):02d}" if member else "head", {})[key] = tensor
+        other = "projection" if key.startswith("projection.") else "head"
+        groups.setdefault(f"member-{int(member[1]):02d}" if member else other, {})[key] = tensor
     weight_map = {}
     for stem, tensors in groups.items():
         split = split_torch_state_dict_into_shards(

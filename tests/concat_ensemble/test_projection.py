@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModel, AutoModelForImageClassification
 
+from concat_ensemble import ConcatEnsembleImageProcessor, ConcatEnsembleModel, extract_features
+from concat_ensemble.data import class_names, open_image
 from concat_ensemble.feature_table import FeatureTable
-from concat_ensemble.projection import principal_projection, random_projection
+from concat_ensemble.probing import probe_ensemble, with_head
+from concat_ensemble.projection import Projection, principal_projection, random_projection, with_projection
 
 
 @pytest.fixture
@@ -61,3 +66,77 @@ def test_random_projection_keeps_distances_on_average(wide):
     assert np.array_equal(random_projection(wide, 3, 0)(wide)["test"].features, again) and not np.array_equal(
         again, other
     )
+
+
+@pytest.fixture(scope="module")
+def compressed(ensemble, digits):
+    table = extract_features(ensemble, digits, quiet=True)
+    projection = principal_projection(table, 5)
+    return with_projection(ensemble, projection), projection(table)
+
+
+def test_a_projected_ensemble_gives_the_projected_columns(compressed, ensemble, digits):
+    model, table = compressed
+    assert model.config.num_features == 5 and model.config.num_member_features == 32
+    processor = ConcatEnsembleImageProcessor.from_config(model.config)
+    pixels = processor([open_image(digits["test"], n) for n in range(4)], return_tensors="pt")
+    with torch.no_grad():
+        output = model(**pixels, output_member_features=True)
+    np.testing.assert_allclose(output.pooler_output.numpy(), table["test"].rows(slice(4)), atol=1e-3)
+    assert [member.shape[1] for member in output.member_features] == [16, 16]
+    again = extract_features(model, digits, quiet=True)
+    assert again.extracted == 0 and again.widths == [5], "the members' features are there already"
+    np.testing.assert_allclose(again["test"].features, table["test"].features, atol=1e-5)
+    assert again.keys == table.keys != extract_features(ensemble, digits, quiet=True).keys
+
+
+def test_a_projection_is_saved_and_loaded_with_the_ensemble(compressed, digits, tmp_path):
+    model, table = compressed
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        "member-00.safetensors", "member-01.safetensors", "projection.safetensors",
+    ]  # fmt: skip
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.projection.weight, model.projection.weight)
+    pixels = torch.rand(2, *model.config.pixel_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).pooler_output, model(pixels).pooler_output, atol=1e-3, rtol=1e-4)
+    part = ConcatEnsembleModel.from_pretrained(tmp_path, active_members=[1], projection_dim=None)
+    assert part.config.num_features == 16 and part.projection is None
+    with pytest.raises(ValueError, match=r"a projection needs all members; .*ConcatEnsembleModel.*projection_dim=None"):
+        ConcatEnsembleModel.from_pretrained(tmp_path, active_members=[1])
+    (tmp_path / "projection.safetensors").unlink()
+    with pytest.raises(OSError, match="projection"):
+        ConcatEnsembleModel.from_pretrained(tmp_path)
+
+
+def test_a_head_goes_onto_a_projection(compressed, digits, tmp_path):
+    model, _ = compressed
+    results, probe = probe_ensemble(model, digits, name="small", draws=0, quiet=True)
+    assert [row.name for row in results.rows][:2] == ["small", "small, not projected"]
+    assert [(row.width, row.num_members) for row in results.rows][:3] == [(5, 2), (32, 2), (5, 2)]
+    with_head(model, probe, class_names(digits["train"])).save_pretrained(tmp_path)
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path)
+    processor = ConcatEnsembleImageProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        output = classifier(**processor([open_image(digits["test"], n) for n in range(20)], return_tensors="pt"))
+    np.testing.assert_allclose(output.logits.numpy(), probe.logits(output.pooler_output.numpy()), atol=2e-3)
+    assert AutoModel.from_pretrained(tmp_path).config.num_features == 5, "and without the head it is projected still"
+
+
+def test_a_projection_of_another_width_is_refused(compressed, ensemble):
+    model, table = compressed
+    with pytest.raises(ValueError, match="the projection takes 5 columns; the ensemble has 32"):
+        with_projection(ensemble, Projection(np.ones((5, 2), np.float32), np.zeros(2, np.float32)))
+    with pytest.raises(ValueError, match="goes onto a whole ensemble without one"):
+        with_projection(model, Projection(np.ones((5, 2), np.float32), np.zeros(2, np.float32)))
+
+
+def test_weights_in_half_precision_are_computed_with_in_full(ensemble, digits):
+    half = ConcatEnsembleModel(ensemble.config)
+    half.load_state_dict(ensemble.state_dict())
+    half = half.half().eval()
+    found, whole = (extract_features(model, digits, quiet=True)["test"].features for model in (half, ensemble))
+    assert next(half.parameters()).dtype == torch.float16, "the model stays as it was"
+    np.testing.assert_allclose(found, whole, atol=0.02)
+    assert not np.array_equal(found, whole)
