@@ -9,6 +9,8 @@ The bank passes by in chunks, and of each no more than the best k are kept, so t
 rows.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
@@ -19,16 +21,21 @@ from concat_ensemble.probes.design import CHUNK, Design, moments
 from concat_ensemble.probes.estimator import ProbabilityProbe
 
 
-def nearest(queries: torch.Tensor, bank: Design, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines (n, k), falling, and row numbers (n, k) of the bank's rows that are most alike each of the queries (n, D);
-    all rows where the bank has fewer than k."""
-    queries = normalize(queries.to(bank.dtype))
-    cosines, numbers = (
-        queries.new_empty(len(queries), 0),
-        torch.empty(len(queries), 0, dtype=torch.long).to(bank.device),
-    )
+def unit_rows(rows: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """Rows (n, sum of the widths) with each member's part brought to one length, all together to 1: a cosine of two of
+    them is the mean of the members' cosines, whatever the scale of a member's features."""
+    parts = [normalize(part) for part in rows.split(list(widths), dim=1)]
+    return torch.cat(parts, dim=1) / len(parts) ** 0.5
+
+
+def nearest(queries: torch.Tensor, bank: Design, k: int, widths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines (n, k), falling, and row numbers (n, k) of the bank's rows that are most alike each of the queries (n, D),
+    which have members of these widths; all rows where the bank has fewer than k."""
+    queries = unit_rows(queries.to(bank.dtype), widths)
+    cosines = queries.new_empty(len(queries), 0)
+    numbers = cosines.long()
     for rows, chunk in bank.chunks():
-        here, places = (queries @ normalize(chunk).T).topk(min(k, len(chunk)))
+        here, places = (queries @ unit_rows(chunk, widths).T).topk(min(k, len(chunk)))
         cosines, numbers = torch.cat([cosines, here], 1), torch.cat([numbers, places + rows.start], 1)
         cosines, best = cosines.topk(min(k, cosines.shape[1]))
         numbers = numbers.gather(1, best)
@@ -42,22 +49,22 @@ class KNNProbe(ProbabilityProbe):
     Args:
         ks: Numbers of neighbours to choose among, all from one pass. More than there are rows means all rows.
         temperature: T of the module's text. The smaller, the more the nearest count; DINO's 0.07.
-        standardize: Bring every feature to mean 0 and variance 1 before rows are brought to length 1. In a concatenation
-            the member with the longest features otherwise decides alone who is alike: so each counts by its width. And
-            pooled features are positive, so that without centring all cosines are near 1. DINO itself leaves features
-            as they are: False is for its protocol on a single network.
+        standardize: Bring every feature to mean 0 and variance 1 first. Members of different scales do not need it: where
+            the rows are a table's, each member's part has length 1 by itself. And it raises what is small, noise with
+            the rest: on MNIST (3,000 images) two pretrained networks have a top-1 of 92 without it and of 91 with it,
+            with an untrained third member 92 and 86. DINO has it off as well.
         in_memory: Whether the standardised bank is kept there between chunks of queries; decided by what is free when
             left out.
         seed: Of the validation part, where `fit` is given none: a fifth of the rows.
 
     Attributes:
         k_: the one chosen. path_: validation top-1 of each k. bank_: the split that votes, by reference: a pickle holds its
-        features. mean_, scale_ (D,): what standardises them.
+        features. widths_: of its members. mean_, scale_ (D,): what standardises them.
 
     Scores are log-shares of the votes, and the log of the smallest normal number for a class without any.
     """
 
-    def __init__(self, ks=(1, 5, 10, 20, 50), temperature=0.07, standardize=True, in_memory=None, seed=0):
+    def __init__(self, ks=(1, 5, 10, 20, 50), temperature=0.07, standardize=False, in_memory=None, seed=0):
         self.ks = ks
         self.temperature = temperature
         self.standardize = standardize
@@ -89,6 +96,7 @@ class KNNProbe(ProbabilityProbe):
 
     def _remember(self, split):
         self.bank_, (self.classes_, self._numbers) = split, np.unique(split.labels, return_inverse=True)
+        self.widths_ = [block.shape[1] for block in split.blocks]
         self.mean_, self.scale_ = moments(split)
         if not self.standardize:
             self.mean_, self.scale_ = np.zeros_like(self.mean_), np.ones_like(self.scale_)
@@ -101,7 +109,7 @@ class KNNProbe(ProbabilityProbe):
         bank = Design(self.bank_, self.mean_, self.scale_, in_memory=in_memory)
         classes = torch.from_numpy(self._numbers).to(bank.device)
         for rows, chunk in queries.chunks():
-            cosines, numbers = nearest(chunk, bank, max(ks))
+            cosines, numbers = nearest(chunk, bank, max(ks), self.widths_)
             weights = ((cosines - cosines[:, :1]) / self.temperature).exp()
             for k in ks:
                 votes = weights.new_zeros(len(chunk), len(self.classes_))

@@ -86,8 +86,7 @@ def sgd_heads(
 
 class ReferenceProbe(ProbabilityProbe):
     """The papers' probe: for every weight decay the protocol of the module's text, and the decay of the best validation
-    top-1 once more on all rows. `LinearProbe` solves about the same problem to its minimum, and sooner; this is for
-    comparing with the papers.
+    top-1 once more on all rows. For comparing with the papers; `LinearProbe` solves about the same problem to its minimum.
 
     Args:
         strengths: Weight decays, which are L2 strengths. The default is CIFAR's range; iNat18's is 1e-4 to 1e-6.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from test_linear import clouds
 
@@ -16,7 +16,7 @@ from concat_ensemble.feature_table import TableSplit
 from concat_ensemble.probes.design import CHUNK
 
 
-def by_hand(X, y, k, temperature=0.07, standardize=True):
+def by_hand(X, y, k, temperature=0.07, standardize=False):
     """What gives (N, C) shares of the votes."""
     scaler = StandardScaler().fit(X) if standardize else StandardScaler(with_mean=False, with_std=False).fit(X)
     votes = KNeighborsClassifier(k, metric="cosine", weights=lambda distances: np.exp((1 - distances) / temperature))
@@ -75,9 +75,9 @@ def test_a_bank_of_several_chunks_streams_to_the_same_votes(dtype):
     X, y = clouds(CHUNK + 900)
     X = X.astype(dtype)
     new = clouds(40, seed=1)[0].astype(dtype)
-    probes = [KNNProbe((10,), in_memory=kept).fit(X, y) for kept in (True, False)]
+    probes = [KNNProbe((10,), standardize=True, in_memory=kept).fit(X, y) for kept in (True, False)]
     np.testing.assert_array_equal(probes[0].logits(new), probes[1].logits(new))
-    np.testing.assert_allclose(probes[0].predict_proba(new), by_hand(X, y, 10)(new), atol=1e-5)
+    np.testing.assert_allclose(probes[0].predict_proba(new), by_hand(X, y, 10, standardize=True)(new), atol=1e-4)
 
 
 def test_queries_of_several_chunks():
@@ -90,25 +90,26 @@ def test_queries_of_several_chunks():
 def test_float16_and_mapped_table_splits_are_as_arrays(tmp_path):
     X, y = clouds(80)
     half = X.astype(np.float16)
-    np.save(tmp_path / "block.npy", half[:, 4:])
-    blocks = [half[:, :4], np.load(tmp_path / "block.npy", mmap_mode="r")]
-    split = TableSplit(blocks, y)
+    np.save(tmp_path / "block.npy", half)
+    split, single = TableSplit([np.load(tmp_path / "block.npy", mmap_mode="r")], y), half.astype(np.float32)
     probe = KNNProbe().fit(split.take(np.arange(50)), validation=split.take(np.arange(50, 80)))
-    single = half.astype(np.float32)
     plain = KNNProbe().fit(single[:50], y[:50], validation=(single[50:], y[50:]))
     np.testing.assert_array_equal(probe.logits(split), plain.logits(single))
     assert probe.path_ == plain.path_ and probe.score(split) == plain.score(single, y)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(probe)).logits(split), probe.logits(split))
 
 
-def test_a_member_of_large_features_does_not_decide_alone():
-    (X, y), (new, _) = clouds(60), clouds(30, seed=1)
-    loud, loud_new = X * ([1e9] * 3 + [1] * 3), new * ([1e9] * 3 + [1] * 3)
-    kept = KNNProbe((5,)).fit(X, y).predict_proba(new)
-    np.testing.assert_allclose(KNNProbe((5,)).fit(loud, y).predict_proba(loud_new), kept, atol=1e-9)
-    drowned = KNNProbe((5,), standardize=False).fit(loud, y).predict_proba(loud_new)
-    alone = KNNProbe((5,), standardize=False).fit(X[:, :3], y).predict_proba(new[:, :3])
-    np.testing.assert_allclose(drowned, alone, atol=1e-4)
+@pytest.mark.parametrize("standardize", [True, False])
+def test_cosines_are_the_mean_of_the_members_cosines_at_any_scale(standardize):
+    (X, y), (new, labels) = clouds(60), clouds(30, seed=1)
+    scaler = StandardScaler(with_mean=standardize, with_std=standardize).fit(X)
+    parts = [np.split(scaler.transform(rows), [4], axis=1) for rows in (X, new)]
+    known, asked = (np.hstack([normalize(part) for part in halves]) for halves in parts)
+    expected = by_hand(known, y, 5)(asked)
+    for scale in (1, 1e9):
+        bank, queries = (TableSplit([scale * rows[:, :4], rows[:, 4:]], of) for rows, of in ((X, y), (new, labels)))
+        found = KNNProbe((5,), standardize=standardize).fit(bank).predict_proba(queries)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_without_validation_a_fifth_is_held_out_by_the_seed():
@@ -140,6 +141,6 @@ def test_nan_in_a_table_is_refused():
         KNNProbe().fit(TableSplit([X], y))
 
 
-@parametrize_with_checks([KNNProbe(), KNNProbe(standardize=False)])
+@parametrize_with_checks([KNNProbe(), KNNProbe(standardize=True)])
 def test_keeps_scikit_learns_contract(estimator, check):
     check(estimator)

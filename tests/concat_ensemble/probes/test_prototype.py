@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.special import softmax
+from sklearn.preprocessing import normalize
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from test_linear import clouds
 
@@ -38,18 +39,27 @@ def test_the_temperature_changes_probabilities_alone():
 
 def test_one_row_a_class_is_enough():
     X = np.array([[3.0, 0.0], [0.0, 0.5]])
-    probe = PrototypeProbe(standardize=False).fit(X, ["ant", "bee"])
+    probe = PrototypeProbe().fit(X, ["ant", "bee"])
     assert probe.predict([[5, 1], [0.1, 0.2]]).tolist() == ["ant", "bee"]
 
 
 def test_float16_table_splits_of_several_chunks_are_as_arrays():
     X, y = clouds(CHUNK + 60)
     half = X.astype(np.float16)
-    split = TableSplit([half[:, :2], half[:, 2:]], y)
+    split, single = TableSplit([half], y), half.astype(np.float32)
     probe = PrototypeProbe().fit(split.take(np.arange(CHUNK)), validation=split.take(np.arange(CHUNK, len(y))))
-    plain = PrototypeProbe().fit(half.astype(np.float32), y)
-    np.testing.assert_array_equal(probe.prototypes_, plain.prototypes_)
-    assert probe.score(split) == plain.score(half.astype(np.float32), y)
+    plain = PrototypeProbe().fit(single, y)
+    np.testing.assert_allclose(probe.prototypes_, plain.prototypes_, atol=1e-7)
+    assert probe.score(split) == plain.score(single, y)
+
+
+def test_a_member_of_large_features_counts_no_more_than_another():
+    (X, y), (new, labels) = clouds(60), clouds(20, seed=1)
+    known, asked = (np.hstack([normalize(rows[:, :4]), normalize(rows[:, 4:])]) for rows in (X, new))
+    for scale in (1, 1e9):
+        train, test = (TableSplit([scale * rows[:, :4], rows[:, 4:]], of) for rows, of in ((X, y), (new, labels)))
+        found = PrototypeProbe().fit(train).logits(test)
+        np.testing.assert_allclose(found, cosines_by_hand(known, y, asked) / 0.1, atol=1e-6)
 
 
 def episodes_by_hand(probe, X, y, ways, shots, queries, number, seed):
@@ -71,7 +81,7 @@ def episodes_by_hand(probe, X, y, ways, shots, queries, number, seed):
 @pytest.mark.parametrize("shots", [1, 3])
 def test_episodes_equal_the_protocol_by_hand(shots):
     (X, y), (novel, labels) = clouds(60), clouds(80, classes=8, spread=2, seed=3)
-    probe, names = PrototypeProbe().fit(X, y), np.array(list("stuvwxyz"))[labels]
+    probe, names = PrototypeProbe(standardize=True).fit(X, y), np.array(list("stuvwxyz"))[labels]
     found = probe.episodes(novel, names, ways=4, shots=shots, queries=5, number=12, seed=7)
     expected = episodes_by_hand(probe, novel, names, 4, shots, 5, 12, 7)
     np.testing.assert_allclose(found.accuracies, expected)
@@ -90,8 +100,8 @@ def test_episodes_of_labels_that_mean_nothing_are_at_chance():
 def test_episodes_of_a_table_split_are_those_of_arrays_by_seed():
     X, y = clouds(90, spread=2)
     half = X.astype(np.float16)
-    split = TableSplit([half[:, :2], half[:, 2:]], y)
-    probe = PrototypeProbe().fit(split)
+    split = TableSplit([half], y)
+    probe = PrototypeProbe(standardize=True).fit(split)
     first = probe.episodes(split, ways=3, number=20, seed=1).accuracies
     assert np.array_equal(first, probe.episodes(half.astype(np.float32), y, ways=3, number=20, seed=1).accuracies)
     assert not np.array_equal(first, probe.episodes(split, ways=3, number=20, seed=2).accuracies)
@@ -121,6 +131,6 @@ def test_a_temperature_of_zero_is_refused():
         PrototypeProbe(temperature=0).fit(*clouds(30))
 
 
-@parametrize_with_checks([PrototypeProbe(), PrototypeProbe(standardize=False)])
+@parametrize_with_checks([PrototypeProbe(), PrototypeProbe(standardize=True)])
 def test_keeps_scikit_learns_contract(estimator, check):
     check(estimator)
