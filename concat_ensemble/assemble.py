@@ -35,6 +35,7 @@ RANDOM = "random:"
 class _Member:
     backbone: nn.Module
     spec: dict[str, Any]  # as in ConcatEnsembleConfig.members
+    projection: nn.Linear | None = None  # of the ensemble that it comes from
 
 
 def assemble(
@@ -51,7 +52,8 @@ def assemble(
             - a folder saved by timm (`timm.models.save_for_hf`), by `training/pretrain_members.py`, or an ensemble's;
             - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
               `checkpoints.read_checkpoint`;
-            - a timm model, or an ensemble, in memory. An ensemble's members are taken in, in their order.
+            - a timm model, or an ensemble, in memory. An ensemble's members are taken in, in their order, and its
+              projection too where it is the only one.
         preprocessing: `"own"`: every member sees what timm's evaluation transform would give it. `"shared"`: all see
             what the first one does, which is faster and changes the others' features.
         seed: Of the untrained members: the one at place k has `seed + k`.
@@ -68,6 +70,7 @@ def assemble(
         raise ValueError(f"preprocessing={preprocessing!r} must be 'own' or 'shared'.")
     if isinstance(members, str | Path | nn.Module):
         members = [members]
+    members = list(members)
     taken: list[_Member] = []
     for source in members:
         taken += _take(source, seed + len(taken))
@@ -80,9 +83,12 @@ def assemble(
             member.spec["provenance"].setdefault("license", license)
         member.spec["provenance"]["weights_sha256"] = weights_sha256(member.backbone.state_dict())
         member.spec["num_features"] = _pooled_width(k, member)
-    config = ConcatEnsembleConfig(members=[member.spec for member in taken])
+    projection = taken[0].projection if len(members) == 1 else None
+    width = None if projection is None else projection.out_features
+    config = ConcatEnsembleConfig(members=[member.spec for member in taken], projection_dim=width)
     with torch.device("meta"):
         model = ConcatEnsembleModel(config)
+    model.projection = copy.deepcopy(projection)
     model.members = nn.ModuleDict({str(k): member.backbone for k, member in enumerate(taken)})
     return model.float().eval()
 
@@ -111,7 +117,9 @@ def _from_module(module: nn.Module) -> list[_Member]:
         specs = [module.config.members[k] for k in module.config.built_members]
         # Copies: the ensemble that is taken in keeps its dtype, its mode and its place.
         return [
-            _Member(copy.deepcopy(member).cpu().float(), json.loads(json.dumps(spec)))
+            _Member(
+                copy.deepcopy(member).cpu().float(), json.loads(json.dumps(spec)), getattr(module, "projection", None)
+            )
             for member, spec in zip(module.members.values(), specs, strict=True)
         ]
     if not hasattr(module, "pretrained_cfg"):

@@ -26,6 +26,21 @@ app = typer.Typer(
 out = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
+Model = Annotated[
+    str, typer.Argument(help="Folder or Hub id of an ensemble, or anything that build takes as a member.")
+]
+DatasetName = Annotated[
+    str, typer.Option(help="digits, scattered-digits, a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.")
+]
+DatasetConfig = Annotated[str | None, typer.Option(help="Of a Hub dataset.")]
+Revision = Annotated[str | None, typer.Option(help="Of a Hub dataset.")]
+Classes = Annotated[str | None, typer.Option(help="Keep these: 0,1,2 or 5-9 or names.")]
+Column = Annotated[str | None, typer.Option()]
+Split = Annotated[str | None, typer.Option()]
+TestSize = Annotated[float, typer.Option(help="Share cut off for the test where there is no test split.")]
+Limit = Annotated[int | None, typer.Option(help="At most this many images of each split.")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything drawn at random.")]
@@ -44,6 +59,7 @@ def build(
         str, typer.Option(help="own: each member's evaluation transform. shared: the first one's for all.")
     ] = "own",
     license: Annotated[str | None, typer.Option(help="Of members whose source states none.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights on disk: float32, float16 or bfloat16.")] = "float32",
     seed: Seed = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -52,11 +68,18 @@ def build(
 
     concat-ensemble build resnet50.a1_in1k resnet50.tv_in1k --output two-resnets
     """
+    import torch
+
     from concat_ensemble.assemble import assemble
     from concat_ensemble.model_card import write_card
 
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype}: give {', '.join(dtypes)}.")
     with _new_folder(output, overwrite) as folder:
         model = assemble(members or [], preprocessing=preprocessing, seed=seed, license=license)
+        if dtype != "float32":  # weights are known by their digest in float32, so what rounding makes of them is
+            model = assemble(model.to(dtypes[dtype])).to(dtypes[dtype])
         for member in model.config.members:
             member["provenance"].setdefault("command", _typed())
         model.save_pretrained(folder)
@@ -76,26 +99,22 @@ def build(
 @app.command()
 def probe(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="Folder or Hub id of an ensemble, or anything that build takes as a member.")
-    ],
-    dataset: Annotated[
-        str, typer.Option(help="digits, scattered-digits, a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.")
-    ] = "scattered-digits",
+    model: Model,
+    dataset: DatasetName = "scattered-digits",
     recipe: Annotated[
         list[str] | None,
         typer.Option(help="A well-known dataset as it is customary, such as cifar100; may be repeated for one table."),
     ] = None,
-    config: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Keep these: 0,1,2 or 5-9 or names.")] = None,
-    image_column: Annotated[str | None, typer.Option()] = None,
-    label_column: Annotated[str | None, typer.Option()] = None,
-    train_split: Annotated[str | None, typer.Option()] = None,
-    validation_split: Annotated[str | None, typer.Option()] = None,
-    test_split: Annotated[str | None, typer.Option()] = None,
-    test_size: Annotated[float, typer.Option(help="Share cut off for the test where there is no test split.")] = 0.5,
-    limit: Annotated[int | None, typer.Option(help="At most this many images of each split.")] = None,
+    config: DatasetConfig = None,
+    revision: Revision = None,
+    classes: Classes = None,
+    image_column: Column = None,
+    label_column: Column = None,
+    train_split: Split = None,
+    validation_split: Split = None,
+    test_split: Split = None,
+    test_size: TestSize = 0.5,
+    limit: Limit = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Another ensemble to compare with; may be repeated.")
     ] = None,
@@ -105,8 +124,8 @@ def probe(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Results file; in the ensemble's own folder when left out.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -118,26 +137,11 @@ def probe(
 
     concat-ensemble probe two-resnets --recipe cifar100 --recipe flowers102 --limit 5000
     """
-    from concat_ensemble.data import load_data
     from concat_ensemble.model_card import RESULTS
-    from concat_ensemble.recipes import dataset_recipe
 
     folder = Path(model)
     is_local = (folder / "config.json").is_file()
-    drawn = {"limit": limit, "seed": seed}
-    naming = {
-        "config": config, "revision": revision, "image_column": image_column, "label_column": label_column,
-        "classes": _classes(classes), "train_split": train_split, "validation_split": validation_split,
-        "test_split": test_split, "test_size": test_size,
-    }  # fmt: skip
-    if recipe:
-        _refuse_beside(context, "--recipe", ["dataset", *naming])
-        recipes = [dataset_recipe(name) for name in dict.fromkeys(recipe)]
-        studies = {known.recipe: (known.described | drawn, partial(known.load, **drawn)) for known in recipes}
-    else:
-        asked = {"name": dataset, **naming, **drawn}
-        words = [dataset, config, classes and f"classes-{classes}"]
-        studies = {"-".join(filter(None, words)): (asked, partial(load_data, **asked))}
+    studies = _studies(context)
     if len(studies) > 1:
         _refuse_beside(context, "more than one --recipe", ["output", "save_head"])
     if save_head and not is_local:
@@ -148,8 +152,7 @@ def probe(
     ensemble = _load(model, seed)
     found, paths, failed = {}, {}, {}
     for study, (asked, load) in studies.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", (study + (f"-limit-{limit}" if limit else "")).lower()).strip("-")
-        path = output or (folder if is_local else Path()) / RESULTS / f"{slug}.json"
+        path = output or (folder if is_local else Path()) / RESULTS / f"{_file_name(study, limit)}.json"
         try:
             found[study] = _probe_on(
                 asked, load, path, ensemble, folder, baseline or [],
@@ -170,6 +173,108 @@ def probe(
     if failed:
         told = "; ".join(f"{study}: {error}" for study, error in failed.items())
         raise ValueError(f"{len(failed)} of {len(studies)} recipes failed: {told}")
+
+
+@app.command()
+def select(
+    context: typer.Context,
+    model: Model,
+    dataset: DatasetName = "scattered-digits",
+    recipe: Annotated[list[str] | None, typer.Option(help="A well-known dataset as it is customary.")] = None,
+    config: DatasetConfig = None,
+    revision: Revision = None,
+    classes: Classes = None,
+    image_column: Column = None,
+    label_column: Column = None,
+    train_split: Split = None,
+    validation_split: Split = None,
+    test_split: Split = None,
+    test_size: TestSize = 0.5,
+    limit: Limit = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="From 1,500 training images: is it worth extracting the rest?")
+    ] = False,
+    max_members: Annotated[int | None, typer.Option(min=1)] = None,
+    max_gflops: Annotated[float | None, typer.Option(help="Of what is chosen, per image.")] = None,
+    max_parameters: Annotated[float | None, typer.Option(help="Of what is chosen, in millions.")] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Project what is chosen to this many principal columns.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the chosen members as a new ensemble.")
+    ] = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which members to keep for a dataset: ridge probes of every subset on validation images, then a linear probe of
+    what is chosen on the test split.
+
+    concat-ensemble select five-backbones --recipe flowers102 --max-gflops 10 --output chosen
+    """
+    from datasets import DatasetDict
+
+    from concat_ensemble.features import extract_features
+    from concat_ensemble.model_card import RESULTS, write_card
+    from concat_ensemble.plots import plot_accuracy_against_cost
+    from concat_ensemble.probing import probe_ensemble
+    from concat_ensemble.projection import principal_projection, with_projection
+    from concat_ensemble.selection import QUICK_FOLDS, member_costs, quick_part, select_members
+
+    if quick and (output or columns):
+        raise ValueError("--quick only looks; leave out --output and --columns, or leave out --quick.")
+    studies = _studies(context)
+    if len(studies) > 1:
+        raise ValueError("select chooses for one dataset; give one --recipe.")
+    ((study, (asked, load)),) = studies.items()
+    folder = Path(model)
+    home = folder if (folder / "config.json").is_file() else Path()
+    path = home / "selection" / f"{_file_name(study, limit)}{'-quick' if quick else ''}.json"
+    _writable_parent(path)
+    ensemble = _load(model, seed)
+    names = [ensemble.config.members[k]["architecture"] for k in ensemble.config.built_members]
+    if len(names) < 2:
+        raise ValueError(f"{model} has one member; there is nothing to choose among.")
+    extraction = {"batch_size": batch_size, "num_workers": workers, "quiet": quiet}
+    data = load()
+    seen = quick_part(data, seed) if quick else DatasetDict({name: data[name] for name in ("train", "validation")})
+    whole = ensemble.export_active(ensemble.config.built_members)  # without a projection, which needs all members
+    table = extract_features(whole, seen, **extraction)
+    found = select_members(
+        table, member_costs(ensemble), names, max_members=max_members, max_gflops=max_gflops, max_parameters=max_parameters,
+        folds=QUICK_FOLDS if quick else None, seed=seed,
+    )  # fmt: skip
+    found.save(path)
+    plot_accuracy_against_cost(found, path.with_suffix(".png"))
+    if as_json:
+        sys.stdout.write(path.read_text())
+    else:
+        show_selection(found, quick)
+        out.print(f"all subsets: {path}, {path.with_suffix('.png')}", soft_wrap=True)
+    if quick:
+        return
+    chosen = ensemble.export_active(list(found.best))
+    if columns:
+        chosen = with_projection(chosen, principal_projection(table.members(found.best), columns))
+    name = output.name if output else "+".join(map(str, found.best))
+    all_of_them = {f"all {len(names)} members": whole} if len(found.best) < len(names) else {}
+    described = asked | {"test_images": len(data["test"]), "on_hub": bool(asked.get("on_hub"))}
+    results, _ = probe_ensemble(
+        chosen, data, name=name, described=described, baselines=all_of_them, seed=seed, **extraction
+    )
+    results.command = _typed()
+    if not as_json:
+        show(results)
+    if output:
+        with _new_folder(output, overwrite) as made:
+            chosen.save_pretrained(made)
+            results.save(made / RESULTS / f"{_file_name(study, limit)}.json")
+            write_card(made, title=output.name)
+        if not quiet and not as_json:
+            out.print(f"written: {output}", soft_wrap=True)
 
 
 @app.command()
@@ -240,40 +345,65 @@ def cache(
 
 def show(results) -> None:
     """The table of a probe, as the card has it."""
-    from concat_ensemble.model_card import verdict
+    from concat_ensemble.model_card import row_texts, verdict
     from concat_ensemble.plots import describe_dataset
 
-    paired = results.repeats > 1
-    over = f"{results.repeats} repeats" if paired else "one repeat"
+    over = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
     table = Table(
         title=f"{describe_dataset(results.dataset)}; {over}; protocol {results.protocol}", title_justify="left"
     )
-    for heading in (
-        "",
-        "members",
-        "columns",
-        "steps",
-        "top-1",
-        "95% interval",
-        *([f"{results.rows[0].name} minus it"] if paired else []),
-    ):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in results.rows:
-        low, high = row.interval
-        cells = [
-            row.name,
-            str(row.num_members or ""),
-            f"{row.width:,}",
-            "" if row.steps is None else f"{row.steps:,}",
-            f"{100 * row.mean:.1f}",
-        ]
-        cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
-        if paired and row is not results.rows[0]:
-            mean, (low, high) = results.difference(results.rows[0].name, row.name)
-            cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
-        table.add_row(*cells, style="bold" if row.kind == "ensemble" else None)
+    headings = {
+        "name": "",
+        "num_members": "members",
+        "width": "columns",
+        "steps": "steps",
+        "top1": "top-1",
+        "interval": "95% interval",
+        "draws": "deviation over\ntraining draws",
+        "paired": f"{results.rows[0].name} minus it, paired",
+        "p": "p",
+    }
+    rows = [row_texts(results, row) for row in results.rows]
+    shown = [key for key in headings if any(row[key] for row in rows)]
+    for key in shown:
+        table.add_column(headings[key], justify="left" if key == "name" else "right")
+    for row, cells in zip(results.rows, rows, strict=True):
+        table.add_row(*(cells[key] for key in shown), style="bold" if row.kind == "ensemble" else None)
     _print_unfolded(table)
     out.print(verdict(results).replace("**", ""))
+
+
+def show_selection(found, quick: bool) -> None:
+    """What each member is worth, the best subset of each size, and what to do."""
+
+    def points(value: float, interval) -> str:
+        return f"{100 * value:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+
+    table = Table(
+        title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held:,} others in %, [95% interval]",
+        title_justify="left",
+    )
+    for heading in ("", "member", "columns", "GFLOPs", "M parameters", "alone", "added to the chosen", "Shapley value", "advice"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("member", "advice") else "right")
+    for part, cost, name, width in zip(found.contributions, found.costs, found.names, found.widths, strict=True):
+        alone = found[[part.member]].top1
+        shapley = "" if part.shapley is None else points(part.shapley, part.shapley_interval)
+        table.add_row(str(part.member), name, f"{width:,}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}",
+                      f"{100 * alone:.1f}", points(part.gain, part.gain_interval), shapley, part.advice)  # fmt: skip
+    _print_unfolded(table)
+    table = Table("best of its size", "top-1", "GFLOPs", "M parameters")
+    for size in range(1, len(found.names) + 1):
+        best = next((s for s in found.subsets if len(s.members) == size), None)
+        if best:
+            mark = "  (chosen)" if best.members == found.best else ""
+            table.add_row("+".join(map(str, best.members)) + mark, f"{100 * best.top1:.1f}",
+                          f"{best.cost.gflops:.2f}", f"{best.cost.million_parameters:.1f}")  # fmt: skip
+    _print_unfolded(table)
+    out.print(found.verdict, soft_wrap=True)
+    if quick:
+        steps = "; ".join(f"{member} {points(gain, interval)}" for member, gain, interval in found.order)
+        out.print(f"Best first, each to those before it: {steps}.", soft_wrap=True)
+        out.print(found.outlook, soft_wrap=True)
 
 
 def show_recipes(found: dict) -> None:
@@ -321,6 +451,30 @@ def _be_quiet() -> None:
 
 def _typed() -> str:
     return shlex.join(["concat-ensemble", *sys.argv[1:]])
+
+
+def _studies(context: typer.Context) -> dict[str, tuple[dict, Callable]]:
+    """What a command's options name: for each dataset a name, how it was asked for, and how it is had."""
+    from concat_ensemble.data import load_data
+    from concat_ensemble.recipes import dataset_recipe
+
+    given = context.params
+    drawn = {"limit": given["limit"], "seed": given["seed"]}
+    names = ["config", "revision", "image_column", "label_column", "classes", "train_split", "validation_split", "test_split", "test_size"]  # fmt: skip
+    if given["recipe"]:
+        _refuse_beside(context, "--recipe", ["dataset", *names])
+        recipes = [dataset_recipe(name) for name in dict.fromkeys(given["recipe"])]
+        studies = {known.recipe: (known.described | drawn, partial(known.load, **drawn)) for known in recipes}
+    else:
+        naming = {name: given[name] for name in names} | {"classes": _classes(given["classes"])}
+        asked = {"name": given["dataset"], **naming, **drawn}
+        words = [given["dataset"], given["config"], given["classes"] and f"classes-{given['classes']}"]
+        studies = {"-".join(filter(None, words)): (asked, partial(load_data, **asked))}
+    return studies
+
+
+def _file_name(study: str, limit: int | None) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", (study + (f"-limit-{limit}" if limit else "")).lower()).strip("-")
 
 
 def _probe_on(
@@ -386,7 +540,7 @@ def _refuse_beside(context: typer.Context, what: str, parameters: list[str]) -> 
 
 def _print_unfolded(table: Table) -> None:
     """As wide as it is, also where the terminal is narrower or there is none: folded numbers cannot be read."""
-    out.print(table, width=10_000, crop=False)
+    Console(highlight=False, width=max(out.width, 250)).print(table)
 
 
 def _in_metric(row, metric: str) -> list[float]:

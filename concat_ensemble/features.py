@@ -26,9 +26,7 @@ from concat_ensemble.assemble import assemble
 from concat_ensemble.data import class_names, load_data, name_image, open_image
 from concat_ensemble.feature_store import Block, block_key, default_store, image_hashes
 from concat_ensemble.feature_table import FeatureTable
-from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 from concat_ensemble.projection import projection_of
 
 SHARD_IMAGES = 512  # what a kill loses at most
@@ -170,14 +168,10 @@ def _part(model: nn.Module, wanted: Sequence[int], processor):
                 f"{type(model).__name__} was not loaded from anywhere; pass the processor=... that makes its pixels."
             )
         return model, processor or AutoImageProcessor.from_pretrained(model.name_or_path)
-    names = [list(model.members)[k] for k in wanted]
-    config = ConcatEnsembleConfig(members=[model.config.members[int(name)] for name in names])
-    with torch.device("meta"):
-        part = ConcatEnsembleModel(config)
-    part.members = nn.ModuleDict({str(n): model.members[name] for n, name in enumerate(names)})
+    part = model.export_active([model.config.built_members[k] for k in wanted])
     if processor is not None and len(wanted) < len(model.members):
         raise ValueError("a processor of one's own needs all members at once; extract with another store=...")
-    return part, processor or ConcatEnsembleImageProcessor.from_config(config)
+    return part, processor or ConcatEnsembleImageProcessor.from_config(part.config)
 
 
 def _run(

@@ -15,16 +15,13 @@ from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.features import extract_features
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import (
-    ConcatEnsembleForImageClassification,
-    ConcatEnsembleModel,
-)
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification
 from concat_ensemble.probes import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics, bootstrap_intervals
 from concat_ensemble.projection import principal_projection, random_projection
 from concat_ensemble.results import Results, Row, Run, packed
 
-NEVER = -1e4  # the logit of a class that had no training images
+NEVER = -1e4  # the logit of a class without training images: it is not chosen
 
 
 def probe_ensemble(
@@ -59,7 +56,7 @@ def probe_ensemble(
     extracted = time.perf_counter()
     candidates = list(_candidates(model, table, name, seed))
     if model.config.projection_dim is not None:
-        baselines = {f"{name}, not projected": _unprojected(model)} | (baselines or {})
+        baselines = {f"{name}, not projected": model.export_active(model.config.built_members)} | (baselines or {})
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
         row = Row(other, "baseline", sum(features.widths), len(baseline.members), _steps(baseline))
@@ -135,13 +132,6 @@ def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatE
     return classifier.eval()
 
 
-def _unprojected(model: nn.Module) -> ConcatEnsembleModel:
-    with torch.device("meta"):
-        ensemble = ConcatEnsembleModel(ConcatEnsembleConfig(members=model.config.members))
-    ensemble.members = model.members
-    return ensemble.eval()
-
-
 def members_sha256(config: ConcatEnsembleConfig) -> list[str]:
     """Digests of the built members' weights, by which results are known to be theirs."""
     return [config.members[k]["provenance"].get("weights_sha256", "") for k in config.built_members]
@@ -156,7 +146,7 @@ def versions() -> dict[str, str]:
 def _measured(probe: LinearProbe, table: FeatureTable, draws: int, seed: int) -> Run:
     """The one look at the test split, with the probe and with others like it on training images drawn anew."""
     test, known = table["test"], TableSplit.joined([table["train"], table["validation"]])
-    scores = np.full((len(test), len(table.class_names)), -np.inf)  # a class without training images is never chosen
+    scores = np.full((len(test), len(table.class_names)), NEVER)
     scores[:, probe.classes_] = probe.logits(test)
     chosen = scores.argmax(axis=1)
     rng, drawn = np.random.default_rng(seed), []

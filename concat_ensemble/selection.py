@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import DatasetDict
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +29,7 @@ STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3)
 MOST_MEMBERS = 12  # of which all 4,095 subsets are probed; beyond, a greedy search
 MOST_WORK = 5e13  # floating-point operations of an exhaustive search: some minutes on a desk
 BOOTSTRAP = 2_000
+QUICK_IMAGES, QUICK_FOLDS = 1_500, 5
 NEGLIGIBLE = 0.005  # of top-1: less than half a point that may well be luck is not worth a member's cost
 
 
@@ -95,11 +97,6 @@ class Selection:
         return next(subset for subset in self.subsets if subset.members == tuple(sorted(members)))
 
     @property
-    def stop_at(self) -> int:
-        """How many members to take in greedy order: up to the last whose gain is surely above zero."""
-        return max((place for place, (_, _, (low, _)) in enumerate(self.order, 1) if low > 0), default=1)
-
-    @property
     def verdict(self) -> str:
         """What to do, in words."""
         whole, best = self[range(len(self.names))], self[self.best]
@@ -124,6 +121,16 @@ class Selection:
                 f"at {best.cost.gflops:.2f} of {whole.cost.gflops:.2f} GFLOPs."
             )
         return " ".join(sentences)
+
+    @property
+    def outlook(self) -> str:
+        """For a quick look: where to stop, and how far to believe it."""
+        text = f"Stop at K = {len(self.best)}: {'+'.join(map(str, self.best))}."
+        unsure = [c for c in self.contributions if c.gain_interval[0] <= 0 and c.gain_interval[1] > NEGLIGIBLE]
+        for found in unsure:
+            low, high = (100 * bound for bound in found.gain_interval)
+            text += f" {self.n_held:,} images cannot tell whether member {found.member} adds {max(low, 0):.1f} or {high:.1f} points."
+        return text
 
     def save(self, path: Path) -> None:
         content = dataclasses.asdict(self)
@@ -254,6 +261,14 @@ def select_members(
         n_train=len(cuts[0][0]),
         n_held=len(labels),
     )
+
+
+def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
+    """At most `QUICK_IMAGES` training images, and no test images, for a quick look: `train` and `validation`."""
+    number = min(QUICK_IMAGES, len(dataset["train"]))
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(dataset["train"]))[:number])
+    few = dataset["train"].select(drawn)
+    return DatasetDict(train=few.select(range(0, number, 2)), validation=few.select(range(1, number, 2)))
 
 
 def member_costs(model: nn.Module) -> list[Cost]:

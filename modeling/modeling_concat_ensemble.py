@@ -276,17 +276,23 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
-    def export_active(self) -> "ConcatEnsembleModel":
-        """A whole ensemble of the built members alone, numbered from 0, without a head; it shares their weights."""
+    def export_active(self, members: list[int] | None = None) -> "ConcatEnsembleModel":
+        """A whole ensemble of the built members, numbered from 0, without a head; it shares their weights.
+
+        Args:
+            members: Only these of the built ones, by their numbers, and in this order; a projection, which needs all in
+                theirs, is left out.
+        """
+        chosen = self.config.built_members if members is None else list(members)
         config = ConcatEnsembleConfig(
-            members=[self.config.members[k] for k in self.config.built_members],
-            projection_dim=self.config.projection_dim,
+            members=[self.config.members[k] for k in chosen],
+            projection_dim=self.config.projection_dim if members is None else None,
             dtype=self.dtype,
         )
         with torch.device("meta"):
             ensemble = ConcatEnsembleModel(config)
-        ensemble.members = nn.ModuleDict({str(n): member for n, member in enumerate(self.members.values())})
-        ensemble.projection = self.projection
+        ensemble.members = nn.ModuleDict({str(n): self.members[str(k)] for n, k in enumerate(chosen)})
+        ensemble.projection = self.projection if members is None else None
         return ensemble.train(self.training)
 
 

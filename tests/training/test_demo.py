@@ -10,7 +10,16 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from concat_ensemble.results import Results
 
-ROWS = ["cat4", "cat1", "cat2", "w2", "cat4, PCA to 64", "cat4, random projection to 64", "untrained members", "raw pixels"]
+ROWS = [
+    "cat4",
+    "cat1",
+    "cat2",
+    "w2",
+    "cat4, PCA to 64",
+    "cat4, random projection to 64",
+    "untrained members",
+    "raw pixels",
+]
 
 
 @pytest.fixture(scope="module")
