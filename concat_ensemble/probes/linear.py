@@ -50,13 +50,15 @@ class LinearProbe(ProbabilityProbe):
 
     def _fit(self, train, held):
         whole = train if held is None else TableSplit.joined([train, held])
+        if not self.strengths or min(self.strengths) <= 0:
+            raise ValueError(f"strengths={self.strengths!r} must be numbers above zero.")
         if len(self.strengths) == 1 and held is None:  # nothing to choose
             self.path_, (self.strength_,) = {}, self.strengths
             self.n_iter_ = next(self._solutions(whole, self.strengths))[1].newton_steps
             return
         path, steps = {}, 0
         for fitted, validated in self._cuts(train, held, self.cv, self.seed):
-            for strength, solution in self._solutions(fitted, sorted(self.strengths, reverse=True)):
+            for strength, solution in self._solutions(fitted, sorted(set(self.strengths), reverse=True)):
                 right = self.score(validated)
                 path.setdefault(strength, []).append((right, solution, self.classes_))
                 steps = max(steps, solution.newton_steps)

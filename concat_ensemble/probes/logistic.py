@@ -4,24 +4,25 @@ For rows x_i (standardised), labels y_i and each strength s, from strong to weak
 
     f(W, b) = mean_i [ logsumexp(x_i W + b) - (x_i W + b)_{y_i} ] + s / 2 * ||W||^2
 
-by Newton's method from the solution before. The step solves H V = -gradient by conjugate gradients; a product H V costs one
+by Newton's method from where the solutions before point. The step solves H V = -gradient by conjugate gradients; a product H V costs one
 pass over the rows and no Hessian is formed:
 
     Z = X V;  R = P * (Z - rowsum(P * Z));  H V = X' R / n + s V        (P: the class probabilities, (n, C))
 
 What keeps the number of passes small is the preconditioner. Were P constant, H would be h_c * (X'X / n) + s for class c,
-with h_c = mean_i p_ic (1 - p_ic): diagonal in the eigenbasis of X'X / n, which is computed once for all strengths. (Boehning's
-bound 1/2 in the place of h_c is far too large where there are many classes.) The products need no more than a few digits, so
+with h_c = mean_i p_ic (1 - p_ic): diagonal in the eigenbasis of X'X / n, into which the rows are turned once for all strengths.
+(Boehning's bound 1/2 in the place of h_c is far too large where there are many classes.) The products need no more than a few digits, so
 they run in bfloat16 where the processor has it; gradients and objective stay in X's precision.
 
 With fewer rows than columns everything happens in the row space: X = U S V' is replaced by U S, and the solution mapped back.
 
-Rows that do not fit into memory are read again in every pass. There a sample of them, which fits, is solved first: it gives the
-preconditioner, and for each strength a place to start from that leaves little to do.
+Rows that do not fit into memory are read again in every pass, and are not turned. There a sample of them, which fits, is solved
+first: it gives the preconditioner, and for each strength a place to start from that leaves little to do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ import torch
 
 from concat_ensemble.probes.design import Design
 
-MAX_HALVINGS = 30
+MAX_TRIALS = 12  # of lengths along a line
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
 SAMPLE = 65_536  # rows
 
@@ -73,8 +74,9 @@ def logistic_path(
         lengths, vectors = values[kept].clamp_min(0).sqrt(), vectors[:, kept]
         back = rows.T @ (vectors / lengths)
         X, spectrum, basis = Design.of(vectors * lengths), lengths**2 / n, None
-    elif X.in_memory or n <= SAMPLE:
-        spectrum, basis = torch.linalg.eigh(X.gram().to(X.dtype))
+    elif X.in_memory:
+        spectrum, back = torch.linalg.eigh(X.gram().to(X.dtype))
+        X, basis = X.turned(back), None
     else:
         drawn, few = X.sample(max(SAMPLE, 8 * width))
         path = logistic_path(few, y[drawn], strengths, classes=classes, start=start, tol=1e-4, max_iter=max_iter)
@@ -87,9 +89,16 @@ def logistic_path(
     weight, bias = counts.new_zeros(X.shape[1], classes), ((counts + 0.5) / (n + 0.5 * classes)).log()
     if start is not None:
         weight, bias = (start[0] if back is None else back.T @ start[0]), start[1]
+    earlier = []  # (log strength, weight, bias) of the last two
     for strength in strengths:
-        weight, bias = starts.get(strength, (weight, bias))
+        if starts:
+            weight, bias = starts[strength]
+        elif len(earlier) == 2:  # coefficients grow about linearly with the logarithm of the strength: go on so
+            (first, *_), (second, *_) = earlier
+            share = (math.log(strength) - second) / (second - first)
+            weight, bias = (now + share * (now - then) for then, now in zip(*(e[1:] for e in earlier), strict=True))
         weight, bias, *found = _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter)
+        earlier = [*earlier[-1:], (math.log(strength), weight, bias)]
         yield Solution(strength, weight if back is None else back @ weight, bias - bias.mean(), *found)
 
 
@@ -110,27 +119,47 @@ def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
         for rows, chunk in X.chunks():
             residual = probabilities[rows].clone()
             residual[torch.arange(len(chunk), device=X.device), y[rows]] -= 1
-            gradient, gradient_bias = gradient + chunk.T @ residual / n, gradient_bias + residual.sum(0) / n
+            gradient, gradient_bias = gradient + (residual.T @ chunk).T / n, gradient_bias + residual.sum(0) / n
         curvature = (probabilities * (1 - probabilities)).mean(0)
         scales = curvature * spectrum[:, None] + strength, curvature + 1e-12
         move, move_bias, used = _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, scales, basis)
         products += used
         along = X @ move + move_bias
         slope = float((gradient * move).sum() + (gradient_bias * move_bias).sum())
-        length, previous = 1.0, value
-        for _ in range(MAX_HALVINGS):  # Newton's own length nearly always; the objective along the line costs no pass
-            value = objective(logits + length * along, y, weight + length * move, strength)
-            if value <= previous + 1e-4 * length * slope:
-                break
-            length /= 2
-        else:
-            value = previous  # nothing left to gain in this precision
+        length = _length(logits, along, y, weight, move, strength, slope)
+        previous, value = value, objective(logits + length * along, y, weight + length * move, strength)
+        if value >= previous:  # nothing left to gain in this precision
+            value = previous
             break
         weight, bias, logits = weight + length * move, bias + length * move_bias, logits + length * along
-        # What an inexact step leaves is about SHARE^2 of what it won; half of tol is for where that is too hopeful.
-        if length == 1 and SHARE**2 * -slope / 2 <= tol / 2 * float(value):
+        # What an inexact step leaves is about SHARE^2 of what it won where f is as good as quadratic, else it may be as much.
+        left = (SHARE**2 if length == 1 else 1.0) * float(previous - value)
+        if left <= tol / 2 * float(value):
             break
     return weight, bias, float(value), steps, products
+
+
+def _length(logits, along, y, weight, move, strength, slope):
+    """How far to go: to where the slope of f along the line is a tenth of what it was. No pass over the rows, so it is cheap
+    beside the step itself, and at weak strengths Newton's own length is several times too long."""
+    rows = torch.arange(len(y), device=y.device)
+    toward = along[rows, y].mean()
+
+    def slope_at(length):
+        tilted = ((logits + length * along).softmax(1) * along).sum(1).mean() - toward
+        return float(tilted + strength * ((weight + length * move) * move).sum())
+
+    low, high, at_low, at_high, length = 0.0, None, slope, None, 1.0
+    for _ in range(MAX_TRIALS):
+        here = slope_at(length)
+        if abs(here) <= -slope / 10:
+            break
+        if here < 0:
+            low, at_low = length, here
+        else:
+            high, at_high = length, here
+        length = 2 * low if high is None else low + (high - low) * min(max(at_low / (at_low - at_high), 0.1), 0.9)
+    return length
 
 
 def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, scales, basis, most=50):
@@ -153,7 +182,7 @@ def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, sc
         for rows, chunk in X.chunks(fast=True):
             weighted = probabilities[rows] * ((chunk @ narrow).to(X.dtype) + ahead_bias)
             weighted -= probabilities[rows] * weighted.sum(1, keepdim=True)
-            bent += (chunk.T @ weighted.to(chunk.dtype)).to(X.dtype) / n
+            bent += (weighted.to(chunk.dtype).T @ chunk).T.to(X.dtype) / n  # the faster of the two ways round
             bent_bias += weighted.sum(0) / n
         curve = (ahead * bent).sum() + (ahead_bias * bent_bias).sum()
         if not curve > 0:  # rounding, in bfloat16 or at the very minimum

@@ -91,7 +91,7 @@ def test_a_projected_ensemble_gives_the_projected_columns(compressed, ensemble, 
 
 
 def test_a_projection_is_saved_and_loaded_with_the_ensemble(compressed, digits, tmp_path):
-    model, table = compressed
+    model, _ = compressed
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
         "member-00.safetensors", "member-01.safetensors", "projection.safetensors",
@@ -125,7 +125,7 @@ def test_a_head_goes_onto_a_projection(compressed, digits, tmp_path):
 
 
 def test_a_projection_of_another_width_is_refused(compressed, ensemble):
-    model, table = compressed
+    model, _ = compressed
     with pytest.raises(ValueError, match="the projection takes 5 columns; the ensemble has 32"):
         with_projection(ensemble, Projection(np.ones((5, 2), np.float32), np.zeros(2, np.float32)))
     with pytest.raises(ValueError, match="goes onto a whole ensemble without one"):
