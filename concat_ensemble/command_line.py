@@ -380,7 +380,8 @@ def show_selection(found, quick: bool) -> None:
         return f"{100 * value:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
 
     table = Table(
-        title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held:,} others in %, [95% interval]",
+        title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held:,} others in % "
+        f"[95% interval]; protocol {found.protocol}",
         title_justify="left",
     )
     for heading in ("", "member", "columns", "GFLOPs", "M parameters", "alone", "added to the chosen", "Shapley value", "advice"):  # fmt: skip

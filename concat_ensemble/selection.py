@@ -7,12 +7,14 @@ subset costs one small factorisation for each strength; the images themselves ar
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +94,13 @@ class Selection:
     order: list[tuple[int, float, tuple[float, float]]]  # greedy: member, its gain over those before, the 95% interval
     n_train: int
     n_held: int
+    probe: dict[str, Any]  # how it was probed
+
+    @property
+    def protocol(self) -> str:
+        """The same eight characters only where it was probed and held out alike."""
+        settings = {"probe": self.probe, "images": [self.n_train, self.n_held]}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
     def __getitem__(self, members: Sequence[int]) -> Subset:
         return next(subset for subset in self.subsets if subset.members == tuple(sorted(members)))
@@ -133,7 +142,7 @@ class Selection:
         return text
 
     def save(self, path: Path) -> None:
-        content = dataclasses.asdict(self)
+        content = {"protocol": self.protocol, **dataclasses.asdict(self)}
         for subset in content["subsets"]:
             del subset["right"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,6 +269,7 @@ def select_members(
         order=order,
         n_train=len(cuts[0][0]),
         n_held=len(labels),
+        probe={"kind": "ridge", "strengths": list(strengths), "folds": folds, "seed": seed},
     )
 
 
