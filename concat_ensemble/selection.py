@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.probes.design import Design, moments
+from concat_ensemble.probes.metrics import bootstrap_mean
 from concat_ensemble.probes.ridge import Gram
 
 STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3)
 MOST_MEMBERS = 12  # of which all 4,095 subsets are probed; beyond, a greedy search
 MOST_WORK = 5e13  # floating-point operations of an exhaustive search: some minutes on a desk
-BOOTSTRAP = 2_000
 QUICK_IMAGES, QUICK_FOLDS = 1_500, 5
 NEGLIGIBLE = 0.005  # of top-1: less than half a point that may well be luck is not worth a member's cost
 
@@ -175,100 +175,52 @@ def select_members(
         folds: Pool both splits and predict each image from the other folds, which is what few images want; else fit on
             `train` and predict `validation`.
         strengths: Of L2, as in `RidgeProbe`; each subset has its best.
-        seed: Of the folds and of the bootstrap.
+        seed: Of the folds and of the bootstraps.
 
     Raises:
         ValueError: when no subset is within the budget.
     """
-    count = len(table.widths)
-    cuts = _cuts(table, folds, seed)
-    work = (
-        sum(_work(table.widths, subset, len(cuts[0][0])) for subset in _all(count))
-        if count <= MOST_MEMBERS
-        else math.inf
-    )
-    scorers = [_Scorer(fitted, held, table, strengths) for fitted, held in cuts]
-    labels = np.concatenate([held.labels for _, held in cuts])
-    probed: dict[tuple[int, ...], Subset] = {}
-
-    def probe(members) -> Subset:
-        members = tuple(sorted(members))
-        if members not in probed:
-            rights = np.concatenate([scorer.right(members) for scorer in scorers], axis=1)  # (strengths, N)
-            at = int(rights.mean(axis=1).argmax())
-            cost = sum((costs[k] for k in members), Cost(0.0, 0.0))
-            probed[members] = Subset(members, float(rights[at].mean()), strengths[at], cost, rights[at])
-        return probed[members]
-
-    everyone = tuple(range(count))
-    exhaustive = work * len(strengths) * len(cuts) <= MOST_WORK
-    for members in _all(count) if exhaustive else [(k,) for k in everyone]:
-        probe(members)
+    search = _Search(_cuts(table, folds, seed), table, costs, strengths)
+    everyone = range(len(table.widths))
+    exhaustive = len(everyone) <= MOST_MEMBERS and search.work() <= MOST_WORK
+    for members in _all(len(everyone)) if exhaustive else [(k,) for k in everyone]:
+        search.probe(members)
     chain = [()]
-    while len(chain[-1]) < count:  # greedy
+    while len(chain[-1]) < len(everyone):  # greedy
         left = [k for k in everyone if k not in chain[-1]]
-        chain.append((*chain[-1], max(left, key=lambda k: probe((*chain[-1], k)).top1)))
+        chain.append((*chain[-1], max(left, key=lambda k: search.probe((*chain[-1], k)).top1)))
     for k in everyone:  # prefixes
-        probe(everyone[: k + 1])
+        search.probe(everyone[: k + 1])
 
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), BOOTSTRAP) / len(labels)
-
-    def interval(right: np.ndarray) -> tuple[float, float]:
-        """95%, of the mean of a difference (N,) over redrawn images."""
-        low, high = np.percentile(weights @ right, [2.5, 97.5])
-        return float(low), float(high)
-
-    affordable = [s for s in probed.values() if _within(s, max_members, max_gflops, max_parameters)]
+    affordable = [s for s in search.probed.values() if _within(s, max_members, max_gflops, max_parameters)]
     if not affordable:
         raise ValueError(
             f"no subset is within the budget; the cheapest member has {min(c.gflops for c in costs):.2f} GFLOPs and "
             f"the smallest {min(c.million_parameters for c in costs):.1f} million parameters."
         )
     top = max(affordable, key=lambda s: s.top1)
-
-    def as_good(subset: Subset) -> bool:
-        lost = top.right.astype(float) - subset.right
-        within_error = lost.mean() <= lost.std() / math.sqrt(len(lost))
-        return within_error or (lost.mean() < NEGLIGIBLE and interval(lost)[0] <= 0)
-
-    best = min(filter(as_good, affordable), key=lambda s: (s.cost.gflops, -s.top1)).members
-
-    commonest = [np.unique(fitted.labels, return_counts=True) for fitted, _ in cuts]
-    guess = [held.labels == kinds[counts.argmax()] for (kinds, counts), (_, held) in zip(commonest, cuts, strict=True)]
-    nothing = np.concatenate(guess).astype(float)
-
-    def right(members) -> np.ndarray:
-        return probe(members).right.astype(float) if members else nothing
+    as_good = (s for s in affordable if _as_good(s.right, top.right, seed))
+    best = min(as_good, key=lambda s: (s.cost.gflops, -s.top1)).members
 
     contributions = []
     for k in everyone:
         without = [other for other in best if other != k]
-        gain = right([*without, k]) - right(without)
-        shapley = _shapley(right, count, k) if exhaustive else None
-        contributions.append(
-            Contribution(
-                k,
-                k in best,
-                float(gain.mean()),
-                interval(gain),
-                None if shapley is None else float(shapley.mean()),
-                None if shapley is None else interval(shapley),
-            )
-        )
-    gains = [right(after) - right(before) for before, after in itertools.pairwise(chain)]
-    order = [(chain[n + 1][-1], float(gain.mean()), interval(gain)) for n, gain in enumerate(gains)]
+        gain = search.gain([*without, k], without)
+        shapley = _shapley(search, k) if exhaustive else None
+        found = (None, None) if shapley is None else (float(shapley.mean()), bootstrap_mean(shapley, seed))
+        contributions.append(Contribution(k, k in best, float(gain.mean()), bootstrap_mean(gain, seed), *found))
+    gains = [search.gain(after, before) for before, after in itertools.pairwise(chain)]
     return Selection(
         names=list(names),
         widths=table.widths,
         costs=list(costs),
-        subsets=sorted(probed.values(), key=lambda s: (-s.top1, s.cost.gflops)),
+        subsets=sorted(search.probed.values(), key=lambda s: (-s.top1, s.cost.gflops)),
         contributions=contributions,
-        similarity=scorers[0].similarity(),
+        similarity=search.scorers[0].similarity(),
         best=best,
-        order=order,
-        n_train=len(cuts[0][0]),
-        n_held=len(labels),
+        order=[(chain[n + 1][-1], float(gain.mean()), bootstrap_mean(gain, seed)) for n, gain in enumerate(gains)],
+        n_train=search.n_train,
+        n_held=len(search.nothing),
         probe={"kind": "ridge", "strengths": list(strengths), "folds": folds, "seed": seed},
     )
 
@@ -293,6 +245,41 @@ def member_costs(model: nn.Module) -> list[Cost]:
         parameters = sum(parameter.numel() for parameter in member.parameters())
         costs.append(Cost(counter.get_total_flops() / 1e9, parameters / 1e6))
     return costs
+
+
+class _Search:
+    """The subsets that were probed, on the held-out images of all cuts."""
+
+    def __init__(self, cuts, table: FeatureTable, costs: Sequence[Cost], strengths: Sequence[float]):
+        self.widths, self.costs, self.strengths = table.widths, costs, strengths
+        self.n_train = len(cuts[0][0])
+        self.scorers = [_Scorer(fitted, held, table, strengths) for fitted, held in cuts]
+        self.probed: dict[tuple[int, ...], Subset] = {}
+        # What no member at all gets right: the commonest class.
+        guesses = []
+        for fitted, held in cuts:
+            classes, counts = np.unique(fitted.labels, return_counts=True)
+            guesses.append(held.labels == classes[counts.argmax()])
+        self.nothing = np.concatenate(guesses)
+
+    def probe(self, members: Sequence[int]) -> Subset:
+        members = tuple(sorted(members))
+        if members not in self.probed:
+            rights = np.concatenate([scorer.right(members) for scorer in self.scorers], axis=1)  # (strengths, N)
+            at = int(rights.mean(axis=1).argmax())
+            cost = sum((self.costs[k] for k in members), Cost(0.0, 0.0))
+            self.probed[members] = Subset(members, float(rights[at].mean()), self.strengths[at], cost, rights[at])
+        return self.probed[members]
+
+    def gain(self, members: Sequence[int], others: Sequence[int]) -> np.ndarray:
+        """(N,) 1 where only `members` are right, -1 where only `others` are."""
+        first, second = (self.probe(m).right if len(m) else self.nothing for m in (members, others))
+        return first.astype(float) - second
+
+    def work(self) -> float:
+        """Operations of all subsets' factorisations."""
+        sizes = (min(self.n_train, sum(self.widths[k] for k in members)) for members in _all(len(self.widths)))
+        return sum(size**3 / 3 for size in sizes) * len(self.strengths) * len(self.scorers)
 
 
 class _Scorer:
@@ -362,19 +349,22 @@ def _all(count: int) -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in range(1, count + 1))
 
 
-def _work(widths: Sequence[int], members: Sequence[int], rows: int) -> float:
-    """Operations of one factorisation."""
-    return min(rows, sum(widths[k] for k in members)) ** 3 / 3
+def _as_good(right: np.ndarray, best: np.ndarray, seed: int) -> bool:
+    """Whether what these predictions lose to the best ones is within a standard error, or small and not sure."""
+    lost = best.astype(float) - right
+    negligible = lost.mean() < NEGLIGIBLE and bootstrap_mean(lost, seed)[0] <= 0
+    return negligible or lost.mean() <= lost.std() / math.sqrt(len(lost))
 
 
-def _shapley(right: Callable[[Sequence[int]], np.ndarray], count: int, k: int) -> np.ndarray:
+def _shapley(search: _Search, k: int) -> np.ndarray:
     """Member k's mean gain over all orders, image by image."""
+    count = len(search.widths)
     others = [other for other in range(count) if other != k]
-    total = 0.0
+    total = np.zeros(len(search.nothing))
     for size in range(count):
         share = 1 / (count * math.comb(count - 1, size))  # of the orders in which these are the members before k
         for before in itertools.combinations(others, size):
-            total = total + share * (right([*before, k]) - right(before))
+            total += share * search.gain([*before, k], before)
     return total
 
 

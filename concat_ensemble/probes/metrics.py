@@ -73,12 +73,19 @@ def paired_difference(right: np.ndarray, other: np.ndarray, seed: int = 0) -> tu
     """Of two models on the same images, from which they get right (N,) bool: the first's top-1 minus the second's, its 95%
     bootstrap interval over redrawn images, and the p-value of McNemar's exact test that both are as good (McNemar 1947).
     """
-    wins, losses, number = int((right & ~other).sum()), int((other & ~right).sum()), len(right)
-    chances = np.array([wins, losses, number - wins - losses]) / number
-    draws = np.random.default_rng(seed).multinomial(number, chances, REDRAWS)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / number, [2.5, 97.5])
+    gaps = right.astype(float) - other
+    wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
     p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    return (wins - losses) / number, (float(low), float(high)), float(p)
+    return float(gaps.mean()), bootstrap_mean(gaps, seed), float(p)
+
+
+def bootstrap_mean(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of values (N,), of which few are different: only their counts are redrawn."""
+    values, counts = np.unique(values, return_counts=True)
+    number = counts.sum()
+    draws = np.random.default_rng(seed).multinomial(number, counts / number, REDRAWS) @ values / number
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def wilson_interval(share: float, number: int, z: float = 1.959964) -> tuple[float, float]:
