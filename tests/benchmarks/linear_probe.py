@@ -1,7 +1,9 @@
 """The linear probe's path of strengths against scikit-learn's LogisticRegression(lbfgs), both to 1e-4 of the optimum.
 
     .venv/bin/python tests/benchmarks/linear_probe.py --rows 50000 --width 2048 --classes 100
+    .venv/bin/python tests/benchmarks/linear_probe.py --ensemble FOLDER --dataset DATASET --limit 1500
 
+The second form takes an ensemble's features of a dataset's training and validation images in place of made-up ones.
 Prints, per side: seconds (median of the repeats), objectives above the best known, and the ratio. scikit-learn works in float32
 too and starts each strength where the one before ended. It is run again and again with 1.4 times as many iterations until its
 objective is within 1e-4 of the best known, and only the last of these runs is counted: neither the trials nor what its own
@@ -17,6 +19,9 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from concat_ensemble import extract_features, load_data
+from concat_ensemble.command_line import _load
+from concat_ensemble.feature_table import TableSplit
 from concat_ensemble.probes.logistic import logistic_path, objective
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
@@ -32,6 +37,12 @@ def features(rows: int, width: int, classes: int) -> tuple[torch.Tensor, torch.T
     logits = X @ torch.randn(width, classes) * 3 / width**0.5
     y = (logits - torch.empty(rows, classes).exponential_().log()).argmax(1)
     return X, y
+
+
+def real_features(ensemble: str, dataset: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    table = extract_features(_load(ensemble, seed=0), load_data(dataset, limit=limit))
+    X, y = map(torch.from_numpy, TableSplit.joined([table["train"], table["validation"]]))
+    return (X - X.mean(0)) / X.std(0).clamp_min(1e-6), y
 
 
 def ours(X, y, classes, tol=WITHIN / 3):
@@ -74,8 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 50_000), ("width", 2_048), ("classes", 100), ("repeats", 3), ("budget", 1_800)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ensemble")
+    parser.add_argument("--dataset", default="scattered-digits")
+    parser.add_argument("--limit", type=int)
     options = parser.parse_args()
-    X, y = features(options.rows, options.width, options.classes)
+    if options.ensemble:
+        X, y = real_features(options.ensemble, options.dataset, options.limit)
+        options.classes = len(y.unique())
+    else:
+        X, y = features(options.rows, options.width, options.classes)
+    print(f"{X.shape[0]:,} x {X.shape[1]:,}, {options.classes} classes")
     reference = list(logistic_path(X, y, STRENGTHS, classes=options.classes, tol=1e-8))
     runs = [ours(X, y, options.classes) for _ in range(options.repeats)]
     best = [min(a.objective, b.objective) for a, b in zip(reference, runs[0][1], strict=True)]
