@@ -93,6 +93,13 @@ class Design:
             total += chunk.T @ chunk
         return total / len(self)
 
+    def gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """X'X / n (D, D) @ (D, C), without the former, and roughly: in the fast precision."""
+        total, matrix = torch.zeros_like(matrix), matrix.to(self.fast_dtype)
+        for _, chunk in self.chunks(fast=True):
+            total += chunk.T @ (chunk @ matrix)
+        return total / len(self)
+
     def turned(self, basis: torch.Tensor) -> Design:
         """The rows times `basis` (D, r), in memory in their place: this design reads its own again when asked for."""
         rows = Design.of(torch.empty(0, basis.shape[1], dtype=self.dtype, device=self.device))

@@ -16,6 +16,9 @@ they run in bfloat16 where the processor has it; gradients and objective stay in
 
 With fewer rows than columns everything happens in the row space: X = U S V' is replaced by U S, and the solution mapped back.
 
+Beyond `WIDE` columns the eigenvectors of all would cost more than they save, so the preconditioner takes the leading ones, found by
+randomised subspace iteration (Halko, Martinsson and Tropp 2011), and one value for the rest.
+
 Rows that do not fit into memory are read again in every pass, and are not turned. There a sample of them, which fits, is solved
 first: it gives the preconditioner, and for each strength a place to start from that leaves little to do.
 """
@@ -33,6 +36,7 @@ from concat_ensemble.probes.design import Design
 MAX_TRIALS = 12  # of lengths along a line
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
 SAMPLE = 65_536  # rows
+WIDE, LEADING = 4_096, 1_024  # columns
 
 
 @dataclass
@@ -74,14 +78,16 @@ def logistic_path(
         lengths, vectors = values[kept].clamp_min(0).sqrt(), vectors[:, kept]
         back = rows.T @ (vectors / lengths)
         X, spectrum, basis = Design.of(vectors * lengths), lengths**2 / n, None
-    elif X.in_memory:
-        spectrum, back = torch.linalg.eigh(X.gram().to(X.dtype))
+    elif X.in_memory and width <= WIDE:
+        spectrum, back = _eigenvectors(X)
         X, basis = X.turned(back), None
+    elif X.in_memory:
+        spectrum, basis = _eigenvectors(X)
     else:
         drawn, few = X.sample(max(SAMPLE, 8 * width))
         path = logistic_path(few, y[drawn], strengths, classes=classes, start=start, tol=1e-4, max_iter=max_iter)
         starts = {solution.strength: (solution.weight, solution.bias) for solution in path}
-        spectrum, basis = torch.linalg.eigh(few.gram().to(X.dtype))
+        spectrum, basis = _eigenvectors(few)
         del few
     spectrum = spectrum.clamp_min(0)
 
@@ -106,6 +112,18 @@ def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stren
     """f of the module's text, a float64 scalar."""
     losses = logits.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]
     return losses.double().mean() + strength / 2 * weight.double().square().sum()
+
+
+def _eigenvectors(X: Design) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (r,), rising, and eigenvectors (D, r) of X'X / n: all of them, or about the leading ones."""
+    if X.shape[1] <= WIDE:
+        return torch.linalg.eigh(X.gram().to(X.dtype))
+    generator = torch.Generator().manual_seed(0)
+    space = torch.randn(X.shape[1], LEADING, generator=generator).to(X.device, X.dtype)
+    for _ in range(2):
+        space = torch.linalg.qr(X.gram_times(torch.linalg.qr(space).Q)).Q
+    values, turn = torch.linalg.eigh(space.T @ X.gram_times(space))
+    return values, space @ turn
 
 
 def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
@@ -169,7 +187,8 @@ def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, sc
     def precondition(matrix, vector):
         if basis is None:
             return matrix / scales[0], vector / scales[1]
-        return basis @ ((basis.T @ matrix) / scales[0]), vector / scales[1]
+        inner, rest = basis.T @ matrix, scales[0][0]  # what the basis does not span has its least value
+        return basis @ (inner / scales[0] - inner / rest) + matrix / rest, vector / scales[1]
 
     move, move_bias = torch.zeros_like(gradient), torch.zeros_like(gradient_bias)
     rest, rest_bias = -gradient, -gradient_bias

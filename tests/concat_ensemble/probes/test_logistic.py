@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from concat_ensemble.feature_table import TableSplit
+from concat_ensemble.probes import logistic
+from concat_ensemble.probes.design import Design
 from concat_ensemble.probes.logistic import logistic_path, objective
 
 
@@ -88,3 +91,17 @@ def test_a_start_leads_to_the_same_solution():
         (warm,) = logistic_path(X, y, [0.01], classes=3, tol=1e-12, start=(cold.weight, cold.bias))
         torch.testing.assert_close(warm.weight, cold.weight, atol=1e-6, rtol=1e-4)
         assert warm.newton_steps <= 2 < cold.newton_steps
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_many_columns_go_by_the_leading_eigenvectors(monkeypatch, in_memory):
+    """Made small: of 40 columns 8 lead."""
+    for name, value in (("WIDE", 20), ("LEADING", 8), ("SAMPLE", 100)):
+        monkeypatch.setattr(logistic, name, value)
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((400, 40)) * 10.0 ** np.linspace(1, -1, 40)
+    y = np.argmax(X @ rng.standard_normal((40, 3)) + rng.gumbel(size=(400, 3)), axis=1)
+    design = Design(TableSplit([X - X.mean(0)], y), in_memory=in_memory)
+    found = next(logistic_path(design, torch.from_numpy(y), [0.01], classes=3, tol=1e-12))
+    naive = LogisticRegression(C=1 / (400 * 0.01), tol=1e-10, max_iter=10_000).fit(X - X.mean(0), y)
+    np.testing.assert_allclose(found.weight.numpy().T, naive.coef_, atol=1e-3 * np.abs(naive.coef_).max())
