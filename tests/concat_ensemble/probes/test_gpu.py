@@ -1,0 +1,35 @@
+"""On a CUDA device the probes give what they give without one."""
+
+import numpy as np
+import pytest
+import torch
+
+from concat_ensemble import KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe
+from concat_ensemble.feature_table import FeatureTable
+from concat_ensemble.selection import Cost, select_members
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("probe", [KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe])
+def test_a_probe_gives_the_same_on_the_gpu(probe, in_memory, monkeypatch):
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 5
+    X = (rng.normal(size=(5, 40))[y] + 2 * rng.normal(size=(600, 40))).astype(np.float32)
+    settings = {"in_memory": in_memory} if "in_memory" in probe().get_params() else {}
+    on_gpu = probe(**settings).fit(X[:400], y[:400])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = probe(**settings).fit(X[:400], y[:400])
+    assert np.mean(on_gpu.predict(X[400:]) == on_cpu.predict(X[400:])) >= 0.99
+
+
+@pytest.mark.gpu
+def test_subsets_are_scored_the_same_on_the_gpu(monkeypatch):
+    rng = np.random.default_rng(0)
+    y = {"train": np.arange(300) % 5, "validation": np.arange(200) % 5}
+    blocks = {n: [(np.eye(5)[r] @ np.ones((5, 8)) + rng.normal(size=(len(r), 8))) for _ in "ab"] for n, r in y.items()}
+    table = FeatureTable(blocks, y, list("abcde"))
+    on_gpu = select_members(table, [Cost(1.0, 1.0)] * 2, list("ab"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = select_members(table, [Cost(1.0, 1.0)] * 2, list("ab"))
+    assert [s.top1 for s in on_gpu.subsets] == pytest.approx([s.top1 for s in on_cpu.subsets], abs=0.01)
