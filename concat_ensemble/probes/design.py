@@ -100,14 +100,6 @@ class Design:
             total += chunk.T @ (chunk @ matrix)
         return total / len(self)
 
-    def turned(self, basis: torch.Tensor) -> Design:
-        """The rows times `basis` (D, r), in memory in their place: this design reads its own again when asked for."""
-        rows = Design.of(torch.empty(0, basis.shape[1], dtype=self.dtype, device=self.device))
-        rows.shape = len(self), basis.shape[1]
-        rows._kept[self.dtype] = [(part, chunk @ basis) for part, chunk in self.chunks()]
-        self._kept.clear()
-        return rows
-
     def sample(self, number: int, seed: int = 0) -> tuple[np.ndarray, Design]:
         """`number` rows drawn at random, in memory, and which they are."""
         drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:number])

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression over a path of L2 strengths: one Gram matrix, few passes over the rows.
+"""Multinomial logistic regression over a path of L2 strengths, in few passes over the rows.
 
 For rows x_i (standardised), labels y_i and each strength s, from strong to weak, minimise
 
@@ -9,18 +9,14 @@ pass over the rows and no Hessian is formed:
 
     Z = X V;  R = P * (Z - rowsum(P * Z));  H V = X' R / n + s V        (P: the class probabilities, (n, C))
 
-What keeps the number of passes small is the preconditioner. Were P constant, H would be h_c * (X'X / n) + s for class c,
-with h_c = mean_i p_ic (1 - p_ic): diagonal in the eigenbasis of X'X / n, into which the rows are turned once for all strengths.
-(Boehning's bound 1/2 in the place of h_c is far too large where there are many classes.) The products need no more than a few digits, so
-they run in bfloat16 where the processor has it; gradients and objective stay in X's precision.
+What keeps the number of passes small is the preconditioner. Were P constant, H would be h_c * (X'X / n) + s for class c, with
+h_c = mean_i p_ic (1 - p_ic): diagonal in the eigenbasis of X'X / n, which serves all strengths. (Boehning's bound 1/2 in the place of
+h_c is far too large where there are many classes.) The leading eigenvectors do as well as all, with one value for the rest, and cost
+a few passes (randomised subspace iteration, Halko, Martinsson and Tropp 2011). The products need no more than a few digits, so they
+run in bfloat16 where the processor has it; gradients and objective stay in X's precision.
 
-With fewer rows than columns everything happens in the row space: X = U S V' is replaced by U S, and the solution mapped back.
-
-Beyond `WIDE` columns the eigenvectors of all would cost more than they save, so the preconditioner takes the leading ones, found by
-randomised subspace iteration (Halko, Martinsson and Tropp 2011), and one value for the rest.
-
-Rows that do not fit into memory are read again in every pass, and are not turned. There a sample of them, which fits, is solved
-first: it gives the preconditioner, and for each strength a place to start from that leaves little to do.
+Rows that do not fit into memory are read again in every pass. There a sample of them, which fits, is solved first: it gives the
+preconditioner, and for each strength a place to start from that leaves little to do.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ from concat_ensemble.probes.design import Design
 MAX_TRIALS = 12  # of lengths along a line
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
 SAMPLE = 65_536  # rows
-WIDE, LEADING = 4_096, 1_024  # columns
+LEADING = 256  # eigenvectors
 
 
 @dataclass
@@ -70,18 +66,8 @@ def logistic_path(
     """
     X = Design.of(X) if isinstance(X, torch.Tensor) else X
     n, width = X.shape
-    back, starts = None, {}
-    if n < width:  # the gradient, and so the solution, lies in the span of the rows
-        rows = torch.cat([chunk for _, chunk in X.chunks()])
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        kept = values > values[-1] * n * torch.finfo(rows.dtype).eps
-        lengths, vectors = values[kept].clamp_min(0).sqrt(), vectors[:, kept]
-        back = rows.T @ (vectors / lengths)
-        X, spectrum, basis = Design.of(vectors * lengths), lengths**2 / n, None
-    elif X.in_memory and width <= WIDE:
-        spectrum, back = _eigenvectors(X)
-        X, basis = X.turned(back), None
-    elif X.in_memory:
+    starts = {}
+    if X.in_memory or n <= SAMPLE:
         spectrum, basis = _eigenvectors(X)
     else:
         drawn, few = X.sample(max(SAMPLE, 8 * width))
@@ -89,12 +75,11 @@ def logistic_path(
         starts = {solution.strength: (solution.weight, solution.bias) for solution in path}
         spectrum, basis = _eigenvectors(few)
         del few
-    spectrum = spectrum.clamp_min(0)
 
     counts = torch.bincount(y, minlength=classes).to(X.dtype)
     weight, bias = counts.new_zeros(X.shape[1], classes), ((counts + 0.5) / (n + 0.5 * classes)).log()
     if start is not None:
-        weight, bias = (start[0] if back is None else back.T @ start[0]), start[1]
+        weight, bias = start
     earlier = []  # (log strength, weight, bias) of the last two
     for strength in strengths:
         if starts:
@@ -105,7 +90,7 @@ def logistic_path(
             weight, bias = (now + share * (now - then) for then, now in zip(*(e[1:] for e in earlier), strict=True))
         weight, bias, *found = _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter)
         earlier = [*earlier[-1:], (math.log(strength), weight, bias)]
-        yield Solution(strength, weight if back is None else back @ weight, bias - bias.mean(), *found)
+        yield Solution(strength, weight, bias - bias.mean(), *found)
 
 
 def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, strength: float) -> torch.Tensor:
@@ -116,14 +101,15 @@ def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stren
 
 def _eigenvectors(X: Design) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (r,), rising, and eigenvectors (D, r) of X'X / n: all of them, or about the leading ones."""
-    if X.shape[1] <= WIDE:
-        return torch.linalg.eigh(X.gram().to(X.dtype))
+    if X.shape[1] <= 2 * LEADING:
+        values, vectors = torch.linalg.eigh(X.gram().to(X.dtype))
+        return values.clamp_min(0), vectors
     generator = torch.Generator().manual_seed(0)
     space = torch.randn(X.shape[1], LEADING, generator=generator).to(X.device, X.dtype)
     for _ in range(2):
         space = torch.linalg.qr(X.gram_times(torch.linalg.qr(space).Q)).Q
     values, turn = torch.linalg.eigh(space.T @ X.gram_times(space))
-    return values, space @ turn
+    return values.clamp_min(0), space @ turn
 
 
 def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
@@ -185,8 +171,6 @@ def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, sc
     n = len(X)
 
     def precondition(matrix, vector):
-        if basis is None:
-            return matrix / scales[0], vector / scales[1]
         inner, rest = basis.T @ matrix, scales[0][0]  # what the basis does not span has its least value
         return basis @ (inner / scales[0] - inner / rest) + matrix / rest, vector / scales[1]
 
