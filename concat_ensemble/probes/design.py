@@ -69,10 +69,11 @@ class Design:
         if dtype in self._kept:
             yield from self._kept[dtype]
             return
-        source = ((rows, chunk.to(dtype)) for rows, chunk in self.chunks()) if self._kept else self._made(dtype)
         if not self.in_memory:
-            yield from source
+            yield from self._made(dtype)
             return
+        exact = dtype == self.dtype
+        source = self._made(dtype) if exact else ((rows, chunk.to(dtype)) for rows, chunk in self.chunks())
         kept = []
         for piece in source:
             kept.append(piece)

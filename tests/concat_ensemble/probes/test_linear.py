@@ -140,6 +140,20 @@ def test_more_columns_than_rows():
     assert np.isfinite(probe.coef_).all() and probe.score(X, y) == 1.0
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("rows", [200, 900])
+def test_wide_float32_features_are_solved_as_scikit_learn_does(rows, in_memory):
+    """More columns than all of whose eigenvectors are taken, more and fewer rows than columns, products in half precision."""
+    rng = np.random.default_rng(0)
+    y = np.arange(rows) % 3
+    X = (0.3 * rng.normal(size=(3, 600))[y] + rng.normal(size=(rows, 600)) * np.linspace(5, 0.01, 600)).astype(
+        np.float32
+    )
+    probe = LinearProbe(strengths=[0.1], in_memory=in_memory, tol=1e-9).fit(X, y)
+    probabilities, _ = by_hand(X.astype(np.float64), y, 0.1)
+    np.testing.assert_allclose(probe.predict_proba(X), probabilities(X), atol=2e-3)
+
+
 def test_large_float32_features_are_solved_in_float32():
     X, y = clouds(60, spread=0.3)
     X32 = (X * 1e6).astype(np.float32)
