@@ -102,14 +102,14 @@ def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, stren
 def _eigenvectors(X: Design) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (r,), rising, and eigenvectors (D, r) of X'X / n: all of them, or about the leading ones."""
     if X.shape[1] <= 2 * LEADING:
-        values, vectors = torch.linalg.eigh(X.gram().to(X.dtype))
-        return values.clamp_min(0), vectors
+        values, vectors = torch.linalg.eigh(X.gram())  # in float64: in float32 it fails where many are zero
+        return values.clamp_min(0).to(X.dtype), vectors.to(X.dtype)
     generator = torch.Generator().manual_seed(0)
     space = torch.randn(X.shape[1], LEADING, generator=generator).to(X.device, X.dtype)
     for _ in range(2):
         space = torch.linalg.qr(X.gram_times(torch.linalg.qr(space).Q)).Q
-    values, turn = torch.linalg.eigh(space.T @ X.gram_times(space))
-    return values.clamp_min(0), space @ turn
+    values, turn = torch.linalg.eigh((space.T @ X.gram_times(space)).double())
+    return values.clamp_min(0).to(X.dtype), space @ turn.to(X.dtype)
 
 
 def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
