@@ -234,6 +234,8 @@ def select(
     home = folder if (folder / "config.json").is_file() else Path()
     path = home / "selection" / f"{_file_name(study, limit)}{'-quick' if quick else ''}.json"
     _writable_parent(path)
+    if output:
+        _refuse_taken(output, overwrite)  # better known before the work than after it
     ensemble = _load(model, seed)
     names = [ensemble.config.members[k]["architecture"] for k in ensemble.config.built_members]
     if len(names) < 2:
@@ -261,9 +263,8 @@ def select(
         chosen = with_projection(chosen, principal_projection(table.members(found.best), columns))
     name = output.name if output else "+".join(map(str, found.best))
     all_of_them = {f"all {len(names)} members": whole} if len(found.best) < len(names) else {}
-    described = asked | {"test_images": len(data["test"]), "on_hub": bool(asked.get("on_hub"))}
     results, _ = probe_ensemble(
-        chosen, data, name=name, described=described, baselines=all_of_them, seed=seed, **extraction
+        chosen, data, name=name, described=_described(asked, data), baselines=all_of_them, seed=seed, **extraction
     )
     results.command = _typed()
     if not as_json:
@@ -512,12 +513,11 @@ def _probe_on(
         return results
     _writable_parent(path)  # better known before the work than after it
     data = load()
-    on_hub = "/" in asked["name"] and not Path(asked["name"].partition(":")[2] or asked["name"]).exists()
     results, found = probe_ensemble(
         ensemble,
         data,
         name=folder.name,
-        described=asked | {"test_images": len(data["test"]), "on_hub": on_hub},
+        described=_described(asked, data),
         baselines={Path(other).name: _load(other, asked["seed"]) for other in baselines},
         seed=asked["seed"],
         quiet=quiet,
@@ -530,6 +530,12 @@ def _probe_on(
     if (folder / "config.json").is_file():
         write_card(folder)
     return results
+
+
+def _described(asked: dict, data) -> dict:
+    """How a dataset was asked for, and what the results say of it besides."""
+    on_hub = "/" in asked["name"] and not Path(asked["name"].partition(":")[2] or asked["name"]).exists()
+    return asked | {"test_images": len(data["test"]), "on_hub": on_hub}
 
 
 def _refuse_beside(context: typer.Context, what: str, parameters: list[str]) -> None:
@@ -573,9 +579,8 @@ def _load(name: str, seed: int):
     return assemble([HUB + name if is_hub_id else name], seed=seed)
 
 
-@contextmanager
-def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `path` that takes its place when all went well; what was there stays until then."""
+def _refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raise ValueError where a new folder may not take the place of what is there."""
     if path.is_file():
         raise ValueError(f"{path} is a file; name a folder with --output.")
     if path.is_dir() and any(path.iterdir()):
@@ -585,6 +590,12 @@ def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
             raise ValueError(
                 f"{path} holds something other than an ensemble, which --overwrite does not delete; name another --output."
             )
+
+
+@contextmanager
+def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when all went well; what was there stays until then."""
+    _refuse_taken(path, overwrite)
     parent = _writable_parent(path)
     aside = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
     aside.chmod(0o755)  # mkdtemp's folders are for the owner alone

@@ -87,10 +87,10 @@ class Design:
             torch.mm(chunk, matrix, out=out[rows])
         return out
 
-    def gram(self, *, fast: bool = False) -> torch.Tensor:
+    def gram(self) -> torch.Tensor:
         """(D, D) X'X / n, summed in the rows' own precision within a chunk and in float64 over chunks."""
         total = torch.zeros(self.shape[1], self.shape[1], dtype=torch.float64, device=self.device)
-        for _, chunk in self.chunks(fast=fast):
+        for _, chunk in self.chunks():
             total += chunk.T @ chunk
         return total / len(self)
 

@@ -61,3 +61,10 @@ def test_build_keeps_weights_in_half_precision_and_they_are_probed(run, folder):
     assert code == 0, err
     code, _, err = run("build", "pair", "--dtype", "int8", "--output", "other")
     assert code == 2 and "--dtype int8: give float32, float16, bfloat16" in err
+
+
+def test_select_refuses_a_taken_output_before_any_work(run, folder, contents):
+    before = contents(folder.parent)
+    code, _, err = run("select", "pair", "--dataset", "digits", "--output", "pair")
+    assert code == 2 and "pair holds something already; add --overwrite" in err
+    assert contents(folder.parent) == before
