@@ -14,6 +14,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    IterableDataset,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -118,13 +119,46 @@ def load_data(
     return DatasetDict({kind: splits[kind] for kind in ("train", "validation", "test")})
 
 
+def load_stream(
+    name: str | Path,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+) -> IterableDataset:
+    """The training split of a dataset as `load_data` names it, read while it is used and never held: `image`, encoded, and `label`.
+
+    Raises:
+        ValueError: for what cannot be streamed: what is embedded, in memory or saved by `datasets`, and labels whose classes are not
+            told beforehand.
+    """
+    loaded = _load(name, config, revision, seed=0, streaming=True)
+    found = _pick_split(loaded, "train", split, set())
+    if not isinstance(found, IterableDataset):
+        raise ValueError(f"{name} cannot be streamed: it is here already.")
+    found = _renamed(found, image_column, label_column, "train")
+    if not isinstance(found.features["label"], ClassLabel):
+        raise ValueError(f"{name} cannot be streamed: its labels are {found.features['label'].dtype}, and which classes there are is not told.")
+    return found
+
+
 def open_image(split: Dataset, index: int) -> PIL.Image.Image:
     """Image `index` of a split of `load_data`, as PIL reads it.
 
     Raises:
         ValueError: naming the image, when it cannot be read.
     """
-    encoded = split[index]["image"]
+    return decoded(split[index]["image"], name_image(split, index))
+
+
+def decoded(encoded: dict, name: str) -> PIL.Image.Image:
+    """An encoded image ({"bytes", "path"}) as PIL reads it; `name` is what an error calls it.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
     try:
         image = PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         image.load()
@@ -135,9 +169,7 @@ def open_image(split: Dataset, index: int) -> PIL.Image.Image:
         ValueError,
         PIL.Image.DecompressionBombError,
     ) as error:  # PIL's ways of saying that this is no image
-        raise ValueError(
-            f"{name_image(split, index)} cannot be read: {first_line(error)}; remove or repair it."
-        ) from error
+        raise ValueError(f"{name} cannot be read: {first_line(error)}; remove or repair it.") from error
 
 
 def name_image(split: Dataset, index: int) -> str:
@@ -196,7 +228,7 @@ def class_names(split: Dataset) -> list[str]:
     return list(split.features["label"].names)
 
 
-def _load(name, config, revision, seed) -> dict[str, Dataset]:
+def _load(name, config, revision, seed, streaming=False) -> dict[str, Dataset | IterableDataset]:
     if isinstance(name, Dataset):
         return {"train": name}
     if isinstance(name, DatasetDict):
@@ -214,11 +246,11 @@ def _load(name, config, revision, seed) -> dict[str, Dataset]:
         if builder == "saved":
             loaded = load_from_disk(files)
         elif builder == "hub":
-            loaded = load_dataset(files, config, revision=revision)
+            loaded = load_dataset(files, config, revision=revision, streaming=streaming)
         elif builder == "imagefolder":
-            loaded = load_dataset("imagefolder", data_dir=_existing(files))
+            loaded = load_dataset("imagefolder", data_dir=_existing(files), streaming=streaming)
         else:
-            loaded = load_dataset(builder, data_files=_data_files(Path(files), builder))
+            loaded = load_dataset(builder, data_files=_data_files(Path(files), builder), streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         raise ValueError(
             f"no dataset {str(name)!r}: it is neither {' nor '.join(EMBEDDED)}, nor a path here, and the Hub does not give it "
@@ -295,6 +327,11 @@ def _position(part: str, total: int) -> int | None:
 
 
 def _two_columns(split: Dataset, image_column: str | None, label_column: str | None, kind: str) -> Dataset:
+    return _with_class_labels(_renamed(split, image_column, label_column, kind), kind)
+
+
+def _renamed(split, image_column: str | None, label_column: str | None, kind: str):
+    """The columns of images and labels, found or named, as `image` (encoded) and `label`."""
     features = split.features
     for asked in (image_column, label_column):
         if asked is not None and asked not in features:
@@ -318,7 +355,7 @@ def _two_columns(split: Dataset, image_column: str | None, label_column: str | N
         split = split.rename_column(image, "image")
     if label != "label":
         split = split.rename_column(label, "label")
-    return _with_class_labels(split.cast_column("image", Image(decode=False)), kind)
+    return split.cast_column("image", Image(decode=False))
 
 
 def _with_class_labels(split: Dataset, kind: str) -> Dataset:
