@@ -1,5 +1,6 @@
 """One way to name any image dataset, and what comes back: splits with the columns `image` and `label`."""
 
+import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,8 @@ from torchvision.transforms import v2
 
 from concat_ensemble.errors import first_line
 
-EMBEDDED = ("digits", "scattered-digits")
+EMBEDDED = "digits"
+SCATTERED = "scattered:"
 BUILDERS = ("parquet", "imagefolder", "csv", "json")
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -54,15 +56,16 @@ def load_data(
     validation_size: float = 0.2,
     test_size: float = 0.5,
     limit: int | None = None,
+    shots: int | None = None,
     seed: int = 0,
 ) -> DatasetDict:
     """Load an image classification dataset with the splits `train`, `validation` and `test`.
 
     Args:
-        name: `"digits"` (scikit-learn's 1,797 real handwritten digits, 8x8 grey) or `"scattered-digits"` (the same,
-            each at a random place, scale and rotation on a noisy 32x32 canvas); a Hub id; `"parquet:FILES"` or
+        name: `"digits"` (scikit-learn's 1,797 real handwritten digits, 8x8 grey); a Hub id; `"parquet:FILES"` or
             `"imagefolder:FOLDER"`; a path, whose kind is then seen from what is there; or a `Dataset` or `DatasetDict`
-            in memory.
+            in memory. `"scattered:NAME"` puts each image of one of these, which must be of one size, grey at a random
+            place, scale and rotation on a noisy 32x32 canvas (see `Scatter`).
         config, revision: Of a Hub dataset.
         image_column, label_column: Found by type and common names when left out.
         classes: Keep these, by number or name; labels are then renumbered from 0 in the order of the dataset's
@@ -72,7 +75,8 @@ def load_data(
             is a validation split but no test split, that one is the test. A missing validation split is
             `validation_size` of what is left to train on. Both cuts are stratified and drawn by `seed`.
         limit: Keep at most this many images of each split, drawn by `seed`.
-        seed: Of the cuts, the limit, and the placement of scattered digits.
+        shots: Keep this many images of each class for training and validation together, drawn by `seed`.
+        seed: Of the cuts, the limit, the shots, and the placement of scattered images.
 
     Returns:
         `image`: encoded images, read when asked for; `label`: `ClassLabel`. Image bytes are kept as they are: palette,
@@ -84,7 +88,10 @@ def load_data(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1.")
-    loaded = _load(name, config, revision, seed)
+    if shots is not None and shots < 2:
+        raise ValueError(f"shots={shots} must be at least 2: some are for validation.")
+    scattered = isinstance(name, str) and name.startswith(SCATTERED)
+    loaded = _load(name.removeprefix(SCATTERED) if scattered else name, config, revision)
     asked = {"train": train_split, "validation": validation_split, "test": test_split}
     taken = {split.partition("[")[0] for split in asked.values() if split}  # not to be found again by a common name
     splits = {kind: _pick_split(loaded, kind, split, taken) for kind, split in asked.items()}
@@ -104,6 +111,9 @@ def load_data(
         splits["test"] = splits.pop("validation")
     if "test" not in splits:
         splits["train"], splits["test"] = _cut(splits["train"], test_size, seed, "test_size")
+    if shots is not None:
+        known = [splits["train"], *([splits.pop("validation")] if "validation" in splits else [])]
+        splits["train"] = _few_of_each(concatenate_datasets(known), shots, seed)
     if "validation" not in splits:
         splits["train"], splits["validation"] = _cut(splits["train"], validation_size, seed, "validation_size")
     for kind, split in splits.items():
@@ -116,7 +126,8 @@ def load_data(
         raise ValueError(
             f"the train split has the one class {class_names(splits['train'])[present[0]]!r}; a probe needs two."
         )
-    return DatasetDict({kind: splits[kind] for kind in ("train", "validation", "test")})
+    ordered = {kind: splits[kind] for kind in ("train", "validation", "test")}
+    return DatasetDict(_scattered(ordered, seed) if scattered else ordered)
 
 
 def load_stream(
@@ -134,13 +145,15 @@ def load_stream(
         ValueError: for what cannot be streamed: what is embedded, in memory or saved by `datasets`, and labels whose classes are not
             told beforehand.
     """
-    loaded = _load(name, config, revision, seed=0, streaming=True)
+    loaded = _load(name, config, revision, streaming=True)
     found = _pick_split(loaded, "train", split, set())
     if not isinstance(found, IterableDataset):
         raise ValueError(f"{name} cannot be streamed: it is here already.")
     found = _renamed(found, image_column, label_column, "train")
     if not isinstance(found.features["label"], ClassLabel):
-        raise ValueError(f"{name} cannot be streamed: its labels are {found.features['label'].dtype}, and which classes there are is not told.")
+        raise ValueError(
+            f"{name} cannot be streamed: its labels are {found.features['label'].dtype}, and which classes there are is not told."
+        )
     return found
 
 
@@ -228,13 +241,13 @@ def class_names(split: Dataset) -> list[str]:
     return list(split.features["label"].names)
 
 
-def _load(name, config, revision, seed, streaming=False) -> dict[str, Dataset | IterableDataset]:
+def _load(name, config, revision, streaming=False) -> dict[str, Dataset | IterableDataset]:
     if isinstance(name, Dataset):
         return {"train": name}
     if isinstance(name, DatasetDict):
         return dict(name)
-    if name in EMBEDDED:
-        return {"train": _digits(scattered=name == "scattered-digits", seed=seed)}
+    if name == EMBEDDED:
+        return {"train": _digits()}
     builder, _, files = str(name).partition(":")
     if builder not in BUILDERS or not files:
         builder, files = _kind_of_path(Path(name)) if Path(name).exists() else ("hub", str(name))
@@ -253,7 +266,7 @@ def _load(name, config, revision, seed, streaming=False) -> dict[str, Dataset | 
             loaded = load_dataset(builder, data_files=_data_files(Path(files), builder), streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         raise ValueError(
-            f"no dataset {str(name)!r}: it is neither {' nor '.join(EMBEDDED)}, nor a path here, and the Hub does not give it "
+            f"no dataset {str(name)!r}: it is neither {EMBEDDED}, nor a path here, and the Hub does not give it "
             f"({first_line(error)})."
         ) from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
@@ -429,15 +442,41 @@ def _cut(split: Dataset, size: float, seed: int, what: str) -> tuple[Dataset, Da
     return split.select(np.sort(kept)), split.select(np.sort(cut))
 
 
-def _digits(scattered: bool, seed: int) -> Dataset:
+def _few_of_each(split: Dataset, shots: int, seed: int) -> Dataset:
+    order = np.random.default_rng(seed).permutation(len(split))
+    labels = _labels(split)[order]
+    chosen = [order[labels == label][:shots] for label in np.unique(labels)]
+    fewest = min(map(len, chosen))
+    if fewest < shots:
+        raise ValueError(f"shots={shots}: a class has {fewest} images for training and validation; ask for fewer.")
+    return split.select(np.sort(np.concatenate(chosen)))
+
+
+def _scattered(splits: dict[str, Dataset], seed: int) -> dict[str, Dataset]:
+    """Every image on a canvas of its own, the same one for the same image, seed and bytes, whatever is left out beside it."""
+    placed = {}
+    for kind, split in splits.items():
+        images = [np.asarray(open_image(split, number).convert("L")) for number in range(len(split))]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"{SCATTERED} wants images of one size; the {kind} split has several.")
+        canvases = []
+        for number, image in enumerate(images):
+            drawn = int.from_bytes(
+                hashlib.sha256(split[number]["image"]["bytes"] or image.tobytes()).digest()[:6], "big"
+            )
+            generator = torch.Generator().manual_seed(drawn ^ seed)
+            canvases.append(Scatter(generator=generator)(torch.from_numpy(image / np.float32(255))[None, None])[0, 0])
+        pixels = (torch.stack(canvases) * 255).round().to(torch.uint8).numpy()
+        encoded = [{"bytes": _png(image), "path": None} for image in pixels]
+        placed[kind] = Dataset.from_dict({"image": encoded, "label": _labels(split)}, features=split.features)
+    return placed
+
+
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits  # its file lies in the installed package
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 16
-    if scattered:
-        images = Scatter(generator=torch.Generator().manual_seed(seed))(images)
-    pixels = (images[:, 0] * 255).round().to(torch.uint8).numpy()
-    encoded = [{"bytes": _png(image), "path": None} for image in pixels]
+    encoded = [{"bytes": _png(image), "path": None} for image in (digits.images / 16 * 255).round().astype(np.uint8)]
     features = Features(image=Image(decode=False), label=ClassLabel(names=[str(n) for n in range(10)]))
     return Dataset.from_dict({"image": encoded, "label": digits.target}, features=features)
 

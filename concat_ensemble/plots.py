@@ -111,7 +111,8 @@ def describe_dataset(dataset: dict) -> str:
     classes = f", classes {', '.join(map(str, dataset['classes']))}" if dataset.get("classes") else ""
     images = f", {dataset['test_images']:,} test images" if dataset.get("test_images") else ""
     config = f" ({dataset['config']})" if dataset.get("config") else ""
-    return f"{dataset.get('name', 'dataset')}{config}{classes}{images}"
+    shots = f", {dataset['shots']} labels a class" if dataset.get("shots") else ""
+    return f"{dataset.get('name', 'dataset')}{config}{classes}{shots}{images}"
 
 
 def _line(axes, rows: list[Row], label: str, color: str, **style) -> None:

@@ -39,7 +39,7 @@ def test_digits_are_scikit_learns_in_its_order_and_scaled_to_8_bits():
 
 
 def test_digits_and_scattered_digits_are_cut_at_the_same_rows():
-    plain, scattered = load_data("digits", seed=3), load_data("scattered-digits", seed=3)
+    plain, scattered = load_data("digits", seed=3), load_data("scattered:digits", seed=3)
     for kind in plain:
         assert labels(plain[kind]).tolist() == labels(scattered[kind]).tolist()
     # ... of the same digits: the ink of an image, spread over its canvas, goes with that of the plain one
@@ -47,7 +47,7 @@ def test_digits_and_scattered_digits_are_cut_at_the_same_rows():
     assert np.corrcoef(ink)[0, 1] > 0.3
 
 
-@pytest.mark.parametrize("name", ["digits", "scattered-digits"])
+@pytest.mark.parametrize("name", ["digits", "scattered:digits"])
 def test_digits_are_fixed_by_the_seed(name):
     first, again, other = (load_data(name, limit=20, seed=seed) for seed in (1, 1, 2))
     assert rows(first["test"]) == rows(again["test"]) and rows(first["train"]) == rows(again["train"])
@@ -55,8 +55,8 @@ def test_digits_are_fixed_by_the_seed(name):
 
 
 def test_the_place_of_a_digit_does_not_depend_on_the_classes_kept():
-    everything = {row for split in load_data("scattered-digits").values() for row in rows(split)}
-    few = [row for split in load_data("scattered-digits", classes=[7, 8]).values() for row in rows(split)]
+    everything = {row for split in load_data("scattered:digits").values() for row in rows(split)}
+    few = [row for split in load_data("scattered:digits", classes=[7, 8]).values() for row in rows(split)]
     assert len(few) == 179 + 174 and set(few) <= everything
     assert PILImage.open(io.BytesIO(few[0])).size == (32, 32) and PILImage.open(io.BytesIO(few[0])).mode == "L"
 
@@ -502,7 +502,7 @@ BAD_DATA = {
     "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a share between 0 and 1"),
     "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a share between 0 and 1"),
     "test share of everything": (with_labels(AB), {"test_size": 0.999}, "cannot cut test_size=0.999 off 40 images"),
-    "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits nor scattered-digits"),
+    "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits nor scattered:digits"),
     "misspelt name": ("digit", {}, "no dataset 'digit'"),
     "unknown Hub id": ("nobody/nonesuch", {}, "no dataset 'nobody/nonesuch'"),
     "missing path": ("/nonesuch/folder", {}, "no dataset '/nonesuch/folder'.*nor a path here"),

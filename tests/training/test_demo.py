@@ -46,7 +46,7 @@ def test_the_table_is_that_of_the_results_on_disk(demo):
     folder, printed = demo
     results = Results.load(folder / "cat4" / "results" / "unseen.json")
     assert results.repeats == 2 and [run.seed for run in results["cat4"].runs] == [0, 1]
-    assert results.dataset["classes"] == [5, 6, 7, 8, 9] and results.dataset["name"] == "scattered-digits"
+    assert results.dataset["classes"] == [5, 6, 7, 8, 9] and results.dataset["name"] == "scattered:digits"
     for name in ROWS:
         assert re.search(rf"│ {re.escape(name)} +│.* {100 * results[name].mean:.1f} \[", printed)
     repeats = [Results.load(folder / f"seed-{seed}" / "unseen.json") for seed in (0, 1)]
