@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
+from datasets import concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from timm.data import create_transform
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -113,6 +114,8 @@ class Images:
             seed=settings.seed,
         )
         self.data, self.split = data, data["train"]
+        if not settings.evaluate_every:  # nobody looks at the validation images: they are trained on, too
+            self.split = concatenate_datasets([data["train"], data["validation"]])
         self.names, self.size = class_names(self.split), len(self.split)
         self.labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
         if settings.augmentation == "scatter":

@@ -34,7 +34,7 @@ class Settings:
     classes: list[int] | None = None  # train on these alone
     limit: int | None = None  # images of each split at most
     test_size: float = 0.3  # share held out where the dataset has no test split
-    validation_size: float = 0.01  # share of what is left that training is watched on
+    validation_size: float = 0.01  # share of what is left that training is watched on, with evaluate_every
     streaming: bool = False  # read the training split from the Hub while training; then in order, shuffled in a buffer
 
     augmentation: str = "timm"  # its training transform; "scatter": each image placed anew on a noisy canvas; "none"
@@ -63,7 +63,7 @@ class Settings:
     num_workers: int = 0  # processes that read images
     checkpoint_every: int = 1_000  # steps; what a kill loses at most
     keep_checkpoints: int = 2
-    evaluate_every: int = 0  # steps; 0: not while training
+    evaluate_every: int = 0  # steps; 0: never, and the validation images are trained on, too
     log_with: str | None = None  # a tracker of accelerate's, as tensorboard or wandb
     seed: int = 0
     output: str = "runs/members"
