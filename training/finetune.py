@@ -95,7 +95,9 @@ def parameter_groups(settings: FineTuning):
 def classifier_of(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
     """The ensemble with a head to begin from."""
     table = extract_features(model, images.data, quiet=True)
-    validation = None if settings.evaluate_every else table["validation"]  # else the head would have seen what it is watched on
+    validation = (
+        None if settings.evaluate_every else table["validation"]
+    )  # else the head would have seen what it is watched on
     probe = LinearProbe(seed=settings.seed).fit(table["train"], validation=validation)
     classifier = with_head(model, probe, images.names)
     if settings.head == "zero":
