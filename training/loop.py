@@ -336,16 +336,18 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _optimizer(network: nn.Module, settings: Settings, warmup: int, param_groups) -> torch.optim.Optimizer:
+    betas = {} if settings.betas is None else {"betas": tuple(settings.betas)}
     if settings.optimizer == SCHEDULE_FREE:
         groups = (param_groups or partial(param_groups_weight_decay, weight_decay=settings.weight_decay))(network)
         groups = [{"lr": settings.learning_rate * group.pop("lr_scale", 1.0)} | group for group in groups]
-        return schedulefree.AdamWScheduleFree(groups, lr=settings.learning_rate, warmup_steps=warmup)
+        return schedulefree.AdamWScheduleFree(groups, lr=settings.learning_rate, warmup_steps=warmup, **betas)
     return create_optimizer_v2(
         network,
         settings.optimizer,
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         param_group_fn=param_groups,
+        **betas,
     )
 
 

@@ -50,6 +50,7 @@ class Settings:
     optimizer: str = "adamw"  # one of timm.optim.list_optimizers(), or schedulefree_adamw
     learning_rate: float = 2e-3  # peak
     weight_decay: float = 0.05
+    betas: list[float] | None = None  # of Adam's kin; the optimizer's own when left out
     schedule: str = "cosine"  # timm's, by steps; schedulefree_adamw has none
     warmup: float = 0.05  # share of the steps
     batch_size: int = 64
@@ -75,6 +76,11 @@ class Settings:
             self._want(name, getattr(self, name) >= 0, "not below zero")
         self._want("learning_rate", self.learning_rate > 0, "above zero")
         self._want("limit", self.limit is None or self.limit > 0, "at least 1")
+        self._want(
+            "betas",
+            self.betas is None or (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)),
+            "two shares below 1",
+        )
         self._want("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above zero")
         for name in ("test_size", "validation_size"):
             self._want(name, 0 < getattr(self, name) < 1, "a share between 0 and 1")
