@@ -164,6 +164,7 @@ class Loop:
                     self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
                     told = ", ".join(f"{100 * value:.1f}" for value in top1)
                     self.accelerator.print(f"{self.name}, step {self.step:,}: held-out top-1 {told}", flush=True)
+                    self._mode(training=True)
                 if (saving or asked) and not last:
                     self._save()
                 if asked and not last:
@@ -175,7 +176,8 @@ class Loop:
                     raise SystemExit(128 + (ended_by[0] if ended_by else signal.SIGTERM))
                 if last or self.step in stops:
                     yield self.step
-                    self._mode(training=True)
+                    if not last:  # at the end they stay as they were kept
+                        self._mode(training=True)
 
     def kept(self) -> list[nn.Module]:
         """The networks as they would be kept now, in evaluation mode: their averages where there are any, and for a schedule-free optimizer
