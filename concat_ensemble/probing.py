@@ -59,7 +59,7 @@ def probe_ensemble(
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members)} | (baselines or {})
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        row = Row(other, "baseline", sum(features.widths), len(baseline.members), *_spent(baseline))
+        row = Row(other, "baseline", sum(features.widths), len(baseline.members), *spent_on(baseline))
         candidates.append((row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
     candidates.append(
@@ -94,20 +94,20 @@ def probe_ensemble(
 def _candidates(model: nn.Module, table: FeatureTable, name: str, seed: int) -> Iterator[tuple[Row, FeatureTable]]:
     """The ensemble, its prefixes, each member, and itself at one member's width."""
     widths, count = table.widths, len(table.widths)
-    yield Row(name, "ensemble", sum(widths), len(model.members), *_spent(model)), table
+    yield Row(name, "ensemble", sum(widths), len(model.members), *spent_on(model)), table
     for k in range(count - 1, 1, -1):
         part = range(k)
-        yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, *_spent(model, part)), table.members(part)
+        yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, *spent_on(model, part)), table.members(part)
     if count == 1:
         return
     for k in range(count):
-        yield Row(f"{name}, member {k} alone", "member", widths[k], 1, *_spent(model, [k])), table.members([k])
+        yield Row(f"{name}, member {k} alone", "member", widths[k], 1, *spent_on(model, [k])), table.members([k])
     width = max(widths)
     for how, projection in (
         ("PCA", principal_projection(table, width)),
         ("random projection", random_projection(table, width, seed)),
     ):
-        yield Row(f"{name}, {how} to {width}", "narrowed", width, count, *_spent(model)), projection(table)
+        yield Row(f"{name}, {how} to {width}", "narrowed", width, count, *spent_on(model)), projection(table)
 
 
 def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:
@@ -168,7 +168,7 @@ def _measured(probe: LinearProbe, table: FeatureTable, draws: int, seed: int) ->
     )
 
 
-def _spent(model: nn.Module, numbers=None) -> tuple[int | None, float | None]:
+def spent_on(model: nn.Module, numbers=None) -> tuple[int | None, float | None]:
     """Steps and GFLOP that the training of these members took, each where all of them say."""
     built = model.config.built_members
     chosen = built if numbers is None else [built[k] for k in numbers]

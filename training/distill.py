@@ -19,6 +19,7 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from concat_ensemble import assemble
 from concat_ensemble.checkpoints import weights_sha256
@@ -136,7 +137,8 @@ def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) ->
     views = [batch.views[0][0].to(accelerator.device) for batch in itertools.islice(batches(0), STATISTICS_BATCHES)]
     if settings.target == "features":
         teachers.standardise(views)
-    told = sum(part.shape[1] for part in teachers(views[0][:2]))
+    with FlopCounterMode(display=False) as teaching:
+        told = sum(part.shape[1] for part in teachers(views[0][:1]))
     set_seed(settings.seed)
     backbone = timm.create_model(settings.architecture, num_classes=0, **settings.model_args)
     width = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
@@ -154,7 +156,8 @@ def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) ->
     for _ in loop.run(batches, lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature)):
         (kept,) = loop.kept()
     if accelerator.is_main_process:
-        size = Size.of(settings.architecture, settings.model_args, settings.input_size, 0)
+        seen = settings.steps * settings.batch_size
+        learning = Size.of(settings.architecture, settings.model_args, settings.input_size, 0).spent(seen)
         provenance = {
             "source": "distilled by training/distill.py",
             "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
@@ -162,9 +165,11 @@ def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) ->
             "seed": settings.seed,
             "steps": settings.steps,
             "compute": {
-                "images": settings.steps * settings.batch_size,
-                "gflops": round(size.spent(settings.steps * settings.batch_size) / 1e9, 3),
-                "seconds": loop.seconds,
+                "images": seen,
+                "gflops": round(
+                    (learning + teaching.get_total_flops() * seen) / 1e9, 3
+                ),  # not the teachers' own training
+                "seconds": round(loop.seconds, 1),
             },
             "command": COMMAND,
         }

@@ -27,9 +27,10 @@ from concat_ensemble import LinearProbe, assemble, extract_features
 from concat_ensemble.checkpoints import weights_sha256
 from concat_ensemble.model_card import RESULTS, write_card
 from concat_ensemble.probes.metrics import ProbeMetrics, bootstrap_intervals
-from concat_ensemble.probing import members_sha256, versions, with_head
+from concat_ensemble.probing import members_sha256, spent_on, versions, with_head
 from concat_ensemble.results import Results, Row, Run, packed
 from images import Images, Pixels
+from ledger import Size
 from loop import TOLD, Loop, accelerator_of, is_of
 from pretrain_members import COMMAND, SMOKE_IMAGES, SMOKE_STEPS, data_of
 from recipe import Settings, read_options
@@ -169,16 +170,22 @@ def save(
     seconds: float,
 ) -> None:
     """The classifier, its results and its card, written aside and renamed."""
-    steps = []
+    seen = settings.steps * settings.batch_size
     for k, member in model.members.items():
-        provenance = model.config.members[int(k)]["provenance"]
-        before = provenance.get("steps")
-        provenance |= {
-            "steps": None if before is None else before + settings.steps,
-            "weights_sha256": weights_sha256(member.state_dict()),
-            "fine_tuned": {"dataset": settings.dataset, "steps": settings.steps, "command": COMMAND},
-        }
-        steps.append(provenance["steps"])
+        spec = model.config.members[int(k)]
+        provenance, size = (
+            spec["provenance"],
+            Size.of(spec["architecture"], spec["model_args"], images.pixels.input_size, 0),
+        )
+        provenance["weights_sha256"] = weights_sha256(member.state_dict())
+        provenance["fine_tuned"] = {"dataset": settings.dataset, "steps": settings.steps, "command": COMMAND}
+        # What it cost before, where that is known, and now.
+        if "steps" in provenance:
+            provenance["steps"] += settings.steps
+        if "compute" in provenance:
+            provenance["compute"]["images"] += seen
+            provenance["compute"]["gflops"] += round(size.spent(seen) / 1e9, 3)
+    steps, gflops = spent_on(model)
     labels = images.labels_of("test")
     run = Run(
         seed=settings.seed,
@@ -196,7 +203,8 @@ def save(
         "ensemble",
         model.config.num_features,
         len(model.members),
-        None if None in steps else sum(steps),
+        steps,
+        gflops,
         [run],
     )
     how = {"kind": "fine-tuning"} | {
