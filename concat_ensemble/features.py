@@ -26,6 +26,7 @@ from concat_ensemble.assemble import assemble
 from concat_ensemble.data import class_names, load_data, name_image, open_image
 from concat_ensemble.feature_store import Block, block_key, default_store, image_hashes
 from concat_ensemble.feature_table import FeatureTable
+from concat_ensemble.memory import freed_memory_kept
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
 from concat_ensemble.projection import projection_of
 
@@ -93,6 +94,8 @@ def extract_features(
     started, extracted = time.perf_counter(), 0
     if any(block.refresh().missing(images) for block in blocks):
         with ExitStack() as locks:
+            if device.type == "cpu":
+                locks.enter_context(freed_memory_kept())
             if state.is_main_process:  # in one order everywhere, so that two extractions cannot wait for each other
                 for block in sorted({block.folder: block for block in blocks}.values(), key=lambda block: block.folder):
                     locks.enter_context(block.lock())

@@ -18,6 +18,8 @@ from concat_ensemble import LinearProbe, RidgeProbe
 from concat_ensemble.feature_table import TableSplit
 from concat_ensemble.probes.design import CHUNK, Design
 
+PROBES = {"ridge": RidgeProbe, "linear": LinearProbe}
+
 
 def make(path: Path, rows: int, width: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Noisy rows around their class's centre, written as they are made."""
@@ -56,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 1_000_000), ("width", 2_048), ("classes", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     options = parser.parse_args()
     made = Design._made
     passes = 0.0
@@ -72,7 +75,7 @@ def main() -> None:
         held = options.rows // 20
         train = TableSplit([features[held:]], labels[held:])
         validation = TableSplit([features[:held]], labels[:held])
-        for probe in (RidgeProbe(in_memory=False), LinearProbe(in_memory=False)):
+        for probe in (PROBES[name](in_memory=False) for name in options.probes):
             passes, started = 0.0, time.perf_counter()
             with Memory() as memory:
                 probe.fit(train, validation=validation)

@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from concat_ensemble import RidgeProbe, assemble
 from concat_ensemble.feature_table import FeatureTable
-from concat_ensemble.selection import STRENGTHS, Cost, member_costs, select_members
+from concat_ensemble.selection import FEW_IMAGES, STRENGTHS, Cost, member_costs, select_members
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,8 @@ def test_says_what_each_member_is_worth(found):
     assert [member for member, *_ in found.order][:2] in ([0, 1], [2, 1], [1, 0], [1, 2])
     assert "Drop member 3 (noise)" in found.verdict and "Keep member 1 (rests)" in found.verdict
     assert found.outlook.startswith("Stop at K = 2: 1+2.")
+    few = replace(found, n_held=FEW_IMAGES - 1)
+    assert "believe them less" in few.outlook and "believe them less" not in replace(found, n_held=FEW_IMAGES).outlook
     assert "Most alike are members 0 and 2 (CKA 0.9" in found.verdict
 
 
