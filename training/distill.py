@@ -1,6 +1,6 @@
 """Distil several networks into one backbone, so that what a concatenation knows costs one network to run.
 
-    accelerate launch training/distill.py training/recipes/distill_scattered_digits.yaml --teachers "[runs/scattered_digits/members/cat4-0, ...]"
+    accelerate launch training/distill.py training/recipes/scattered_digits_distill.yaml --teachers "[runs/scattered_digits/members/cat4-0, ...]"
 
 The teachers are frozen; no label is used. `target: features`: behind the student's pooled features one linear layer predicts all teachers'
 standardised features (least squares). `target: predictions`: one linear layer for each teacher predicts its classes (cross-entropy with its

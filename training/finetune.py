@@ -1,6 +1,6 @@
 """Fine-tune an ensemble on a dataset, whole or in two stages.
 
-    accelerate launch training/finetune.py training/recipes/finetune_two_stages.yaml --model runs/scattered_digits/cat4
+    accelerate launch training/finetune.py training/recipes/scattered_digits_finetune.yaml --model runs/scattered_digits/members/cat4
 
 `stages: two` (the paper's best): each member learns the target on its own, then they are concatenated again, and `output` is an
 ensemble to probe. `stages: one`: all members at once, under a head; `output` is then a classifier. Either way training begins with

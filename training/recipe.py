@@ -143,6 +143,8 @@ class Settings:
                     f"{path}: no field {name!r}; "
                     + (f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}.")
                 )
+            if value is False and hints[name] is str:
+                value = given[name] = "no"  # which YAML takes for false
             if not _fits(value, hints[name]):
                 hint = " (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)" if "float" in str(hints[name]) else ""
                 raise ValueError(f"{path}: {name}={value!r} must be {_spelled(hints[name])}{hint}.")

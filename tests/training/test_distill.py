@@ -3,17 +3,18 @@
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModel
 
+import pretrain_members
 from concat_ensemble import assemble
 from distill import Distillation, Student, Teachers, main, run
 from images import Images
 from pretrain_members import pixels_of
 
-RECIPE = str(Path(__file__).parents[2] / "training" / "recipes" / "scattered_digits_distill.yaml")
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))
 SMALL = {"in_chans": 1, "channels": [4, 4, 8, 8], "stem_width": 4}
 SETTINGS = {
     "dataset": "digits",
@@ -38,18 +39,12 @@ def own_accelerator():
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> list[str]:
-    """Two folders in timm's layout, with heads of three classes."""
-    folder, made = tmp_path_factory.mktemp("teachers"), []
-    pixels = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
-    for seed in range(2):
-        torch.manual_seed(seed)
-        network = timm.create_model("resnet10t", num_classes=3, **SMALL)
-        config = {"pretrained_cfg": pixels, "provenance": {"source": "test", "steps": 5}}
-        timm.models.save_for_hf(
-            network, folder / str(seed), model_config=config, model_args=SMALL, safe_serialization=True
-        )
-        made.append(str(folder / str(seed)))
-    return made
+    """Two trained networks of three classes, in timm's layout with their heads."""
+    folder = tmp_path_factory.mktemp("teachers")
+    data = ["--dataset", "digits", "--classes", "[0, 1, 2]", "--limit", "100", "--model-args", str(SMALL)]
+    members = ["--members", "[2]", "--snapshots", "0", "--wide-model-args", "{}", "--wide-steps", "0", "--total-steps", "400"]
+    pretrain_members.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
+    return [str(folder / "members" / f"cat2-{k}") for k in range(2)]
 
 
 @pytest.fixture
@@ -72,7 +67,8 @@ def test_a_student_comes_out_as_an_ensemble_of_one(target, distilled):
 
 @pytest.mark.parametrize("target", ["features", "predictions"])
 def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
-    """Its loss on images that it was not trained on falls below that of the untrained one: the best constant answer for features is 1."""
+    """On images of another order and scatter, a linear readout of the trained student leaves less of their variance unsaid than one of the
+    untrained student does."""
     settings = Distillation(**SETTINGS | {"teachers": teachers, "target": target})
     images = Images(settings, pixels_of(settings))
     told = Teachers(settings)
@@ -92,7 +88,7 @@ def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
         ones = torch.ones(len(features), 1)
         readout = torch.linalg.lstsq(torch.cat([features, ones], 1), wanted).solution
         residual = held_wanted - torch.cat([held, torch.ones(len(held), 1)], 1) @ readout
-        losses[steps] = float(residual.var() / held_wanted.var())
+        losses[steps] = float((residual.var(0) / held_wanted.var(0)).median())
     assert losses[120] < losses[1], "a linear readout of the student says more of what the teachers do"
 
 

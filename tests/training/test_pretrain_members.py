@@ -321,7 +321,7 @@ BAD = {
     "unknown dataset": (["--dataset", "nonesuch"], ["no dataset 'nonesuch'"]),
     "unknown class": (["--classes", "[0, 11]"], ["classes=[11]"]),
     "one class": (["--classes", "[3]"], ["one class '3'"]),
-    "unknown optimizer": (["--optimizer", "adamv"], ["optimizer='adamv' must be like adamw"]),
+    "unknown optimizer": (["--optimizer", "adamv"], ["optimizer='adamv' must be like adam,"]),
     "unknown augmentation policy": (["--auto-augment", "rnd-m9"], ["auto_augment='rnd-m9' is none of timm's"]),
     "more snapshots than steps": (["--snapshots", "9999"], ["snapshots=9999 must be 0, or from 2 to total_steps=1600"]),
     "batches that cannot be shared": (["--gradient-accumulation", "3"], ["batch_size=16", "gradient_accumulation=3"]),

@@ -60,6 +60,10 @@ def test_what_is_changed_on_the_command_line_wins(read):
     assert vars(parser.parse_args([])) == {}, "what is not given changes nothing"
 
 
+def test_no_is_a_word_where_a_word_is_wanted(read):
+    assert read(GOOD + "mixed_precision: no\n").mixed_precision == "no", "YAML takes it for false"
+
+
 def test_every_field_is_an_option():
     parser = argparse.ArgumentParser()
     Recipe.add_options(parser)
@@ -75,7 +79,7 @@ BAD = {
         GOOD + "leraning_rate: 0.1\n",
         r"mine\.yaml: no field 'leraning_rate'; did you mean learning_rate\?",
     ),
-    "unlike any field": (GOOD + "zzz: 1\n", r"no field 'zzz'; there are dataset, architecture, input_size"),
+    "unlike any field": (GOOD + "zzz: 1\n", r"no field 'zzz'; there are dataset, dataset_config"),
     "field that is no name": (GOOD + "3: 1\n", "no field 3"),
     "text for a number": (GOOD + "seed: zero\n", "seed='zero' must be int"),
     "share for a number of steps": (GOOD.replace("40", "40.5"), r"total_steps=40\.5 must be int"),
