@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,9 +73,6 @@ def print_plan(lines: Sequence[Line], processes: int, device: torch.device) -> N
         f"Together {total:.3f} hours, {total / processes:.3f} on {processes} such device{'s' if processes > 1 else ''}; checkpoints take some three times "
         "a network's disk more while it trains."
     )
-    groups = defaultdict(list)
-    for line in lines:
-        groups[line.name == "cat1"].append(line)
     for one, other in itertools.combinations(lines, 2):
         apart = abs(one.flops - other.flops) / max(one.flops, other.flops)
         if apart <= 0.01:

@@ -42,7 +42,18 @@ def teachers(tmp_path_factory) -> list[str]:
     """Two trained networks of three classes, in timm's layout with their heads."""
     folder = tmp_path_factory.mktemp("teachers")
     data = ["--dataset", "digits", "--classes", "[0, 1, 2]", "--limit", "100", "--model-args", str(SMALL)]
-    members = ["--members", "[2]", "--snapshots", "0", "--wide-model-args", "{}", "--wide-steps", "0", "--total-steps", "400"]
+    members = [
+        "--members",
+        "[2]",
+        "--snapshots",
+        "0",
+        "--wide-model-args",
+        "{}",
+        "--wide-steps",
+        "0",
+        "--total-steps",
+        "400",
+    ]
     pretrain_members.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
     return [str(folder / "members" / f"cat2-{k}") for k in range(2)]
 
