@@ -30,7 +30,7 @@ Model = Annotated[
     str, typer.Argument(help="Folder or Hub id of an ensemble, or anything that build takes as a member.")
 ]
 DatasetName = Annotated[
-    str, typer.Option(help="digits, scattered-digits, a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.")
+    str, typer.Option(help="digits, scattered:digits, a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.")
 ]
 DatasetConfig = Annotated[str | None, typer.Option(help="Of a Hub dataset.")]
 Revision = Annotated[str | None, typer.Option(help="Of a Hub dataset.")]
@@ -100,7 +100,7 @@ def build(
 def probe(
     context: typer.Context,
     model: Model,
-    dataset: DatasetName = "scattered-digits",
+    dataset: DatasetName = "scattered:digits",
     recipe: Annotated[
         list[str] | None,
         typer.Option(help="A well-known dataset as it is customary, such as cifar100; may be repeated for one table."),
@@ -115,6 +115,9 @@ def probe(
     test_split: Split = None,
     test_size: TestSize = 0.5,
     limit: Limit = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Images of each class for training and validation together: few labels.")
+    ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Another ensemble to compare with; may be repeated.")
     ] = None,
@@ -152,7 +155,7 @@ def probe(
     ensemble = _load(model, seed)
     found, paths, failed = {}, {}, {}
     for study, (asked, load) in studies.items():
-        path = output or (folder if is_local else Path()) / RESULTS / f"{_file_name(study, limit)}.json"
+        path = output or (folder if is_local else Path()) / RESULTS / f"{_file_name(study, limit, shots)}.json"
         try:
             found[study] = _probe_on(
                 asked, load, path, ensemble, folder, baseline or [],
@@ -179,7 +182,7 @@ def probe(
 def select(
     context: typer.Context,
     model: Model,
-    dataset: DatasetName = "scattered-digits",
+    dataset: DatasetName = "scattered:digits",
     recipe: Annotated[list[str] | None, typer.Option(help="A well-known dataset as it is customary.")] = None,
     config: DatasetConfig = None,
     revision: Revision = None,
@@ -462,6 +465,7 @@ def _studies(context: typer.Context) -> dict[str, tuple[dict, Callable]]:
 
     given = context.params
     drawn = {"limit": given["limit"], "seed": given["seed"]}
+    drawn |= {"shots": given["shots"]} if given.get("shots") else {}
     names = ["config", "revision", "image_column", "label_column", "classes", "train_split", "validation_split", "test_split", "test_size"]  # fmt: skip
     if given["recipe"]:
         _refuse_beside(context, "--recipe", ["dataset", *names])
@@ -475,8 +479,9 @@ def _studies(context: typer.Context) -> dict[str, tuple[dict, Callable]]:
     return studies
 
 
-def _file_name(study: str, limit: int | None) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", (study + (f"-limit-{limit}" if limit else "")).lower()).strip("-")
+def _file_name(study: str, limit: int | None, shots: int | None = None) -> str:
+    words = [study, f"limit-{limit}" if limit else "", f"shots-{shots}" if shots else ""]
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
 def _probe_on(

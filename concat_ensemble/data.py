@@ -1,5 +1,6 @@
 """One way to name any image dataset, and what comes back: splits with the columns `image` and `label`."""
 
+import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    IterableDataset,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -28,7 +30,8 @@ from torchvision.transforms import v2
 
 from concat_ensemble.errors import first_line
 
-EMBEDDED = ("digits", "scattered-digits")
+EMBEDDED = "digits"
+SCATTERED = "scattered:"
 BUILDERS = ("parquet", "imagefolder", "csv", "json")
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -53,15 +56,16 @@ def load_data(
     validation_size: float = 0.2,
     test_size: float = 0.5,
     limit: int | None = None,
+    shots: int | None = None,
     seed: int = 0,
 ) -> DatasetDict:
     """Load an image classification dataset with the splits `train`, `validation` and `test`.
 
     Args:
-        name: `"digits"` (scikit-learn's 1,797 real handwritten digits, 8x8 grey) or `"scattered-digits"` (the same,
-            each at a random place, scale and rotation on a noisy 32x32 canvas); a Hub id; `"parquet:FILES"` or
+        name: `"digits"` (scikit-learn's 1,797 real handwritten digits, 8x8 grey); a Hub id; `"parquet:FILES"` or
             `"imagefolder:FOLDER"`; a path, whose kind is then seen from what is there; or a `Dataset` or `DatasetDict`
-            in memory.
+            in memory. `"scattered:NAME"` puts each image of one of these, which must be of one size, grey at a random
+            place, scale and rotation on a noisy 32x32 canvas (see `Scatter`).
         config, revision: Of a Hub dataset.
         image_column, label_column: Found by type and common names when left out.
         classes: Keep these, by number or name; labels are then renumbered from 0 in the order of the dataset's
@@ -71,7 +75,8 @@ def load_data(
             is a validation split but no test split, that one is the test. A missing validation split is
             `validation_size` of what is left to train on. Both cuts are stratified and drawn by `seed`.
         limit: Keep at most this many images of each split, drawn by `seed`.
-        seed: Of the cuts, the limit, and the placement of scattered digits.
+        shots: Keep this many images of each class for training and validation together, drawn by `seed`.
+        seed: Of the cuts, the limit, the shots, and the placement of scattered images.
 
     Returns:
         `image`: encoded images, read when asked for; `label`: `ClassLabel`. Image bytes are kept as they are: palette,
@@ -83,7 +88,10 @@ def load_data(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1.")
-    loaded = _load(name, config, revision, seed)
+    if shots is not None and shots < 2:
+        raise ValueError(f"shots={shots} must be at least 2: some are for validation.")
+    scattered = isinstance(name, str) and name.startswith(SCATTERED)
+    loaded = _load(name.removeprefix(SCATTERED) if scattered else name, config, revision)
     asked = {"train": train_split, "validation": validation_split, "test": test_split}
     taken = {split.partition("[")[0] for split in asked.values() if split}  # not to be found again by a common name
     splits = {kind: _pick_split(loaded, kind, split, taken) for kind, split in asked.items()}
@@ -103,6 +111,9 @@ def load_data(
         splits["test"] = splits.pop("validation")
     if "test" not in splits:
         splits["train"], splits["test"] = _cut(splits["train"], test_size, seed, "test_size")
+    if shots is not None:
+        known = [splits["train"], *([splits.pop("validation")] if "validation" in splits else [])]
+        splits["train"] = _few_of_each(concatenate_datasets(known), shots, seed)
     if "validation" not in splits:
         splits["train"], splits["validation"] = _cut(splits["train"], validation_size, seed, "validation_size")
     for kind, split in splits.items():
@@ -115,7 +126,35 @@ def load_data(
         raise ValueError(
             f"the train split has the one class {class_names(splits['train'])[present[0]]!r}; a probe needs two."
         )
-    return DatasetDict({kind: splits[kind] for kind in ("train", "validation", "test")})
+    ordered = {kind: splits[kind] for kind in ("train", "validation", "test")}
+    return DatasetDict(_scattered(ordered, seed) if scattered else ordered)
+
+
+def load_stream(
+    name: str | Path,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+) -> IterableDataset:
+    """The training split of a dataset as `load_data` names it, read while it is used and never held: `image`, encoded, and `label`.
+
+    Raises:
+        ValueError: for what cannot be streamed: what is embedded, in memory or saved by `datasets`, and labels whose classes are not
+            told beforehand.
+    """
+    loaded = _load(name, config, revision, streaming=True)
+    found = _pick_split(loaded, "train", split, set())
+    if not isinstance(found, IterableDataset):
+        raise ValueError(f"{name} cannot be streamed: it is here already.")
+    found = _renamed(found, image_column, label_column, "train")
+    if not isinstance(found.features["label"], ClassLabel):
+        raise ValueError(
+            f"{name} cannot be streamed: its labels are {found.features['label'].dtype}, and which classes there are is not told."
+        )
+    return found
 
 
 def open_image(split: Dataset, index: int) -> PIL.Image.Image:
@@ -124,7 +163,15 @@ def open_image(split: Dataset, index: int) -> PIL.Image.Image:
     Raises:
         ValueError: naming the image, when it cannot be read.
     """
-    encoded = split[index]["image"]
+    return decoded(split[index]["image"], name_image(split, index))
+
+
+def decoded(encoded: dict, name: str) -> PIL.Image.Image:
+    """An encoded image ({"bytes", "path"}) as PIL reads it; `name` is what an error calls it.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
     try:
         image = PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         image.load()
@@ -135,9 +182,7 @@ def open_image(split: Dataset, index: int) -> PIL.Image.Image:
         ValueError,
         PIL.Image.DecompressionBombError,
     ) as error:  # PIL's ways of saying that this is no image
-        raise ValueError(
-            f"{name_image(split, index)} cannot be read: {first_line(error)}; remove or repair it."
-        ) from error
+        raise ValueError(f"{name} cannot be read: {first_line(error)}; remove or repair it.") from error
 
 
 def name_image(split: Dataset, index: int) -> str:
@@ -196,13 +241,13 @@ def class_names(split: Dataset) -> list[str]:
     return list(split.features["label"].names)
 
 
-def _load(name, config, revision, seed) -> dict[str, Dataset]:
+def _load(name, config, revision, streaming=False) -> dict[str, Dataset | IterableDataset]:
     if isinstance(name, Dataset):
         return {"train": name}
     if isinstance(name, DatasetDict):
         return dict(name)
-    if name in EMBEDDED:
-        return {"train": _digits(scattered=name == "scattered-digits", seed=seed)}
+    if name == EMBEDDED:
+        return {"train": _digits()}
     builder, _, files = str(name).partition(":")
     if builder not in BUILDERS or not files:
         builder, files = _kind_of_path(Path(name)) if Path(name).exists() else ("hub", str(name))
@@ -214,14 +259,14 @@ def _load(name, config, revision, seed) -> dict[str, Dataset]:
         if builder == "saved":
             loaded = load_from_disk(files)
         elif builder == "hub":
-            loaded = load_dataset(files, config, revision=revision)
+            loaded = load_dataset(files, config, revision=revision, streaming=streaming)
         elif builder == "imagefolder":
-            loaded = load_dataset("imagefolder", data_dir=_existing(files))
+            loaded = load_dataset("imagefolder", data_dir=_existing(files), streaming=streaming)
         else:
-            loaded = load_dataset(builder, data_files=_data_files(Path(files), builder))
+            loaded = load_dataset(builder, data_files=_data_files(Path(files), builder), streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         raise ValueError(
-            f"no dataset {str(name)!r}: it is neither {' nor '.join(EMBEDDED)}, nor a path here, and the Hub does not give it "
+            f"no dataset {str(name)!r}: it is neither {EMBEDDED}, nor a path here, and the Hub does not give it "
             f"({first_line(error)})."
         ) from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
@@ -295,6 +340,11 @@ def _position(part: str, total: int) -> int | None:
 
 
 def _two_columns(split: Dataset, image_column: str | None, label_column: str | None, kind: str) -> Dataset:
+    return _with_class_labels(_renamed(split, image_column, label_column, kind), kind)
+
+
+def _renamed(split, image_column: str | None, label_column: str | None, kind: str):
+    """The columns of images and labels, found or named, as `image` (encoded) and `label`."""
     features = split.features
     for asked in (image_column, label_column):
         if asked is not None and asked not in features:
@@ -318,7 +368,7 @@ def _two_columns(split: Dataset, image_column: str | None, label_column: str | N
         split = split.rename_column(image, "image")
     if label != "label":
         split = split.rename_column(label, "label")
-    return _with_class_labels(split.cast_column("image", Image(decode=False)), kind)
+    return split.cast_column("image", Image(decode=False))
 
 
 def _with_class_labels(split: Dataset, kind: str) -> Dataset:
@@ -392,15 +442,41 @@ def _cut(split: Dataset, size: float, seed: int, what: str) -> tuple[Dataset, Da
     return split.select(np.sort(kept)), split.select(np.sort(cut))
 
 
-def _digits(scattered: bool, seed: int) -> Dataset:
+def _few_of_each(split: Dataset, shots: int, seed: int) -> Dataset:
+    order = np.random.default_rng(seed).permutation(len(split))
+    labels = _labels(split)[order]
+    chosen = [order[labels == label][:shots] for label in np.unique(labels)]
+    fewest = min(map(len, chosen))
+    if fewest < shots:
+        raise ValueError(f"shots={shots}: a class has {fewest} images for training and validation; ask for fewer.")
+    return split.select(np.sort(np.concatenate(chosen)))
+
+
+def _scattered(splits: dict[str, Dataset], seed: int) -> dict[str, Dataset]:
+    """Every image on a canvas of its own, the same one for the same image, seed and bytes, whatever is left out beside it."""
+    placed = {}
+    for kind, split in splits.items():
+        images = [np.asarray(open_image(split, number).convert("L")) for number in range(len(split))]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"{SCATTERED} wants images of one size; the {kind} split has several.")
+        canvases = []
+        for number, image in enumerate(images):
+            drawn = int.from_bytes(
+                hashlib.sha256(split[number]["image"]["bytes"] or image.tobytes()).digest()[:6], "big"
+            )
+            generator = torch.Generator().manual_seed(drawn ^ seed)
+            canvases.append(Scatter(generator=generator)(torch.from_numpy(image / np.float32(255))[None, None])[0, 0])
+        pixels = (torch.stack(canvases) * 255).round().to(torch.uint8).numpy()
+        encoded = [{"bytes": _png(image), "path": None} for image in pixels]
+        placed[kind] = Dataset.from_dict({"image": encoded, "label": _labels(split)}, features=split.features)
+    return placed
+
+
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits  # its file lies in the installed package
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 16
-    if scattered:
-        images = Scatter(generator=torch.Generator().manual_seed(seed))(images)
-    pixels = (images[:, 0] * 255).round().to(torch.uint8).numpy()
-    encoded = [{"bytes": _png(image), "path": None} for image in pixels]
+    encoded = [{"bytes": _png(image), "path": None} for image in (digits.images / 16 * 255).round().astype(np.uint8)]
     features = Features(image=Image(decode=False), label=ClassLabel(names=[str(n) for n in range(10)]))
     return Dataset.from_dict({"image": encoded, "label": digits.target}, features=features)
 

@@ -180,7 +180,24 @@ def _study(study: Results) -> dict[str, Any]:
         else "one repeat; intervals over the test images, Wilson's and (paired) the bootstrap's, with McNemar's test",
         "rows": [row_texts(study, row) | {"bold": row.kind == "ensemble"} for row in study.rows],
         "verdict": verdict(study),
+        "compute": compute_sentence(study),
     }
+
+
+def compute_sentence(study: Results) -> str:
+    """What the training of the ensemble and of each baseline cost, and which of them may be called equal: those within 1%."""
+    subject = study.rows[0]
+    others = [row for row in study.rows if row.kind == "baseline" and row.gflops]
+    if not subject.gflops or not others:
+        return ""
+    told = []
+    for row in others:
+        share = row.gflops / subject.gflops
+        told.append(
+            f"{row.name} {row.gflops:,.0f} GFLOP, "
+            + ("equal compute" if abs(share - 1) <= 0.01 else f"{share:.2f} times as much")
+        )
+    return f"Training {subject.name} took {subject.gflops:,.0f} GFLOP; {'; '.join(told)}."
 
 
 def row_texts(study: Results, row: Row) -> dict[str, str]:

@@ -97,13 +97,14 @@ def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
 
 def equal_steps(results: Results) -> tuple[list[Row], list[Row]]:
     """The ensemble and its baselines: those trained for about as many steps as it was (CAT1's customary eighth more is
-    let pass), by number of members, and the others."""
+    let pass), by number of members, one of each; and the others."""
     rows = [row for row in results.rows if row.kind in ("ensemble", "baseline")]
-    steps = results.rows[0].steps
-    alike = [row for row in rows if steps and row.steps and abs(row.steps / steps - 1) < 0.2]
-    return sorted(alike, key=lambda row: row.num_members), [
-        row for row in rows if row not in alike and row.kind == "baseline"
-    ]
+    steps, alike = results.rows[0].steps, {}
+    for row in rows:
+        if steps and row.steps and abs(row.steps / steps - 1) < 0.2:
+            alike.setdefault(row.num_members, row)
+    others = [row for row in rows if row.kind == "baseline" and alike.get(row.num_members) is not row]
+    return [alike[count] for count in sorted(alike)], others
 
 
 def describe_dataset(dataset: dict) -> str:
@@ -111,7 +112,8 @@ def describe_dataset(dataset: dict) -> str:
     classes = f", classes {', '.join(map(str, dataset['classes']))}" if dataset.get("classes") else ""
     images = f", {dataset['test_images']:,} test images" if dataset.get("test_images") else ""
     config = f" ({dataset['config']})" if dataset.get("config") else ""
-    return f"{dataset.get('name', 'dataset')}{config}{classes}{images}"
+    shots = f", {dataset['shots']} labels a class" if dataset.get("shots") else ""
+    return f"{dataset.get('name', 'dataset')}{config}{classes}{shots}{images}"
 
 
 def _line(axes, rows: list[Row], label: str, color: str, **style) -> None:

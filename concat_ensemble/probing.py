@@ -59,13 +59,15 @@ def probe_ensemble(
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members)} | (baselines or {})
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        row = Row(other, "baseline", sum(features.widths), len(baseline.members), _steps(baseline))
+        row = Row(other, "baseline", sum(features.widths), len(baseline.members), *spent_on(baseline))
         candidates.append((row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
-    candidates.append((Row("untrained members", "control", sum(untrained.widths), len(model.members), 0), untrained))
+    candidates.append(
+        (Row("untrained members", "control", sum(untrained.widths), len(model.members), 0, 0.0), untrained)
+    )
     modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
     pixels = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
-    candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0), pixels))
+    candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0, 0.0), pixels))
 
     probes = {}
     for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
@@ -92,20 +94,20 @@ def probe_ensemble(
 def _candidates(model: nn.Module, table: FeatureTable, name: str, seed: int) -> Iterator[tuple[Row, FeatureTable]]:
     """The ensemble, its prefixes, each member, and itself at one member's width."""
     widths, count = table.widths, len(table.widths)
-    yield Row(name, "ensemble", sum(widths), len(model.members), _steps(model)), table
+    yield Row(name, "ensemble", sum(widths), len(model.members), *spent_on(model)), table
     for k in range(count - 1, 1, -1):
         part = range(k)
-        yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, _steps(model, part)), table.members(part)
+        yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, *spent_on(model, part)), table.members(part)
     if count == 1:
         return
     for k in range(count):
-        yield Row(f"{name}, member {k} alone", "member", widths[k], 1, _steps(model, [k])), table.members([k])
+        yield Row(f"{name}, member {k} alone", "member", widths[k], 1, *spent_on(model, [k])), table.members([k])
     width = max(widths)
     for how, projection in (
         ("PCA", principal_projection(table, width)),
         ("random projection", random_projection(table, width, seed)),
     ):
-        yield Row(f"{name}, {how} to {width}", "narrowed", width, count, _steps(model)), projection(table)
+        yield Row(f"{name}, {how} to {width}", "narrowed", width, count, *spent_on(model)), projection(table)
 
 
 def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:
@@ -166,11 +168,11 @@ def _measured(probe: LinearProbe, table: FeatureTable, draws: int, seed: int) ->
     )
 
 
-def _steps(model: nn.Module, numbers=None) -> int | None:
-    """Training steps spent on these members, where all of them say."""
+def spent_on(model: nn.Module, numbers=None) -> tuple[int | None, float | None]:
+    """Steps and GFLOP that the training of these members took, each where all of them say."""
     built = model.config.built_members
-    steps = [
-        model.config.members[built[k]]["provenance"].get("steps")
-        for k in (range(len(built)) if numbers is None else numbers)
-    ]
-    return None if None in steps else sum(steps)
+    chosen = built if numbers is None else [built[k] for k in numbers]
+    provenances = [model.config.members[k]["provenance"] for k in chosen]
+    steps = [provenance.get("steps") for provenance in provenances]
+    gflops = [(provenance.get("compute") or {}).get("gflops") for provenance in provenances]
+    return None if None in steps else sum(steps), None if None in gflops else sum(gflops)

@@ -77,13 +77,13 @@ class DatasetRecipe:
         """For the record of a result: how the dataset was named, by which recipe, and the metric to read it by."""
         return {**self.naming, "recipe": self.recipe, "metric": self.metric}
 
-    def load(self, *, limit: int | None = None, seed: int = 0) -> DatasetDict:
+    def load(self, *, limit: int | None = None, shots: int | None = None, seed: int = 0) -> DatasetDict:
         """As `load_data`, and checked.
 
         Raises:
             ValueError: when the dataset cannot be had, or has not the classes or test images that the recipe knows of.
         """
-        data = load_data(**self.naming, limit=limit, seed=seed)
+        data = load_data(**self.naming, limit=limit, shots=shots, seed=seed)
         expected = min(self.test_images, limit or self.test_images)
         for what, found, known in (
             ("classes", len(class_names(data["train"])), self.num_classes),

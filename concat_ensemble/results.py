@@ -55,6 +55,7 @@ class Row:
     width: int
     num_members: int = 0
     steps: int | None = None  # spent on training the members, in all
+    gflops: float | None = None  # the same in floating-point operations, where every member says
     runs: list[Run] = field(default_factory=list)
 
     @property

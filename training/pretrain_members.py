@@ -2,171 +2,238 @@
 
     accelerate launch training/pretrain_members.py training/recipes/scattered_digits_timecat.yaml
 
-writes `members/NAME-K` (timm's own layout) for each network and `cat1`, `cat2`, ..., `w2` (ensembles that
-`AutoModel.from_pretrained` loads). A network that is finished is not trained again when the same command is run once
-more.
+writes `members/NAME-K` (timm's own layout) for each network and `cat1`, `cat2`, ..., `w2`, `cat4-s` (ensembles that
+`AutoModel.from_pretrained` loads). The same command goes on where it was stopped; a network that is finished is not
+trained again. `--plan` says what it would cost, and stops.
+
+Over several processes, `--parallelism data` trains each network on all of them, and `--parallelism members` as many
+networks at a time as there are processes, which then exchange nothing.
 """
 
-import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
-import math
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import set_seed
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch import nn
 
-from concat_ensemble import assemble, load_data
-from concat_ensemble.data import Scatter, class_names, open_image
+from concat_ensemble import assemble
 from concat_ensemble.errors import first_line
-from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
-from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
-from recipe import Recipe
+from images import Images, Pixels
+from ledger import MEASURED, WARM_UP, Line, Size, print_plan, seconds_per_step
+from loop import TOLD, Loop, accelerator_of, is_of
+from recipe import Recipe, read_options
+from teams import PARALLELISMS, Team, processes_asked_for
 
 COMMAND = shlex.join(["accelerate", "launch", *sys.argv])
+SMOKE_STEPS, SMOKE_IMAGES = 16, 200
+SEEDS = 1_000  # that a run may use
 
 
 @dataclass(frozen=True)
 class Network:
-    """One training: a member of the ensemble `name`."""
+    """One training: a member of the ensemble `name`, or with `snapshots` all of its members."""
 
     name: str
     number: int
     steps: int
     seed: int
     model_args: dict
+    snapshots: int = 1
 
     @property
-    def folder(self) -> str:
-        return f"members/{self.name}-{self.number}"
+    def folders(self) -> list[str]:
+        """Of the members that come out of it."""
+        return [f"members/{self.name}-{self.number + k}" for k in range(self.snapshots)]
 
 
 def networks_of(recipe: Recipe) -> list[Network]:
     """Every network that the recipe asks for, each with a seed of its own."""
-    plan = [("w2", 1, recipe.wide_steps, recipe.model_args | recipe.wide_model_args)] if recipe.wide_steps else []
-    for count in sorted(recipe.members, reverse=True):
+    networks, first = [], recipe.seed * SEEDS
+    for count in sorted(recipe.members):
         steps = recipe.total_steps // count if count > 1 else round(recipe.total_steps * (1 + recipe.baseline_extra))
-        plan.append((f"cat{count}", count, steps, recipe.model_args))
-    seeds = itertools.count(recipe.seed * 100)
+        # Its own, whichever other ensembles are trained beside it.
+        seeds = recipe.seeds or [first + count * (count - 1) // 2 + k for k in range(count)]
+        networks += [Network(f"cat{count}", k, steps, seed, recipe.model_args) for k, seed in enumerate(seeds)]
+    if recipe.wide_steps:
+        networks.append(
+            Network("w2", 0, recipe.wide_steps, first + SEEDS - 1, recipe.model_args | recipe.wide_model_args)
+        )
+    if recipe.snapshots:
+        name = f"cat{recipe.snapshots}-s"
+        networks.append(Network(name, 0, recipe.total_steps, first + SEEDS - 2, recipe.model_args, recipe.snapshots))
+    return networks
+
+
+def jobs_of(recipe: Recipe) -> list[list[Network]]:
+    """Networks that are trained in one pass over the images."""
+    groups = itertools.groupby(networks_of(recipe), key=lambda network: network.name)
+    together = recipe.members_per_process
     return [
-        Network(name, number, steps, next(seeds), args)
-        for name, count, steps, args in reversed(plan)
-        for number in range(count)
+        networks[start : start + together]
+        for networks in (list(group) for _, group in groups)
+        for start in range(0, len(networks), together)
     ]
 
 
-class AugmentedImages(Dataset):
-    """(image, label) with timm's training augmentation drawn anew each time."""
-
-    def __init__(self, split, recipe: Recipe):
-        self.split, self.mode = split, IMAGE_MODES[recipe.input_size[0]]
-        self.transform = timm.data.create_transform(
-            tuple(recipe.input_size), is_training=True, mean=recipe.mean, std=recipe.std
-        )
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, index):
-        return self.transform(convert_image(open_image(self.split, index), self.mode)), self.split[index]["label"]
+def pixels_of(recipe: Recipe) -> Pixels:
+    channels = recipe.input_size[0]
+    mean, std = (tuple(values * (channels // len(values))) for values in (recipe.mean, recipe.std))
+    return Pixels(tuple(recipe.input_size), mean, std)
 
 
-def training_data(recipe: Recipe):
-    """The training images, and a function that makes a batch of them into what a network sees."""
-    split = load_data(
-        recipe.dataset,
-        config=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        classes=recipe.classes,
-        test_size=recipe.test_size,
-        validation_size=0.01,
-        seed=recipe.seed,
-    )["train"]
-    if recipe.augmentation == "timm":
-        return AugmentedImages(split, recipe), class_names(split), lambda batch: batch
-    mode = IMAGE_MODES[recipe.input_size[0]]
-    images = (
-        torch.stack([pil_to_tensor(convert_image(open_image(split, i), mode)) for i in range(len(split))]).float() / 255
+class Objective:
+    """Cross-entropy with the recipe's label smoothing, mixup and cutmix, all timm's."""
+
+    def __init__(self, recipe: Recipe, num_classes: int):
+        self.mix = None
+        if recipe.mixup or recipe.cutmix:
+            self.mix = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes
+            )
+        self.loss = SoftTargetCrossEntropy() if self.mix else LabelSmoothingCrossEntropy(recipe.label_smoothing)
+
+    def __call__(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.mix:
+            images, labels = self.mix(images, labels)
+        return self.loss(network(images), labels)
+
+
+def loop_of(job: list[Network], recipe: Recipe, images: Images, accelerator: Accelerator, folder: Path) -> Loop:
+    """A job's networks as they are at the beginning, or as a checkpoint has them."""
+    made = []
+    for network in job:
+        set_seed(network.seed)
+        made.append(timm.create_model(recipe.architecture, num_classes=len(images.names), **network.model_args))
+    set_seed(job[0].seed, device_specific=True)
+    return Loop(
+        accelerator,
+        recipe,
+        made,
+        steps=job[0].steps,
+        folder=folder,
+        identity=identity_of(job, recipe, images),
+        name=f"{job[0].name}-{job[0].number}" + (f" to {job[-1].number}" if len(job) > 1 else ""),
+        cycles=job[0].snapshots,
     )
-    scatter, mean, std = Scatter(size=recipe.input_size[1]), recipe.mean[0], recipe.std[0]
-    return (
-        TensorDataset(images, torch.tensor(split["label"])),
-        class_names(split),
-        lambda batch: (scatter(batch) - mean) / std,
+
+
+def train(job: list[Network], recipe: Recipe, images: Images, output: Path, cpu: bool) -> None:
+    """Train a job's networks and save them, each written aside and renamed."""
+    accelerator = accelerator_of(recipe, cpu)
+    loop = loop_of(job, recipe, images, accelerator, output / "checkpoints" / f"{job[0].name}-{job[0].number}")
+    seeds = [network.seed for network in job]
+    steps = loop.run(
+        lambda first: images.batches(seeds, first),
+        Objective(recipe, len(images.names)),
+        stops=loop.cycle_ends,
+        evaluate=lambda network: top1(network, images, accelerator),
     )
+    for step in steps:
+        kept, cut = loop.kept(), loop.cycle_ends.index(step)
+        if not accelerator.is_main_process:
+            continue
+        cost = step - (loop.cycle_ends[cut - 1] if cut else 0)
+        for network, model in zip(job, kept, strict=True):
+            size = Size.of(recipe.architecture, network.model_args, recipe.input_size, len(images.names))
+            seen = cost * recipe.batch_size
+            spent = {
+                "images": seen,
+                "gflops": round(size.spent(seen) / 1e9, 3),
+                "seconds": round(loop.seconds / len(job), 1),
+                "device": str(accelerator.device.type),
+                "processes": accelerator.num_processes,
+                "networks_together": len(job),
+            }
+            provenance = provenance_of(network, recipe, images) | {"steps": cost, "compute": spent, "command": COMMAND}
+            save(
+                model,
+                output / network.folders[cut],
+                recipe.architecture,
+                network.model_args,
+                images,
+                provenance,
+                loop.identity,
+            )
+    loop.finish()
 
 
-def train(
-    network: Network, recipe: Recipe, dataset, names: list[str], augment, accelerator: Accelerator, folder: Path
+@torch.no_grad()
+def top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
+    """Share of the held-out images that are recognised; each process looks at its part."""
+    right = []
+    for (view,), labels in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size)):
+        found = network(view).argmax(1) == labels
+        right.append(accelerator.gather_for_metrics(found))
+    return torch.cat(right).float().mean().item()
+
+
+def save(
+    model: nn.Module,
+    folder: Path,
+    architecture: str,
+    model_args: dict,
+    images: Images,
+    provenance: dict,
+    identity: dict,
 ) -> None:
-    """Train one network and save it, written aside and renamed."""
-    set_seed(network.seed)
-    model = timm.create_model(recipe.architecture, num_classes=len(names), **network.model_args).to(
-        memory_format=torch.channels_last
-    )
-    loader = DataLoader(dataset, recipe.batch_size, shuffle=True, drop_last=len(dataset) >= recipe.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=network.steps)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    """A network in timm's own layout, with a head or without, written aside and renamed."""
+    pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
+    config = {
+        "pretrained_cfg": {**pixels, "license": "apache-2.0"},
+        "provenance": provenance,
+        "label_names": images.names,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        plain = timm.create_model(architecture, num_classes=model.num_classes, **model_args)
+    plain.load_state_dict(weights, assign=True)
+    save_for_hf(plain, aside, model_config=config, model_args=model_args, safe_serialization=True, data_config=pixels)
+    (aside / TOLD).write_text(json.dumps({"identity": identity}, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    bar = tqdm(
-        range(1, network.steps + 1), desc=f"{network.folder} ({network.steps} steps)", disable=not sys.stderr.isatty()
-    )
-    for step in bar:
-        images, labels = next(batches)
-        loss = cross_entropy(model(augment(images).contiguous(memory_format=torch.channels_last)), labels)
-        accelerator.backward(loss)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == network.steps:
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"{network.folder}: the loss is {loss.item()} at step {step}; lower learning_rate={recipe.learning_rate}."
-                )
-            bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    if accelerator.is_main_process:
-        aside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        channels = recipe.input_size[0]
-        pixels = {
-            "input_size": tuple(recipe.input_size),
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
-            "mean": tuple(recipe.mean * (channels // len(recipe.mean))),
-            "std": tuple(recipe.std * (channels // len(recipe.std))),
-        }
-        config = {
-            "pretrained_cfg": {**pixels, "license": "apache-2.0"},
-            "provenance": provenance_of(network, recipe, names) | {"command": COMMAND},
-            "label_names": names,
-        }
-        trained = accelerator.unwrap_model(model).to(memory_format=torch.contiguous_format)
-        save_for_hf(
-            trained,
-            aside,
-            model_config=config,
-            model_args=network.model_args,
-            safe_serialization=True,
-            data_config=pixels,
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    accelerator.wait_for_everyone()
+def data_of(images: Images) -> dict:
+    """What tells one training set from another: its classes and every image's label."""
+    if images.settings.streaming:
+        return {"classes": images.names, "streamed": True}
+    digest = hashlib.sha256(images.labels.numpy().tobytes()).hexdigest()[:16]
+    return {"classes": images.names, "images": images.size, "labels_sha256": digest}
+
+
+def provenance_of(network: Network, recipe: Recipe, images: Images) -> dict:
+    return {
+        "source": "trained by training/pretrain_members.py",
+        "objective": "supervised classification",
+        "pretraining_data": f"{recipe.dataset}, classes {', '.join(images.names)}"
+        + (" (scattered)" if recipe.augmentation == "scatter" else ""),
+        "seed": network.seed,
+        "recipe": recipe.identity,
+    }
+
+
+def identity_of(job: list[Network], recipe: Recipe, images: Images) -> dict:
+    """What must be the same for a training to be this one, whichever others the recipe has besides."""
+    others = ("members", "wide_steps", "wide_model_args", "snapshots")
+    kept = {key: value for key, value in recipe.identity.items() if key not in others}
+    return kept | {"networks": [dataclasses.asdict(network) for network in job], "data": data_of(images)}
 
 
 def check_buildable(network: Network, recipe: Recipe) -> None:
@@ -182,28 +249,6 @@ def check_buildable(network: Network, recipe: Recipe) -> None:
         ) from error
 
 
-def provenance_of(network: Network, recipe: Recipe, names: list[str]) -> dict:
-    return {
-        "source": "trained by training/pretrain_members.py",
-        "objective": "supervised classification",
-        "pretraining_data": f"{recipe.dataset}, classes {', '.join(names)}"
-        + (" (scattered)" if recipe.augmentation == "scatter" else ""),
-        "steps": network.steps,
-        "seed": network.seed,
-        "recipe": {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ("output", "members")},
-    }
-
-
-def is_finished(folder: Path, network: Network, recipe: Recipe, names: list[str]) -> bool:
-    """Whether the very same network is there already."""
-    if not (folder / "config.json").is_file():
-        return False
-    found = json.loads((folder / "config.json").read_text()).get("provenance", {})
-    return {key: value for key, value in found.items() if key != "command"} == json.loads(
-        json.dumps(provenance_of(network, recipe, names))
-    )
-
-
 def holds(folder: Path, ensemble) -> bool:
     """Whether the folder holds an ensemble of the same weights already."""
     if not (folder / "config.json").is_file():
@@ -214,46 +259,111 @@ def holds(folder: Path, ensemble) -> bool:
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe_file", type=Path, help="a YAML file of training/recipes")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
-    parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    Recipe.add_options(parser)
-    options = vars(parser.parse_args(arguments))
-    recipe_file, cpu, smoke = (options.pop(name) for name in ("recipe_file", "cpu", "smoke"))
+def plan(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
+    """Print what everything will cost, from a few steps of each kind of network."""
+    lines, speeds = [], {}
+    for name, group in itertools.groupby(networks_of(recipe), key=lambda network: network.name):
+        networks = list(group)
+        kind = json.dumps(networks[0].model_args)
+        if kind not in speeds:
+            short = dataclasses.replace(networks[0], steps=WARM_UP + MEASURED, snapshots=1)
+            recipe = dataclasses.replace(recipe, checkpoint_every=short.steps, evaluate_every=0, log_with=None)
+            accelerator = accelerator_of(recipe, cpu)
+            loop = loop_of([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
+            steps = loop.run(
+                lambda first, s=short: images.batches([s.seed], first),
+                Objective(recipe, len(images.names)),
+                stops=range(1, short.steps),
+            )
+            speeds[kind] = seconds_per_step(steps)
+        size = Size.of(recipe.architecture, networks[0].model_args, recipe.input_size, len(images.names))
+        steps = sum(network.steps for network in networks)
+        seen, kept = steps * recipe.batch_size, sum(network.snapshots for network in networks)
+        lines.append(
+            Line(name, kept, steps, seen, size.spent(seen), kept * size.parameters, steps * speeds[kind] / 3600)
+        )
+    print_plan(lines, processes, accelerator.device)
+
+
+def assemble_all(recipe: Recipe, output: Path) -> None:
+    for name, group in itertools.groupby(networks_of(recipe), key=lambda network: network.name):
+        folders = [output / folder for network in group for folder in network.folders]
+        ensemble = assemble(folders)
+        if not holds(output / name, ensemble):  # else it may have a head by now, which is to stay
+            ensemble.save_pretrained(output / name)
+        print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}")
+
+
+def run(
+    recipe: Recipe, *, parallelism: str = "data", cpu: bool = False, smoke: bool = False, only_plan: bool = False
+) -> None:
+    output = Path(recipe.output)
+    if output.is_file():
+        raise ValueError(f"output={recipe.output} is a file; name a folder.")
+    jobs = jobs_of(recipe)
+    for job in {job[0].name: job for job in jobs}.values():
+        check_buildable(job[0], recipe)
+    team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
+    if team.leads_all:
+        asked = processes_asked_for()
+        print(f"{team}, parallelism={parallelism}", flush=True)
+        if asked not in (None, team.world):
+            print(
+                f"warning: accelerate was asked for {asked} processes and started {team.world}. On the CPU give it --multi_gpu and this script "
+                "--cpu: accelerate's own --cpu starts one.",
+                file=sys.stderr,
+            )
+    share = (team.ranks.index(team.rank), len(team.ranks))
+    images = Images(recipe, pixels_of(recipe), share, few=SMOKE_IMAGES if smoke else None)
+    if only_plan:
+        plan(recipe, images, team.world, cpu)
+        return
+    for number in team.jobs():
+        job = jobs[number]
+        folders = [output / folder for network in job for folder in network.folders]
+        identity = identity_of(job, recipe, images)
+        found = [is_of(folder, identity) for folder in folders]  # none may be another's
+        if all(found):
+            if share[0] == 0:
+                print(*(f"{folder} is finished, skipped" for folder in folders), sep="\n", flush=True)
+            continue
+        train(job, recipe, images, output, cpu)
+    team.wait_for_all()
+    if team.leads_all:
+        assemble_all(recipe, output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     try:
-        recipe = Recipe.from_file(recipe_file, **options)
-        if smoke:
-            recipe = dataclasses.replace(recipe, total_steps=16, wide_steps=min(recipe.wide_steps, 4))
-        run(recipe, Accelerator(cpu=cpu, step_scheduler_with_optimizer=False))
+        recipe, options = read_options(
+            Recipe,
+            __doc__,
+            arguments,
+            parallelism={
+                "choices": PARALLELISMS,
+                "default": "data",
+                "help": "what several processes share: each network's images, or the networks",
+            },
+            plan={"action": "store_true", "help": "print what it will cost, and stop"},
+        )
+        if options.smoke:
+            recipe = smoked(recipe)
+        run(recipe, parallelism=options.parallelism, cpu=options.cpu, smoke=options.smoke, only_plan=options.plan)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def run(recipe: Recipe, accelerator: Accelerator) -> None:
-    output = Path(recipe.output)
-    if output.is_file():
-        raise ValueError(f"output={recipe.output} is a file; name a folder.")
-    networks = networks_of(recipe)
-    for network in {network.name: network for network in networks}.values():
-        check_buildable(network, recipe)
-    dataset, names, augment = training_data(recipe)
-    for network in networks:
-        folder = output / network.folder
-        if is_finished(folder, network, recipe, names):
-            accelerator.print(f"{folder} is finished, skipped")
-            continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        train(network, recipe, dataset, names, augment, accelerator, folder)
-    if accelerator.is_main_process:
-        for name, group in itertools.groupby(networks, key=lambda network: network.name):
-            folders = [output / network.folder for network in group]
-            ensemble = assemble(folders)
-            if not holds(output / name, ensemble):  # else it may have a head by now, which is to stay
-                ensemble.save_pretrained(output / name)
-            print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}")
+def smoked(recipe: Recipe) -> Recipe:
+    """The same path in a few steps."""
+    steps = max(SMOKE_STEPS, *recipe.members, recipe.snapshots)
+    return dataclasses.replace(
+        recipe,
+        total_steps=steps,
+        wide_steps=min(recipe.wide_steps, 4),
+        batch_size=min(recipe.batch_size, 16),
+        num_workers=0,
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from concat_ensemble.probes.metrics import paired_difference
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ensemble")
-    parser.add_argument("--dataset", default="scattered-digits")
+    parser.add_argument("--dataset", default="scattered:digits")
     parser.add_argument("--limit", type=int)
     options = parser.parse_args()
     model, data = _load(options.ensemble, seed=0), load_data(options.dataset, limit=options.limit)

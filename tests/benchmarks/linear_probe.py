@@ -91,7 +91,7 @@ def main() -> None:
     for name, default in (("rows", 50_000), ("width", 2_048), ("classes", 100), ("repeats", 3), ("budget", 1_800)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ensemble")
-    parser.add_argument("--dataset", default="scattered-digits")
+    parser.add_argument("--dataset", default="scattered:digits")
     parser.add_argument("--limit", type=int)
     options = parser.parse_args()
     if options.ensemble:

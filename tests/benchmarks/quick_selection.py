@@ -30,7 +30,7 @@ def few(table: FeatureTable, number: int, seed: int) -> FeatureTable:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ensemble")
-    parser.add_argument("--dataset", default="scattered-digits")
+    parser.add_argument("--dataset", default="scattered:digits")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--looks", type=int, nargs="+", default=[250, 500, 1_000])
     parser.add_argument("--draws", type=int, default=20)

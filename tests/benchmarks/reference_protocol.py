@@ -83,7 +83,7 @@ def told(right: np.ndarray) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("members", nargs="+", help="a folder, or what `concat-ensemble build` takes")
-    parser.add_argument("--dataset", default="scattered-digits", help="what load_data takes, such as a parquet file")
+    parser.add_argument("--dataset", default="scattered:digits", help="what load_data takes, such as a parquet file")
     parser.add_argument("--limit", type=int, help="images of each split at most")
     for name, default in (("workers", 0), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -391,7 +391,7 @@ def interrupted(place) -> tuple[int, str]:
     """Exit code and output of a probe that gets a Ctrl-C once its progress bar, which is there on a terminal alone, shows
     that images are being read."""
     terminal, side = pty.openpty()
-    words = [PROGRAM, "probe", "pair", "--dataset", "scattered-digits", "--batch-size", "1"]
+    words = [PROGRAM, "probe", "pair", "--dataset", "scattered:digits", "--batch-size", "1"]
     environment = ONE_THREAD | {"TERM": "xterm", "HF_ASSETS_CACHE": str(place.parent / f"{place.name}-features")}
     # Where the tests run in the background, a shell has them ignore Ctrl-C, and what they start would inherit that.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -2,6 +2,7 @@ import io
 from itertools import chain
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
@@ -11,7 +12,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from concat_ensemble import ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data import Scatter, class_names, open_image
+from concat_ensemble.data import Scatter, class_names, load_stream, open_image
 
 # --- the embedded digits ---------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def test_digits_are_scikit_learns_in_its_order_and_scaled_to_8_bits():
 
 
 def test_digits_and_scattered_digits_are_cut_at_the_same_rows():
-    plain, scattered = load_data("digits", seed=3), load_data("scattered-digits", seed=3)
+    plain, scattered = load_data("digits", seed=3), load_data("scattered:digits", seed=3)
     for kind in plain:
         assert labels(plain[kind]).tolist() == labels(scattered[kind]).tolist()
     # ... of the same digits: the ink of an image, spread over its canvas, goes with that of the plain one
@@ -47,7 +48,7 @@ def test_digits_and_scattered_digits_are_cut_at_the_same_rows():
     assert np.corrcoef(ink)[0, 1] > 0.3
 
 
-@pytest.mark.parametrize("name", ["digits", "scattered-digits"])
+@pytest.mark.parametrize("name", ["digits", "scattered:digits"])
 def test_digits_are_fixed_by_the_seed(name):
     first, again, other = (load_data(name, limit=20, seed=seed) for seed in (1, 1, 2))
     assert rows(first["test"]) == rows(again["test"]) and rows(first["train"]) == rows(again["train"])
@@ -55,8 +56,8 @@ def test_digits_are_fixed_by_the_seed(name):
 
 
 def test_the_place_of_a_digit_does_not_depend_on_the_classes_kept():
-    everything = {row for split in load_data("scattered-digits").values() for row in rows(split)}
-    few = [row for split in load_data("scattered-digits", classes=[7, 8]).values() for row in rows(split)]
+    everything = {row for split in load_data("scattered:digits").values() for row in rows(split)}
+    few = [row for split in load_data("scattered:digits", classes=[7, 8]).values() for row in rows(split)]
     assert len(few) == 179 + 174 and set(few) <= everything
     assert PILImage.open(io.BytesIO(few[0])).size == (32, 32) and PILImage.open(io.BytesIO(few[0])).mode == "L"
 
@@ -66,6 +67,20 @@ def test_the_place_of_a_digit_does_not_depend_on_the_classes_kept():
 
 def white(number, side=8):
     return torch.ones(number, 1, side, side)
+
+
+def test_images_from_anywhere_can_be_scattered(tmp_path):
+    """... onto the same canvas wherever they lie, and however many lie beside them."""
+    load_data("digits", limit=400)["train"].to_parquet(tmp_path / "train.parquet")
+    whole, few = (load_data(f"scattered:parquet:{tmp_path}", limit=limit) for limit in (None, 20))
+    assert all(set(rows(few[kind])) < set(rows(whole[kind])) for kind in whole)
+    embedded = {row for split in load_data("scattered:digits").values() for row in rows(split)}
+    assert {row for split in whole.values() for row in rows(split)} < embedded
+    with pytest.raises(ValueError, match="scattered: wants images of one size; the train split has several"):
+        sizes = [PILImage.new("L", (8 + n % 2, 8)) for n in range(20)]
+        mixed = Dataset.from_dict({"image": sizes, "label": [n % 2 for n in range(20)]})
+        mixed.cast_column("image", Image()).to_parquet(tmp_path / "mixed.parquet")
+        load_data(f"scattered:{tmp_path / 'mixed.parquet'}")
 
 
 def test_scatter_that_moves_nothing_is_the_identity():
@@ -209,6 +224,41 @@ def test_limit_keeps_the_same_few_images_of_each_split():
     )
 
 
+@settings(max_examples=10)
+@given(shots=st.integers(2, 12), seed=st.integers(0, 5))
+def test_few_labels_are_as_many_of_each_class_and_leave_the_test_as_it_is(shots, seed):
+    whole, few = (load_data("digits", seed=seed, shots=n, validation_size=0.5) for n in (None, shots))
+    assert rows(few["test"]) == rows(whole["test"])
+    known = {row for kind in ("train", "validation") for row in rows(whole[kind])}
+    assert {row for kind in ("train", "validation") for row in rows(few[kind])} <= known
+    counts = np.bincount(np.concatenate([labels(few["train"]), labels(few["validation"])]))
+    assert counts.tolist() == [shots] * 10
+
+
+# --- a stream ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "parquet:"])
+def test_a_stream_has_the_images_of_the_training_split(prefix, splits, tmp_path):
+    folder = write_parquet(numbered_classes(splits), tmp_path)
+    found = [(row["image"]["bytes"], row["label"]) for row in load_stream(f"{prefix}{folder}")]
+    table = pq.read_table(folder / "train-00000-of-00001.parquet").to_pylist()
+    assert found == [(row["image"]["bytes"], row["label"]) for row in table]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "digits cannot be streamed: it is here already"),
+        ("parquet:{}", "its labels are string, and which classes there are is not told"),
+        ("nonesuch", "no dataset 'nonesuch'"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said(name, message, splits, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_stream(name.format(write_parquet(splits, tmp_path)))
+
+
 # --- where images and labels come from -------------------------------------------------------------------------------
 
 
@@ -225,6 +275,10 @@ def write_parquet(splits, folder):
         (folder / "pq").mkdir(exist_ok=True)
         split.to_parquet(folder / "pq" / f"{kind}-00000-of-00001.parquet")
     return folder / "pq"
+
+
+def numbered_classes(splits):
+    return splits.cast_column("label", ClassLabel(names=["a", "b"]))
 
 
 def write_images(splits, folder):
@@ -498,11 +552,13 @@ BAD_DATA = {
         r"test split's labels are hidden \(-1\)",
     ),
     "zero limit": (with_labels(AB), {"limit": 0}, "limit|empty"),
+    "one label a class": (with_labels(AB), {"shots": 1}, "shots=1 must be at least 2"),
+    "more labels than images": (with_labels(AB), {"shots": 15}, "shots=15: a class has 10 images for training"),
     "negative limit": (with_labels(AB), {"limit": -1}, "limit=-1"),
     "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a share between 0 and 1"),
     "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a share between 0 and 1"),
     "test share of everything": (with_labels(AB), {"test_size": 0.999}, "cannot cut test_size=0.999 off 40 images"),
-    "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits nor scattered-digits"),
+    "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits, nor a path here"),
     "misspelt name": ("digit", {}, "no dataset 'digit'"),
     "unknown Hub id": ("nobody/nonesuch", {}, "no dataset 'nobody/nonesuch'"),
     "missing path": ("/nonesuch/folder", {}, "no dataset '/nonesuch/folder'.*nor a path here"),

@@ -6,7 +6,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from concat_ensemble import ConcatEnsembleConfig, assemble
-from concat_ensemble.model_card import verdict, write_card
+from concat_ensemble.model_card import compute_sentence, verdict, write_card
 from concat_ensemble.probing import probe_ensemble, with_head
 
 REPEATS = {"pair": [0.8, 0.9], "one": [0.7, 0.75], "untrained members": [0.5, 0.6], "raw pixels": [0.4, 0.45]}
@@ -205,3 +205,18 @@ def test_the_card_of_a_freshly_assembled_ensemble_is_whole(tmp_path):
     text = write_card(tmp_path / "solo").read_text()
     assert "One image backbone" in text or "1 image backbone (`test_vit`)" in text
     assert ModelCard(text).data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "said"),
+    [
+        (1_009.0, "one 1,009 GFLOP, equal compute"),
+        (1_125.0, "one 1,125 GFLOP, 1.12 times as much"),
+        (None, ""),
+    ],
+)
+def test_compute_is_called_equal_within_a_hundredth_only(baseline, said, study):
+    results = study(pair=[0.9], one=[0.8])
+    results["pair"].gflops, results["one"].gflops = 1_000.0, baseline
+    told = compute_sentence(results)
+    assert told == (f"Training pair took 1,000 GFLOP; {said}." if said else "")

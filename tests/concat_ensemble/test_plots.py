@@ -28,7 +28,7 @@ def test_draws_any_accuracy_of_one_repeat(share, images, study, tmp_path):
     results = study(pair=[share], one=[share])
     for row in results.rows:
         row.runs[0].n_test = images
-    narrow = Row("pair, PCA to 16", "narrowed", 16, 2, 20, [Run(0, {"top1": share}, 0.1, 50, images)])
+    narrow = Row("pair, PCA to 16", "narrowed", 16, 2, 20, runs=[Run(0, {"top1": share}, 0.1, 50, images)])
     results.rows.append(narrow)
     assert drawn(results, tmp_path / "x.png").size == (1050, 630)
 
@@ -43,6 +43,11 @@ def test_the_line_joins_those_trained_for_about_as_long(study):
     results["one"].steps, results["long"].steps, results["raw pixels"].steps = 22, 40, 0
     line, levels = equal_steps(results)
     assert [row.name for row in line] == ["one", "pair"] and [row.name for row in levels] == ["long"]
+
+
+def test_of_two_with_as_many_members_the_first_is_on_the_line(study):
+    line, levels = equal_steps(study(pair=[0.8], one=[0.7], other=[0.6]))
+    assert [row.name for row in line] == ["one", "pair"] and [row.name for row in levels] == ["other"]
 
 
 def test_without_known_steps_nothing_is_joined(study):

@@ -1,8 +1,14 @@
 """The script, launched as a user would, on a few steps; what only needs its functions calls them."""
 
+import itertools
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification
-from pretrain_members import main, networks_of
+from pretrain_members import jobs_of, main, networks_of
 from recipe import Recipe
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = "training/pretrain_members.py"
 RECIPE = "training/recipes/scattered_digits_timecat.yaml"
-SMOKE = [SCRIPT, RECIPE, "--smoke", "--cpu", "--members", "[1, 2]"]
-MEMBERS = {"cat1-0": 18, "cat2-0": 8, "cat2-1": 8, "w2-0": 4}  # steps: 16 in all, an eighth more for CAT1, four for W2
+SMOKE = [SCRIPT, RECIPE, "--smoke", "--cpu", "--members", "[1, 2]", "--snapshots", "2"]
+# Steps: 16 in all, an eighth more for CAT1, four for W2; a snapshot's are those since the one before.
+MEMBERS = {"cat1-0": 18, "cat2-0": 8, "cat2-1": 8, "w2-0": 4, "cat2-s-0": 11, "cat2-s-1": 5}
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +67,14 @@ def test_members_lie_in_timms_layout_and_load_in_timm(trained):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         weights = load_file(folder / "model.safetensors")
         assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
-        assert model.num_classes == 5 and model.bn1.num_batches_tracked == steps, "so many batches it has seen"
+        seen = 16 if name == "cat2-s-1" else steps  # the second one goes on from the first
+        assert model.num_classes == 5 and model.bn1.num_batches_tracked == seen, "so many batches it has seen"
+        compute = config["provenance"]["compute"]
+        assert compute["images"] == 16 * steps and compute["processes"] == 1 and compute["gflops"] > 0
 
 
 def test_ensembles_load_with_automodel_and_hold_these_members(trained):
-    for name, count, width in (("cat1", 1, 64), ("cat2", 2, 128), ("w2", 1, 128)):
+    for name, count, width in (("cat1", 1, 64), ("cat2", 2, 128), ("w2", 1, 128), ("cat2-s", 2, 128)):
         model = AutoModel.from_pretrained(trained / name)
         assert len(model.members) == count and model.config.num_features == width
         for k, member in model.members.items():
@@ -78,7 +89,7 @@ def test_every_network_has_its_own_seed_and_weights(trained):
     provenances = [
         json.loads((trained / "members" / name / "config.json").read_text())["provenance"] for name in MEMBERS
     ]
-    assert len({provenance["seed"] for provenance in provenances}) == 4
+    assert len({provenance["seed"] for provenance in provenances}) == 5, "snapshots come from one run"
     assert {p["pretraining_data"] for p in provenances} == {"digits, classes 0, 1, 2, 3, 4 (scattered)"}
     assert all(p["command"].startswith("accelerate launch training/pretrain_members.py") for p in provenances)
 
@@ -96,7 +107,7 @@ def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(script, copied)
         name: content for name, content in written(copied).items() if not name.startswith(("members/.cat2-1", "cat2/"))
     }
     printed = script(sys.executable, *SMOKE, "--output", copied)
-    assert printed.count("is finished, skipped") == 3 and "cat2-1 is finished" not in printed
+    assert printed.count("is finished, skipped") == 5 and "cat2-1 is finished" not in printed
     assert hashes(copied) == before, "the lost one has come back as it was"
     assert not (copied / "members" / ".cat2-1.tmp").exists()
     after = written(copied)
@@ -107,14 +118,137 @@ def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(script, copied)
     )
 
 
-def test_another_recipe_trains_again(script, copied):
-    before = hashes(copied)
-    printed = script(sys.executable, *SMOKE, "--output", copied, "--learning-rate", "0.01")
-    assert "skipped" not in printed
-    after = hashes(copied)
-    assert not {d for group in before.values() for d in group} & {d for group in after.values() for d in group}
-    config = json.loads((copied / "members" / "cat1-0" / "config.json").read_text())
-    assert config["provenance"]["recipe"]["learning_rate"] == 0.01
+def test_another_recipe_in_its_place_is_refused(trained, capsys):
+    """With what differs, and before anything is written."""
+    before = written(trained)
+    with pytest.raises(SystemExit) as stop:
+        main([str(Path(__file__).parents[2] / RECIPE), *SMOKE[2:], "--output", str(trained), "--learning-rate", "0.01"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1
+    assert (
+        "cat1-0 is of another training: its learning_rate is 0.002, here 0.01" in said
+        and "name another output=" in said
+    )
+    assert written(trained) == before
+
+
+def test_other_labels_are_refused(trained, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                str(Path(__file__).parents[2] / RECIPE),
+                *SMOKE[2:],
+                "--output",
+                str(trained),
+                "--classes",
+                "[5, 6, 7, 8, 9]",
+            ]
+        )
+    assert "is of another training: its " in capsys.readouterr().err
+
+
+def test_a_member_more_leaves_the_others(script, copied):
+    """Seeds do not depend on which other ensembles are trained."""
+    printed = script(sys.executable, *SMOKE[:4], "--members", "[1, 2, 3]", "--snapshots", "0", "--output", copied)
+    assert printed.count("is finished, skipped") == 4 and (copied / "members" / "cat3-2").is_dir()
+
+
+KILLED = [
+    SCRIPT,
+    RECIPE,
+    "--cpu",
+    "--members",
+    "[2]",
+    "--snapshots",
+    "2",
+    "--wide-steps",
+    "0",
+    "--total-steps",
+    "240",
+    "--checkpoint-every",
+    "10",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(script, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    script(sys.executable, *KILLED, "--output", folder)
+    return members_in(folder)
+
+
+def members_in(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("members/*/model.safetensors"))}
+
+
+def killed_until_done(folder: Path, seed: int, kills: int) -> list[int]:
+    """Start the run again and again and end it after a random while; the signals that hit."""
+    rng, hits, started = random.Random(seed), [], 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, *KILLED, "--output", str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if started < kills:
+            # The first seconds are imports: begin where something can be lost.
+            while (
+                process.poll() is None and not list(folder.glob("checkpoints/*")) and not list(folder.glob("members/*"))
+            ):
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 6))
+            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+            process.send_signal(number)
+            started += 1
+        _, errors = process.communicate(timeout=300)
+        if process.returncode == 0:
+            return hits
+        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM), errors
+        hits.append(process.returncode)
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_in_the_same_weights(undisturbed, tmp_path):
+    hits = []
+    for seed in itertools.count():
+        folder = tmp_path / str(seed)
+        hits += killed_until_done(folder, seed, kills=4)
+        assert members_in(folder) == undisturbed
+        assert not list(folder.rglob("*step-*")) and not list(folder.rglob(".*")), (
+            "no checkpoint is left, whole or half"
+        )
+        if len(hits) >= 20:
+            break
+    assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= set(hits)
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_weights(undisturbed, tmp_path):
+    assert killed_until_done(tmp_path, seed=0, kills=2)
+    assert members_in(tmp_path) == undisturbed
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
+    """On a file system that takes two checkpoints, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    try:
+        command = [sys.executable, *KILLED, "--keep-checkpoints", "9", "--output", disk]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+            "error: cannot write a checkpoint into"
+        ), done.stderr
+        assert "is there and intact" in done.stderr and not list(disk.rglob(".aside"))
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+        assert members_in(disk) == undisturbed
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_accelerate_launch_gives_the_same_weights(script, trained, tmp_path):
@@ -132,22 +266,38 @@ def test_accelerate_launch_gives_the_same_weights(script, trained, tmp_path):
     assert hashes(tmp_path / "again") == hashes(trained)
 
 
+def recipe_of(**changes) -> Recipe:
+    return Recipe(**yaml.safe_load(Path(__file__).parents[2].joinpath(RECIPE).read_text()) | changes)
+
+
 def plan(**changes):
-    given = yaml.safe_load(Path(__file__).parents[2].joinpath(RECIPE).read_text())
-    return networks_of(Recipe(**given | changes))
+    return networks_of(recipe_of(**changes))
 
 
 def test_the_plan_spends_equal_steps():
     networks = plan()
-    assert [(network.folder, network.steps) for network in networks] == [
+    assert [(network.folders[0], network.steps) for network in networks] == [
         ("members/cat1-0", 1800),
         ("members/cat2-0", 800),
         ("members/cat2-1", 800),
         *[(f"members/cat4-{k}", 400) for k in range(4)],
+        *[(f"members/cat5-{k}", 320) for k in range(5)],
         ("members/w2-0", 400),
+        ("members/cat4-s-0", 1600),
     ]
-    assert networks[-1].model_args == {"in_chans": 1, "channels": [16, 32, 64, 128], "stem_width": 16}
-    assert {network.seed for network in networks} == set(range(8))
+    assert networks[-2].model_args == {"in_chans": 1, "channels": [16, 32, 64, 128], "stem_width": 16}
+    assert networks[-1].folders == [f"members/cat4-s-{k}" for k in range(4)]
+    assert len({network.seed for network in networks}) == len(networks)
+
+
+def test_seeds_can_be_named():
+    networks = plan(members=[2], seeds=[550, 23], wide_steps=0, snapshots=0)
+    assert [network.seed for network in networks] == [550, 23]
+
+
+def test_networks_of_one_kind_go_together():
+    jobs = jobs_of(recipe_of(members=[1, 5], members_per_process=2, wide_steps=0, snapshots=0))
+    assert [[network.number for network in job] for job in jobs] == [[0], [0, 1], [2, 3], [4]]
 
 
 def test_seeds_of_two_runs_do_not_meet():
@@ -156,7 +306,7 @@ def test_seeds_of_two_runs_do_not_meet():
 
 
 def test_no_wide_network_where_none_is_asked_for():
-    assert [network.name for network in plan(wide_steps=0, members=[2])] == ["cat2", "cat2"]
+    assert [network.name for network in plan(wide_steps=0, snapshots=0, members=[2])] == ["cat2", "cat2"]
 
 
 # Words after the recipe, and what the one line must say. In-process: importing takes seconds.
@@ -171,6 +321,10 @@ BAD = {
     "unknown dataset": (["--dataset", "nonesuch"], ["no dataset 'nonesuch'"]),
     "unknown class": (["--classes", "[0, 11]"], ["classes=[11]"]),
     "one class": (["--classes", "[3]"], ["one class '3'"]),
+    "unknown optimizer": (["--optimizer", "adamv"], ["optimizer='adamv' must be like adam,"]),
+    "unknown augmentation policy": (["--auto-augment", "rnd-m9"], ["auto_augment='rnd-m9' is none of timm's"]),
+    "more snapshots than steps": (["--snapshots", "9999"], ["snapshots=9999 must be 0, or from 2 to total_steps=1600"]),
+    "batches that cannot be shared": (["--gradient-accumulation", "3"], ["batch_size=16", "gradient_accumulation=3"]),
     "output that is a file": (["--output", "{file}"], ["file", "name a folder"]),
 }
 

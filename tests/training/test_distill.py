@@ -1,0 +1,133 @@
+"""Distillation of tiny networks on real digits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModel
+
+import pretrain_members
+from concat_ensemble import assemble
+from distill import Distillation, Student, Teachers, main, run
+from images import Images
+from pretrain_members import pixels_of
+
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))
+SMALL = {"in_chans": 1, "channels": [4, 4, 8, 8], "stem_width": 4}
+SETTINGS = {
+    "dataset": "digits",
+    "classes": [0, 1, 2],
+    "limit": 100,
+    "augmentation": "scatter",
+    "architecture": "resnet10t",
+    "model_args": SMALL,
+    "input_size": [1, 32, 32],
+    "steps": 6,
+    "batch_size": 16,
+    "warmup": 0.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> list[str]:
+    """Two trained networks of three classes, in timm's layout with their heads."""
+    folder = tmp_path_factory.mktemp("teachers")
+    data = ["--dataset", "digits", "--classes", "[0, 1, 2]", "--limit", "100", "--model-args", str(SMALL)]
+    members = [
+        "--members",
+        "[2]",
+        "--snapshots",
+        "0",
+        "--wide-model-args",
+        "{}",
+        "--wide-steps",
+        "0",
+        "--total-steps",
+        "400",
+    ]
+    pretrain_members.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
+    return [str(folder / "members" / f"cat2-{k}") for k in range(2)]
+
+
+@pytest.fixture
+def distilled(teachers, tmp_path):
+    def distilled(output="out", **changes) -> Path:
+        run(Distillation(**SETTINGS | {"teachers": teachers, "output": str(tmp_path / output)} | changes), cpu=True)
+        return tmp_path / output
+
+    return distilled
+
+
+@pytest.mark.parametrize("target", ["features", "predictions"])
+def test_a_student_comes_out_as_an_ensemble_of_one(target, distilled):
+    model = AutoModel.from_pretrained(distilled(target=target) / "distilled")
+    assert len(model.members) == 1 and model.config.num_features == 8
+    provenance = model.config.members[0]["provenance"]
+    assert provenance["steps"] == 6 and provenance["objective"] == f"distillation of 2 networks' {target}"
+    assert provenance["compute"]["images"] == 96
+
+
+@pytest.mark.parametrize("target", ["features", "predictions"])
+def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
+    """On images of another order and scatter, a linear readout of the trained student leaves less of their variance unsaid than one of the
+    untrained student does."""
+    settings = Distillation(**SETTINGS | {"teachers": teachers, "target": target})
+    images = Images(settings, pixels_of(settings))
+    told = Teachers(settings)
+    views = [next(images.batches([99])).views[0][0] for _ in range(1)]
+    many = [batch.views[0][0] for _, batch in zip(range(10), images.batches([98]), strict=False)]
+    if target == "features":
+        told.standardise(many)
+    backbones = {}
+    for steps in (1, 120):
+        folder = distilled(output=f"{target}-{steps}", target=target, steps=steps, learning_rate=0.003)
+        backbones[steps] = next(iter(assemble(folder / "distilled").members.values()))
+    losses = {}
+    for steps, backbone in backbones.items():
+        with torch.no_grad():
+            features, wanted = backbone(torch.cat(many)), torch.cat([torch.cat(told(view), 1) for view in many])
+            held, held_wanted = backbone(views[0]), torch.cat(told(views[0]), 1)
+        ones = torch.ones(len(features), 1)
+        readout = torch.linalg.lstsq(torch.cat([features, ones], 1), wanted).solution
+        residual = held_wanted - torch.cat([held, torch.ones(len(held), 1)], 1) @ readout
+        losses[steps] = float((residual.var(0) / held_wanted.var(0)).median())
+    assert losses[120] < losses[1], "a linear readout of the student says more of what the teachers do"
+
+
+def test_an_ensemble_can_teach_its_features_but_no_classes(teachers, distilled, tmp_path):
+    assemble(teachers).save_pretrained(tmp_path / "pair")
+    distilled(teachers=[str(tmp_path / "pair")])
+    with pytest.raises(
+        ValueError, match=r"teachers: .*pair is no network with a head .*target=features takes ensembles"
+    ):
+        distilled(output="other", teachers=[str(tmp_path / "pair")], target="predictions")
+
+
+def test_a_second_run_skips_and_another_is_refused(distilled, capsys):
+    distilled()
+    distilled()
+    assert "is finished, skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"is of another training: its temperature is 2.0, here 3.0"):
+        distilled(temperature=3.0)
+
+
+def test_what_is_said_is_told_apart_by_teacher():
+    assert Student(torch.nn.Identity(), 4, 6)(torch.zeros(2, 4)).shape == (2, 6)
+
+
+def test_the_command_is_the_same(teachers, tmp_path, capsys):
+    words = [RECIPE, "--cpu", "--smoke", "--output", str(tmp_path / "out"), "--steps", "2"]
+    main([*words, "--teachers", f"[{', '.join(teachers)}]"])
+    assert "2 networks in one, 64 features" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "lacks teachers" in capsys.readouterr().err

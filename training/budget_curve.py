@@ -1,0 +1,212 @@
+"""Transfer against training budget for K = 1, 2, 4 and 8: the picture by which to choose K.
+
+    .venv/bin/python training/budget_curve.py scattered_digits
+
+Trains K networks for B / K steps each, for every K and every budget B, on the digits 0 to 4, and fits linear probes on the digits 5 to 9, which none
+has seen: on all labels and on ten of each class; and on 0 to 4, in distribution. Beside them stand eight untrained networks and raw pixels. What is
+measured is kept, a file for each repeat and budget, and not done again. Prints a table and leaves it, the figure and the numbers in --output.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from compare import IMAGES, STUDIES, call, told
+from concat_ensemble import LinearProbe, assemble, extract_features, load_data
+from concat_ensemble.controls import pixel_table, untrained_like
+from concat_ensemble.results import Row, Run
+
+COUNTS = (1, 2, 4, 8)
+CONTROLS = ("untrained members", "raw pixels")
+TITLES = {
+    "unseen": "unseen digits 5 to 9",
+    "few labels": "5 to 9, ten labels a class",
+    "in distribution": "digits 0 to 4",
+}
+COLORS = ("#8a8a8a", "#7fb3d5", "#2e75b6", "#123a63")  # the more members, the darker
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One repeat at one budget: what was trained, and how it is measured."""
+
+    study: str
+    dataset: str
+    seed: int
+    budget: int
+    output: Path
+    smoke: bool
+
+    @property
+    def path(self) -> Path:
+        return self.output / f"seed-{self.seed}-steps-{self.budget}.json"
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Top-1 by study and system; read where it was measured before."""
+        if not self.path.is_file():
+            folder = self.output / "members" / self.path.stem
+            self._train(folder)
+            found = self._probed(folder)
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text(
+                json.dumps({"point": [self.study, self.dataset, self.seed, self.budget], "top1": found}, indent=1)
+                + "\n"
+            )
+            aside.replace(self.path)
+            shutil.rmtree(folder)
+        content = json.loads(self.path.read_text())
+        if content["point"] != [self.study, self.dataset, self.seed, self.budget]:
+            raise ValueError(f"{self.path} is of {content['point']}; name another --output, or delete it.")
+        return content["top1"]
+
+    def _train(self, folder: Path) -> None:
+        command = [
+            "training/pretrain_members.py",
+            f"training/recipes/{self.study}_timecat.yaml",
+            "--cpu",
+            "--dataset",
+            self.dataset,
+        ]
+        command += ["--members", str(list(COUNTS)), "--baseline-extra", "0", "--wide-steps", "0", "--snapshots", "0"]
+        command += ["--total-steps", str(self.budget), "--seed", str(self.seed), "--output", str(folder)]
+        call(
+            [sys.executable, *command, *(["--smoke"] if self.smoke else [])], f"seed {self.seed}, {self.budget:,} steps"
+        )
+
+    def _probed(self, folder: Path) -> dict[str, dict[str, float]]:
+        systems = {f"cat{count}": assemble(folder / f"cat{count}") for count in COUNTS}
+        systems["untrained members"] = untrained_like(systems[f"cat{COUNTS[-1]}"], self.seed)
+        found = {}
+        for name, (classes, test_size, shots) in STUDIES.items():
+            low, high = map(int, classes.split("-"))
+            limit = 100 if self.smoke else IMAGES[self.study][1]
+            data = load_data(
+                f"scattered:{self.dataset}",
+                classes=range(low, high + 1),
+                test_size=test_size,
+                limit=limit,
+                shots=shots,
+                seed=self.seed,
+            )
+            tables = {
+                system: extract_features(model, data, store=folder / "features", quiet=True)
+                for system, model in systems.items()
+            }
+            tables["raw pixels"] = pixel_table(data, "L")
+            found[name] = {}
+            for system, table in tables.items():
+                probe = LinearProbe(seed=self.seed).fit(table["train"], validation=table["validation"])
+                found[name][system] = probe.score(table["test"])
+        return found
+
+
+def rows_of(points: list[Point], measured: list[dict], name: str, system: str) -> dict[int, Row]:
+    """A system's accuracy on a study, by budget, over the repeats."""
+    rows: dict[int, Row] = {}
+    for point, found in zip(points, measured, strict=True):
+        row = rows.setdefault(point.budget, Row(system, "baseline", 0))
+        row.runs.append(Run(point.seed, {"top1": found[name][system]}, 0.0, 0, 1))
+    return dict(sorted(rows.items()))
+
+
+def table_of(points: list[Point], measured: list[dict]) -> str:
+    """In Markdown: a line for each study, budget and K."""
+    budgets, lines = sorted({point.budget for point in points}), []
+    for name in STUDIES:
+        lines += [
+            "",
+            f"| {TITLES[name]} | {' | '.join(f'{b:,} steps' for b in budgets)} |",
+            "|---" * (len(budgets) + 1) + "|",
+        ]
+        for system in (*(f"cat{count}" for count in COUNTS), *CONTROLS):
+            rows = rows_of(points, measured, name, system)
+            lines.append(f"| {system} | {' | '.join(told(rows[budget]) for budget in budgets)} |")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def draw(points: list[Point], measured: list[dict], path: Path) -> None:
+    """Three panels, a line for each K with its 95% interval, the controls as dashes."""
+    budgets = sorted({point.budget for point in points})
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(STUDIES))
+    for axes, name in zip(panels, STUDIES, strict=True):
+        for count, color in zip(COUNTS, COLORS, strict=True):
+            rows = rows_of(points, measured, name, f"cat{count}").values()
+            low, high = zip(*(row.interval for row in rows), strict=True)
+            means = [100 * row.mean for row in rows]
+            axes.plot(
+                budgets,
+                means,
+                color=color,
+                marker="o",
+                markersize=4,
+                label=f"{count} network{'s' if count > 1 else ''}",
+            )
+            axes.fill_between(budgets, 100 * np.array(low), 100 * np.array(high), color=color, alpha=0.12, linewidth=0)
+        for system, style in zip(CONTROLS, ("--", ":"), strict=True):
+            means = [100 * row.mean for row in rows_of(points, measured, name, system).values()]
+            axes.plot(
+                budgets,
+                means,
+                color="#c0504d",
+                linestyle=style,
+                label=f"{COUNTS[-1]} untrained networks" if "untrained" in system else system,
+            )
+        axes.set(title=TITLES[name], xscale="log", xlabel="training steps in all, shared by the networks")
+        axes.set_xticks(budgets)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("linear probe, top-1 (%)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(COUNTS) + len(CONTROLS),
+        frameon=False,
+    )
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=IMAGES)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[320, 960, 2_400, 4_800, 9_600], help="steps in all")
+    parser.add_argument("--repeats", type=int, default=3, help="seeds 0, 1, 2, ... (two at a time)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
+    parser.add_argument("--output", type=Path, help="runs/STUDY-budget when left out")
+    parser.add_argument("--dataset", help="where the images are, such as parquet:FOLDER; on the Hub when left out")
+    options = parser.parse_args()
+    if options.repeats < 2 or min(options.budgets) < COUNTS[-1]:
+        sys.exit(
+            f"error: --repeats {options.repeats} must be at least 2, for an interval, and --budgets at least {COUNTS[-1]}."
+        )
+    output = (options.output or Path("runs") / f"{options.study}-budget") / ("smoke" if options.smoke else "")
+    output.mkdir(parents=True, exist_ok=True)
+    dataset = options.dataset or IMAGES[options.study][0]
+    budgets = sorted(options.budgets, reverse=True)  # the longest first, so that none is left alone at the end
+    points = [
+        Point(options.study, dataset, s, b, output, options.smoke) for b, s in product(budgets, range(options.repeats))
+    ]
+    torch.set_num_threads(1)  # two points at a time, of networks too small to share cores
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        measured = list(pool.map(Point.measured, points))
+    table = table_of(points, measured)
+    (output / "table.md").write_text(table)
+    draw(points, measured, output / "budget.png")
+    print(f"{table}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]; figure: {output / 'budget.png'}")
+
+
+if __name__ == "__main__":
+    main()

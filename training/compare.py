@@ -1,0 +1,212 @@
+"""The paper's table on a desk: time-concatenation and what it is compared with, on classes that no network has seen.
+
+    .venv/bin/python training/compare.py scattered_digits --full --repeats 5
+
+Trains the networks of `training/recipes/STUDY_timecat.yaml` on half of the classes and probes them on the other half, in several repeats
+with other seeds, beside the controls that a sceptic asks for. Everything is done by the scripts that you would use yourself; their
+commands are printed, and what is finished is not done again. Without `--full`: CAT1, CAT2, CAT4 and W2 alone, which is `make demo`; with it
+CAT5, snapshots, distillation, fine-tuning and few labels besides.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from concat_ensemble.model_card import FIGURES, RESULTS, verdict, write_card
+from concat_ensemble.results import Results, Row
+
+HERE = Path(__file__).parent
+SUBJECT = "cat4"
+OTHERS = ("cat1", "cat2", "w2")  # what it is compared with
+MORE = ("cat5", "cat4-s", "distilled/distilled", "two-stage/two-stage")
+IMAGES = {
+    "scattered_digits": ("digits", None),
+    "scattered_mnist": ("ylecun/mnist", 3_000),
+}  # dataset, images of each split
+# What is measured: classes, share of images for the test where there is no test split, and images of a class.
+STUDIES = {"unseen": ("5-9", 0.5, None), "few labels": ("5-9", 0.5, 10), "in distribution": ("0-4", 0.3, None)}
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def repeat(study: str, seed: int, output: Path, dataset: str, full: bool, smoke: bool) -> dict[str, Results]:
+    """Train everything with one seed and probe it, in processes of their own."""
+    folder = output / f"seed-{seed}"
+    limit = IMAGES[study][1]
+    small = ["--smoke"] if smoke else []
+
+    def script(name: str, recipe: str, part: str, what: str, *words: str, data: str = dataset) -> None:
+        command = [f"training/{name}.py", f"training/recipes/{study}_{recipe}.yaml", "--cpu", "--dataset", data]
+        target = ["--seed", str(seed), "--output", str(folder / part)]
+        call([sys.executable, *command, *target, *words, *small], f"seed {seed}: {what}")
+
+    fewer = [] if full else ["--members", "[1, 2, 4]", "--snapshots", "0"]
+    script("pretrain_members", "timecat", ".", "train the members", *fewer)
+    names = [*OTHERS, *(MORE if full else ())]
+    if full:
+        teachers = f"[{', '.join(str(folder / 'members' / f'{SUBJECT}-{k}') for k in range(4))}]"
+        script("distill", "distill", "distilled", f"distil {SUBJECT}", "--teachers", teachers)
+        for part, model, stages in (
+            ("two-stage", SUBJECT, "two"),
+            ("tuned", SUBJECT, "one"),
+            ("tuned-cat1", "cat1", "one"),
+        ):
+            words = ["--model", str(folder / model), "--stages", stages]
+            script("finetune", "finetune", part, f"fine-tune {model}", *words, data=f"scattered:{dataset}")
+    found = {}
+    for measured, (classes, test_size, shots) in STUDIES.items():
+        if shots and not full:
+            continue
+        path = folder / f"{measured.replace(' ', '-')}.json"
+        program = str(Path(sys.executable).with_name("concat-ensemble"))
+        probe = [
+            program,
+            "probe",
+            str(folder / SUBJECT),
+            "--dataset",
+            f"scattered:{dataset}",
+            "--classes",
+            classes,
+            "--test-size",
+            str(test_size),
+        ]
+        probe += [
+            "--seed",
+            str(seed),
+            "--output",
+            str(path),
+            "--quiet",
+            "--json",
+            *(["--shots", str(shots)] if shots else []),
+        ]
+        probe += ["--limit", "100" if smoke else str(limit)] if smoke or limit else []
+        tuned = measured == "unseen"
+        probe += [
+            word for name in names if tuned or "two-stage" not in name for word in ("--baseline", str(folder / name))
+        ]
+        call([*probe, *(["--save-head"] if tuned else [])], f"seed {seed}: probe {measured} (classes {classes})")
+        found[measured] = Results.load(path)
+    if full:
+        for part, name in (("tuned", f"{SUBJECT}, fine-tuned at once"), ("tuned-cat1", "cat1, fine-tuned")):
+            (row,) = Results.load(folder / part / "whole" / RESULTS / "fine-tuned.json").rows
+            found["unseen"].rows.append(dataclasses.replace(row, name=name, kind="baseline"))
+    return found
+
+
+def call(command: list[str], what: str) -> None:
+    console.print(what)
+    console.print(f"  {shlex.join([Path(command[0]).name, *command[1:]])}", style="dim", soft_wrap=True, markup=False)
+    # One core each: these networks are too small to share several.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{what} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
+
+
+def rows_of(studies: dict[str, Results]) -> list[list[str]]:
+    """The table's cells, from the worst to the best on the unseen classes."""
+    unseen, rows = studies["unseen"], []
+    for row in sorted((row for row in unseen.rows if row.kind not in ("prefix", "member")), key=lambda row: row.mean):
+        cells = [row.name, f"{row.width:,}", f"{row.steps:,}", told(row), ""]
+        if row.name != SUBJECT:
+            mean, (low, high), _ = unseen.difference(SUBJECT, row.name)
+            cells[-1] = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        others = [results for name, results in studies.items() if name != "unseen"]
+        rows.append([*cells, *(told(results[row.name]) if row.name in results else "" for results in others)])
+    return rows
+
+
+def told(row: Row) -> str:
+    low, high = row.interval
+    return f"{100 * row.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def show(studies: dict[str, Results], output: Path, smoke: bool) -> None:
+    """Print the table, and leave it in Markdown."""
+    unseen = studies["unseen"]
+    if smoke:
+        console.print("SMOKE: a few steps only, the numbers mean nothing", style="bold")
+    protocols = " and ".join(results.protocol for results in studies.values())
+    console.print(f"Top-1 in %, mean of {unseen.repeats} repeats [95% t-interval]; protocols {protocols}")
+    headings = ["", "columns", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired"]
+    headings += [
+        {"few labels": "10 labels a class", "in distribution": "seen 0 to 4"}[name]
+        for name in studies
+        if name != "unseen"
+    ]
+    table, rows = Table(), rows_of(studies)
+    for heading in headings:
+        table.add_column(heading, justify="left" if not heading else "right")
+    for cells in rows:
+        table.add_row(*cells, style="bold" if cells[0] == SUBJECT else None)
+    console.print(table)
+    lines = [headings, ["---"] * len(headings), *rows]
+    (output / "table.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+    paired = 100 * (unseen[SUBJECT].top1 - unseen["cat1"].top1)
+    console.print(
+        f"{SUBJECT} minus cat1, repeat by repeat: {', '.join(f'{value:+.1f}' for value in np.atleast_1d(paired))}"
+    )
+    for name, results in studies.items():
+        console.print(f"{name.capitalize()}: {verdict(results).replace('**', '')}", soft_wrap=True)
+
+
+def publish(studies: dict[str, Results], output: Path) -> Path:
+    """The ensemble of the first repeat, with the results of all repeats on its card."""
+    folder = output / SUBJECT
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(output / "seed-0" / SUBJECT, folder, ignore=shutil.ignore_patterns(RESULTS, FIGURES, "README.md"))
+    for study, results in studies.items():
+        results.save(folder / RESULTS / f"{study.replace(' ', '-')}.json")
+    write_card(folder, title=SUBJECT)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("scattered_digits", "scattered_mnist"))
+    parser.add_argument("--full", action="store_true", help="every system of the paper, not CAT and W2 alone")
+    parser.add_argument("--smoke", action="store_true", help="two repeats of a few steps, to see that everything runs")
+    parser.add_argument("--repeats", type=int, default=5, help="seeds 0, 1, 2, ... (two at a time)")
+    parser.add_argument("--output", type=Path, help="runs/STUDY when left out")
+    parser.add_argument("--dataset", help="where the images are, such as parquet:FOLDER; on the Hub when left out")
+    options = parser.parse_args()
+    dataset = options.dataset or IMAGES[options.study][0]
+    repeats = 2 if options.smoke else options.repeats
+    output = options.output or Path("runs") / options.study
+    output = output / "smoke" if options.smoke else output
+    if repeats < 2:
+        sys.exit(f"error: --repeats {repeats}: an interval needs at least 2.")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = list(
+            pool.map(
+                lambda seed: repeat(options.study, seed, output, dataset, options.full, options.smoke), range(repeats)
+            )
+        )
+    studies = {name: Results.merged([results[name] for results in found]) for name in found[0]}
+    show(studies, output, options.smoke)
+    folder = publish(studies, output)
+    console.print(
+        f"\nA complete Hub folder, with card and figures: {folder} (and one for each repeat in {output}/seed-*). Load it:\n",
+        soft_wrap=True,
+    )
+    for line in (
+        "from transformers import AutoImageProcessor, AutoModel",
+        f'processor = AutoImageProcessor.from_pretrained("{folder}", trust_remote_code=True)',
+        f'model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)',
+    ):
+        console.print(f"    {line}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
