@@ -1,4 +1,4 @@
-"""Memory that one layer of a network frees and the next one asks for again."""
+"""Memory that is freed and asked for again at once: by the layers of a network, by the chunks of a pass over rows."""
 
 import ctypes
 import platform

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from concat_ensemble.feature_table import TableSplit
+from concat_ensemble.memory import freed_memory_kept
 
 CHUNK = 8_192  # rows: large enough for full speed, small enough that a chunk of 8,192 columns is a quarter of a GB
 MEMORY_SHARE = 0.5  # of what is free, for the rows in full and in half precision
@@ -70,7 +71,8 @@ class Design:
             yield from self._kept[dtype]
             return
         if not self.in_memory:
-            yield from self._made(dtype)
+            with freed_memory_kept():  # each chunk takes the place of the one before
+                yield from self._made(dtype)
             return
         exact = dtype == self.dtype
         source = self._made(dtype) if exact else ((rows, chunk.to(dtype)) for rows, chunk in self.chunks())
