@@ -42,7 +42,13 @@ def members(script, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def few(path: Path):
+    """ResNet-50s take a quarter of a minute each: one of their recipes always, the others among the slow tests."""
+    slow = "resnet50" in path.stem and "cat4" not in path.stem
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("path", map(few, RECIPES))
 def test_every_recipe_runs(path, digits, members, script, tmp_path):
     smoke = [path, "--smoke", "--cpu", "--output", tmp_path]
     if path in IMAGENET:
