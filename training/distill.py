@@ -26,7 +26,7 @@ from concat_ensemble.checkpoints import weights_sha256
 from images import Images
 from ledger import Size
 from loop import Loop, accelerator_of, is_of
-from pretrain_members import COMMAND, SMOKE_IMAGES, SMOKE_STEPS, data_of, pixels_of, save
+from pretrain_members import COMMAND, SMOKE_IMAGES, data_of, in_few_steps, pixels_of, save
 from recipe import Settings, read_options
 
 STATISTICS_BATCHES = 20  # of the teachers' features
@@ -185,9 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings, options = read_options(Distillation, __doc__, arguments)
         few = SMOKE_IMAGES if options.smoke else None
         if options.smoke:
-            settings = dataclasses.replace(
-                settings, steps=min(settings.steps, SMOKE_STEPS), batch_size=min(settings.batch_size, 16)
-            )
+            settings = in_few_steps(settings)
         run(settings, cpu=options.cpu, few=few)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

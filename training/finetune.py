@@ -32,7 +32,7 @@ from concat_ensemble.results import Results, Row, Run, packed
 from images import Images, Pixels
 from ledger import Size
 from loop import TOLD, Loop, accelerator_of, is_of
-from pretrain_members import COMMAND, SMOKE_IMAGES, SMOKE_STEPS, data_of
+from pretrain_members import COMMAND, SMOKE_IMAGES, data_of, in_few_steps
 from recipe import Settings, read_options
 from teams import PARALLELISMS, Team
 
@@ -270,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         few = SMOKE_IMAGES if options.smoke else None
         if options.smoke:
-            settings = dataclasses.replace(
-                settings, steps=min(settings.steps, SMOKE_STEPS), batch_size=min(settings.batch_size, 16)
-            )
+            settings = in_few_steps(settings)
         run(settings, parallelism=options.parallelism, cpu=options.cpu, few=few)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

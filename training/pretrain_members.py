@@ -39,7 +39,7 @@ from recipe import Recipe, read_options
 from teams import PARALLELISMS, Team, processes_asked_for
 
 COMMAND = shlex.join(["accelerate", "launch", *sys.argv])
-SMOKE_STEPS, SMOKE_IMAGES = 16, 200
+SMOKE_STEPS, SMOKE_IMAGES, SMOKE_BATCH = 16, 200, 16
 SEEDS = 1_000  # that a run may use
 
 
@@ -354,6 +354,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def in_few_steps(settings):
+    """What has `steps` of its own, fine-tuning or distillation, for a look at whether it runs."""
+    return dataclasses.replace(
+        settings, steps=min(settings.steps, SMOKE_STEPS), batch_size=min(settings.batch_size, SMOKE_BATCH)
+    )
+
+
 def smoked(recipe: Recipe) -> Recipe:
     """The same path in a few steps."""
     steps = max(SMOKE_STEPS, *recipe.members, recipe.snapshots)
@@ -361,7 +368,7 @@ def smoked(recipe: Recipe) -> Recipe:
         recipe,
         total_steps=steps,
         wide_steps=min(recipe.wide_steps, 4),
-        batch_size=min(recipe.batch_size, 16),
+        batch_size=min(recipe.batch_size, SMOKE_BATCH),
         num_workers=0,
     )
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[2]
@@ -23,3 +24,11 @@ def script():
         return done.stdout
 
     return script
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """accelerate keeps one state for the process, with the first one's precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModel
 
 import pretrain_members
@@ -28,13 +27,6 @@ SETTINGS = {
     "batch_size": 16,
     "warmup": 0.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from torch.optim.swa_utils import update_bn
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel, AutoModelForImageClassification
@@ -30,13 +29,6 @@ SETTINGS = {
     "steps": 6,
     "warmup": 0.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import signal
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -55,14 +54,6 @@ class Cut(Exception):
 
 def cut() -> None:
     raise Cut
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator():
-    """accelerate keeps one state for the process, with the first one's precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
