@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from compare import IMAGES, STUDIES, call, told
+from compare import IMAGES, STUDIES, call, to_the_end, told
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.results import Row, Run
@@ -209,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)

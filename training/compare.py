@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -208,5 +209,16 @@ def main() -> None:
         console.print(f"    {line}", soft_wrap=True)
 
 
+def to_the_end(main: Callable[[], None]) -> None:
+    """Run a script whose parts are processes; Ctrl-C and a part that fails end it without a traceback of this one."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    to_the_end(main)
