@@ -182,7 +182,7 @@ def draw(points: list[Point], measured: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=IMAGES)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[320, 960, 2_400, 4_800, 9_600], help="steps in all")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[200, 500, 1_200, 2_800, 6_000], help="steps in all")
     parser.add_argument("--repeats", type=int, default=3, help="seeds 0, 1, 2, ... (two at a time)")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     parser.add_argument("--output", type=Path, help="runs/STUDY-budget when left out")

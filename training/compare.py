@@ -5,7 +5,7 @@
 Trains the networks of `training/recipes/STUDY_timecat.yaml` on half of the classes and probes them on the other half, in several repeats
 with other seeds, beside the controls that a sceptic asks for. Everything is done by the scripts that you would use yourself; their
 commands are printed, and what is finished is not done again. Without `--full`: CAT1, CAT2, CAT4 and W2 alone, which is `make demo`; with it
-CAT5, snapshots, distillation, fine-tuning and few labels besides.
+CAT5, snapshots, members that share their batches, distillation, fine-tuning and few labels besides.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from concat_ensemble.results import Results, Row
 HERE = Path(__file__).parent
 SUBJECT = "cat4"
 OTHERS = ("cat1", "cat2", "w2")  # what it is compared with
-MORE = ("cat5", "cat4-s", "distilled/distilled", "two-stage/two-stage")
+TOGETHER = f"{SUBJECT}-together"  # its members trained in one pass, on the same batches
+MORE = ("cat5", "cat4-s", TOGETHER, "distilled/distilled", "two-stage/two-stage")
 IMAGES = {
     "scattered_digits": ("digits", None),
     "scattered_mnist": ("ylecun/mnist", 3_000),
@@ -42,6 +43,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 def repeat(study: str, seed: int, output: Path, dataset: str, full: bool, smoke: bool) -> dict[str, Results]:
     """Train everything with one seed and probe it, in processes of their own."""
     folder = output / f"seed-{seed}"
+    program = str(Path(sys.executable).with_name("concat-ensemble"))
     limit = IMAGES[study][1]
     small = ["--smoke"] if smoke else []
 
@@ -54,6 +56,10 @@ def repeat(study: str, seed: int, output: Path, dataset: str, full: bool, smoke:
     script("pretrain_members", "timecat", ".", "train the members", *fewer)
     names = [*OTHERS, *(MORE if full else ())]
     if full:
+        alone = ["--members", "[4]", "--snapshots", "0", "--wide-steps", "0", "--members-per-process", "4"]
+        script("pretrain_members", "timecat", "together", "train the members in one pass", *alone)
+        together = [str(folder / "together" / SUBJECT), "--output", str(folder / TOGETHER), "--overwrite"]
+        call([program, "build", *together], f"seed {seed}: name it {TOGETHER}")
         teachers = f"[{', '.join(str(folder / 'members' / f'{SUBJECT}-{k}') for k in range(4))}]"
         script("distill", "distill", "distilled", f"distil {SUBJECT}", "--teachers", teachers)
         for part, model, stages in (
@@ -68,32 +74,14 @@ def repeat(study: str, seed: int, output: Path, dataset: str, full: bool, smoke:
         if shots and not full:
             continue
         path = folder / f"{measured.replace(' ', '-')}.json"
-        program = str(Path(sys.executable).with_name("concat-ensemble"))
-        probe = [
-            program,
-            "probe",
-            str(folder / SUBJECT),
-            "--dataset",
-            f"scattered:{dataset}",
-            "--classes",
-            classes,
-            "--test-size",
-            str(test_size),
-        ]
-        probe += [
-            "--seed",
-            str(seed),
-            "--output",
-            str(path),
-            "--quiet",
-            "--json",
-            *(["--shots", str(shots)] if shots else []),
-        ]
+        probe = [program, "probe", str(folder / SUBJECT), "--dataset", f"scattered:{dataset}", "--classes", classes]
+        probe += ["--test-size", str(test_size), "--seed", str(seed), "--output", str(path), "--quiet", "--json"]
+        probe += ["--shots", str(shots)] if shots else []
         probe += ["--limit", "100" if smoke else str(limit)] if smoke or limit else []
         tuned = measured == "unseen"
-        probe += [
-            word for name in names if tuned or "two-stage" not in name for word in ("--baseline", str(folder / name))
-        ]
+        for name in names:
+            if tuned or "two-stage" not in name:
+                probe += ["--baseline", str(folder / name)]
         call([*probe, *(["--save-head"] if tuned else [])], f"seed {seed}: probe {measured} (classes {classes})")
         found[measured] = Results.load(path)
     if full:

@@ -23,6 +23,7 @@ STEPS = {
 MORE = {
     "cat5": ("320", "15"),
     "cat4-s": ("256", "16"),
+    "cat4-together": ("256", "16"),
     "distilled": ("64", "16"),
     "two-stage": ("256", "80"),
     "cat4, fine-tuned at once": ("256", "80"),
