@@ -1,16 +1,16 @@
 """Section 2 of "These Are Not All the Features You Are Looking For" (arXiv 2506.18221) as computations.
 
-*Proposition 2.1*: a feature that correlates with the label in some component also does in almost every mixture. The covariance is a quadratic form
-in the proportions, so those that cancel it are found exactly, and almost none is met by chance.
+*Proposition 2.1*: a feature that correlates with the label in a component does in almost every mixture. Its covariance is quadratic in the proportions,
+so those that cancel it are found exactly.
 
-*Figure 2*: that is no comfort, as a network need not keep what correlates. The paper's are the four sub-distributions of three points each, one with
-double mass, labels of +1 and -1, and the statement: a sparse solution on their mixture needs fewer features than the four direct solutions together,
-so some component loses one that it needs. Reconstructed here are the coordinates, the labels, equal proportions, and the network.
+*Figure 2*: that is no comfort, as a network need not keep what correlates. The paper's are four sub-distributions of three points each, one of double
+mass, the labels +1 and -1, and the statement: a sparse solution on their mixture needs fewer features than the four direct solutions together, so that
+some component loses one that it needs. Reconstructed here are the coordinates, which point bears which label, equal proportions, and the network.
 
-Component i has the double mass on corner i of a square, and its neighbours. Corners are labelled + - + - in turn, but in component i the corner
-before i bears the other label. Each component alone needs one feature, of its own corner. In the mixture every corner has a majority, + - + -, and a
-minority of a quarter. Two opposite corners and a constant describe the majorities; then the two other corners look alike, and the two components
-that tell them apart are lost. Either pair does, so another initialisation may lose the two other components: that is what a concatenation recovers.
+Component i has the double mass on corner i of a square, and its two neighbours. Corners are labelled + - + - in turn, but the one before i bears the
+other label in component i. So each component alone needs one feature, of the corner after i. In the mixture each corner has its majority, + - + -, and
+a minority of a quarter. Features of two opposite corners and a constant describe the majorities. Then the two other corners look alike, and the two
+components that tell them apart are lost. Either pair will do, by initialisation, so k networks side by side have both with probability 1 - 2^(1-k).
 """
 
 from __future__ import annotations
@@ -30,24 +30,14 @@ from concat_ensemble.probes.metrics import wilson_interval
 TOLERANCE = 1e-12  # of the largest coefficient: what counts as zero
 MEMBERS, WIDTH, STEPS = 4, 16, 4_000  # of a concatenation; hidden units and training steps of each
 LEARNING_RATE, WEIGHT_DECAY, BATCH, INITIAL = 0.5, 0.01, 32, 0.1
-NEGLIGIBLE = 0.05  # of the largest: no feature in use
-RIDGE = 1e-3  # of the features' total variance
-
+NEGLIGIBLE, RIDGE = 0.05, 1e-3  # singular values, of the largest; a probe's penalty, of the features' total variance
 Features = Callable[[np.ndarray], np.ndarray]  # (N, D) points -> (N, F)
 
 
 @dataclass
 class Distribution:
-    """A discrete distribution of labelled points.
-
-    Args:
-        points: (N, D); one may occur several times, with several labels.
-        labels: (N,), any numbers; +1 and -1 in the paper.
-        masses: (N,), summing to 1.
-
-    Raises:
-        ValueError: when shapes do not agree, a number is not finite, or masses are negative or do not sum to 1.
-    """
+    """A discrete distribution of labelled points: (N, D) points, of which one may occur several times, (N,) labels, and (N,) masses that sum to 1;
+    ValueError where shapes do not agree, a number is not finite, or masses are none."""
 
     points: np.ndarray
     labels: np.ndarray
@@ -101,23 +91,21 @@ def cancelling(form: np.ndarray, start: Sequence[float], end: Sequence[float]) -
     """(R, n): all proportions from `start` to `end` at which the covariance is zero, in this order; R is 0, 1 or 2.
 
     For two components, from (1, 0) to (0, 1), these are all there are. For more the zeros are a quadric in the simplex, and segments cut it in such
-    points. Zeros closer than about 1e-6 count as one. `form` is one of `covariance_forms`, (n, n).
-
-    Raises:
-        ValueError: when the ends are no proportions, or the covariance is zero all along, so that every mixture would be an answer.
+    points. Zeros closer than about 1e-6 count as one. `form` is one of `covariance_forms`, (n, n). ValueError when the ends are no proportions, or the
+    covariance is zero all along, so that every mixture would be an answer.
     """
     start, end = (_shares(proportions, len(form), "proportions") for proportions in (start, end))
     a, b, c = start @ form @ start, start @ form @ end, end @ form @ end  # (1-t)^2 a + 2t(1-t) b + t^2 c
     scale = np.abs([a, b, c]).max()
     if scale <= TOLERANCE * np.abs(form).max():
         raise ValueError(f"from {start.tolist()} to {end.tolist()} the covariance is zero all along; name other ends.")
+    a, b, c = np.array([a, b, c]) / scale
     square, half = a - 2 * b + c, b - a  # t^2 square + 2t half + a
     inside = half**2 - square * a
-    root = np.sqrt(inside) if inside > TOLERANCE * scale**2 else 0.0
+    root = np.sqrt(inside) if inside > TOLERANCE else 0.0
     stable = -half - np.copysign(root, half)  # adds numbers of one sign: nothing cancels
-    found = [over / under for over, under in ((stable, square), (a, stable)) if under != 0]
-    found = np.clip([t for t in found if -TOLERANCE <= t <= 1 + TOLERANCE], 0, 1)
-    zeros = [t for t in found if abs((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c) <= TOLERANCE * scale]
+    found = [np.clip(over / under, 0, 1) for over, under in ((stable, square), (a, stable)) if under != 0]
+    zeros = [t for t in found if abs((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c) <= TOLERANCE]
     times = np.unique(zeros if root else zeros[:1])[:, None]
     return (1 - times) * start + times * end
 
@@ -129,8 +117,7 @@ class Cancellations:
     draws: int
     cancelled: int
     most_that_cancel: float  # upper end of the 95% interval of their share
-    # Share of draws whose covariance is smaller than this: a tenth for a tenth, as around a set of measure zero.
-    within: dict[str, float]
+    within: dict[str, float]  # share of draws with a smaller covariance than this
     exact: int  # proportions found that cancel, on one random segment for each set of components
     largest_covariance: float  # of these mixtures, taken from their points
 
@@ -140,19 +127,17 @@ def draw_cancellations(*, seed: int = 0) -> Cancellations:
     component is three normal numbers with random masses and labels of +1 or -1; the number is the feature."""
     rng, drawn, zeros = np.random.default_rng(seed), [], []
     while len(drawn) < 1_000:
-        components = [
-            Distribution(rng.normal(size=(3, 1)), rng.choice([-1, 1], 3), rng.dirichlet(np.ones(3))) for _ in range(4)
-        ]
-        (form,) = covariance_forms(components, np.asarray)
+        parts = [Distribution(rng.normal(size=(3, 1)), rng.choice([-1, 1], 3), rng.dirichlet([1] * 3)) for _ in range(4)]  # fmt: skip
+        (form,) = covariance_forms(parts, np.asarray)
         if np.abs(np.diag(form)).max() > 1e-6:
-            proportions = rng.dirichlet(np.ones(4), 1_000)
+            proportions = rng.dirichlet([1] * 4, 1_000)
             drawn.append(np.abs(np.einsum("ri,ij,rj->r", proportions, form, proportions)))
-            for found in cancelling(form, *rng.dirichlet(np.ones(4), 2)):
-                zeros.append(abs(mixture(components, found).covariance(np.asarray)[0]))
+            for found in cancelling(form, *rng.dirichlet([1] * 4, 2)):
+                zeros.append(abs(mixture(parts, found).covariance(np.asarray)[0]))
     drawn = np.concatenate(drawn)
     within = {f"{bound:g}": float((drawn < bound).mean()) for bound in (0.1, 0.01, 1e-3, 1e-4, 1e-5)}
     cancelled, most = int((drawn <= TOLERANCE).sum()), wilson_interval((drawn <= TOLERANCE).mean(), len(drawn))[1]
-    return Cancellations(len(drawn), cancelled, most, within, len(zeros), float(max(zeros)))
+    return Cancellations(len(drawn), cancelled, float(most), within, len(zeros), float(max(zeros)))
 
 
 def figure_2() -> list[Distribution]:
@@ -165,9 +150,9 @@ def figure_2() -> list[Distribution]:
 def train(distribution: Distribution, count: int, width: int, steps: int, rng: np.random.Generator) -> np.ndarray:
     """(count, width, D): hidden weights of `count` networks c + sum_j gamma_j max(w_j x, 0)^2, trained independently by SGD; no steps, untrained.
 
-    Squared error, batches of 32 drawn from the distribution, weight decay, a rate that falls to zero over the second half. Of squared units the
-    strongest grow first, and the others decay once nothing is left to fit: the sparsity bias that the paper speaks of. (Plain ReLUs of this width grow
-    alike and kept all four features here.) Heads are not returned: they are retrained.
+    Squared error, batches of 32, weight decay, a rate that falls to zero over the second half. Of squared units the strongest grow first, and the others
+    decay once nothing is left to fit: the sparsity bias that the paper speaks of. (Plain ReLUs of this width grow alike, and kept all four features
+    here.) Heads are not returned: they are retrained.
     """
     points, place = np.unique(distribution.points, axis=0, return_inverse=True)
     at = np.eye(len(points))[place.ravel()]  # (N, points): one with two labels is computed once
@@ -192,13 +177,6 @@ def hidden_features(weights: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.maximum(points @ weights.swapaxes(1, 2), 0) ** 2
 
 
-def features_used(features: np.ndarray) -> np.ndarray:
-    """(count,): rank of (count, N, width) features on the points, singular values below 5% of the largest left out: units that are alike count once,
-    decayed ones not at all."""
-    values = np.linalg.svd(features, compute_uv=False)
-    return (values > NEGLIGIBLE * values[:, :1]).sum(1)
-
-
 def probe_accuracy(features: np.ndarray, distribution: Distribution) -> np.ndarray:
     """(count,): share of the mass whose sign a retrained head gets right (section 2, linear probing): ridge regression with a constant on
     (count, N, width) features as they are. Standardised, what has all but decayed would be back."""
@@ -218,7 +196,7 @@ class Row:
     name: str
     width: int
     steps: int  # of all its networks together
-    features: float  # in use on the four corners, on average
+    features: float  # in use: their rank on the four corners, on average; units that are alike count once, decayed ones not at all
     mixture: float  # accuracy on average; no more than 0.75 is possible
     components: list[float]  # accuracy on each, on average
     all_fitted: int  # initialisations in which every component is fitted without an error
@@ -241,37 +219,34 @@ class Counterexample:
         direct, single, short, random = (self.rows[k] for k in (0, 1, -2, -1))
         recovered = "recovered" if short.interval[0] > single.interval[1] else "not surely recovered"
         return (
-            f"Trained on the mixture, a network uses {single.features:.2f} features, the direct solutions {direct.features:.2f} together, although in the mixture "
-            f"each correlates with the label ({min(map(abs, self.correlations)):.2f}). A retrained head fits every component in {single.all_fitted} of "
-            f"{self.initialisations} initialisations, direct training in {direct.all_fitted}. {MEMBERS} networks of a {MEMBERS}th of the steps each, side by side, "
-            f"do in {short.all_fitted}: at the same cost of training, what was lost is {recovered}. As many untrained units do in {random.all_fitted}: on three "
-            "points width is enough, so this shows what training on a mixture drops, not that trained features beat random ones."
+            f"Trained on the mixture, a network uses {single.features:.2f} features, the direct solutions together {direct.features:.2f}, each of them correlated with "
+            f"the label in the mixture too ({min(map(abs, self.correlations)):.2f}). A retrained head fits every component in {single.all_fitted} of {self.initialisations} "
+            f"initialisations, direct training in {direct.all_fitted}. {MEMBERS} networks of a quarter of the steps each, side by side, do in {short.all_fitted}: at the same "
+            f"cost of training, what was lost is {recovered}. As many untrained units do in {random.all_fitted}: on three points width is enough, so this shows what training on a "
+            "mixture drops, not that trained features beat random ones."
         )
 
 
 def train_counterexample(*, initialisations: int = 100, steps: int = STEPS, seed: int = 0) -> Counterexample:
-    """Direct solutions of `steps`; on the mixture one network for the steps of four, one four times as wide (and four times as dear), one, two and four
-    short trainings side by side, a head on all; and untrained units."""
-    parts, count, wide = figure_2(), initialisations, MEMBERS * WIDTH
+    """Direct solutions of `steps`; on the mixture one network of four times these, one four times as wide (and as dear), and short trainings of `steps`
+    side by side; untrained units as many."""
+    parts, count, wide, rng = figure_2(), initialisations, MEMBERS * WIDTH, np.random.default_rng(seed)
     mixed, corners = mixture(parts, [0.25] * 4), np.concatenate([part.points[:1] for part in parts])
-    streams = iter(np.random.default_rng(seed).spawn(8))
-    direct = [train(part, count, WIDTH, steps, next(streams)) for part in parts]
-    single, wider = (train(mixed, count, width, MEMBERS * steps, next(streams)) for width in (WIDTH, wide))
-    short = train(mixed, MEMBERS * count, WIDTH, steps, next(streams)).reshape(count, wide, -1)
+    direct = [train(part, count, WIDTH, steps, rng) for part in parts]
+    single, wider = (train(mixed, count, width, MEMBERS * steps, rng) for width in (WIDTH, wide))
+    short = train(mixed, MEMBERS * count, WIDTH, steps, rng).reshape(count, wide, -1)
     kinds = [
         ("direct, one network a component", direct, MEMBERS),
         ("mixture, one network", [single], MEMBERS),
         (f"mixture, one network {MEMBERS} times as wide", [wider], MEMBERS),
-        ("mixture, one short training", [short[:, :WIDTH]], 1),
-        ("mixture, 2 short trainings side by side", [short[:, : 2 * WIDTH]], 2),
-        (f"mixture, {MEMBERS} short trainings side by side", [short], MEMBERS),
-        ("untrained", [train(mixed, count, wide, 0, next(streams))], 0),
+        *((f"mixture, {k} of {MEMBERS} short trainings", [short[:, : k * WIDTH]], k) for k in (1, 2, MEMBERS)),
+        ("untrained", [train(mixed, count, wide, 0, rng)], 0),
     ]
     rows = []
     for name, weights, times in kinds:  # weights: probed on each component its own, or one for all
         together, own = np.concatenate(weights, axis=1), weights * (len(parts) // len(weights))
         right = np.array([probe_accuracy(hidden_features(w, p.points), p) for w, p in zip(own, parts, strict=True)])
-        used = features_used(hidden_features(together, corners)).mean()
+        used = np.linalg.matrix_rank(hidden_features(together, corners), rtol=NEGLIGIBLE).mean()
         on_mixture = probe_accuracy(hidden_features(together, mixed.points), mixed).mean()
         fitted = int((right > 1 - TOLERANCE).all(0).sum())
         rows.append(Row(name, together.shape[1], times * steps, float(used), float(on_mixture), right.mean(1).tolist(),
@@ -288,22 +263,22 @@ def plot_counterexample(found: Counterexample, path: Path) -> None:
     (a, b, c, d, e, f), parts = found.directions, figure_2()
     panels = figure.subplot_mosaic([[a, b, e, "rows"], [c, d, f, "rows"]], width_ratios=[1, 1, 1, 1.3])
     for name, part in zip(found.directions, [*parts, *[mixture(parts, [0.25] * 4)] * 2], strict=True):
-        corners, place = np.unique(part.points, axis=0, return_inverse=True)
-        both = {sign: np.bincount(place.ravel(), part.masses * (part.labels == sign)) for sign in (1, -1)}
-        for sign, color in ((1, BLUE), (-1, ORANGE)):
-            over = both[sign] <= both[-sign]  # the minority is drawn on the majority
-            for zorder, shown in ((1, ~over), (2, over)):
-                panels[name].scatter(*corners[shown].T, s=1500 * both[sign][shown], color=color, zorder=zorder)
+        cells, place = np.unique(np.column_stack([part.labels, part.points]), axis=0, return_inverse=True)
+        masses = np.bincount(place.ravel(), part.masses)
+        order = np.argsort(-masses)  # a minority is drawn on the majority
+        colors = np.where(cells[order, 0] > 0, BLUE, ORANGE)
+        panels[name].scatter(*cells[order, 1:].T, s=1500 * masses[order], color=colors)
         for x, y in found.directions[name]:
             panels[name].plot([0, x], [0, y], color="black", linewidth=2, zorder=3)
         panels[name].set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xticks=[], yticks=[], aspect="equal")
         panels[name].set_title(name, fontsize=9)
-    for height, row in enumerate(reversed(found.rows)):
-        share = row.all_fitted / found.initialisations
-        error = [[share - row.interval[0]], [row.interval[1] - share]]
-        panels["rows"].barh(height, share, xerr=error, capsize=3, color=GREY if row.name == "untrained" else BLUE)
-    panels["rows"].set_yticks(range(len(found.rows)), [row.name for row in reversed(found.rows)], fontsize=8)
-    panels["rows"].set_xlabel("share of initialisations in which\na retrained head fits all four components")
+    shares = np.array([row.all_fitted / found.initialisations for row in found.rows])
+    low, high = np.array([row.interval for row in found.rows]).T
+    colors = [GREY if row.name == "untrained" else BLUE for row in found.rows]
+    panels["rows"].barh([row.name for row in found.rows], shares, xerr=[shares - low, high - shares], color=colors, capsize=3)  # fmt: skip
+    panels["rows"].invert_yaxis()
+    panels["rows"].set_xlabel("initialisations whose retrained head\nfits all four components, share", fontsize=9)
+    panels[d].set_xlabel("blue: +1, orange: -1, area: mass, lines: hidden weights", fontsize=8)
     panels["rows"].spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
