@@ -141,7 +141,7 @@ def draw_cancellations(*, seed: int = 0) -> Cancellations:
 
 
 def figure_2() -> list[Distribution]:
-    """The four components as reconstructed: see the top of this file."""
+    """The four components as reconstructed (see the top), to be mixed equally: majorities that differ take more features to describe, so less is lost."""
     corners, majority = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / np.sqrt(2), np.array([1, -1, 1, -1])
     around = [[i, (i + 1) % 4, i - 1] for i in range(4)]
     return [Distribution(corners[three], majority[three] * [1, 1, -1], [0.5, 0.25, 0.25]) for three in around]
@@ -151,8 +151,8 @@ def train(distribution: Distribution, count: int, width: int, steps: int, rng: n
     """(count, width, D): hidden weights of `count` networks c + sum_j gamma_j max(w_j x, 0)^2, trained independently by SGD; no steps, untrained.
 
     Squared error, batches of 32, weight decay, a rate that falls to zero over the second half. Of squared units the strongest grow first, and the others
-    decay once nothing is left to fit: the sparsity bias that the paper speaks of. (Plain ReLUs of this width grow alike, and kept all four features
-    here.) Heads are not returned: they are retrained.
+    decay once nothing is left to fit: the sparsity bias that the paper speaks of. (Plain ReLUs of this width grow alike: so trained, they lost no
+    component.) Heads are not returned: they are retrained.
     """
     points, place = np.unique(distribution.points, axis=0, return_inverse=True)
     at = np.eye(len(points))[place.ravel()]  # (N, points): one with two labels is computed once
