@@ -6,8 +6,8 @@ help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 demo: .venv/installed    ## the paper's claim on real digits, with controls, in minutes (SMOKE=1: the same path in under one)
 	.venv/bin/python training/compare.py scattered_digits --output runs/demo $(if $(SMOKE),--smoke)
-test: .venv/installed    ## all tests but the slow ones
-	.venv/bin/python -m pytest $(PYTEST)
+test: .venv/installed    ## all tests but the slow ones, on all cores
+	.venv/bin/python -m pytest -n logical --dist loadfile $(PYTEST)
 check: .venv/installed   ## lint and formatting
 	.venv/bin/ruff check && .venv/bin/ruff format --check
 .venv/installed: pyproject.toml constraints.txt
