@@ -63,7 +63,7 @@ def extract_features(
             block.
         dataset: From `load_data`; anything else is passed through it with its defaults.
         processor: What makes `pixel_values` of a list of PIL images; the model's own when left out.
-        ntk: Store gradients in place of pooled features: see `concat_ensemble.ntk.NTK`.
+        ntk: Gradients in place of pooled features, and which: see `concat_ensemble.ntk.NTK`.
         batch_size: Images in one forward pass.
         num_workers: Processes that read and transform images.
         device: Where the model runs; the GPU where there is one.
@@ -79,6 +79,8 @@ def extract_features(
     """
     if storage not in STORAGE:
         raise ValueError(f"storage={storage!r} must be {' or '.join(STORAGE)}.")
+    if ntk and compute != torch.float32:
+        raise ValueError(f"compute={compute}: gradients per image need torch.float32.")
     if not isinstance(dataset, DatasetDict) or any(
         s.features.get("image") != Image(decode=False) for s in dataset.values()
     ):
@@ -94,11 +96,9 @@ def extract_features(
         image: (name, n) for name, images in reversed(hashes.items()) for n, image in reversed(list(enumerate(images)))
     }
     images = list(dict.fromkeys(itertools.chain.from_iterable(hashes.values())))
-    names = _names(model)
+    names = [f"{name} NTK" if ntk else name for name in _names(model)]
     ntks = ntk.of_members(model) if ntk else [None] * len(names)
     keys = _keys(model, processor, compute, STORAGE[storage], ntks)
-    if ntk:
-        names = [f"{name} NTK" for name in names]
     blocks = [Block((store or default_store()) / key, name) for key, name in zip(keys, names, strict=True)]
     was_training = model.training
     started, extracted = time.perf_counter(), 0

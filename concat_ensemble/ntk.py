@@ -47,7 +47,7 @@ class NTK:
         seed: Of the hashing and of the random head.
         head: (sum of D_k,) weights of the pooled features, in member order: a probe's `coef_[c] / scale_`. A random unit
             vector for each member when left out.
-        memory: Bytes for gradients and activations: images go through a member as many at a time as fit.
+        memory: Bytes, roughly, for gradients and activations: as many images go through a member at a time as fit.
     """
 
     dim: int = 1024
@@ -63,7 +63,7 @@ class NTK:
                 raise ValueError(f"NTK {name}={value!r} must be an integer of at least {least}.")
         try:
             re.compile(self.parameters)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"NTK parameters={self.parameters!r} is not a regular expression: {error}.") from error
         if self.head is not None and not (np.ndim(self.head) == 1 and np.isfinite(self.head).all()):
             raise ValueError("NTK head must be one row of finite numbers, as wide as the members' pooled features.")
@@ -75,16 +75,10 @@ class NTK:
         return {"ntk": {"dim": self.dim, "parameters": self.parameters, "seed": self.seed, "head": head}}
 
     def of_members(self, model: nn.Module) -> list[NTK]:
-        """The same for each built member, with its own part of the head.
-
-        Raises:
-            ValueError: for a head of another width than the members' features together.
-        """
-        if not is_ensemble(model):
-            return [self]
+        """The same for each built member, with its own part of the head."""
+        if self.head is None or not is_ensemble(model):
+            return [self] * (len(model.members) if is_ensemble(model) else 1)
         widths = [model.config.members[int(k)]["num_features"] for k in model.members]
-        if self.head is None:
-            return [self] * len(widths)
         if len(self.head) != sum(widths):
             raise ValueError(f"NTK head has {len(self.head)} weights; the pooled features are {sum(widths)}.")
         return [dataclasses.replace(self, head=head) for head in np.split(self.head, np.cumsum(widths)[:-1])]
@@ -127,8 +121,10 @@ class NTK:
                 for images in pixels.split(self._fitting(member, parameters, pixels)):
                     yield tuple(vmap(grad(output), in_dims=(None, 0))(parameters, images).values())
         except RuntimeError as error:
-            what = f"torch.func finds no gradients per image for {_name(member)}"
-            raise ValueError(f"{what} ({first_line(error)}); is gradient checkpointing off?") from error
+            what = f"torch.func finds no gradients per image for {_name(member)} ({first_line(error)})"
+            raise ValueError(
+                f"{what}; gradient checkpointing must be off, pixels as its processor makes them."
+            ) from error
 
     def _weights(self, pooled: torch.Tensor) -> torch.Tensor:
         """The head for pooled features (D,) of one member."""
@@ -140,17 +136,12 @@ class NTK:
 
     def _fitting(self, member, parameters, pixels) -> int:
         """Images that fit into the memory: an image takes its gradients, and what its forward pass keeps for them."""
-        bytes_ = sum(weight.nbytes for weight in parameters.values())
-
-        def keep(tensor):
-            nonlocal bytes_
-            bytes_ += tensor.nbytes
-            return tensor
-
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-            wanted = {name: weight.clone().requires_grad_() for name, weight in parameters.items()}
+        held = [weight.nbytes for weight in parameters.values()]
+        wanted = {name: weight.detach().requires_grad_() for name, weight in parameters.items()}
+        kept = saved_tensors_hooks(lambda tensor: held.append(tensor.nbytes) or tensor, lambda tensor: tensor)
+        with torch.enable_grad(), kept:
             _pooled(member, wanted, pixels[:1])
-        return max(1, self.memory // bytes_)
+        return max(1, self.memory // (2 * sum(held)))  # the backward pass takes as much again
 
     def _hashed(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """(b, `dim`). A parameter's column and sign are one draw among 2 `dim` columns, of which the latter half is
@@ -176,21 +167,20 @@ def exact_kernel(model: nn.Module, pixel_values: torch.Tensor, *, ntk: NTK | Non
 
 
 def kernel_table(model: nn.Module, dataset: DatasetDict, processor=None, *, ntk: NTK | None = None) -> FeatureTable:
-    """The exact kernel as features for every probe, for small datasets: with K of the training and validation images, a
-    row is k(x, these) K^(-1/2), so its inner product with each of their rows is the kernel's.
-
-    The symmetric root spreads every direction over all columns: standardising them does not whiten.
+    """The exact kernel as features for every probe, for small datasets: with the eigendecomposition K = V diag(l) V' of
+    the m training and validation images' kernel, a row is k(x, these) V diag(l)^(-1/2) Q, so its inner product with each
+    of their rows is the kernel's. Q is a random rotation: without it, standardising the columns would whiten them.
 
     Args:
         dataset: From `load_data`. All images are in memory at once, and nothing is stored.
         model, processor, ntk: As for `exact_kernel` and `extract_features`.
     """
-    model = assemble(model) if hasattr(model, "pretrained_cfg") else model
-    part, processor = part_of(model, range(len(model.members) if is_ensemble(model) else 1), processor)
+    model, ntk = assemble(model) if hasattr(model, "pretrained_cfg") else model, ntk or NTK()
+    part, processor = part_of(model, range(len(ntk.of_members(model))), processor)
     places = [(name, n) for name, split in dataset.items() for n in range(len(split))]
-    kernels = _kernels(part, torch.stack(list(Pixels(dataset, places, processor))), ntk or NTK())
+    kernels = _kernels(part, torch.stack(list(Pixels(dataset, places, processor))), ntk)
     split_of = np.array([name for name, _ in places])
-    rows = [_root(kernel, split_of != "test") for kernel in kernels]
+    rows = [_features(kernel, split_of != "test", ntk.seed) for kernel in kernels]
     return FeatureTable(
         {name: [block[split_of == name] for block in rows] for name in dataset},
         {name: np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64) for name, split in dataset.items()},
@@ -205,11 +195,12 @@ def _kernels(model: nn.Module, pixel_values: torch.Tensor, ntk: NTK) -> list[np.
     return [own.kernel(model, place, pixels).numpy() for place, own in enumerate(ntk.of_members(model))]
 
 
-def _root(kernel: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """(n, m) rows k(x, F) K_FF^(-1/2), F being the m images of the mask `fitted`."""
+def _features(kernel: np.ndarray, fitted: np.ndarray, seed: int) -> np.ndarray:
+    """(n, rank <= m) rows whose inner products with those of the m images of the mask `fitted` are the kernel's."""
     values, vectors = np.linalg.eigh(kernel[fitted][:, fitted])
-    kept = values > values[-1] * len(values) * np.finfo(np.float32).eps
-    return (kernel[:, fitted] @ (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T).astype(np.float32)
+    kept = values > values[-1] * len(values) * np.finfo(values.dtype).eps
+    rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(kept.sum(), kept.sum())))
+    return (kernel[:, fitted] @ (vectors[:, kept] / np.sqrt(values[kept])) @ rotation).astype(np.float32)
 
 
 def _member(model: nn.Module, place: int, pixel_values: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:

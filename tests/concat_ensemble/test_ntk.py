@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ViTConfig, ViTModel
 
@@ -32,7 +32,7 @@ ARCHITECTURES = {
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def network(request):
-    """An ensemble of one member, in evaluation mode with BatchNorm statistics of its own, and 6 of its images."""
+    """An ensemble of one member, in evaluation mode with BatchNorm statistics of its own, and 4 of its images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pixels = {"input_size": (3, 32, 32)}
@@ -40,8 +40,8 @@ def network(request):
             request.param, num_classes=0, pretrained_cfg_overlay=pixels, **ARCHITECTURES[request.param]
         )
         member.train()(torch.randn(16, 3, 32, 32))
-        levels = torch.linspace(-1, 1, 6)[:, None, None, None]
-        return assemble(member.eval()), torch.randn(6, 3, 32, 32) * (1 + levels) + levels
+        levels = torch.linspace(-1, 1, 4)[:, None, None, None]
+        return assemble(member.eval()), torch.randn(4, 3, 32, 32) * (1 + levels) + levels
 
 
 def naive_gradients(member, pixels, seed=0, head=None):
@@ -89,10 +89,10 @@ def test_hashed_gradients_of_networks_keep_inner_products(network):
     allowed = next(e for e in np.arange(0.01, 1, 0.001) if 4 * np.log(len(rows)) / (e**2 / 2 - e**3 / 3) <= 1024)
     assert allowed < 0.13
     norms = np.sqrt(np.diag(kernel))
-    assert np.abs(rows @ rows.T - kernel).max(initial=0, where=kernel != 0) <= allowed * np.outer(norms, norms).max()
     assert (np.abs(rows @ rows.T - kernel) <= allowed * np.outer(norms, norms)).all()
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(2, 2_000), st.sampled_from([1, 7, 64]), st.floats(0, 4))
 def test_hashing_has_the_mean_and_variance_that_are_stated(seed, width, dim, heavy):
     """For rows with few large numbers too (`heavy`), over 400 draws of S."""
@@ -136,8 +136,8 @@ def test_a_table_has_a_block_of_gradients_per_member(ensemble, digits, gradients
 
 
 def test_settings_and_members_decide_what_is_stored(backbone, ensemble, digits, gradients):
-    def extracted(model, **settings):
-        return extract_features(model, digits, ntk=NTK(**{"dim": 48} | settings), quiet=True).extracted
+    def extracted(model, **own):
+        return extract_features(model, digits, ntk=NTK(**{"dim": 48} | own), quiet=True).extracted
 
     assert extracted(ensemble, memory=10**6) == 0  # how it is computed is no part of what it is
     assert extracted(backbone(1)) == 0
@@ -156,14 +156,14 @@ def test_every_probe_takes_them(probe, exact, ensemble, digits, gradients):
 
 
 def test_a_kernel_table_has_the_kernels_inner_products(ensemble, digits):
-    table, ntk = kernel_table(ensemble, digits), NTK()
+    table = kernel_table(ensemble, digits)
     rows = {name: table[name].features.astype(float) for name in table}
     pixels = torch.cat([pixels_of(ensemble, digits[name]) for name in table])
-    kernel = exact_kernel(ensemble, pixels, ntk=ntk)
+    kernel = exact_kernel(ensemble, pixels)
     fitted = np.concatenate([rows["train"], rows["validation"]])
     everything = np.concatenate([fitted, rows["test"]])
     wanted = kernel[:, : len(fitted)]
-    np.testing.assert_allclose(everything @ fitted.T, wanted, atol=2e-3 * np.abs(wanted).max())
+    np.testing.assert_allclose(everything @ fitted.T, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_probes_own_head_is_followed(ensemble, digits, table):
@@ -184,7 +184,7 @@ def test_chosen_parameters_alone_count(ensemble, digits):
     np.testing.assert_allclose(parts[0], parts[1] + parts[2], rtol=1e-5)
 
 
-def test_a_transformers_model_and_bfloat16():
+def test_a_transformers_model_has_gradients_too():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -194,12 +194,10 @@ def test_a_transformers_model_and_bfloat16():
     expected = naive_hash(model, rows, 32)
     assert_near(NTK(dim=32).features(model, 0, pixels).numpy(), expected, 1e-5)
     np.testing.assert_allclose(exact_kernel(model, pixels), rows @ rows.T, rtol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_near(NTK(dim=32).features(model, 0, pixels).numpy(), expected, 0.05)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("wrong", "said"),
     [
         ({"dim": 0}, "NTK dim=0 must be an integer of at least 1"),
         ({"dim": 8.0}, "NTK dim=8.0 must be an integer"),
@@ -209,31 +207,42 @@ def test_a_transformers_model_and_bfloat16():
         ({"head": [np.nan]}, "NTK head must be one row of finite numbers"),
     ],
 )
-def test_mistakes_are_told(settings, said, ensemble, digits):
+def test_mistakes_are_told(wrong, said, ensemble, digits):
     with pytest.raises(ValueError, match=said):
-        extract_features(ensemble, digits, ntk=NTK(**settings), quiet=True)
+        extract_features(ensemble, digits, ntk=NTK(**wrong), quiet=True)
 
 
-def test_an_architecture_without_gradients_per_image_is_named(backbone):
+def test_gradients_are_not_computed_in_bfloat16(ensemble, digits):
+    with pytest.raises(ValueError, match=r"compute=torch.bfloat16: gradients per image need torch.float32"):
+        extract_features(ensemble, digits, ntk=NTK(), compute=torch.bfloat16, quiet=True)
+
+
+def test_an_architecture_without_gradients_per_image_is_named(backbone, digits):
     model = assemble(backbone(0))
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"no gradients per image for resnet10t .*is gradient checkpointing off\?"):
-        exact_kernel(model, torch.zeros(2, 1, 32, 32))
+    model.members["0"].set_grad_checkpointing()
+    with pytest.raises(
+        ValueError, match=r"no gradients per image for resnet10t .*; gradient checkpointing must be off"
+    ):
+        extract_features(model, digits, ntk=NTK(), quiet=True)
 
 
 MEMORY = """
-import resource, torch
-from concat_ensemble import assemble
+import resource, tempfile, timm
+from pathlib import Path
+from concat_ensemble import assemble, extract_features, load_data
 from concat_ensemble.ntk import NTK
-model, ntk = assemble("random:resnet10t"), NTK(dim=8, memory=100 << 20)
-for images in (16, 16, 160):
-    ntk.features(model, 0, torch.zeros(images, *model._pixel_shape)[:, :, :176, :176])
+widths = (32, 64, 128, 256)
+model = timm.create_model("resnet10t", channels=widths, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+for limit in (40, 400):
+    store = tempfile.TemporaryDirectory()
+    extract_features(model, load_data("digits", limit=limit), ntk=NTK(dim=8, memory=100 << 20), store=Path(store.name))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images():
+    """The gradients of 1,200 images would be 6 GB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    _, few, many = map(int, done.stdout.split())
-    print(few, many)
+    few, many = map(int, done.stdout.split())
+    assert many < few + 100, f"{few} MB for 120 images, {many} MB for 1,200"
