@@ -122,9 +122,7 @@ class NTK:
                     yield tuple(vmap(grad(output), in_dims=(None, 0))(parameters, images).values())
         except RuntimeError as error:
             what = f"torch.func finds no gradients per image for {_name(member)} ({first_line(error)})"
-            raise ValueError(
-                f"{what}; gradient checkpointing must be off, pixels as its processor makes them."
-            ) from error
+            raise ValueError(f"{what}; turn gradient checkpointing off, and use its processor's pixels.") from error
 
     def _weights(self, pooled: torch.Tensor) -> torch.Tensor:
         """The head for pooled features (D,) of one member."""
@@ -143,7 +141,7 @@ class NTK:
             _pooled(member, wanted, pixels[:1])
         return max(1, self.memory // (2 * sum(held)))  # the backward pass takes as much again
 
-    def _hashed(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+    def _hashed(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """(b, `dim`). A parameter's column and sign are one draw among 2 `dim` columns, of which the latter half is
         subtracted."""
         rng = np.random.default_rng(self.seed)
