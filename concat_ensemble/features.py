@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from concat_ensemble.memory import freed_memory_kept
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
 from concat_ensemble.projection import projection_of
 
+if TYPE_CHECKING:  # it builds on this file
+    from concat_ensemble.ntk import NTK
+
 SHARD_IMAGES = 512  # what a kill loses at most
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
@@ -39,6 +43,7 @@ def extract_features(
     dataset: DatasetDict | Dataset,
     processor=None,
     *,
+    ntk: NTK | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -58,6 +63,7 @@ def extract_features(
             block.
         dataset: From `load_data`; anything else is passed through it with its defaults.
         processor: What makes `pixel_values` of a list of PIL images; the model's own when left out.
+        ntk: Gradients in place of pooled features, and which: see `concat_ensemble.ntk.NTK`.
         batch_size: Images in one forward pass.
         num_workers: Processes that read and transform images.
         device: Where the model runs; the GPU where there is one.
@@ -73,6 +79,8 @@ def extract_features(
     """
     if storage not in STORAGE:
         raise ValueError(f"storage={storage!r} must be {' or '.join(STORAGE)}.")
+    if ntk and compute != torch.float32:
+        raise ValueError(f"compute={compute}: gradients per image need torch.float32.")
     if not isinstance(dataset, DatasetDict) or any(
         s.features.get("image") != Image(decode=False) for s in dataset.values()
     ):
@@ -88,8 +96,10 @@ def extract_features(
         image: (name, n) for name, images in reversed(hashes.items()) for n, image in reversed(list(enumerate(images)))
     }
     images = list(dict.fromkeys(itertools.chain.from_iterable(hashes.values())))
-    keys = _keys(model, processor, compute, STORAGE[storage])
-    blocks = [Block((store or default_store()) / key, name) for key, name in zip(keys, _names(model), strict=True)]
+    names = [f"{name} NTK" if ntk else name for name in _names(model)]
+    ntks = ntk.of_members(model) if ntk else [None] * len(names)
+    keys = _keys(model, processor, compute, STORAGE[storage], ntks)
+    blocks = [Block((store or default_store()) / key, name) for key, name in zip(keys, names, strict=True)]
     was_training = model.training
     started, extracted = time.perf_counter(), 0
     if any(block.refresh().missing(images) for block in blocks):
@@ -103,10 +113,11 @@ def extract_features(
             work = _work(blocks, images)
             state.wait_for_everyone()  # all see the same work before any of it is done
             for wanted, group in work.items():
-                part, transform = _part(model, wanted, processor)
+                part, transform = part_of(model, wanted, processor)
                 shards = [group[n : n + SHARD_IMAGES] for n in range(0, len(group), SHARD_IMAGES)]
                 mine = shards[state.process_index :: state.num_processes]
-                run = _run(part, transform, dataset, places, mine, compute, batch_size, num_workers, device, quiet)
+                own = [ntks[k] for k in wanted]
+                run = _run(part, transform, dataset, places, mine, compute, batch_size, num_workers, device, quiet, own)
                 for shard, features in zip(mine, run, strict=True):
                     for k, block in zip(wanted, features, strict=True):
                         blocks[k].write(shard, _storable(block, STORAGE[storage], k, shard, places))
@@ -124,27 +135,29 @@ def extract_features(
         extracted,
         extracted / (time.perf_counter() - started) if extracted else None,
     )
-    projected = _is_ensemble(model) and model.config.projection_dim is not None
+    projected = ntk is None and is_ensemble(model) and model.config.projection_dim is not None
     return projection_of(model)(table) if projected else table
 
 
-def _keys(model: nn.Module, processor, compute: torch.dtype, storage: torch.dtype) -> list[str]:
+def _keys(model: nn.Module, processor, compute: torch.dtype, storage: torch.dtype, ntks: list[NTK | None]) -> list[str]:
     """The name of each built member's block."""
     dtypes = {"compute": str(compute), "storage": str(storage)}
     given = None if processor is None else processor.to_dict()
-    if not _is_ensemble(model):
-        return [block_key(model, {"config": model.config.to_dict(), "processor": given, **dtypes})]
+    gradients = [ntk.computed if ntk else {} for ntk in ntks]  # pooled features keep the key that they always had
+    if not is_ensemble(model):
+        return [block_key(model, {"config": model.config.to_dict(), "processor": given, **dtypes, **gradients[0]})]
     computed = ("architecture", "model_args", "preprocessing")
     return [
         block_key(
-            member, {name: model.config.members[int(k)][name] for name in computed} | {"processor": given, **dtypes}
+            member,
+            {name: model.config.members[int(k)][name] for name in computed} | {"processor": given, **dtypes, **own},
         )
-        for k, member in model.members.items()
+        for (k, member), own in zip(model.members.items(), gradients, strict=True)
     ]
 
 
 def _names(model: nn.Module) -> list[str]:
-    if not _is_ensemble(model):
+    if not is_ensemble(model):
         return [type(model).__name__]
     return [model.config.members[int(k)]["architecture"] for k in model.members]
 
@@ -159,13 +172,13 @@ def _work(blocks: list[Block], images: list[bytes]) -> dict[tuple[int, ...], lis
     return groups
 
 
-def _is_ensemble(model: nn.Module) -> bool:
+def is_ensemble(model: nn.Module) -> bool:
     return getattr(model.config, "model_type", None) == "concat_ensemble"
 
 
-def _part(model: nn.Module, wanted: Sequence[int], processor):
+def part_of(model: nn.Module, wanted: Sequence[int], processor):
     """The built members with these places as a model of their own, which sees only what they need, and its processor."""
-    if not _is_ensemble(model):
+    if not is_ensemble(model):
         if processor is None and not model.name_or_path:
             raise ValueError(
                 f"{type(model).__name__} was not loaded from anywhere; pass the processor=... that makes its pixels."
@@ -178,7 +191,7 @@ def _part(model: nn.Module, wanted: Sequence[int], processor):
 
 
 def _run(
-    part, processor, dataset, places, shards, compute, batch_size, num_workers, device, quiet
+    part, processor, dataset, places, shards, compute, batch_size, num_workers, device, quiet, ntks
 ) -> Iterator[list[torch.Tensor]]:
     """For each shard of images, one (n, D_k) tensor per member. Batches never cross shards, so that a run that was
     killed and continued computes the very same numbers."""
@@ -187,7 +200,7 @@ def _run(
     starts = np.cumsum([0, *map(len, batches)])
     sampler = [list(range(start, stop)) for start, stop in itertools.pairwise(starts)]
     loader = DataLoader(
-        _Pixels(dataset, order, processor),
+        Pixels(dataset, order, processor),
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -195,16 +208,19 @@ def _run(
     bar = track(_told(loader), "features", len(batches), disable=quiet or not sys.stderr.isatty())
     if next(part.parameters()).dtype != torch.float32:
         part = copy.deepcopy(part).float()  # weights kept in half precision are computed with in full
-    # Convolutional networks run faster in channels_last, on a CPU as on a GPU.
-    part = part.eval().to(device, memory_format=torch.channels_last)
+    # Convolutional networks run faster in channels_last, on a CPU as on a GPU; their gradients per image do not.
+    pooled = ntks[0] is None
+    part = part.eval().to(device, memory_format=torch.channels_last if pooled else torch.contiguous_format)
     features: list[list[torch.Tensor]] = []
     sizes = iter(map(len, shards))
     size = next(sizes, 0)
     for pixels in bar:
         # Not around the loop: what runs where this generator is waited for would be in inference mode as well.
-        with torch.inference_mode(), torch.autocast(device.type, compute, enabled=compute != torch.float32):
+        with torch.inference_mode(pooled), torch.autocast(device.type, compute, enabled=compute != torch.float32):
             pixels = pixels.to(device, non_blocking=True)
-            if _is_ensemble(part):
+            if not pooled:
+                blocks = tuple(ntk.features(part, place, pixels) for place, ntk in enumerate(ntks))
+            elif is_ensemble(part):
                 blocks = part(pixels, output_member_features=True).member_features
             else:
                 blocks = (part(pixel_values=pixels).pooler_output.flatten(1),)
@@ -235,7 +251,7 @@ def _told(loader: DataLoader) -> Iterator[torch.Tensor]:
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-class _Pixels(TorchDataset):
+class Pixels(TorchDataset):
     """`pixel_values` of the images at these places (split, number)."""
 
     def __init__(self, dataset: DatasetDict, order: list[tuple[str, int]], processor):
