@@ -1,0 +1,216 @@
+"""What one member's features hold that another's lack: the feature loss of arXiv:2506.18221, section 2, measured.
+
+All rows are standardised by the training rows. With M = X'X / n of a split's rows, ridge from the columns A to the columns B is
+W = (M_AA + strength I)^-1 M_AB of the training rows, and its mean squared errors on any split follow from that split's M:
+
+    e = diag(M_BB - 2 W'M_AB + W'M_AA W),    R2 = 1 - e / diag(M_BB)
+
+So however many members, strengths and controls there are, the rows are read once for each M, of (2 D)^2 doubles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from concat_ensemble.feature_table import FeatureTable, TableSplit
+from concat_ensemble.probes import LinearProbe
+from concat_ensemble.probes.design import Design, moments
+from concat_ensemble.probes.metrics import wilson_interval
+from concat_ensemble.probes.ridge import Gram
+from concat_ensemble.projection import standardised_projection
+
+STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
+REPEATS = 0.9  # mean R2 from which on one is said to repeat another
+DEAD = 0.01  # of the root mean square of a subject's deviations: what deviates less is dead
+REST_STRENGTH = 1e-4  # so weak that what a copy or a linear map leaves does no better than guessing (test_overlap.py)
+
+
+@dataclass
+class Subject:
+    """A member, or an ensemble as a whole, by itself."""
+
+    name: str
+    width: int
+    dead: float  # share of its features
+    effective_rank: float  # exp of the entropy of the covariance's eigenvalues (Roy and Vetterli 2007)
+    top1: float  # of a linear probe, on the test split
+
+
+@dataclass
+class Relation:
+    """What the subjects `given`, side by side, hold of the subject `wanted`."""
+
+    given: tuple[int, ...]
+    wanted: int
+    cka: float
+    r2: float  # mean over living features, 0 for those predicted worse than by their mean
+    untrained_r2: float  # the same from untrained networks in the place of `given`
+    features: list[float | None]  # R2 of each; None for the dead
+    rest_top1: float  # of a linear probe of what is not predicted, on the test split
+    rest_interval: tuple[float, float]  # 95%, Wilson's
+
+
+@dataclass
+class Overlap:
+    """Each subject's relation to each other one, and to all others together where there are more than two."""
+
+    subjects: list[Subject]
+    relations: list[Relation]
+    guessing: float  # test top-1 of the commonest training class
+    n_train: int
+    n_validation: int
+    n_test: int
+
+    def __getitem__(self, pair: tuple[int | tuple[int, ...], int]) -> Relation:
+        """`overlap[0, 1]`: what 0 holds of 1; `overlap[(0, 2), 1]`: what both others do."""
+        return next(r for r in self.relations if pair in ((r.given, r.wanted), (r.given[0], r.wanted)))
+
+    @property
+    def verdict(self) -> list[str]:
+        """A sentence for each subject: whom it repeats, or what it has that the others lack."""
+        sentences = []
+        for k, subject in enumerate(self.subjects):
+            about = sorted((r for r in self.relations if r.wanted == k), key=lambda r: (len(r.given), -r.r2))
+            found = next((r for r in about if r.r2 >= REPEATS), about[-1])
+            low, high = (100 * bound for bound in found.rest_interval)
+            does = "has what is not in" if low > 100 * self.guessing else "has nothing seen to help here beyond"
+            does = "repeats" if found.r2 >= REPEATS else does
+            others = f"the {len(found.given)} others" if found.given[1:] else self.subjects[found.given[0]].name
+            sentences.append(
+                f"{subject.name} {does} {others}: R2 {found.r2:.2f} (a repeat from {REPEATS} on; {found.untrained_r2:.2f} from "
+                f"untrained networks); the rest alone gives top-1 {100 * found.rest_top1:.1f} [{low:.1f}, {high:.1f}], "
+                f"all of it {100 * subject.top1:.1f}, guessing {100 * self.guessing:.1f}."
+            )
+        if self.n_train + self.n_validation < sum(subject.width for subject in self.subjects):
+            sentences.append("Images are fewer than features: R2 and the rests come out too small.")
+        return sentences
+
+    def save(self, path: Path, **about) -> None:
+        """As JSON, after what else there is to say `about` it."""
+        content = about | dataclasses.asdict(self) | {"repeats_from": REPEATS, "dead_below": DEAD}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(json.dumps(content | {"verdict": self.verdict}, indent=1) + "\n")
+        aside.replace(path)
+
+
+def measure_overlap(
+    table: FeatureTable,
+    untrained: FeatureTable,
+    names: Sequence[str],
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    quiet: bool = False,
+) -> Overlap:
+    """CKA, held-out R2 both ways, effective rank, dead features, and what the part that is not predicted is good for.
+
+    CKA (Kornblith et al. 2019; unbiased, since the plain one nears 1 for any features as many as the rows: Nguyen et al. 2021)
+    and effective rank are of the training rows as they are, centred. R2 is of the test rows about the training rows' mean,
+    each feature with the strength, or without prediction, that is best on the validation rows. The rest that is probed is what a
+    ridge of next to no strength leaves of training and validation rows: a shrunk prediction would leave in it what `given` knows.
+    It is not standardised again, which would make features of a copy's rounding. With rows fewer than features it comes out too small.
+
+    Args:
+        table: With the splits `train`, `validation` and `test`.
+        untrained: The control, of `controls.untrained_like`: blocks of the same widths.
+        names: Of the subjects, for the sentences.
+        groups: The members of each subject; each member is one when left out.
+        quiet: No progress bar.
+
+    Raises:
+        ValueError: for one subject alone, a control of other widths, or fewer than 4 training images.
+    """
+    groups = [[k] for k in range(len(table.widths))] if groups is None else [list(group) for group in groups]
+    count, n, everyone = len(groups), len(table["train"]), range(len(groups))
+    if count < 2 or len(names) != count:
+        raise ValueError(f"{count} to compare, named {', '.join(names)}: give two at least, and a name for each.")
+    if table.widths != untrained.widths:
+        raise ValueError(f"untrained members of widths {untrained.widths} are no control for {table.widths}.")
+    if n < 4:
+        raise ValueError(f"{n} training images cannot be compared on; take 4 at least.")
+    both = [TableSplit(table.blocks[s] + untrained.blocks[s], table.labels[s]) for s in ("train", "validation", "test")]
+    mean, scale = moments(both[0])
+    rows = Design(both[0], mean, scale)
+    fitted, held, test = rows.gram(), *(Design(split, mean, scale).gram() for split in both[1:])
+    pooled = (n * fitted + len(both[1]) * held) / (n + len(both[1]))
+    columns = torch.arange(sum(table.widths), device=rows.device)
+    blocks = columns.split(table.widths)
+    parts = [torch.cat([blocks[k] for k in group]) for group in groups]
+    scales = torch.from_numpy(scale).to(fitted)
+    covariance, deviation = fitted * scales[:, None] * scales, scales * fitted.diagonal().sqrt()
+    norms = [[(chunk[:, part] * scales[part]).square().sum(1) for part in parts] for _, chunk in rows.chunks()]
+    norms = torch.cat([torch.stack(chunk) for chunk in norms], dim=1)  # (subjects, n)
+    living = [deviation[part] > DEAD * deviation[part].square().mean().sqrt() for part in parts]
+
+    subjects = []
+    for name, group, part, alive in zip(names, groups, parts, living, strict=True):
+        values = torch.linalg.eigvalsh(covariance[part][:, part]).clamp_min(0)
+        rank = torch.special.entr(values / values.sum().clamp_min(1e-300)).sum().exp()
+        top1 = _top1(table.members(group), LinearProbe())
+        subjects.append(Subject(name, len(part), 1 - float(alive.double().mean()), float(rank), top1))
+
+    jobs = [((k,), [other for other in everyone if other != k]) for k in everyone]
+    jobs += [(tuple(other for other in everyone if other != k), [k]) for k in everyone if count > 2]
+    relations = []
+    for given, wanted in track(jobs, "overlap", disable=quiet or not sys.stderr.isatty()):
+        a, b = (torch.cat([parts[k] for k in numbers]) for numbers in (given, wanted))
+        r2, untrained_r2 = (_held_out_r2(fitted, held, test, source, b) for source in (a, a + len(columns)))
+        (rest,) = _ridge(pooled, a, b, [REST_STRENGTH])
+        cuts = [each.split([len(parts[k]) for k in wanted], -1) for each in (r2, untrained_r2, rest)]
+        for k, found, control, weight in zip(wanted, *cuts, strict=True):
+            seen, alive = torch.cat([a, parts[k]]).cpu().numpy(), living[k]
+            directions = torch.cat([-weight, torch.eye(len(parts[k])).to(weight)]).cpu().numpy()
+            unpredicted = standardised_projection(mean[seen], scale[seen], directions)
+            part = table.members([member for number in (*given, k) for member in groups[number]])
+            top1 = _top1(unpredicted(part), LinearProbe(standardize=False))
+            relations.append(Relation(
+                given, k, _linear_cka(covariance, (a, norms[list(given)].sum(0)), (parts[k], norms[k])),
+                *(float(r[alive].clamp_min(0).mean()) if alive.any() else 1.0 for r in (found, control)),
+                [value if lives else None for value, lives in zip(found.tolist(), alive.tolist(), strict=True)],
+                top1, wilson_interval(top1, len(both[2])),
+            ))  # fmt: skip
+    guessing = float(np.mean(both[2].labels == np.bincount(both[0].labels).argmax()))
+    return Overlap(subjects, relations, guessing, n, len(both[1]), len(both[2]))
+
+
+def _held_out_r2(fitted, held, test, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(len(b),) of the test rows, each column with what predicts the held rows best."""
+    least, chosen = held.diagonal()[b], test.diagonal()[b]  # without any prediction
+    for weight in _ridge(fitted, a, b, STRENGTHS):
+        errors = _errors(held, a, b, weight)
+        chosen = torch.where(errors < least, _errors(test, a, b, weight), chosen)
+        least = torch.minimum(errors, least)
+    return 1 - chosen / test.diagonal()[b].clamp_min(1e-12)
+
+
+def _ridge(products, a: torch.Tensor, b: torch.Tensor, strengths: Sequence[float]) -> Iterator[torch.Tensor]:
+    return Gram(products[a][:, a], products[a][:, b], products.new_zeros(len(b))).solutions(strengths)
+
+
+def _errors(products, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(len(b),) mean squares of B - A @ weight, over the rows that `products` is of."""
+    explained = weight * (2 * products[a][:, b] - products[a][:, a] @ weight)
+    return (products.diagonal()[b] - explained.sum(0)).clamp_min(0)
+
+
+def _linear_cka(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """From two sides' columns and squared row norms (n,): ||X_a' X_b||^2 over the like of each alone, all three without
+    bias (Song et al. 2012)."""
+    n, inner = len(sides[0][1]), []
+    for (a, first), (b, second) in ((sides[0], sides[1]), (sides[0], sides[0]), (sides[1], sides[1])):
+        whole = (n * covariance[a][:, b]).square().sum() - n / (n - 2) * (first.double() @ second.double())
+        inner.append(float(whole + first.double().sum() * second.double().sum() / (n - 1) / (n - 2)))
+    return inner[0] / (inner[1] * inner[2]) ** 0.5 if min(inner[1:]) > 0 else 0.0
+
+
+def _top1(table: FeatureTable, probe: LinearProbe) -> float:
+    return probe.fit(table["train"], validation=table["validation"]).score(table["test"])
