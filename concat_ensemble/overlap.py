@@ -5,7 +5,7 @@ W = (M_AA + strength I)^-1 M_AB of the training rows, and its mean squared error
 
     e = diag(M_BB - 2 W'M_AB + W'M_AA W),    R2 = 1 - e / diag(M_BB)
 
-So however many members, strengths and controls there are, the rows are read once for each M, of (2 D)^2 doubles.
+for all members, strengths and controls: after one pass over the rows, M's (2 D)^2 doubles are all that is kept.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import DatasetDict
 from rich.progress import track
 
+from concat_ensemble.assemble import assemble
+from concat_ensemble.controls import untrained_like
 from concat_ensemble.feature_table import FeatureTable, TableSplit
+from concat_ensemble.features import extract_features
 from concat_ensemble.probes import LinearProbe
 from concat_ensemble.probes.design import Design, moments
 from concat_ensemble.probes.metrics import wilson_interval
@@ -50,6 +55,7 @@ class Relation:
     """What the subjects `given`, side by side, hold of the subject `wanted`."""
 
     given: tuple[int, ...]
+    source: str  # these in words
     wanted: int
     cka: float
     r2: float  # mean over living features, 0 for those predicted worse than by their mean
@@ -61,33 +67,29 @@ class Relation:
 
 @dataclass
 class Overlap:
-    """Each subject's relation to each other one, and to all others together where there are more than two."""
+    """For each subject its relations to the others, from who holds most of it on, then to all of them together."""
 
     subjects: list[Subject]
     relations: list[Relation]
-    guessing: float  # test top-1 of the commonest training class
+    guessing: float  # share of the commonest class in the test split
     n_train: int
     n_validation: int
     n_test: int
-
-    def __getitem__(self, pair: tuple[int | tuple[int, ...], int]) -> Relation:
-        """`overlap[0, 1]`: what 0 holds of 1; `overlap[(0, 2), 1]`: what both others do."""
-        return next(r for r in self.relations if pair in ((r.given, r.wanted), (r.given[0], r.wanted)))
 
     @property
     def verdict(self) -> list[str]:
         """A sentence for each subject: whom it repeats, or what it has that the others lack."""
         sentences = []
         for k, subject in enumerate(self.subjects):
-            about = sorted((r for r in self.relations if r.wanted == k), key=lambda r: (len(r.given), -r.r2))
+            about = [r for r in self.relations if r.wanted == k]
             found = next((r for r in about if r.r2 >= REPEATS), about[-1])
             low, high = (100 * bound for bound in found.rest_interval)
             does = "has what is not in" if low > 100 * self.guessing else "has nothing seen to help here beyond"
-            does = "repeats" if found.r2 >= REPEATS else does
-            others = f"the {len(found.given)} others" if found.given[1:] else self.subjects[found.given[0]].name
+            if found.r2 >= REPEATS:
+                does = "repeats, as untrained networks do," if found.untrained_r2 >= REPEATS else "repeats"
             sentences.append(
-                f"{subject.name} {does} {others}: R2 {found.r2:.2f} (a repeat from {REPEATS} on; {found.untrained_r2:.2f} from "
-                f"untrained networks); the rest alone gives top-1 {100 * found.rest_top1:.1f} [{low:.1f}, {high:.1f}], "
+                f"{subject.name} {does} {found.source}: R2 {found.r2:.2f} ({found.untrained_r2:.2f} from untrained networks; "
+                f"a repeat from {REPEATS} on). Its rest alone gives top-1 {100 * found.rest_top1:.1f} [{low:.1f}, {high:.1f}], "
                 f"all of it {100 * subject.top1:.1f}, guessing {100 * self.guessing:.1f}."
             )
         if self.n_train + self.n_validation < sum(subject.width for subject in self.subjects):
@@ -103,67 +105,74 @@ class Overlap:
         aside.replace(path)
 
 
+def compare_models(
+    models: dict[str, torch.nn.Module], dataset: DatasetDict, *, seed: int = 0, quiet: bool = False, **extraction
+) -> Overlap:
+    """`measure_overlap` of one ensemble's members, or of several ensembles as wholes, by name and without projections, on
+    a dataset from `load_data`. `seed` is of the untrained networks; `extraction` goes to `extract_features`."""
+    whole = assemble([model.export_active(model.config.built_members) for model in models.values()])
+    numbers, members = iter(range(len(whole.members))), whole.config.members
+    subjects = {name: list(islice(numbers, len(model.members))) for name, model in models.items()}
+    if len(models) == 1:
+        subjects = {f"member {k} ({member['architecture']})": [k] for k, member in enumerate(members)}
+    both = (extract_features(m, dataset, quiet=quiet, **extraction) for m in (whole, untrained_like(whole, seed)))
+    return measure_overlap(*both, subjects, quiet=quiet)
+
+
 def measure_overlap(
-    table: FeatureTable,
-    untrained: FeatureTable,
-    names: Sequence[str],
-    *,
-    groups: Sequence[Sequence[int]] | None = None,
-    quiet: bool = False,
+    table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]], *, quiet: bool = False
 ) -> Overlap:
     """CKA, held-out R2 both ways, effective rank, dead features, and what the part that is not predicted is good for.
 
-    CKA (Kornblith et al. 2019; unbiased, since the plain one nears 1 for any features as many as the rows: Nguyen et al. 2021)
-    and effective rank are of the training rows as they are, centred. R2 is of the test rows about the training rows' mean,
-    each feature with the strength, or without prediction, that is best on the validation rows. The rest that is probed is what a
-    ridge of next to no strength leaves of training and validation rows: a shrunk prediction would leave in it what `given` knows.
-    It is not standardised again, which would make features of a copy's rounding. With rows fewer than features it comes out too small.
+    CKA (Kornblith et al. 2019; without bias, since of any features as many as the rows it nears 1: Nguyen et al. 2021) and
+    effective rank are of the training rows as they are, centred. R2 is of the test rows about the training rows' mean, each
+    feature with the strength, or without prediction, that does best on the validation rows. The rest that is probed is what
+    a ridge of next to no strength leaves of training and validation rows: a stronger one would leave in it what `given`
+    knows, as standardising it again would. Where these rows are few for the features, it comes out too small.
 
     Args:
         table: With the splits `train`, `validation` and `test`.
         untrained: The control, of `controls.untrained_like`: blocks of the same widths.
-        names: Of the subjects, for the sentences.
-        groups: The members of each subject; each member is one when left out.
-        quiet: No progress bar.
+        subjects: The table's members of each, by its name.
 
     Raises:
         ValueError: for one subject alone, a control of other widths, or fewer than 4 training images.
     """
-    groups = [[k] for k in range(len(table.widths))] if groups is None else [list(group) for group in groups]
-    count, n, everyone = len(groups), len(table["train"]), range(len(groups))
-    if count < 2 or len(names) != count:
-        raise ValueError(f"{count} to compare, named {', '.join(names)}: give two at least, and a name for each.")
+    groups, everyone, width = list(subjects.values()), range(len(subjects)), sum(table.widths)
+    if len(groups) < 2:
+        raise ValueError(f"{', '.join(subjects)} has one member or is alone; name another to compare it with.")
     if table.widths != untrained.widths:
         raise ValueError(f"untrained members of widths {untrained.widths} are no control for {table.widths}.")
-    if n < 4:
-        raise ValueError(f"{n} training images cannot be compared on; take 4 at least.")
+    if len(table["train"]) < 4:
+        raise ValueError(f"{len(table['train'])} training images cannot be compared on; take 4 at least.")
     both = [TableSplit(table.blocks[s] + untrained.blocks[s], table.labels[s]) for s in ("train", "validation", "test")]
     mean, scale = moments(both[0])
-    rows = Design(both[0], mean, scale)
+    rows, sizes = Design(both[0], mean, scale), [len(split) for split in both]
     fitted, held, test = rows.gram(), *(Design(split, mean, scale).gram() for split in both[1:])
-    pooled = (n * fitted + len(both[1]) * held) / (n + len(both[1]))
-    columns = torch.arange(sum(table.widths), device=rows.device)
-    blocks = columns.split(table.widths)
+    pooled = (sizes[0] * fitted + sizes[1] * held)[:width, :width] / (sizes[0] + sizes[1])
+    blocks = torch.arange(width, device=rows.device).split(table.widths)
     parts = [torch.cat([blocks[k] for k in group]) for group in groups]
-    scales = torch.from_numpy(scale).to(fitted)
-    covariance, deviation = fitted * scales[:, None] * scales, scales * fitted.diagonal().sqrt()
-    norms = [[(chunk[:, part] * scales[part]).square().sum(1) for part in parts] for _, chunk in rows.chunks()]
-    norms = torch.cat([torch.stack(chunk) for chunk in norms], dim=1)  # (subjects, n)
-    living = [deviation[part] > DEAD * deviation[part].square().mean().sqrt() for part in parts]
+    scales = torch.from_numpy(scale[:width]).to(fitted)
+    covariance = fitted[:width, :width] * scales[:, None] * scales
+    norms = [[(chunk[:, p] * scales[p]).square().sum(1) for p in parts] for _, chunk in rows.chunks()]
+    norms = torch.cat([torch.stack(each) for each in norms], 1)  # (subjects, n)
+    variances = [covariance.diagonal()[part] for part in parts]
+    living = [variance > DEAD**2 * variance.mean() for variance in variances]
 
-    subjects = []
-    for name, group, part, alive in zip(names, groups, parts, living, strict=True):
+    single = []
+    for (name, group), part, alive in zip(subjects.items(), parts, living, strict=True):
         values = torch.linalg.eigvalsh(covariance[part][:, part]).clamp_min(0)
         rank = torch.special.entr(values / values.sum().clamp_min(1e-300)).sum().exp()
         top1 = _top1(table.members(group), LinearProbe())
-        subjects.append(Subject(name, len(part), 1 - float(alive.double().mean()), float(rank), top1))
+        single.append(Subject(name, len(part), 1 - float(alive.double().mean()), float(rank), top1))
 
     jobs = [((k,), [other for other in everyone if other != k]) for k in everyone]
-    jobs += [(tuple(other for other in everyone if other != k), [k]) for k in everyone if count > 2]
+    jobs += [(tuple(other for other in everyone if other != k), [k]) for k in everyone if len(groups) > 2]
     relations = []
     for given, wanted in track(jobs, "overlap", disable=quiet or not sys.stderr.isatty()):
         a, b = (torch.cat([parts[k] for k in numbers]) for numbers in (given, wanted))
-        r2, untrained_r2 = (_held_out_r2(fitted, held, test, source, b) for source in (a, a + len(columns)))
+        r2, untrained_r2 = (_held_out_r2(fitted, held, test, each, b) for each in (a, a + width))
+        source = f"the {len(given)} others" if given[1:] else single[given[0]].name
         (rest,) = _ridge(pooled, a, b, [REST_STRENGTH])
         cuts = [each.split([len(parts[k]) for k in wanted], -1) for each in (r2, untrained_r2, rest)]
         for k, found, control, weight in zip(wanted, *cuts, strict=True):
@@ -173,13 +182,13 @@ def measure_overlap(
             part = table.members([member for number in (*given, k) for member in groups[number]])
             top1 = _top1(unpredicted(part), LinearProbe(standardize=False))
             relations.append(Relation(
-                given, k, _linear_cka(covariance, (a, norms[list(given)].sum(0)), (parts[k], norms[k])),
+                given, source, k, _linear_cka(covariance, (a, norms[list(given)].sum(0)), (parts[k], norms[k])),
                 *(float(r[alive].clamp_min(0).mean()) if alive.any() else 1.0 for r in (found, control)),
                 [value if lives else None for value, lives in zip(found.tolist(), alive.tolist(), strict=True)],
-                top1, wilson_interval(top1, len(both[2])),
+                top1, wilson_interval(top1, sizes[2]),
             ))  # fmt: skip
-    guessing = float(np.mean(both[2].labels == np.bincount(both[0].labels).argmax()))
-    return Overlap(subjects, relations, guessing, n, len(both[1]), len(both[2]))
+    relations.sort(key=lambda relation: (relation.wanted, len(relation.given), -relation.r2))
+    return Overlap(single, relations, float(np.bincount(both[2].labels).max() / sizes[2]), *sizes)
 
 
 def _held_out_r2(fitted, held, test, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -203,12 +212,11 @@ def _errors(products, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) ->
 
 
 def _linear_cka(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """From two sides' columns and squared row norms (n,): ||X_a' X_b||^2 over the like of each alone, all three without
-    bias (Song et al. 2012)."""
+    """||X_a' X_b||^2 over the like of each alone, without bias (Song et al. 2012); a side: columns, squared row norms."""
     n, inner = len(sides[0][1]), []
     for (a, first), (b, second) in ((sides[0], sides[1]), (sides[0], sides[0]), (sides[1], sides[1])):
-        whole = (n * covariance[a][:, b]).square().sum() - n / (n - 2) * (first.double() @ second.double())
-        inner.append(float(whole + first.double().sum() * second.double().sum() / (n - 1) / (n - 2)))
+        whole = (n * covariance[a][:, b]).square().sum() - n / (n - 2) * (first @ second)
+        inner.append(float(whole + first.sum() * second.sum() / (n - 1) / (n - 2)))
     return inner[0] / (inner[1] * inner[2]) ** 0.5 if min(inner[1:]) > 0 else 0.0
 
 

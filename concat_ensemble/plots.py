@@ -100,7 +100,7 @@ def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
 def plot_overlap(overlap: Overlap, path: Path) -> None:
     """Four matrices with their numbers: row `given`, column `wanted`."""
     subjects, count = overlap.subjects, len(overlap.subjects)
-    labels = [f"{k}: {subject.name}" for k, subject in enumerate(subjects)] + ["all others"] * (count > 2)
+    labels = [subject.name for subject in subjects] + ["all others"] * (count > 2)
     panels = {"cka": "linear CKA", "r2": "held-out R2 of the column's features, from the row's", "untrained_r2": "the same R2 from an untrained row",
               "rest_top1": "top-1 of what the row does not predict (diagonal: of all)"}  # fmt: skip
     figure = Figure(figsize=(6 + 1.3 * count, 2.6 + 0.9 * len(labels)), dpi=150, layout="constrained")
