@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -92,8 +92,8 @@ class Overlap:
                 f"a repeat from {REPEATS} on). Its rest alone gives top-1 {100 * found.rest_top1:.1f} [{low:.1f}, {high:.1f}], "
                 f"all of it {100 * subject.top1:.1f}, guessing {100 * self.guessing:.1f}."
             )
-        if self.n_train + self.n_validation < sum(subject.width for subject in self.subjects):
-            sentences.append("Images are fewer than features: R2 and the rests come out too small.")
+        if min(self.n_train, self.n_test) < sum(subject.width for subject in self.subjects):
+            sentences.append("Images are fewer than features: R2 and the rests come out too small, or as nothing.")
         return sentences
 
     def save(self, path: Path, **about) -> None:
@@ -127,8 +127,9 @@ def measure_overlap(
     CKA (Kornblith et al. 2019; without bias, since of any features as many as the rows it nears 1: Nguyen et al. 2021) and
     effective rank are of the training rows as they are, centred. R2 is of the test rows about the training rows' mean, each
     feature with the strength, or without prediction, that does best on the validation rows. The rest that is probed is what
-    a ridge of next to no strength leaves of training and validation rows: a stronger one would leave in it what `given`
-    knows, as standardising it again would. Where these rows are few for the features, it comes out too small.
+    a ridge of next to no strength leaves: a stronger one would leave in it what `given` knows, as standardising it again
+    would. The test rows have a ridge of their own (which no label enters): a probe would read what `given` knows from the
+    chance errors of a shared one. Where rows are few for the features, the rest comes out too small.
 
     Args:
         table: With the splits `train`, `validation` and `test`.
@@ -156,15 +157,15 @@ def measure_overlap(
     covariance = fitted[:width, :width] * scales[:, None] * scales
     norms = [[(chunk[:, p] * scales[p]).square().sum(1) for p in parts] for _, chunk in rows.chunks()]
     norms = torch.cat([torch.stack(each) for each in norms], 1)  # (subjects, n)
-    variances = [covariance.diagonal()[part] for part in parts]
-    living = [variance > DEAD**2 * variance.mean() for variance in variances]
+    living = [v > DEAD**2 * v.mean() for v in (covariance.diagonal()[part] for part in parts)]
 
     single = []
     for (name, group), part, alive in zip(subjects.items(), parts, living, strict=True):
         values = torch.linalg.eigvalsh(covariance[part][:, part]).clamp_min(0)
         rank = torch.special.entr(values / values.sum().clamp_min(1e-300)).sum().exp()
-        top1 = _top1(table.members(group), LinearProbe())
-        single.append(Subject(name, len(part), 1 - float(alive.double().mean()), float(rank), top1))
+        own, dead = table.members(group), 1 - float(alive.double().mean())
+        probe = LinearProbe().fit(own["train"], validation=own["validation"])
+        single.append(Subject(name, len(part), dead, float(rank), probe.score(own["test"])))
 
     jobs = [((k,), [other for other in everyone if other != k]) for k in everyone]
     jobs += [(tuple(other for other in everyone if other != k), [k]) for k in everyone if len(groups) > 2]
@@ -173,14 +174,17 @@ def measure_overlap(
         a, b = (torch.cat([parts[k] for k in numbers]) for numbers in (given, wanted))
         r2, untrained_r2 = (_held_out_r2(fitted, held, test, each, b) for each in (a, a + width))
         source = f"the {len(given)} others" if given[1:] else single[given[0]].name
-        (rest,) = _ridge(pooled, a, b, [REST_STRENGTH])
-        cuts = [each.split([len(parts[k]) for k in wanted], -1) for each in (r2, untrained_r2, rest)]
-        for k, found, control, weight in zip(wanted, *cuts, strict=True):
+        grams = (Gram(each[a][:, a], each[a][:, b], each.new_zeros(0)) for each in (pooled, test))
+        rests = (next(gram.solutions([REST_STRENGTH])) for gram in grams)
+        cuts = [each.split([len(parts[k]) for k in wanted], -1) for each in (r2, untrained_r2, *rests)]
+        for k, found, control, *weights in zip(wanted, *cuts, strict=True):
             seen, alive = torch.cat([a, parts[k]]).cpu().numpy(), living[k]
-            directions = torch.cat([-weight, torch.eye(len(parts[k])).to(weight)]).cpu().numpy()
-            unpredicted = standardised_projection(mean[seen], scale[seen], directions)
             part = table.members([member for number in (*given, k) for member in groups[number]])
-            top1 = _top1(unpredicted(part), LinearProbe(standardize=False))
+            directions = [torch.cat([-w, torch.eye(len(parts[k])).to(w)]).cpu().numpy() for w in weights]
+            rest, of_test = (standardised_projection(mean[seen], scale[seen], each)(part) for each in directions)
+            rest.blocks["test"] = of_test.blocks["test"]
+            probe = LinearProbe(standardize=False).fit(rest["train"], validation=rest["validation"])
+            top1 = probe.score(rest["test"])
             relations.append(Relation(
                 given, source, k, _linear_cka(covariance, (a, norms[list(given)].sum(0)), (parts[k], norms[k])),
                 *(float(r[alive].clamp_min(0).mean()) if alive.any() else 1.0 for r in (found, control)),
@@ -194,15 +198,11 @@ def measure_overlap(
 def _held_out_r2(fitted, held, test, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(len(b),) of the test rows, each column with what predicts the held rows best."""
     least, chosen = held.diagonal()[b], test.diagonal()[b]  # without any prediction
-    for weight in _ridge(fitted, a, b, STRENGTHS):
+    for weight in Gram(fitted[a][:, a], fitted[a][:, b], fitted.new_zeros(0)).solutions(STRENGTHS):
         errors = _errors(held, a, b, weight)
         chosen = torch.where(errors < least, _errors(test, a, b, weight), chosen)
         least = torch.minimum(errors, least)
     return 1 - chosen / test.diagonal()[b].clamp_min(1e-12)
-
-
-def _ridge(products, a: torch.Tensor, b: torch.Tensor, strengths: Sequence[float]) -> Iterator[torch.Tensor]:
-    return Gram(products[a][:, a], products[a][:, b], products.new_zeros(len(b))).solutions(strengths)
 
 
 def _errors(products, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,3 @@ def _linear_cka(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tens
         whole = (n * covariance[a][:, b]).square().sum() - n / (n - 2) * (first @ second)
         inner.append(float(whole + first.sum() * second.sum() / (n - 1) / (n - 2)))
     return inner[0] / (inner[1] * inner[2]) ** 0.5 if min(inner[1:]) > 0 else 0.0
-
-
-def _top1(table: FeatureTable, probe: LinearProbe) -> float:
-    return probe.fit(table["train"], validation=table["validation"]).score(table["test"])
