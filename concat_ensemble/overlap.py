@@ -115,7 +115,10 @@ def compare_models(
     subjects = {name: list(islice(numbers, len(model.members))) for name, model in models.items()}
     if len(models) == 1:
         subjects = {f"member {k} ({member['architecture']})": [k] for k, member in enumerate(members)}
-    both = (extract_features(m, dataset, quiet=quiet, **extraction) for m in (whole, untrained_like(whole, seed)))
+    if len(subjects) < 2:  # better known before the work than after it
+        raise ValueError(f"{next(iter(subjects))} is the only member; name another model beside it.")
+    control = untrained_like(whole, seed + len(members))  # `seed` and those after it are of `random:` members
+    both = (extract_features(each, dataset, quiet=quiet, **extraction) for each in (whole, control))
     return measure_overlap(*both, subjects, quiet=quiet)
 
 
@@ -137,15 +140,13 @@ def measure_overlap(
         subjects: The table's members of each, by its name.
 
     Raises:
-        ValueError: for one subject alone, a control of other widths, or fewer than 4 training images.
+        ValueError: for one subject, fewer than 4 training images, or a control of other widths.
     """
     groups, everyone, width = list(subjects.values()), range(len(subjects)), sum(table.widths)
-    if len(groups) < 2:
-        raise ValueError(f"{', '.join(subjects)} has one member or is alone; name another to compare it with.")
+    if len(groups) < 2 or len(table["train"]) < 4:
+        raise ValueError(f"{len(groups)} to compare on {len(table['train'])} training images: take 2 and 4 at least.")
     if table.widths != untrained.widths:
         raise ValueError(f"untrained members of widths {untrained.widths} are no control for {table.widths}.")
-    if len(table["train"]) < 4:
-        raise ValueError(f"{len(table['train'])} training images cannot be compared on; take 4 at least.")
     both = [TableSplit(table.blocks[s] + untrained.blocks[s], table.labels[s]) for s in ("train", "validation", "test")]
     mean, scale = moments(both[0])
     rows, sizes = Design(both[0], mean, scale), [len(split) for split in both]
@@ -174,8 +175,7 @@ def measure_overlap(
         a, b = (torch.cat([parts[k] for k in numbers]) for numbers in (given, wanted))
         r2, untrained_r2 = (_held_out_r2(fitted, held, test, each, b) for each in (a, a + width))
         source = f"the {len(given)} others" if given[1:] else single[given[0]].name
-        grams = (Gram(each[a][:, a], each[a][:, b], each.new_zeros(0)) for each in (pooled, test))
-        rests = (next(gram.solutions([REST_STRENGTH])) for gram in grams)
+        rests = (next(Gram(m[a][:, a], m[a][:, b], m.new_zeros(0)).solutions([REST_STRENGTH])) for m in (pooled, test))
         cuts = [each.split([len(parts[k]) for k in wanted], -1) for each in (r2, untrained_r2, *rests)]
         for k, found, control, *weights in zip(wanted, *cuts, strict=True):
             seen, alive = torch.cat([a, parts[k]]).cpu().numpy(), living[k]
@@ -183,8 +183,8 @@ def measure_overlap(
             directions = [torch.cat([-w, torch.eye(len(parts[k])).to(w)]).cpu().numpy() for w in weights]
             rest, of_test = (standardised_projection(mean[seen], scale[seen], each)(part) for each in directions)
             rest.blocks["test"] = of_test.blocks["test"]
-            probe = LinearProbe(standardize=False).fit(rest["train"], validation=rest["validation"])
-            top1 = probe.score(rest["test"])
+            probe = LinearProbe(standardize=False)
+            top1 = probe.fit(rest["train"], validation=rest["validation"]).score(rest["test"])
             relations.append(Relation(
                 given, source, k, _linear_cka(covariance, (a, norms[list(given)].sum(0)), (parts[k], norms[k])),
                 *(float(r[alive].clamp_min(0).mean()) if alive.any() else 1.0 for r in (found, control)),

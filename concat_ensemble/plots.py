@@ -101,10 +101,10 @@ def plot_overlap(overlap: Overlap, path: Path) -> None:
     """Four matrices with their numbers: row `given`, column `wanted`."""
     subjects, count = overlap.subjects, len(overlap.subjects)
     labels = [subject.name for subject in subjects] + ["all others"] * (count > 2)
-    panels = {"cka": "linear CKA", "r2": "held-out R2 of the column's features, from the row's", "untrained_r2": "the same R2 from an untrained row",
-              "rest_top1": "top-1 of what the row does not predict (diagonal: of all)"}  # fmt: skip
-    figure = Figure(figsize=(6 + 1.3 * count, 2.6 + 0.9 * len(labels)), dpi=150, layout="constrained")
-    for axes, (quantity, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    panels = {"cka": "linear CKA", "r2": "R2 of the column's features,\nfrom the row's", "untrained_r2": "R2 of the column's features,\nfrom an untrained row's",
+              "rest_top1": "top-1 of the column's rest after the row\n(diagonal: of all of it)"}  # fmt: skip
+    figure = Figure(figsize=(5 + 1.4 * count, 2.6 + 0.9 * len(labels)), dpi=150, layout="constrained")
+    for axes, (quantity, title) in zip(figure.subplots(2, 2, sharey=True).flat, panels.items(), strict=True):
         matrix = np.full((len(labels), count), np.nan)
         for relation in overlap.relations:
             row = relation.given[0] if len(relation.given) == 1 else count

@@ -161,10 +161,10 @@ def test_members_of_nothing_but_dead_features_and_few_rows_are_measured(tables):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda table, control: (table, control, {"a": [0, 1]}), "a has one member or is alone; name another"),
+        (lambda table, control: (table, control, {"a": [0, 1]}), "1 to compare on 600 training images: take 2 and 4"),
         (lambda table, control: (table, control.members([0]), {"a": [0], "b": [1]}), r"widths \[24\] are no control"),
         (lambda table, control: (*tabled({s: [b[:3] for b in table.blocks[s]] for s in SIZES}, {s: np.arange(3) for s in SIZES}),
-                                 {"a": [0], "b": [1]}), "3 training images cannot be compared on; take 4"),
+                                 {"a": [0], "b": [1]}), "2 to compare on 3 training images: take 2 and 4"),
     ],
 )  # fmt: skip
 def test_bad_inputs_are_refused_in_one_line(change, said, tables):
@@ -208,7 +208,7 @@ def test_compare_takes_whole_ensembles_and_prints_json_alone(run, folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["random:test_resnet", "--limit", "30"], "member 0 (test_resnet) has one member or is alone; name another"),
+        (["random:test_resnet", "--limit", "30"], "member 0 (test_resnet) is the only member; name another model"),
         (["pair", "--recipe", "cifar10", "--recipe", "mnist"], "compare looks at one dataset; give one --recipe"),
         (["nowhere", "--limit", "30"], "nowhere"),
     ],
