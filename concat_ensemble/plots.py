@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from concat_ensemble.overlap import Overlap
 from concat_ensemble.results import Results, Row
 from concat_ensemble.selection import Selection
 
@@ -91,6 +93,31 @@ def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_overlap(overlap: Overlap, path: Path) -> None:
+    """Four matrices with their numbers: row `given`, column `wanted`."""
+    subjects, count = overlap.subjects, len(overlap.subjects)
+    labels = [subject.name for subject in subjects] + ["all others"] * (count > 2)
+    panels = {"cka": "linear CKA", "r2": "R2 of the column's features,\nfrom the row's", "untrained_r2": "R2 of the column's features,\nfrom an untrained row's",
+              "rest_top1": "top-1 of the column's rest after the row\n(diagonal: of all of it)"}  # fmt: skip
+    figure = Figure(figsize=(5 + 1.4 * count, 2.6 + 0.9 * len(labels)), dpi=150, layout="constrained")
+    for axes, (quantity, title) in zip(figure.subplots(2, 2, sharey=True).flat, panels.items(), strict=True):
+        matrix = np.full((len(labels), count), np.nan)
+        for relation in overlap.relations:
+            row = relation.given[0] if len(relation.given) == 1 else count
+            matrix[row, relation.wanted] = getattr(relation, quantity)
+        if quantity == "rest_top1":
+            np.fill_diagonal(matrix, [subject.top1 for subject in subjects])
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(matrix):
+            text = "" if np.isnan(value) else f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color="white" if value > 0.55 else "black")
+        axes.set_xticks(range(count), range(count))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_title(title, fontsize=9, loc="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

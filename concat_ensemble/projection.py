@@ -45,7 +45,7 @@ def principal_projection(table: FeatureTable, width: int) -> Projection:
     else:
         _, _, vectors = torch.linalg.svd(torch.cat([chunk for _, chunk in rows.chunks()]), full_matrices=False)
         vectors = vectors.T
-    return _standardised(mean, scale, vectors[:, :width].cpu().numpy())
+    return standardised_projection(mean, scale, vectors[:, :width].cpu().numpy())
 
 
 def random_projection(table: FeatureTable, width: int, seed: int) -> Projection:
@@ -53,7 +53,7 @@ def random_projection(table: FeatureTable, width: int, seed: int) -> Projection:
     Lindenstrauss 1984)."""
     mean, scale = moments(TableSplit.joined([table["train"], table["validation"]]))
     directions = np.random.default_rng(seed).normal(size=(len(mean), width)) / np.sqrt(width)
-    return _standardised(mean, scale, directions)
+    return standardised_projection(mean, scale, directions)
 
 
 def with_projection(model: nn.Module, projection: Projection) -> ConcatEnsembleModel:
@@ -84,7 +84,7 @@ def projection_of(model: nn.Module) -> Projection:
     return Projection(weight.T.copy(), bias)
 
 
-def _standardised(mean: np.ndarray, scale: np.ndarray, directions: np.ndarray) -> Projection:
+def standardised_projection(mean: np.ndarray, scale: np.ndarray, directions: np.ndarray) -> Projection:
     """((x - mean) / scale) @ directions as one affine map."""
     weight = directions / scale[:, None].astype(np.float64)
     return Projection(weight.astype(mean.dtype), (-mean @ weight).astype(mean.dtype))
