@@ -27,6 +27,7 @@ from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.results import Row, Run
 
 COUNTS = (1, 2, 4, 8)
+SYSTEMS = tuple(f"cat{count}" for count in COUNTS)
 CONTROLS = ("untrained members", "raw pixels")
 TITLES = {
     "unseen": "unseen digits 5 to 9",
@@ -84,8 +85,8 @@ class Point:
         )
 
     def _probed(self, folder: Path) -> dict[str, dict[str, float]]:
-        systems = {f"cat{count}": assemble(folder / f"cat{count}") for count in COUNTS}
-        systems["untrained members"] = untrained_like(systems[f"cat{COUNTS[-1]}"], self.seed)
+        systems = {system: assemble(folder / system) for system in SYSTEMS}
+        systems["untrained members"] = untrained_like(systems[SYSTEMS[-1]], self.seed)
         found = {}
         for name, (classes, test_size, shots) in STUDIES.items():
             low, high = map(int, classes.split("-"))
@@ -128,10 +129,19 @@ def table_of(points: list[Point], measured: list[dict]) -> str:
             f"| {TITLES[name]} | {' | '.join(f'{b:,} steps' for b in budgets)} |",
             "|---" * (len(budgets) + 1) + "|",
         ]
-        for system in (*(f"cat{count}" for count in COUNTS), *CONTROLS):
-            rows = rows_of(points, measured, name, system)
+        named = {system: rows_of(points, measured, name, system) for system in (*SYSTEMS, *CONTROLS)}
+        for system in SYSTEMS[1:]:  # repeat by repeat, which is surer than two means
+            named[f"{system} minus {SYSTEMS[0]}, paired"] = {
+                budget: Row(system, "baseline", 0, runs=list(map(_minus, row.runs, named[SYSTEMS[0]][budget].runs)))
+                for budget, row in named[system].items()
+            }
+        for system, rows in named.items():
             lines.append(f"| {system} | {' | '.join(told(rows[budget]) for budget in budgets)} |")
     return "\n".join(lines[1:]) + "\n"
+
+
+def _minus(run: Run, other: Run) -> Run:
+    return dataclasses.replace(run, metrics={"top1": run.metrics["top1"] - other.metrics["top1"]})
 
 
 def draw(points: list[Point], measured: list[dict], path: Path) -> None:

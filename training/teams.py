@@ -49,14 +49,16 @@ class Team:
         return self.rank == 0
 
     def jobs(self) -> Iterator[int]:
-        """The numbers of the trainings that fall to this team; whichever team is free takes the next."""
+        """The numbers of the trainings that fall to this team; each begins with one of its own, and whichever is free takes the next."""
         if self._store is None:
             yield from range(self._jobs)
             return
         for turn in range(self._jobs):
             told = f"team {self.number}, turn {turn}"
             if self.rank == self.ranks[0]:
-                self._store.set(told, str(self._store.add("taken", 1) - 1))
+                # The first one is fixed, or a team that is sooner there would leave a larger one without any.
+                number = self.teams + self._store.add("taken", 1) - 1 if turn else self.number
+                self._store.set(told, str(number))
             number = int(self._store.get(told))  # the others of the team wait here
             if number >= self._jobs:
                 return
