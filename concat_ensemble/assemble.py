@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
-from concat_ensemble.checkpoints import load_backbone, read_checkpoint, weights_sha256
+from concat_ensemble.checkpoints import PICKLES, load_backbone, read_checkpoint, weights_sha256
+from concat_ensemble.converters import convert, load_jax_vit
 from concat_ensemble.errors import first_line
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     IMAGE_MODES,
@@ -51,7 +52,7 @@ def assemble(
             - `"hf-hub:org/name@revision"`: a timm model or an ensemble on the Hub;
             - a folder saved by timm (`timm.models.save_for_hf`), by `training/pretrain_members.py`, or an ensemble's;
             - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
-              `checkpoints.read_checkpoint`;
+              `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems;
             - a timm model, or an ensemble, in memory. An ensemble's members are taken in, in their order, and its
               projection too where it is the only one.
         preprocessing: `"own"`: every member sees what timm's evaluation transform would give it. `"shared"`: all see
@@ -104,7 +105,7 @@ def _take(source: str | Path | nn.Module, seed: int) -> list[_Member]:
     if Path(text).is_dir():
         return _from_folder(Path(text))
     architecture, _, path = text.rpartition("=")
-    if architecture or Path(path).is_file() or Path(path).suffix in (".safetensors", ".pth", ".bin", ".pt", ".tar"):
+    if architecture or Path(path).is_file() or path.endswith((".safetensors", ".npz", *PICKLES)):
         return [_from_file(Path(path), architecture)]
     return _pretrained(text)
 
@@ -231,13 +232,19 @@ def _from_folder(folder: Path) -> list[_Member]:
 
 
 def _from_file(path: Path, architecture: str) -> _Member:
-    tensors, metadata = read_checkpoint(path)
+    is_jax = path.suffix == ".npz"
+    tensors, metadata = ({}, {}) if is_jax else read_checkpoint(path)
     architecture = architecture or metadata.get("architecture") or path.name.split(".")[0]
     if architecture not in timm_architectures():
         raise ValueError(f"{path}: {architecture!r} is not a timm architecture; name it as ARCHITECTURE={path.name}.")
-    backbone = _create(architecture)
-    load_backbone(backbone, tensors, str(path))
-    return _described(backbone, {"source": metadata.get("source", path.name), "license": metadata.get("license")})
+    found = convert(architecture, tensors)
+    backbone = _create(found.architecture, **found.model_args)
+    if is_jax:
+        load_jax_vit(backbone, path)
+    else:
+        load_backbone(backbone, found.tensors, str(path))
+    provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
+    return _described(backbone, provenance, pretrained_cfg=backbone.pretrained_cfg | found.pretrained_cfg)
 
 
 def _known(name: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from concat_ensemble.errors import first_line
 
-PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar")
+PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch")
 # Where training scripts put the weights beside optimizers and the like; averaged weights first, as timm prefers them.
 CONTAINERS = (
     "state_dict_ema",
@@ -20,7 +20,11 @@ CONTAINERS = (
     "ema",
     "state_dict",
     "model_state_dict",
+    "model_params",
+    "classy_state_dict",
+    "base_model",
     "model",
+    "trunk",
     "teacher",
 )
 WRAPPERS = re.compile(r"(?:module|_orig_mod|model0|model|backbone|encoder)\.")

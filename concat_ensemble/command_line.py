@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,10 @@ def build(
     preprocessing: Annotated[
         str, typer.Option(help="own: each member's evaluation transform. shared: the first one's for all.")
     ] = "own",
+    recipe: Annotated[
+        str | None, typer.Option(help="A system of the paper, such as swav-cat5, in place of members.")
+    ] = None,
+    checkpoints: Annotated[Path, typer.Option(help="Folder of the files that a recipe names.")] = Path(),
     license: Annotated[str | None, typer.Option(help="Of members whose source states none.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights on disk: float32, float16 or bfloat16.")] = "float32",
     seed: Seed = 0,
@@ -67,21 +72,27 @@ def build(
     """Concatenate backbones into one model and save it as a Hub folder.
 
     concat-ensemble build resnet50.a1_in1k resnet50.tv_in1k --output two-resnets
+
+    concat-ensemble build --recipe vit-objectives --output vit-objectives
     """
     import torch
 
     from concat_ensemble.assemble import assemble
     from concat_ensemble.model_card import write_card
+    from concat_ensemble.recipes import ensemble_recipe
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype {dtype}: give {', '.join(dtypes)}.")
+    if recipe and members:
+        raise ValueError(f"--recipe {recipe} names its members; leave out {' '.join(members)}, or --recipe.")
+    asked = ensemble_recipe(recipe).described(checkpoints) if recipe else {}
     with _new_folder(output, overwrite) as folder:
-        model = assemble(members or [], preprocessing=preprocessing, seed=seed, license=license)
+        model = assemble(asked or members or [], preprocessing=preprocessing, seed=seed, license=license)
         if dtype != "float32":  # weights are known by their digest in float32, so what rounding makes of them is
             model = assemble(model.to(dtypes[dtype])).to(dtypes[dtype])
-        for member in model.config.members:
-            member["provenance"].setdefault("command", _typed())
+        for member, known in zip(model.config.members, asked.values() or repeat({}), strict=False):
+            member["provenance"] = {"command": _typed()} | known | member["provenance"]
         model.save_pretrained(folder)
         write_card(folder, title=output.name)
     if not quiet:

@@ -130,6 +130,7 @@ def _content(title: str, config: ConcatEnsembleConfig, results: dict[Path, Resul
         "repo": title if "/" in title else f"path/to/{title}",
         "summary": f"{len(members)} image backbone{'s' if len(members) > 1 else ''} ({', '.join(names)}) as one model, whose features are those of "
         f"{'all of them' if len(members) > 1 else 'it'} side by side: {config.num_features:,} columns.",
+        "recipe": config.members[config.built_members[0]]["provenance"].get("recipe"),
         "figures": [f"{FIGURES}/{path.stem}.png" for path in results],
         "auto_class": "AutoModelForImageClassification" if _task(config) == "image-classification" else "AutoModel",
         "num_features": config.num_features,

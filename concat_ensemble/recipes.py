@@ -1,10 +1,12 @@
-"""Recipes: the usual transfer datasets, each a YAML file in `recipes/` that names its columns, splits and metric."""
+"""Recipes: the usual transfer datasets, each a YAML file in `recipes/` that names its columns, splits and metric; and the
+paper's systems, each one in `recipes/ensembles/` that names its members.
+"""
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from datasets import DatasetDict
@@ -47,25 +49,10 @@ class DatasetRecipe:
         Raises:
             ValueError: naming the file and the key that is unknown, missing, or of another type.
         """
-        try:
-            given = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path.name} has no keys.")
-        known = {field.name: field.type for field in fields(cls) if field.name != "recipe"}
-        for key, value in given.items():
-            if key not in known:
-                raise ValueError(f"{path.name}: {key!r} is not a key of a recipe; these are {', '.join(known)}.")
-            if not isinstance(value, known[key]) or isinstance(value, bool):
-                raise ValueError(
-                    f"{path.name}: {key}={value!r} is not of type {getattr(known[key], '__name__', 'str')}."
-                )
-        if missing := [key for key in ("name", "num_classes", "test_images", "metric", "license") if key not in given]:
-            raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
-        if given["metric"] not in METRICS:
-            raise ValueError(f"{path.name}: metric={given['metric']!r} must be one of {', '.join(METRICS)}.")
-        return cls(recipe=path.name.removesuffix(".yaml"), **given)
+        recipe = _read(cls, path)
+        if recipe.metric not in METRICS:
+            raise ValueError(f"{path.name}: metric={recipe.metric!r} must be one of {', '.join(METRICS)}.")
+        return recipe
 
     @property
     def naming(self) -> dict[str, Any]:
@@ -97,19 +84,78 @@ class DatasetRecipe:
         return data
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnsembleRecipe:
+    """What an ensemble's file says: `members` as `assemble` takes them, with what is known of each alone; the `provenance`
+    of them all; and in words where their `checkpoints` come from.
+    """
+
+    recipe: str
+    members: dict
+    provenance: dict | None = None
+    checkpoints: str | None = None
+
+    def described(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Each member, its file in `folder` if it has one, and its provenance.
+
+        Raises:
+            ValueError: for a file that is not there, saying where it comes from.
+        """
+        found = {}
+        for source, own in self.members.items():
+            architecture, is_file, name = source.rpartition("=")
+            if is_file and not (folder / name).is_file():
+                raise ValueError(
+                    f"no {folder / name}; it is in {self.checkpoints}; say where with --checkpoints FOLDER."
+                )
+            member = f"{architecture}={folder / name}" if is_file else name
+            found[member] = {"recipe": self.recipe} | (self.provenance or {}) | (own or {})
+        return found
+
+
 def dataset_recipe(name: str) -> DatasetRecipe:
     """
     Raises:
         ValueError: for an unknown name, with those that are near and all there are.
     """
-    known = recipe_names()
+    return DatasetRecipe.read(_named(name, _FOLDER))
+
+
+def ensemble_recipe(name: str) -> EnsembleRecipe:
+    """As `dataset_recipe`."""
+    return _read(EnsembleRecipe, _named(name, _FOLDER / "ensembles"))
+
+
+def recipe_names(folder: Path = _FOLDER) -> list[str]:
+    """Of all recipes in a folder, sorted; of the datasets' when left out."""
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _named(name: str, folder: Path) -> Path:
+    known = recipe_names(folder)
     if name not in known:
         near = difflib.get_close_matches(name, known, cutoff=0.7)
         meant = f"did you mean {' or '.join(near)}? There" if near else "there"
         raise ValueError(f"no recipe {name!r}; {meant} are {', '.join(known)}.")
-    return DatasetRecipe.read(_FOLDER / f"{name}.yaml")
+    return folder / f"{name}.yaml"
 
 
-def recipe_names() -> list[str]:
-    """Of all recipes, sorted."""
-    return sorted(file.name.removesuffix(".yaml") for file in _FOLDER.iterdir() if file.name.endswith(".yaml"))
+def _read(cls: type, path: Path) -> Any:
+    """A recipe of a class from its file, whose keys are the class's fields and of their types."""
+    try:
+        given = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path.name} has no keys.")
+    known = {field.name: field for field in fields(cls) if field.name != "recipe"}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{path.name}: {key!r} is not a key of a recipe; these are {', '.join(known)}.")
+        wanted = known[key].type
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            name = (get_args(wanted) or (wanted,))[0].__name__
+            raise ValueError(f"{path.name}: {key}={value!r} is not of type {name}.")
+    if missing := [key for key, field in known.items() if field.default is MISSING and key not in given]:
+        raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
+    return cls(recipe=path.name.removesuffix(".yaml"), **given)

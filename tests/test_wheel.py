@@ -49,7 +49,7 @@ def test_it_holds_every_source_file_the_template_and_the_recipes(wheel):
     }
     expected |= {f"concat_ensemble/modeling/{path.name}" for path in ROOT.glob("modeling/*.py")}
     expected |= {f"concat_ensemble/{path.name}" for path in ROOT.glob("concat_ensemble/*.jinja")}
-    expected |= {f"concat_ensemble/recipes/{path.name}" for path in ROOT.glob("concat_ensemble/recipes/*.yaml")}
+    expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob("concat_ensemble/recipes/**/*.yaml")}
     assert len(expected) >= 15
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if name.startswith("concat_ensemble/")} == expected
