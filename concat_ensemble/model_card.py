@@ -121,6 +121,7 @@ def _content(title: str, config: ConcatEnsembleConfig, results: dict[Path, Resul
     studies = list(results.values())
     members = [_member(config.members[k]) for k in config.built_members]
     names = list(dict.fromkeys(f"`{member['architecture']}`" for member in members))
+    named = {config.members[k]["provenance"].get("recipe") for k in config.built_members}
     commands = [config.members[k]["provenance"].get("command") for k in config.built_members] + [
         study.command for study in studies
     ]
@@ -130,7 +131,7 @@ def _content(title: str, config: ConcatEnsembleConfig, results: dict[Path, Resul
         "repo": title if "/" in title else f"path/to/{title}",
         "summary": f"{len(members)} image backbone{'s' if len(members) > 1 else ''} ({', '.join(names)}) as one model, whose features are those of "
         f"{'all of them' if len(members) > 1 else 'it'} side by side: {config.num_features:,} columns.",
-        "recipe": config.members[config.built_members[0]]["provenance"].get("recipe"),
+        "recipe": named.pop() if len(named) == 1 else None,
         "figures": [f"{FIGURES}/{path.stem}.png" for path in results],
         "auto_class": "AutoModelForImageClassification" if _task(config) == "image-classification" else "AutoModel",
         "num_features": config.num_features,
