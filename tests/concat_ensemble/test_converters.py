@@ -263,7 +263,7 @@ def loaded():
     return found
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(case=st.sampled_from(["timecat", "SwAV, wide", "SEER"]), place=st.integers(0, 10**6), bad=st.booleans())
 def test_a_checkpoint_that_is_nearly_right_is_refused(loaded, case, place, bad):
     tensors, converter, backbone = loaded[case]
