@@ -134,6 +134,8 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
     """Load Google's `.npz` weights (original and augreg; the paper's Figure 5) into a timm ViT made with `num_classes=0`,
     by timm's own reader, and see that nothing was left out, resized or spread.
 
+    timm's GELU is exact, as in the port that the paper's authors ran; Flax's own is the tanh approximation.
+
     Raises:
         ValueError: when the file holds something else than the weights of this architecture, or objects.
         FileNotFoundError: when there is none.
