@@ -109,7 +109,7 @@ class EnsembleRecipe:
                     f"no {folder / name}; it is in {self.checkpoints}; say where with --checkpoints FOLDER."
                 )
             member = f"{architecture}={folder / name}" if is_file else name
-            found[member] = {"recipe": self.recipe} | (self.provenance or {}) | (own or {})
+            found[member] = {"ensemble_recipe": self.recipe} | (self.provenance or {}) | (own or {})
         return found
 
 

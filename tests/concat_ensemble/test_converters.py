@@ -399,7 +399,7 @@ def test_the_command_builds_a_recipe(run, tmp_path):
     torch.testing.assert_close(model.members["0"](images), original(images), rtol=1e-4, atol=1e-5)
     (member,) = model.config.members
     assert (member["preprocessing"]["crop_pct"], member["preprocessing"]["interpolation"]) == (0.875, "bilinear")
-    known = {"recipe": "timecat-cat1", "seed": 2, "steps": 450000, "license": "cc-by-nc-4.0"}
+    known = {"ensemble_recipe": "timecat-cat1", "seed": 2, "steps": 450000, "license": "cc-by-nc-4.0"}
     assert known.items() <= member["provenance"].items()
     assert "recipe `timecat-cat1`: weights not run here" in (tmp_path / "cat1" / "README.md").read_text()
 
