@@ -11,7 +11,6 @@ for all members, strengths and controls: after one pass over the rows, M's (2 D)
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from concat_ensemble.probes.design import Design, moments
 from concat_ensemble.probes.metrics import wilson_interval
 from concat_ensemble.probes.ridge import Gram
 from concat_ensemble.projection import standardised_projection
+from concat_ensemble.results import write_json
 
 STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 REPEATS = 0.9  # mean R2 from which on one is said to repeat another
@@ -99,10 +99,7 @@ class Overlap:
     def save(self, path: Path, **about) -> None:
         """As JSON, after what else there is to say `about` it."""
         content = about | dataclasses.asdict(self) | {"repeats_from": REPEATS, "dead_below": DEAD}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(json.dumps(content | {"verdict": self.verdict}, indent=1) + "\n")
-        aside.replace(path)
+        write_json(path, content | {"verdict": self.verdict})
 
 
 def compare_models(

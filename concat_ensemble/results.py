@@ -130,10 +130,7 @@ class Results:
         return paired_difference(mine, its)
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(json.dumps({"protocol": self.protocol, **dataclasses.asdict(self)}, indent=1) + "\n")
-        aside.replace(path)
+        write_json(path, {"protocol": self.protocol, **dataclasses.asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -166,6 +163,14 @@ class Results:
             for row in repeats[0].rows
         ]
         return dataclasses.replace(repeats[0], rows=rows)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written aside and renamed: a kill leaves what was there, or all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
 
 
 def _t_interval(values: np.ndarray) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.probes.design import Design, moments
 from concat_ensemble.probes.metrics import bootstrap_mean
 from concat_ensemble.probes.ridge import Gram
+from concat_ensemble.results import write_json
 
 STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3)
 MOST_MEMBERS = 12  # of which all 4,095 subsets are probed; beyond, a greedy search
@@ -149,10 +150,7 @@ class Selection:
         content = {"protocol": self.protocol, **dataclasses.asdict(self)}
         for subset in content["subsets"]:
             del subset["right"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        aside.replace(path)
+        write_json(path, content)
 
 
 def select_members(

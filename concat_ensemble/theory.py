@@ -16,7 +16,6 @@ components that tell them apart are lost. Either pair will do, by initialisation
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from matplotlib.figure import Figure
 
 from concat_ensemble.plots import BLUE, GREY, ORANGE
 from concat_ensemble.probes.metrics import wilson_interval
+from concat_ensemble.results import write_json
 
 TOLERANCE = 1e-12  # of the largest coefficient: what counts as zero
 MEMBERS, WIDTH, STEPS = 4, 16, 4_000  # of a concatenation; hidden units and training steps of each
@@ -287,10 +287,7 @@ def plot_counterexample(found: Counterexample, path: Path) -> None:
 def save_theory(cancellations: Cancellations, counterexample: Counterexample, path: Path) -> None:
     """Write both as JSON."""
     both = {"cancellations": dataclasses.asdict(cancellations), "counterexample": dataclasses.asdict(counterexample)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(both | {"verdict": counterexample.verdict}, indent=1) + "\n")
-    aside.replace(path)
+    write_json(path, both | {"verdict": counterexample.verdict})
 
 
 def _shares(values: Sequence[float], count: int, name: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from compare import IMAGES, STUDIES, call, to_the_end, told
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import pixel_table, untrained_like
-from concat_ensemble.results import Row, Run
+from concat_ensemble.results import Row, Run, write_json
 
 COUNTS = (1, 2, 4, 8)
 SYSTEMS = tuple(f"cat{count}" for count in COUNTS)
@@ -58,12 +58,7 @@ class Point:
             folder = self.output / "members" / self.path.stem
             self._train(folder)
             found = self._probed(folder)
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text(
-                json.dumps({"point": [self.study, self.dataset, self.seed, self.budget], "top1": found}, indent=1)
-                + "\n"
-            )
-            aside.replace(self.path)
+            write_json(self.path, {"point": [self.study, self.dataset, self.seed, self.budget], "top1": found})
             shutil.rmtree(folder)
         content = json.loads(self.path.read_text())
         if content["point"] != [self.study, self.dataset, self.seed, self.budget]:
