@@ -19,7 +19,7 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.command_line import _load
+from concat_ensemble.commands.options import load_model
 from concat_ensemble.probes.metrics import paired_difference
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="scattered:digits")
     parser.add_argument("--limit", type=int)
     options = parser.parse_args()
-    model, data = _load(options.ensemble, seed=0), load_data(options.dataset, limit=options.limit)
+    model, data = load_model(options.ensemble, seed=0), load_data(options.dataset, limit=options.limit)
     tables = {storage: extract_features(model, data, storage=storage) for storage in ("float32", "float16")}
     for storage, table in tables.items():
         bytes_ = sum(

@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 
 from concat_ensemble import extract_features, load_data
-from concat_ensemble.command_line import _load
+from concat_ensemble.commands.options import load_model
 from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.selection import NEGLIGIBLE, QUICK_FOLDS, STRENGTHS, Cost, _Scorer, select_members
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--looks", type=int, nargs="+", default=[250, 500, 1_000])
     parser.add_argument("--draws", type=int, default=20)
     options = parser.parse_args()
-    model = _load(options.ensemble, seed=0)
+    model = load_model(options.ensemble, seed=0)
     table = extract_features(model, load_data(options.dataset, limit=options.limit))
     known, test = TableSplit.joined([table["train"], table["validation"]]), table["test"]
     scorer = _Scorer(known, test, table, STRENGTHS)

@@ -1,0 +1,1 @@
+"""The commands of `concat-ensemble`: each module holds some, and how they print."""
