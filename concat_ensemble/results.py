@@ -69,7 +69,7 @@ class Row:
     @property
     def interval(self) -> tuple[float, float]:
         """95%: Student's over repeats where there are several, else Wilson's over the test images."""
-        return _t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
+        return t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
 
     @property
     def draw_deviation(self) -> float | None:
@@ -123,7 +123,7 @@ class Results:
         paired = self[name].top1 - self[other].top1
         if self.repeats > 1:
             p = float(stats.ttest_1samp(paired, 0.0).pvalue) if paired.std() > 0 else float(paired[0] == 0)
-            return float(paired.mean()), _t_interval(paired), p
+            return float(paired.mean()), t_interval(paired), p
         mine, its = self[name].runs[0].right_images, self[other].runs[0].right_images
         if mine is None or its is None:
             return float(paired[0]), (-float("inf"), float("inf")), 1.0
@@ -173,6 +173,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def _t_interval(values: np.ndarray) -> tuple[float, float]:
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's, 95%, of the mean of at least two values."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)

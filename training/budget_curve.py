@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from compare import IMAGES, STUDIES, call, to_the_end, told
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import pixel_table, untrained_like
-from concat_ensemble.results import Row, Run, write_json
+from concat_ensemble.results import t_interval, write_json
 
 COUNTS = (1, 2, 4, 8)
 SYSTEMS = tuple(f"cat{count}" for count in COUNTS)
@@ -110,37 +110,27 @@ class Point:
         return found
 
 
-def rows_of(points: list[Point], measured: list[dict], name: str, system: str) -> dict[int, Row]:
-    """A system's accuracy on a study, by budget, over the repeats."""
-    rows: dict[int, Row] = {}
-    for point, found in zip(points, measured, strict=True):
-        row = rows.setdefault(point.budget, Row(system, "baseline", 0))
-        row.runs.append(Run(point.seed, {"top1": found[name][system]}, 0.0, 0, 1))
-    return dict(sorted(rows.items()))
+def top1_of(points: list[Point], measured: list[dict], name: str, system: str) -> dict[int, np.ndarray]:
+    """(repeats,): a system's accuracy on a study, by budget."""
+    found: dict[int, list[float]] = {}
+    for point, systems in zip(points, measured, strict=True):
+        found.setdefault(point.budget, []).append(systems[name][system])
+    return {budget: np.array(found[budget]) for budget in sorted(found)}
 
 
 def table_of(points: list[Point], measured: list[dict]) -> str:
     """In Markdown: a line for each study, budget and K."""
     budgets, lines = sorted({point.budget for point in points}), []
     for name in STUDIES:
-        lines += [
-            "",
-            f"| {TITLES[name]} | {' | '.join(f'{b:,} steps' for b in budgets)} |",
-            "|---" * (len(budgets) + 1) + "|",
-        ]
-        named = {system: rows_of(points, measured, name, system) for system in (*SYSTEMS, *CONTROLS)}
+        lines += ["", f"| {TITLES[name]} | {' | '.join(f'{b:,} steps' for b in budgets)} |"]
+        lines += ["|---" * (len(budgets) + 1) + "|"]
+        top1 = {system: top1_of(points, measured, name, system) for system in (*SYSTEMS, *CONTROLS)}
+        lines += [f"| {system} | {' | '.join(map(told, row.values()))} |" for system, row in top1.items()]
+        single = top1[SYSTEMS[0]]
         for system in SYSTEMS[1:]:  # repeat by repeat, which is surer than two means
-            named[f"{system} minus {SYSTEMS[0]}, paired"] = {
-                budget: Row(system, "baseline", 0, runs=list(map(_minus, row.runs, named[SYSTEMS[0]][budget].runs)))
-                for budget, row in named[system].items()
-            }
-        for system, rows in named.items():
-            lines.append(f"| {system} | {' | '.join(told(rows[budget]) for budget in budgets)} |")
+            cells = [told(top1[system][budget] - single[budget]) for budget in budgets]
+            lines.append(f"| {system} minus {SYSTEMS[0]}, paired | {' | '.join(cells)} |")
     return "\n".join(lines[1:]) + "\n"
-
-
-def _minus(run: Run, other: Run) -> Run:
-    return dataclasses.replace(run, metrics={"top1": run.metrics["top1"] - other.metrics["top1"]})
 
 
 def draw(points: list[Point], measured: list[dict], path: Path) -> None:
@@ -150,9 +140,9 @@ def draw(points: list[Point], measured: list[dict], path: Path) -> None:
     panels = figure.subplots(1, len(STUDIES))
     for axes, name in zip(panels, STUDIES, strict=True):
         for count, color in zip(COUNTS, COLORS, strict=True):
-            rows = rows_of(points, measured, name, f"cat{count}").values()
-            low, high = zip(*(row.interval for row in rows), strict=True)
-            means = [100 * row.mean for row in rows]
+            rows = top1_of(points, measured, name, f"cat{count}").values()
+            low, high = zip(*map(t_interval, rows), strict=True)
+            means = [100 * row.mean() for row in rows]
             axes.plot(
                 budgets,
                 means,
@@ -163,7 +153,7 @@ def draw(points: list[Point], measured: list[dict], path: Path) -> None:
             )
             axes.fill_between(budgets, 100 * np.array(low), 100 * np.array(high), color=color, alpha=0.12, linewidth=0)
         for system, style in zip(CONTROLS, ("--", ":"), strict=True):
-            means = [100 * row.mean for row in rows_of(points, measured, name, system).values()]
+            means = [100 * row.mean() for row in top1_of(points, measured, name, system).values()]
             axes.plot(
                 budgets,
                 means,

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from concat_ensemble.model_card import FIGURES, RESULTS, verdict, write_card
-from concat_ensemble.results import Results, Row
+from concat_ensemble.results import Results, t_interval
 
 HERE = Path(__file__).parent
 SUBJECT = "cat4"
@@ -107,18 +107,18 @@ def rows_of(studies: dict[str, Results]) -> list[list[str]]:
     """The table's cells, from the worst to the best on the unseen classes."""
     unseen, rows = studies["unseen"], []
     for row in sorted((row for row in unseen.rows if row.kind not in ("prefix", "member")), key=lambda row: row.mean):
-        cells = [row.name, f"{row.width:,}", f"{row.steps:,}", told(row), ""]
+        cells = [row.name, f"{row.width:,}", f"{row.steps:,}", told(row.top1), ""]
         if row.name != SUBJECT:
-            mean, (low, high), _ = unseen.difference(SUBJECT, row.name)
-            cells[-1] = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            cells[-1] = told(unseen[SUBJECT].top1 - row.top1, "+")
         others = [results for name, results in studies.items() if name != "unseen"]
-        rows.append([*cells, *(told(results[row.name]) if row.name in results else "" for results in others)])
+        rows.append([*cells, *(told(results[row.name].top1) if row.name in results else "" for results in others)])
     return rows
 
 
-def told(row: Row) -> str:
-    low, high = row.interval
-    return f"{100 * row.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def told(shares: np.ndarray, sign: str = "") -> str:
+    """The mean over repeats of shares of one, in %, and its 95% interval; `sign="+"` for differences."""
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (shares.mean(), *t_interval(shares)))
+    return f"{mean} [{low}, {high}]"
 
 
 def show(studies: dict[str, Results], output: Path, smoke: bool) -> None:
