@@ -6,8 +6,8 @@ import typer
 
 from concat_ensemble.commands.cache import cache
 from concat_ensemble.commands.ensembles import build, card, export
-from concat_ensemble.commands.evidence import theory
-from concat_ensemble.commands.options import errors
+from concat_ensemble.commands.evidence import mixture, reproduce, theory
+from concat_ensemble.commands.options import be_quiet, errors
 from concat_ensemble.commands.overlap import compare
 from concat_ensemble.commands.probe import probe
 from concat_ensemble.commands.select import select
@@ -20,11 +20,18 @@ app = typer.Typer(
 )
 for command in (build, probe, select, compare, card, export, theory, cache):  # in the order of --help
     app.command()(command)
+PASSED_ON = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}  # to a script's own parser
+for command in (mixture, reproduce):
+    app.command(context_settings=PASSED_ON)(command)
 
 
 def main() -> None:
     """Run, and answer a user's mistake with one line and exit code 2 (130 for Ctrl-C)."""
-    _be_quiet()
+    be_quiet()
     try:
         app()
     except KeyboardInterrupt:
@@ -33,13 +40,3 @@ def main() -> None:
     except (ValueError, OSError) as error:
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
         sys.exit(2)
-
-
-def _be_quiet() -> None:
-    """Leave our own progress bars the only ones."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    disable_progress_bar()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -178,6 +178,21 @@ def draw(points: list[Point], measured: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def run(
+    study: str, dataset: str, output: Path, budgets: list[int], repeats: int, *, smoke: bool
+) -> tuple[list[Point], list[dict]]:
+    """All points, two at a time, and what was measured of each; the table and the figure are left in the output folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    longest_first = sorted(budgets, reverse=True)  # so that none of these is left alone at the end
+    points = [Point(study, dataset, s, b, output, smoke) for b, s in product(longest_first, range(repeats))]
+    torch.set_num_threads(1)  # of networks too small to share cores
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        measured = list(pool.map(Point.measured, points))
+    (output / "table.md").write_text(table_of(points, measured))
+    draw(points, measured, output / "budget.png")
+    return points, measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=IMAGES)
@@ -192,19 +207,11 @@ def main() -> None:
             f"error: --repeats {options.repeats} must be at least 2, for an interval, and --budgets at least {COUNTS[-1]}."
         )
     output = (options.output or Path("runs") / f"{options.study}-budget") / ("smoke" if options.smoke else "")
-    output.mkdir(parents=True, exist_ok=True)
     dataset = options.dataset or IMAGES[options.study][0]
-    budgets = sorted(options.budgets, reverse=True)  # the longest first, so that none is left alone at the end
-    points = [
-        Point(options.study, dataset, s, b, output, options.smoke) for b, s in product(budgets, range(options.repeats))
-    ]
-    torch.set_num_threads(1)  # two points at a time, of networks too small to share cores
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        measured = list(pool.map(Point.measured, points))
-    table = table_of(points, measured)
-    (output / "table.md").write_text(table)
-    draw(points, measured, output / "budget.png")
-    print(f"{table}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]; figure: {output / 'budget.png'}")
+    points, measured = run(options.study, dataset, output, options.budgets, options.repeats, smoke=options.smoke)
+    print(
+        f"{table_of(points, measured)}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]; figure: {output / 'budget.png'}"
+    )
 
 
 if __name__ == "__main__":

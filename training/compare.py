@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from concat_ensemble.commands.options import be_quiet
 from concat_ensemble.model_card import FIGURES, RESULTS, verdict, write_card
 from concat_ensemble.results import Results, t_interval
 
@@ -34,6 +35,8 @@ MORE = ("cat5", "cat4-s", TOGETHER, "distilled/distilled", "two-stage/two-stage"
 IMAGES = {
     "scattered_digits": ("digits", None),
     "scattered_mnist": ("ylecun/mnist", 3_000),
+    "scattered_digits_turned": ("digits", None),
+    "scattered_digits_vit": ("digits", None),
 }  # dataset, images of each split
 # What is measured: classes, share of images for the test where there is no test split, and images of a class.
 STUDIES = {"unseen": ("5-9", 0.5, None), "few labels": ("5-9", 0.5, 10), "in distribution": ("0-4", 0.3, None)}
@@ -91,14 +94,20 @@ def repeat(study: str, seed: int, output: Path, dataset: str, full: bool, smoke:
     return found
 
 
+def run(study: str, output: Path, dataset: str, repeats: int, *, full: bool, smoke: bool) -> dict[str, Results]:
+    """All repeats, two at a time."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = list(pool.map(lambda seed: repeat(study, seed, output, dataset, full, smoke), range(repeats)))
+    return {name: Results.merged([results[name] for results in found]) for name in found[0]}
+
+
 def call(command: list[str], what: str) -> None:
     console.print(what)
     console.print(f"  {shlex.join([Path(command[0]).name, *command[1:]])}", style="dim", soft_wrap=True, markup=False)
     # One core each: these networks are too small to share several.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    found = [str(HERE.parent / word) if word.startswith("training/") else word for word in command]  # wherever we are
+    done = subprocess.run(found, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{what} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
 
@@ -163,7 +172,7 @@ def publish(studies: dict[str, Results], output: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("scattered_digits", "scattered_mnist"))
+    parser.add_argument("study", choices=IMAGES)
     parser.add_argument("--full", action="store_true", help="every system of the paper, not CAT and W2 alone")
     parser.add_argument("--smoke", action="store_true", help="two repeats of a few steps, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=5, help="seeds 0, 1, 2, ... (two at a time)")
@@ -176,13 +185,11 @@ def main() -> None:
     output = output / "smoke" if options.smoke else output
     if repeats < 2:
         sys.exit(f"error: --repeats {repeats}: an interval needs at least 2.")
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        found = list(
-            pool.map(
-                lambda seed: repeat(options.study, seed, output, dataset, options.full, options.smoke), range(repeats)
-            )
+    if options.full and not (HERE / "recipes" / f"{options.study}_finetune.yaml").is_file():
+        sys.exit(
+            f"error: --full needs recipes for distilling and fine-tuning, which {options.study} has not; leave it out."
         )
-    studies = {name: Results.merged([results[name] for results in found]) for name in found[0]}
+    studies = run(options.study, output, dataset, repeats, full=options.full, smoke=options.smoke)
     show(studies, output, options.smoke)
     folder = publish(studies, output)
     console.print(
@@ -199,6 +206,7 @@ def main() -> None:
 
 def to_the_end(main: Callable[[], None]) -> None:
     """Run a script whose parts are processes; Ctrl-C and a part that fails end it without a traceback of this one."""
+    be_quiet()
     try:
         main()
     except KeyboardInterrupt:

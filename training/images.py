@@ -120,6 +120,8 @@ class Images:
         self.labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
         if settings.augmentation == "scatter":
             self._grey = torch.stack([self._placeable(n) for n in range(self.size)])
+        if settings.turned:
+            self.names = [f"turned by {90 * quarters} degrees" for quarters in range(4)]
 
     def batches(self, seeds: Sequence[int], first_step: int = 0) -> Iterator[Batch]:
         """Parts of batches without end, from that of step `first_step` on: `gradient_accumulation` of them for each step.
@@ -173,8 +175,12 @@ class Images:
         generator, views = torch.Generator(), []
         for seed in seeds:
             generator.manual_seed(_mixed(seed, *part[0]))
-            placed = Scatter(size=self.pixels.input_size[1], generator=generator)(self._grey[numbers])
-            views.append(((placed - self.pixels.mean[0]) / self.pixels.std[0], self.labels[numbers]))
+            grey, labels = self._grey[numbers], self.labels[numbers]
+            if self.settings.turned:
+                labels = torch.randint(4, (len(numbers),), generator=generator)
+                grey = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(grey, labels.tolist(), strict=True)])
+            placed = Scatter(size=self.pixels.input_size[1], generator=generator)(grey)
+            views.append(((placed - self.pixels.mean[0]) / self.pixels.std[0], labels))
         return Batch(numbers, views)
 
     def _streamed(self, seeds: Sequence[int], first_step: int) -> Iterator[Batch]:

@@ -219,10 +219,11 @@ def data_of(images: Images) -> dict:
 
 
 def provenance_of(network: Network, recipe: Recipe, images: Images) -> dict:
+    classes = recipe.classes or "all" if recipe.turned else ", ".join(images.names)
     return {
         "source": "trained by training/pretrain_members.py",
-        "objective": "supervised classification",
-        "pretraining_data": f"{recipe.dataset}, classes {', '.join(images.names)}"
+        "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
+        "pretraining_data": f"{recipe.dataset}, classes {classes}"
         + (" (scattered)" if recipe.augmentation == "scatter" else ""),
         "seed": network.seed,
         "recipe": recipe.identity,

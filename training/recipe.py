@@ -38,6 +38,9 @@ class Settings:
     streaming: bool = False  # read the training split from the Hub while training; then in order, shuffled in a buffer
 
     augmentation: str = "timm"  # its training transform; "scatter": each image placed anew on a noisy canvas; "none"
+    turned: bool = (
+        False  # no labels: which quarter turn was each scattered image given? (Gidaris 2018, arXiv:1803.07728)
+    )
     auto_augment: str | None = None  # timm's, as rand-m9-mstd0.5-inc1
     crop_scale: list[float] = dataclasses.field(default_factory=lambda: [0.08, 1.0])  # area of the random crop
     flip: float = 0.5  # how often an image is mirrored
@@ -102,6 +105,10 @@ class Settings:
                 raise ValueError(
                     f"auto_augment={self.auto_augment!r} is none of timm's, such as rand-m9-mstd0.5-inc1, original or v0."
                 ) from error
+        if self.turned and (self.augmentation != "scatter" or self.evaluate_every):
+            raise ValueError(
+                "turned=True goes with augmentation=scatter and evaluate_every=0: held-out images keep their labels."
+            )
         if self.streaming and self.augmentation == "scatter":
             raise ValueError("streaming=True goes with augmentation=timm or none: scatter holds the images in memory.")
 

@@ -1,5 +1,6 @@
-"""`theory`: the paper's evidence."""
+"""`theory`, `mixture` and `reproduce`: the paper's evidence."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,3 +56,27 @@ def theory(
     out.print(found.verdict, soft_wrap=True)
     if not quiet:
         out.print(f"written: {path}, {path.with_suffix('.png')}", soft_wrap=True)
+
+
+def mixture(context: typer.Context) -> None:
+    """Train on the components of a mixture and on the mixture, and say what transfer loses and concatenation recovers.
+
+    concat-ensemble mixture scattered_digits --components labels
+    """
+    _run_script("mixture.py", context.args)
+
+
+def reproduce(context: typer.Context) -> None:
+    """Run the paper's figures at desk scale, beside the paper's numbers: figure-1, ..., or all.
+
+    concat-ensemble reproduce all
+    """
+    _run_script("reproduce.py", context.args)
+
+
+def _run_script(name: str, words: list[str]) -> None:
+    """A script of `training/`, which is cloned and not installed; its exit code is ours."""
+    script = Path(__file__).parents[2] / "training" / name
+    if not script.is_file():
+        raise ValueError(f"this trains networks, with scripts that a clone has and an installed package has not: clone the repository, pip install -e '.[train]' there, and run it again ({script} is missing).")  # fmt: skip
+    raise typer.Exit(subprocess.call([sys.executable, script, *words]))

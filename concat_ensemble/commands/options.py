@@ -40,6 +40,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+def be_quiet() -> None:
+    """Leave our own progress bars the only ones."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def typed() -> str:
     return shlex.join(["concat-ensemble", *sys.argv[1:]])
 

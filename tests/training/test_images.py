@@ -125,3 +125,23 @@ def test_a_stream_of_fewer_files_than_workers_is_named(parquet):
     settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": 3}
     with pytest.raises(ValueError, match=r"num_workers=3: .* has 2 files"):
         next(Images(Settings(**settings), GREY).batches([1]))
+
+
+def test_turns_are_told_by_their_labels_and_drawn_for_each_network():
+    images = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80, turned=True), GREY)
+    assert len(images.names) == 4
+    (batch,) = first(images.batches([3, 4]), 1)
+    (one, turns), (_, others) = batch.views
+    assert set(turns.tolist()) == {0, 1, 2, 3} and not torch.equal(turns, others)
+    plain = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80), GREY)
+    grey = plain._grey[batch.numbers]
+    for quarters in range(4):  # placed upright again, an image is most like itself as it was
+        turned_back = one[turns == quarters].rot90(-quarters, (2, 3)).flatten(1)
+        upright = torch.nn.functional.interpolate(grey[turns == quarters], 32).flatten(1)
+        assert torch.corrcoef(torch.stack([turned_back.mean(0), upright.mean(0)]))[0, 1] > 0.3
+
+
+@pytest.mark.parametrize("other", [{"augmentation": "none"}, {"augmentation": "scatter", "evaluate_every": 5}])
+def test_turns_need_scattered_images_and_nothing_held_out(other):
+    with pytest.raises(ValueError, match=r"turned=True goes with augmentation=scatter"):
+        Settings(dataset="digits", turned=True, **other)

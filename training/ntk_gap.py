@@ -1,0 +1,117 @@
+"""Does fine-tuning near the pretrained point close the gap to a concatenation? (Section 2 of the paper: it is linear probing of tangent features.)
+
+    .venv/bin/python training/compare.py scattered_digits && .venv/bin/python training/ntk_gap.py scattered_digits
+
+Takes the networks that compare.py trained, in all its repeats, and probes the unseen digits on the gradients of CAT1 (neural tangent kernel features,
+hashed to 2,048 columns) beside the plain features of CAT1 and CAT4; with the gradients of an untrained network, which need no pretraining at all, as
+the control, and those of CAT4. Prints a table; each repeat is kept in a file and not done again.
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compare import IMAGES, STUDIES, SUBJECT, to_the_end, told
+from concat_ensemble import LinearProbe, assemble, extract_features, load_data
+from concat_ensemble.controls import untrained_like
+from concat_ensemble.ntk import NTK
+from concat_ensemble.results import write_json
+
+COLUMNS = 2_048  # for each system, so that CAT4's four members get a quarter each
+SINGLE = "cat1"
+GRADIENTS = ", gradients"
+SYSTEMS = (SINGLE, SUBJECT, SINGLE + GRADIENTS, SUBJECT + GRADIENTS, "untrained cat1", "untrained cat1" + GRADIENTS)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Where the networks are, and what they are probed on."""
+
+    study: str
+    dataset: str
+    networks: Path  # compare.py's output
+    output: Path
+    smoke: bool = False
+
+    def measured(self, seed: int) -> dict[str, float]:
+        """Top-1 by system in one repeat; read where it was measured before."""
+        path, asked = self.output / f"ntk-seed-{seed}.json", [self.study, self.dataset, seed, COLUMNS]
+        if not path.is_file():
+            write_json(path, {"asked": asked, "top1": self._probed(seed)})
+        content = json.loads(path.read_text())
+        if content["asked"] != asked:
+            raise ValueError(f"{path} is of {content['asked']}, not {asked}; name another --output, or delete it.")
+        return content["top1"]
+
+    def _probed(self, seed: int) -> dict[str, float]:
+        folder = self.networks / f"seed-{seed}"
+        models = {name: assemble(folder / name) for name in (SINGLE, SUBJECT)}
+        models["untrained cat1"] = untrained_like(models[SINGLE], seed)
+        classes, test_size, _ = STUDIES["unseen"]
+        low, high = map(int, classes.split("-"))
+        data = load_data(
+            f"scattered:{self.dataset}",
+            classes=range(low, high + 1),
+            test_size=test_size,
+            limit=100 if self.smoke else IMAGES[self.study][1],
+            seed=seed,
+        )
+        found = {}
+        for system in SYSTEMS:
+            model = models[system.removesuffix(GRADIENTS)]
+            ntk = NTK(dim=COLUMNS // len(model.members), seed=seed) if system.endswith(GRADIENTS) else None
+            table = extract_features(model, data, store=folder / "features", quiet=True, ntk=ntk)
+            probe = LinearProbe(seed=seed).fit(table["train"], validation=table["validation"])
+            found[system] = probe.score(table["test"])
+        return found
+
+    def run(self, repeats: int) -> dict[str, np.ndarray]:
+        """(repeats,) top-1 of each system, two repeats at a time."""
+        missing = [seed for seed in range(repeats) if not (self.networks / f"seed-{seed}" / SUBJECT).is_dir()]
+        if missing:
+            raise RuntimeError(
+                f"{self.networks} has no networks of seed {missing[0]}; train them with training/compare.py {self.study}."
+            )
+        torch.set_num_threads(1)  # of networks too small to share cores
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            measured = list(pool.map(self.measured, range(repeats)))
+        return {system: np.array([repeat[system] for repeat in measured]) for system in SYSTEMS}
+
+
+def table_of(top1: dict[str, np.ndarray]) -> str:
+    """In Markdown, from the worst to the best."""
+    lines = ["| | unseen 5 to 9 | minus cat1, paired | cat4 minus it, paired |", "|---|---|---|---|"]
+    for system in sorted(top1, key=lambda system: top1[system].mean()):
+        paired = [
+            "" if system == other else told(sign * (top1[system] - top1[other]), "+")
+            for other, sign in ((SINGLE, 1), (SUBJECT, -1))
+        ]
+        lines.append(f"| {system} | {told(top1[system])} | {' | '.join(paired)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("scattered_digits", "scattered_mnist"))
+    parser.add_argument("--repeats", type=int, default=5, help="seeds 0, 1, 2, ... (two at a time)")
+    parser.add_argument("--networks", type=Path, help="compare.py's output; runs/STUDY when left out")
+    parser.add_argument("--output", type=Path, help="for the numbers; beside the networks when left out")
+    parser.add_argument("--dataset", help="where the images are, such as parquet:FOLDER; on the Hub when left out")
+    options = parser.parse_args()
+    if options.repeats < 2:
+        sys.exit(f"error: --repeats {options.repeats}: an interval needs at least 2.")
+    networks = options.networks or Path("runs") / options.study
+    gap = Gap(options.study, options.dataset or IMAGES[options.study][0], networks, options.output or networks)
+    table = table_of(gap.run(options.repeats))
+    (gap.output / "ntk.md").write_text(table)
+    print(f"{table}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]")
+
+
+if __name__ == "__main__":
+    to_the_end(main)
