@@ -11,7 +11,7 @@ MEASURED = Path(__file__).parents[2] / "training" / "measured"
 README = (MEASURED.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("study", ["scattered_digits"])
+@pytest.mark.parametrize("study", ["scattered_digits", "scattered_mnist"])
 def test_the_curve_is_that_of_its_points(study):
     folder = MEASURED / f"{study}_budget"
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
