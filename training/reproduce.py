@@ -203,7 +203,7 @@ def figure_6(desk: Desk) -> Finding:
         desk,
         f"{STUDY}_vit",
         "Figures 5 and 6: vision transformers",
-        "As Figure 4 with small ViTs (8x8 patches, four blocks of width 64); W2 is twice as wide. The paper's members differ in recipe and size as well, ours in seed only.",
+        "As Figure 4 with small ViTs (8x8 patches, three blocks of width 64); W2 is twice as wide. The paper's members differ in recipe and size as well, ours in seed only.",
         "ViT-L/16 (augreg) ~ 83.4 against CAT2 of ViT-L/16 and ViT-B/16 ~ 84.2 on ImageNet-1k, read off the figure; no transfer is shown for them.",
     )
 
