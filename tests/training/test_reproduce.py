@@ -28,7 +28,7 @@ def test_the_page_in_docs_is_made_of_the_outputs_beside_it():
     assert {path.stem for path in MEASURED.glob("*.json")} == set(FIGURES)
     for figure in FIGURES:
         content = json.loads((MEASURED / f"{figure}.json").read_text())
-        assert content["asked"] == {"repeats": 3, "smoke": False} and content["conclusions"]
+        assert content["asked"] == {"repeats": 4, "smoke": False} and content["conclusions"]
         assert Image.open(MEASURED / f"{figure}.png").size[0] >= 800
 
 
