@@ -3,8 +3,8 @@
     .venv/bin/python training/compare.py scattered_digits && .venv/bin/python training/ntk_gap.py scattered_digits
 
 Takes the networks that compare.py trained, in all its repeats, and probes the unseen digits on the gradients of CAT1 (neural tangent kernel features,
-hashed to 2,048 columns) beside the plain features of CAT1 and CAT4; with the gradients of an untrained network, which need no pretraining at all, as
-the control, and those of CAT4. Prints a table; each repeat is kept in a file and not done again.
+hashed to 2,048 columns) beside the plain features of CAT1 and CAT4; with them by PCA at CAT4's width, the gradients of an untrained network, which need no
+pretraining at all, and those of CAT4. Prints a table; each repeat is kept in a file and not done again.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from compare import IMAGES, STUDIES, SUBJECT, to_the_end, told
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import untrained_like
 from concat_ensemble.ntk import NTK
+from concat_ensemble.projection import principal_projection
 from concat_ensemble.results import write_json
 
 COLUMNS = 2_048  # for each system, so that CAT4's four members get a quarter each
 SINGLE = "cat1"
 GRADIENTS = ", gradients"
+NARROW = SINGLE + GRADIENTS + f", PCA to {SUBJECT}'s width"
 SYSTEMS = (SINGLE, SUBJECT, SINGLE + GRADIENTS, SUBJECT + GRADIENTS, "untrained cat1", "untrained cat1" + GRADIENTS)
 
 
@@ -62,12 +64,17 @@ class Gap:
             limit=100 if self.smoke else IMAGES[self.study][1],
             seed=seed,
         )
-        found = {}
+        tables = {}
         for system in SYSTEMS:
             model = models[system.removesuffix(GRADIENTS)]
             ntk = NTK(dim=COLUMNS // len(model.members), seed=seed) if system.endswith(GRADIENTS) else None
-            table = extract_features(model, data, store=folder / "features", quiet=True, ntk=ntk)
-            probe = LinearProbe(seed=seed).fit(table["train"], validation=table["validation"])
+            tables[system] = extract_features(model, data, store=folder / "features", quiet=True, ntk=ntk)
+        gradients = tables[SINGLE + GRADIENTS]
+        tables[NARROW] = principal_projection(gradients, sum(tables[SUBJECT].widths))(gradients)
+        found = {}
+        for system, table in tables.items():
+            probe = LinearProbe(standardize=system != NARROW, seed=seed)
+            probe.fit(table["train"], validation=table["validation"])
             found[system] = probe.score(table["test"])
         return found
 
@@ -81,7 +88,7 @@ class Gap:
         torch.set_num_threads(1)  # of networks too small to share cores
         with ThreadPoolExecutor(max_workers=2) as pool:
             measured = list(pool.map(self.measured, range(repeats)))
-        return {system: np.array([repeat[system] for repeat in measured]) for system in SYSTEMS}
+        return {system: np.array([repeat[system] for repeat in measured]) for system in measured[0]}
 
 
 def table_of(top1: dict[str, np.ndarray]) -> str:

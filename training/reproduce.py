@@ -275,11 +275,12 @@ def ntk(desk: Desk) -> Finding:
     single, gradients, whole = (top1[name] for name in ("cat1", "cat1" + ntk_gap.GRADIENTS, SUBJECT))
     return Finding(
         "NTK features: fine-tuning near the pretrained point",
-        f"Figure 4's networks; gradients of a random unit combination of a network's features by all its parameters, hashed to {ntk_gap.COLUMNS:,} columns, standardised and probed.",
+        f"Figure 4's networks; gradients of a random unit combination of a network's features by all its parameters, hashed to {ntk_gap.COLUMNS:,} columns, standardised and probed. On scattered MNIST it is likewise (training/README.md).",
         "Tangent features of one network do not close the gap to a concatenation (no number is at hand).",
         ntk_gap.table_of(top1),
         [
             Conclusion.paired("CAT4's plain features stay above CAT1's gradients", whole - gradients),
+            Conclusion.paired("also at CAT4's width (CAT4 - gradients by PCA)", whole - top1[ntk_gap.NARROW]),
             Conclusion.paired("gradients tell more than features of the same network (CAT1)", gradients - single),
         ],
         lambda path: _dots({"unseen digits 5 to 9": top1}, path),
