@@ -12,16 +12,14 @@ import dataclasses
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from compare import IMAGES, STUDIES, call, to_the_end, told
+from compare import IMAGES, STUDIES, call, to_the_end, told, two_at_a_time
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.results import t_interval, write_json
@@ -185,9 +183,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     longest_first = sorted(budgets, reverse=True)  # so that none of these is left alone at the end
     points = [Point(study, dataset, s, b, output, smoke) for b, s in product(longest_first, range(repeats))]
-    torch.set_num_threads(1)  # of networks too small to share cores
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        measured = list(pool.map(Point.measured, points))
+    measured = two_at_a_time(Point.measured, points)
     (output / "table.md").write_text(table_of(points, measured))
     draw(points, measured, output / "budget.png")
     return points, measured

@@ -15,11 +15,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -124,6 +126,17 @@ def rows_of(studies: dict[str, Results]) -> list[list[str]]:
         others = [results for name, results in studies.items() if name != "unseen"]
         rows.append([*cells, *(told(results[row.name].top1) if row.name in results else "" for results in others)])
     return rows
+
+
+def two_at_a_time(function: Callable, arguments: Iterable) -> list:
+    """`function` of each, in processes of one core and of generators of their own: untrained networks are drawn from torch's global one."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_in_a_process) as pool:
+        return list(pool.map(function, arguments))
+
+
+def _in_a_process() -> None:
+    torch.set_num_threads(1)
+    be_quiet()
 
 
 def shown(results: Results) -> list[Row]:

@@ -15,16 +15,14 @@ import argparse
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
 
-from compare import IMAGES, call, to_the_end, told
+from compare import IMAGES, call, to_the_end, told, two_at_a_time
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.projection import principal_projection
@@ -200,9 +198,7 @@ def draw(measured: list[Measured], path: Path) -> None:
 def run(study: Study, repeats: int) -> list[Measured]:
     """All repeats, two at a time, and what is left of them in the output folder."""
     study.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # of networks too small to share cores
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        measured = list(pool.map(study.measured, range(repeats)))
+    measured = two_at_a_time(study.measured, range(repeats))
     (study.output / "table.md").write_text(table_of(measured))
     draw(measured, study.output / "mixture.png")
     return measured

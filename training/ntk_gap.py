@@ -10,14 +10,12 @@ pretraining at all, and those of CAT4. Prints a table; each repeat is kept in a 
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from compare import IMAGES, STUDIES, SUBJECT, to_the_end, told
+from compare import IMAGES, STUDIES, SUBJECT, to_the_end, told, two_at_a_time
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import untrained_like
 from concat_ensemble.ntk import NTK
@@ -85,9 +83,7 @@ class Gap:
             raise RuntimeError(
                 f"{self.networks} has no networks of seed {missing[0]}; train them with training/compare.py {self.study}."
             )
-        torch.set_num_threads(1)  # of networks too small to share cores
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            measured = list(pool.map(self.measured, range(repeats)))
+        measured = two_at_a_time(self.measured, range(repeats))
         return {system: np.array([repeat[system] for repeat in measured]) for system in measured[0]}
 
 
