@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 
 from concat_ensemble.modeling.modeling_concat_ensemble import push_folder
 
@@ -38,9 +38,7 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
         raise ValueError(f"{folder} holds no ensemble ({error}); make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
-    if not (folder / "README.md").exists():
-        write_new_card(folder, repo_id)
-    return push_folder(folder, repo_id, **options)
+    return push_folder(folder, repo_id, card_writer=write_new_card, **options)
 
 
 def write_new_card(folder: Path, title: str) -> None:
@@ -58,6 +56,13 @@ def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo:
         repo_id: `namespace/name` of a dataset repo, made where there is none.
         **options: `private`, `token`, `revision`, `create_pr` and more, as in `datasets.DatasetDict.push_to_hub`.
     """
+    if options.get("private"):  # which is ignored for a repo that is there already
+        api = HfApi(token=options.get("token"), library_name="concat-ensemble")
+        repo_id = api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True).repo_id
+        if not api.dataset_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} is public already, and private was asked for; make it so on the Hub or leave it out."
+            )
     columns = {
         f"member_{k:02d}": List(Value(str(block.dtype)), length=block.shape[1])
         for k, block in enumerate(table[next(iter(table))].blocks)

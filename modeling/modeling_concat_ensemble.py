@@ -597,7 +597,7 @@ def push_folder(
         }
         if card_writer and "README.md" not in files and weights != there:
             if "README.md" in {file.path for file in remote}:  # what was written by hand there is kept
-                api.hf_hub_download(repo_id, "README.md", revision=parent, local_dir=folder)
+                shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=parent), folder / "README.md")
             card_writer(folder, repo_id)
             files = _files_to_push(folder)
             additions |= {name: CommitOperationAdd(name, path) for name, path in files.items() if name not in additions}

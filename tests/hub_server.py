@@ -112,7 +112,12 @@ class HubServer:
         self.write(kind, name, repo, "refs/heads/main", {".gitattributes": attributes}, "initial commit")
 
     def write(self, kind: str, name: str, repo: dict, ref: str, files: dict, title: str, parent=None) -> str:
-        commit = {"parent": parent, "title": title, "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"), "files": files}
+        commit = {
+            "parent": parent,
+            "title": title,
+            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "files": files,
+        }
         oid = hashlib.sha1(json.dumps([commit, time.time_ns()]).encode()).hexdigest()
         repo["commits"][oid], repo["refs"][ref] = commit, oid
         self._path(kind, name).write_text(json.dumps(repo))

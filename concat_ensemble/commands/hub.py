@@ -35,7 +35,7 @@ def push(
 
     from concat_ensemble.hub import push_ensemble
 
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     asked = {"private": private or None, "revision": revision, "create_pr": create_pr, "token": token}
     commit = push_ensemble(folder, repo_id, **asked)
