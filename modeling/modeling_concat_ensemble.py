@@ -601,6 +601,7 @@ def push_folder(
             card_writer(folder, repo_id)
             files = _files_to_push(folder)
             additions |= {name: CommitOperationAdd(name, path) for name, path in files.items() if name not in additions}
+        changed = [file for name, file in additions.items() if name not in weights or weights[name] != there.get(name)]
         owned = CARD_PARTS[1:] if "README.md" in files else ()
         stale = [
             file.path
@@ -609,7 +610,7 @@ def push_folder(
         ]
         return api.create_commit(
             repo_id,
-            [*additions.values(), *map(CommitOperationDelete, stale)],
+            [*changed, *map(CommitOperationDelete, stale)],
             commit_message=commit_message or "Upload ensemble",
             commit_description=commit_description,
             revision=revision,

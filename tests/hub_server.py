@@ -112,12 +112,8 @@ class HubServer:
         self.write(kind, name, repo, "refs/heads/main", {".gitattributes": attributes}, "initial commit")
 
     def write(self, kind: str, name: str, repo: dict, ref: str, files: dict, title: str, parent=None) -> str:
-        commit = {
-            "parent": parent,
-            "title": title,
-            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            "files": files,
-        }
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        commit = {"parent": parent, "title": title, "date": date, "files": files}
         oid = hashlib.sha1(json.dumps([commit, time.time_ns()]).encode()).hexdigest()
         repo["commits"][oid], repo["refs"][ref] = commit, oid
         self._path(kind, name).write_text(json.dumps(repo))
@@ -140,6 +136,9 @@ class HubServer:
         blob = pointer if lfs else path.read_bytes()
         oid = hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
         return {"oid": oid, "sha256": sha256, "size": size, "lfs": lfs}
+
+    def page(self, kind: str, name: str) -> str:
+        return f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / "repos" / f"{kind}--{name.replace('/', '--')}.json"
@@ -192,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _user(self, needed: bool) -> str | None:
         given = self.headers.get("Authorization")
-        if given and given != f"Bearer {TOKEN}":
+        if given not in (None, f"Bearer {TOKEN}"):
             raise Refusal(401, "Invalid credentials in Authorization header")
         if needed and not given:
             raise Refusal(401, "Invalid username or password.")
@@ -205,13 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._user(needed=write)
         return repo
 
-    def whoami(self) -> None:
-        self._send({"type": "user", "name": self._user(needed=True), "orgs": [], "auth": {"type": "access_token"}})
-
     def create_repo(self) -> None:
         asked, user = json.loads(self.body), self._user(needed=True)
         kind, name = f"{asked.get('type', 'model')}s", f"{asked['organization'] or user}/{asked['name']}"
-        url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        url = self.hub.page(kind, name)
         with self.hub.lock:
             if self.hub.repo(kind, name):
                 self._send({"error": "You already created this repo", "url": url}, 409)
@@ -290,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
             number = sum(name.startswith("refs/pr/") for name in found["refs"]) + 1
             opened = f"refs/pr/{number}" if self.query.get("create_pr") else None
             oid = self.hub.write(kind, repo, found, opened or ref, files, header["summary"], parent)
-        url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{repo}"
+        url = self.hub.page(kind, repo)
         request = {"pullRequestUrl": f"{url}/discussions/{number}"} if opened else {}
         self._send({"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"} | request)
 
@@ -303,23 +299,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refs(self, kind: str, repo: str) -> None:
         found = self._repo(kind, repo)["refs"].items()
-        names = {"branches": "refs/heads/", "pullRequests": "refs/pr/", "tags": "refs/tags/"}
-        told = {
-            key: [
-                {"name": ref.removeprefix(start), "ref": ref, "targetCommit": oid} for ref, oid in found if start in ref
-            ]
-            for key, start in names.items()
-        }
-        self._send(told | {"converts": []})
+        told = {"converts": [], "tags": []}
+        for key, start in {"branches": "refs/heads/", "pullRequests": "refs/pr/"}.items():
+            named = [(ref.removeprefix(start), ref, oid) for ref, oid in found if ref.startswith(start)]
+            told[key] = [{"name": name, "ref": ref, "targetCommit": oid} for name, ref, oid in named]
+        self._send(told)
 
     def branch(self, kind: str, repo: str, name: str) -> None:
         with self.hub.lock:
             found = self._repo(kind, repo, write=True)
             if f"refs/heads/{name}" in found["refs"]:
                 raise Refusal(409, f"Reference already exists: refs/heads/{name}")
-            found["refs"][f"refs/heads/{name}"] = self.hub.commit(
-                found, json.loads(self.body).get("startingPoint", "main")
-            )
+            start = json.loads(self.body).get("startingPoint", "main")
+            found["refs"][f"refs/heads/{name}"] = self.hub.commit(found, start)
             self.hub._path(kind, repo).write_text(json.dumps(found))
         self._send({})
 
@@ -330,22 +322,17 @@ class _Handler(BaseHTTPRequestHandler):
         below = {path: file for path, file in commit["files"].items() if path.startswith(start)}
         if folder and not below:
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-        flat = self.query.get("recursive", "").lower() not in ("true", "1")
-        self._send(
-            _listing({p: f for p, f in below.items() if not flat or "/" not in p[len(start) :]}, below, start, commit)
-        )
-
-    def paths_info(self, kind: str, repo: str, revision: str) -> None:
-        found = self._repo(kind, repo)
-        commit = found["commits"][self.hub.commit(found, revision)]
-        wanted = parse_qs(self.body.decode()).get("paths", [])
-        there = commit["files"]
-        folders = [
-            {"type": "directory", "oid": "0" * 40, "size": 0, "path": p}
-            for p in wanted
-            if any(f.startswith(f"{p}/") for f in there)
-        ]
-        self._send([_file(path, there[path], commit) for path in wanted if path in there] + folders)
+        names = {path: path.removeprefix(start) for path in below}
+        folders = sorted({start + name.split("/")[0] for name in names.values() if "/" in name})
+        told = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
+        recursive = self.query.get("recursive", "").lower() in ("true", "1")
+        for path, file in below.items():
+            if recursive or "/" not in names[path]:
+                last = {"id": file["oid"], "title": commit["title"], "date": commit["date"]}
+                entry = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"], "lastCommit": last}
+                pointer = {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}
+                told.append(entry | ({"lfs": pointer} if file["lfs"] else {}))
+        self._send(told)
 
     def resolve(self, kind: str | None, repo: str, revision: str, path: str) -> None:
         found = self._repo("datasets" if kind else "models", repo)
@@ -366,36 +353,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._content(sha256, {"ETag": f'"{sha256}"'})
 
     def _content(self, sha256: str, headers: dict) -> None:
-        content = (self.hub.folder / "files" / sha256).read_bytes()
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, stop = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
-            headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
-            self._send(content[start:stop], 206, headers)
-        else:
-            self._send(content, headers=headers)
-
-
-def _file(path: str, file: dict, commit: dict) -> dict:
-    told = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"]}
-    told["lastCommit"] = {"id": file["oid"], "title": commit["title"], "date": commit["date"]}
-    pointer = {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}
-    return told | ({"lfs": pointer} if file["lfs"] else {})
-
-
-def _listing(shown: dict, below: dict, start: str, commit: dict) -> list[dict]:
-    folders = {start + path[len(start) :].split("/")[0] for path in below if "/" in path[len(start) :]}
-    told = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)]
-    return told + [_file(path, file, commit) for path, file in shown.items()]
+        self._send((self.hub.folder / "files" / sha256).read_bytes(), headers=headers)
 
 
 ROUTES = [
-    (("GET",), "/api/whoami-v2", _Handler.whoami),
     (("POST",), "/api/repos/create", _Handler.create_repo),
     (("POST",), "/api/validate-yaml", _Handler.validate_card),
     (("POST",), rf"/api/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     (("POST",), rf"/api/{REPO}/commit/(?P<revision>[^/]+)", _Handler.make_commit),
     (("POST",), rf"/api/{REPO}/branch/(?P<name>[^/]+)", _Handler.branch),
-    (("POST",), rf"/api/{REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
     (("GET",), rf"/api/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
     (("GET",), rf"/api/{REPO}/refs", _Handler.refs),
     (("GET",), rf"/api/{REPO}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),

@@ -57,6 +57,9 @@ class Client:
     def run(self, code: str) -> tuple[str, str, str | int | None]:
         """Stdout, stderr, and the error or exit code if any."""
         self.send(code)
+        return self.answer()
+
+    def answer(self) -> tuple[str, str, str | int | None]:
         answer = json.loads(self.process.stdout.readline())
         self.heard += "".join(map(str, answer))
         return answer
@@ -219,6 +222,25 @@ def test_an_upload_that_was_cut_off_sends_what_is_missing(publisher, client, hub
     assert all(hub.read("me/cut", name) == (tmp_path / "cut" / name).read_bytes() for name in names)
 
 
+def test_what_somebody_else_commits_meanwhile_is_not_lost(publisher, hub, folder, backbone):
+    publisher.push(folder, "me/busy")
+    assemble([folder, backbone(9)]).save_pretrained(folder)
+    digest = hashlib.sha256((folder / "member-02.safetensors").read_bytes()).hexdigest()
+    hub.hold([digest])
+    publisher.send(COMMAND.format(words=["push", str(folder), "me/busy"]))
+    while not any(digest in path for _, path in hub.requests):
+        time.sleep(0.05)
+    repo = hub.repo("models", "me/busy")
+    files = hub.files("me/busy") | {"NOTICE": hub.keep(b"of somebody else")}
+    theirs = hub.write("models", "me/busy", repo, "refs/heads/main", files, "NOTICE", hub.commits("me/busy")[0])
+    hub.release()  # the client tries again and goes on
+    _, said, code = publisher.answer()
+    assert code == 2 and "A commit has happened since" in said
+    assert hub.commits("me/busy")[0] == theirs
+    publisher.push(folder, "me/busy")
+    assert hub.read("me/busy", "NOTICE") == b"of somebody else" and len(hub.commits("me/busy")) == 3
+
+
 def test_a_branch_and_a_pull_request(publisher, visitor, hub, grown):
     pair, triple = grown
     publisher.push(pair, "me/parts")
@@ -228,6 +250,9 @@ def test_a_branch_and_a_pull_request(publisher, visitor, hub, grown):
     assert hub.commits("me/parts") == main and hub.commits("me/parts", "refs/pr/1") == [opened["commit"], *main]
     publisher.push(triple, "me/parts", "--revision", "three")
     assert hub.commits("me/parts") == main and len(hub.commits("me/parts", "three")) == 2
+    assert publisher.ask(
+        "[ref.ref for ref in __import__('huggingface_hub').list_repo_refs('me/parts', include_pull_requests=True).pull_requests]"
+    ) == ["refs/pr/1"]
     visitor("from transformers import AutoConfig")
     members = "AutoConfig.from_pretrained('me/parts', trust_remote_code=True, revision={!r}).members"
     for revision, number in {"main": 2, "refs/pr/1": 3, "three": 3}.items():
