@@ -628,7 +628,7 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts) and name.parts[0] not in CARD_PARTS
+        hidden = any(part.startswith(".") and part not in CARD_PARTS for part in name.parts)
         if hidden or path.suffix == ".tmp":
             continue
         if path.is_symlink():
@@ -637,7 +637,7 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
             files[name.as_posix()] = path
     try:
         shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-    except (KeyError, ValueError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise OSError(f"{folder} holds no whole ensemble ({INDEX_NAME}: {error!r}); save or build it again.") from error
     missing = sorted({"config.json", "preprocessor_config.json", *shards} - set(files))
     if missing:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,10 @@ def pushed_files(folder: Path) -> dict[str, bytes]:
 
 def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_new(publisher, hub, grown):
     pair, triple = grown
+    (pair / ".git").mkdir()
+    (pair / ".git" / "config").write_text("of this machine")
     first = publisher.push(pair, "me/pair")
+    shutil.rmtree(pair / ".git")
     assert hub.commits("me/pair") == [first["commit"]]
     assert set(hub.files("me/pair")) == {*pushed_files(pair), ".gitattributes"}
     assert all(hub.read("me/pair", name) == content for name, content in pushed_files(pair).items())
@@ -353,5 +357,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(refused, folde
     (folder / "notes").unlink()
     (folder / "member-01.safetensors").unlink()
     refused(["push", folder, "me/x"], "lacks member-01.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    refused(["push", folder, "me/x"], "no whole ensemble")
     (folder / "config.json").write_text('{"model_type": "resnet"}')
     refused(["push", folder, "me/x"], "'resnet', not an ensemble")
