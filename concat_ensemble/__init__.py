@@ -7,11 +7,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from concat_ensemble.assemble import assemble
 from concat_ensemble.data import load_data
 from concat_ensemble.features import extract_features
+from concat_ensemble.hub import push_features, write_new_card
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
     ConcatEnsembleModel,
+    ConcatEnsemblePreTrainedModel,
 )
 from concat_ensemble.probes import KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe
 
@@ -28,6 +30,7 @@ __all__ = [
     "assemble",
     "extract_features",
     "load_data",
+    "push_features",
 ]
 
 # With these, importing the package is enough to load an ensemble without `trust_remote_code`.
@@ -38,3 +41,4 @@ AutoImageProcessor.register(
     ConcatEnsembleConfig,
     image_processor_classes={"torchvision": ConcatEnsembleImageProcessor, "pil": ConcatEnsembleImageProcessor},
 )
+ConcatEnsemblePreTrainedModel.card_writer = staticmethod(write_new_card)

@@ -7,6 +7,7 @@ import typer
 from concat_ensemble.commands.cache import cache
 from concat_ensemble.commands.ensembles import build, card, export
 from concat_ensemble.commands.evidence import mixture, reproduce, theory
+from concat_ensemble.commands.hub import push
 from concat_ensemble.commands.options import be_quiet, errors
 from concat_ensemble.commands.overlap import compare
 from concat_ensemble.commands.probe import probe
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several image backbones as one richer model.",
 )
-for command in (build, probe, select, compare, card, export, theory, cache):  # in the order of --help
+for command in (build, probe, select, compare, card, push, export, theory, cache):  # in the order of --help
     app.command()(command)
 PASSED_ON = {
     "allow_extra_args": True,

@@ -1,10 +1,12 @@
 """Several timm backbones as one transformers model: the concatenation of their pooled features."""
 
 import copy
+import filecmp
 import functools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +14,10 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +36,7 @@ from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+CARD_PARTS = ("README.md", "results", "figures", ".eval_results")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -73,6 +79,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     model_tags = ["concat-ensemble", "timm"]  # noqa: RUF012 (as transformers has it)
     accepts_loss_kwargs = False
+    card_writer = None  # `push_to_hub` makes a card with it: the installed package's, which a class from a repo has not
     _supports_sdpa = True  # timm's attention layers choose it themselves
 
     def __init__(self, config: ConcatEnsembleConfig):
@@ -275,6 +282,44 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             _save_shards(self.state_dict() if state_dict is None else state_dict, folder, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id,
+        *,
+        commit_message=None,
+        commit_description=None,
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        max_shard_size="50GB",
+    ) -> CommitInfo:
+        """As `PreTrainedModel.push_to_hub`, in one commit with the image processor and the card. While the weights are
+        those of the folder that the model was loaded from, that folder's card, results and figures go along; while they
+        are those that the repo has, the repo's stay. Else a new card is written, where this package is installed.
+
+        Raises:
+            ValueError, OSError: as `push_folder`.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder, source = Path(name), Path(self.name_or_path)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            weights = [INDEX_NAME, *(path.name for path in folder.glob("*.safetensors"))]
+            if source.is_dir() and not any(filecmp.cmpfiles(source, folder, weights, shallow=False)[1:]):
+                for part in filter(Path.exists, map(source.joinpath, CARD_PARTS)):
+                    (shutil.copytree if part.is_dir() else shutil.copy)(part, folder / part.name)
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                card_writer=type(self).card_writer,
+            )
 
     def export_active(self, members: list[int] | None = None) -> "ConcatEnsembleModel":
         """A whole ensemble of the built members, numbered from 0, without a head; it shares their weights.
@@ -491,6 +536,113 @@ def _folded(member: nn.Module, pixels: torch.Tensor) -> nn.Module:
     if not torch.dist(folded(pixels), wanted) <= 1e-2 * wanted.norm():  # TF32's rounding is well within it
         raise ValueError("its features change when BatchNorm is folded; use it as it is.")
     return folded.to(weight.dtype) if pairs else member
+
+
+def push_folder(
+    folder,
+    repo_id,
+    *,
+    commit_message=None,
+    commit_description=None,
+    private=None,
+    token=None,
+    revision=None,
+    create_pr=False,
+    card_writer=None,
+) -> CommitInfo:
+    """Make a Hub repo hold an ensemble's folder, by one commit or none. What the repo has already is not sent again, so
+    an upload that was cut off goes on with the files that are missing. Weights that the folder does not have are
+    removed in the same commit, and results and figures where it has a card; the repo's other files stay.
+
+    Args:
+        folder: As `save_pretrained` leaves it, with a card, results and figures or without. Hidden files stay behind.
+        repo_id: `namespace/name`; made where there is none.
+        private: Make the repo so. `revision`: A branch, made where there is none. `create_pr`: As a pull request.
+        card_writer: Called with the folder and `repo_id` where the folder has no card and its weights are new there.
+
+    Returns:
+        The commit: the last one where nothing changed.
+
+    Raises:
+        ValueError: for arguments that do not go together, and before anything is made public that was to be private.
+        OSError: for an incomplete folder, a symbolic link in it, a repo that somebody else has changed meanwhile, and
+            the client's own where it is refused or cannot reach the Hub.
+    """
+    folder = Path(folder)
+    if create_pr and revision is not None:
+        raise ValueError(f"a pull request is made against main; leave out revision={revision!r} or create_pr.")
+    given = token if isinstance(token, str) else None if token is False else get_token()
+    if given and not re.fullmatch(r"[!-~]+", given):  # the client would print it in its error
+        raise ValueError(
+            "the token holds characters that tokens have not; copy it again, or log in with hf auth login."
+        )
+    files = _files_to_push(folder)
+    api = HfApi(token=token, library_name="concat-ensemble")
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} is public already, and private was asked for; make it so on the Hub or leave it out."
+            )
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        parent = api.model_info(repo_id, revision=revision).sha
+        remote = [
+            file for file in api.list_repo_tree(repo_id, recursive=True, revision=parent) if isinstance(file, RepoFile)
+        ]
+        there = {file.path: file.lfs.sha256 for file in remote if file.lfs and SHARD_NAME.fullmatch(file.path)}
+        additions = {name: CommitOperationAdd(name, path) for name, path in files.items()}
+        weights = {
+            name: file.upload_info.sha256.hex() for name, file in additions.items() if SHARD_NAME.fullmatch(name)
+        }
+        if card_writer and "README.md" not in files and weights != there:
+            if "README.md" in {file.path for file in remote}:  # what was written by hand there is kept
+                shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=parent), folder / "README.md")
+            card_writer(folder, repo_id)
+            files = _files_to_push(folder)
+            additions |= {name: CommitOperationAdd(name, path) for name, path in files.items() if name not in additions}
+        changed = [file for name, file in additions.items() if name not in weights or weights[name] != there.get(name)]
+        owned = CARD_PARTS[1:] if "README.md" in files else ()
+        stale = [
+            file.path
+            for file in remote
+            if file.path not in files and (SHARD_NAME.fullmatch(file.path) or file.path.split("/")[0] in owned)
+        ]
+        return api.create_commit(
+            repo_id,
+            [*changed, *map(CommitOperationDelete, stale)],
+            commit_message=commit_message or "Upload ensemble",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, RuntimeError) as error:
+        raise OSError(f"{repo_id}: {error} Push again: what has arrived is not sent a second time.") from error
+
+
+def _files_to_push(folder: Path) -> dict[str, Path]:
+    """The path of each file by its name in the repo."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") and part not in CARD_PARTS for part in name.parts)
+        if hidden or path.suffix == ".tmp":
+            continue
+        if path.is_symlink():
+            raise OSError(f"{path} is a link, and what it points to would be published; put the file in its place.")
+        if path.is_file():
+            files[name.as_posix()] = path
+    try:
+        shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise OSError(f"{folder} holds no whole ensemble ({INDEX_NAME}: {error!r}); save or build it again.") from error
+    missing = sorted({"config.json", "preprocessor_config.json", *shards} - set(files))
+    if missing:
+        raise OSError(f"{folder} lacks {', '.join(missing)}; save or build the ensemble again.")
+    return files
 
 
 def _wants_dict(return_dict: bool | None, config: ConcatEnsembleConfig) -> bool:

@@ -1,0 +1,363 @@
+"""Publishing and loading through the real client, each in a process of its own, by way of a Hub on loopback."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from concat_ensemble import ConcatEnsembleModel, assemble
+from concat_ensemble.model_card import write_card
+from tests.hub_server import TOKEN, HubServer
+
+# Runs what it is sent, in one namespace, and answers with what that printed, or with its error.
+CLIENT = """
+import contextlib, io, json, sys, traceback
+names, answers = {"json": json}, sys.stdout
+for line in sys.stdin:
+    out, err, failed = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            exec(json.loads(line), names)
+        except SystemExit as stop:
+            failed = stop.code or None
+        except Exception:
+            failed = traceback.format_exc()
+    print(json.dumps([out.getvalue(), err.getvalue(), failed]), file=answers, flush=True)
+"""
+COMMAND = "import sys; from concat_ensemble.command_line import main; sys.argv = ['concat-ensemble', *{words}]; main()"
+
+
+class Client:
+    """A process that knows the Hub by `HF_ENDPOINT` alone, with an empty cache."""
+
+    def __init__(self, hub: HubServer, home: Path, token: str | None, package: bool):
+        home.mkdir()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= hub.environment | {"HF_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_TOKEN": token} if token else {}
+        options = []
+        if not package:  # -S leaves out the editable install; the dependencies come by path
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+            options = ["-S"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, *options, "-c", CLIENT], cwd=home, env=environment, **pipes)
+        self.heard = ""
+
+    def send(self, code: str) -> None:
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+
+    def run(self, code: str) -> tuple[str, str, str | int | None]:
+        """Stdout, stderr, and the error or exit code if any."""
+        self.send(code)
+        return self.answer()
+
+    def answer(self) -> tuple[str, str, str | int | None]:
+        answer = json.loads(self.process.stdout.readline())
+        self.heard += "".join(map(str, answer))
+        return answer
+
+    def __call__(self, *lines: str) -> str:
+        """What it prints; it must not fail."""
+        out, err, failed = self.run("\n".join(lines))
+        assert failed is None, f"{err}{failed}"
+        return out
+
+    def ask(self, expression: str):
+        return json.loads(self(f"print(json.dumps({expression}))"))
+
+    def push(self, folder: Path, repo: str, *options: str) -> dict:
+        return json.loads(self(COMMAND.format(words=["push", str(folder), repo, "--json", *options])))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub"), part_size=8_000) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """`client(token, package)`: one process for all tests that ask for the same; `fresh` for one of its own."""
+    started = {}
+
+    def client(token=TOKEN, package=True, fresh=False) -> Client:
+        key = object() if fresh else (token, package)
+        if key not in started:
+            started[key] = Client(hub, tmp_path_factory.mktemp("client") / "home", token, package)
+        return started[key]
+
+    yield client
+    for made in started.values():
+        assert TOKEN not in made.heard
+        made.process.kill()
+        made.process.wait()
+
+
+@pytest.fixture(scope="module")
+def publisher(client):
+    return client()
+
+
+@pytest.fixture(scope="module")
+def visitor(client):
+    """Without this package and without a token."""
+    visitor = client(token=None, package=False)
+    visitor("import importlib.util; assert importlib.util.find_spec('concat_ensemble') is None")
+    return visitor
+
+
+@pytest.fixture
+def grown(backbone, folder, study):
+    """`folder` in small shards with a card and a result, and beside it the same ensemble with another member."""
+    pair = ConcatEnsembleModel.from_pretrained(folder)
+    pair.save_pretrained(folder, max_shard_size=10_000)
+    (folder / "results").mkdir()
+    hashes = [member["provenance"]["weights_sha256"] for member in pair.config.members]
+    study(hashes=hashes, **{"pair": [0.9], "raw pixels": [0.5]}).save(folder / "results" / "digits.json")
+    write_card(folder)
+    triple = assemble([folder, backbone(2)])
+    triple.save_pretrained(folder.with_name("triple"), max_shard_size=10_000)
+    write_card(folder.with_name("triple"))
+    return folder, folder.with_name("triple")
+
+
+def pushed_files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_new(publisher, hub, grown):
+    pair, triple = grown
+    (pair / ".git").mkdir()
+    (pair / ".git" / "config").write_text("of this machine")
+    first = publisher.push(pair, "me/pair")
+    shutil.rmtree(pair / ".git")
+    assert hub.commits("me/pair") == [first["commit"]]
+    assert set(hub.files("me/pair")) == {*pushed_files(pair), ".gitattributes"}
+    assert all(hub.read("me/pair", name) == content for name, content in pushed_files(pair).items())
+    assert len([name for name in hub.files("me/pair") if name.startswith("member-")]) == 14
+
+    sent = len(hub.uploads)
+    assert publisher.push(pair, "me/pair") == first
+    assert hub.commits("me/pair") == [first["commit"]] and len(hub.uploads) == sent
+
+    publisher(
+        "from huggingface_hub import HfApi; HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='NOTICE', repo_id='me/pair')"
+    )
+    before = hub.files("me/pair")
+    second = publisher.push(triple, "me/pair")
+    after = hub.files("me/pair")
+    changed = {name for name, file in after.items() if before.get(name) != file}
+    new = {path.name for path in triple.glob("member-02-*")}
+    assert len(new) == 7 and changed == {*new, "config.json", "model.safetensors.index.json", "README.md"}
+    assert set(hub.uploads[sent:]) == {after[name]["sha256"] for name in new}
+    assert set(before) - set(after) == {"results/digits.json", "figures/digits.png"}  # of other weights
+    assert "NOTICE" in after and hub.commits("me/pair")[0] == second["commit"]
+
+    whole = ConcatEnsembleModel.from_pretrained(triple)
+    whole.save_pretrained(triple)  # in one file a member
+    publisher.push(triple, "me/pair")
+    shards = {name for name in hub.files("me/pair") if name.endswith(".safetensors")}
+    assert shards == {"member-00.safetensors", "member-01.safetensors", "member-02.safetensors"}
+
+
+LOAD = """
+import torch
+from transformers import AutoImageProcessor, AutoModel
+from PIL import Image
+def features(**which):
+    model = AutoModel.from_pretrained("me/loaded", trust_remote_code=True, **which)
+    processor = AutoImageProcessor.from_pretrained("me/loaded", trust_remote_code=True, revision=which.get("revision"))
+    pixels = processor(Image.new("L", (32, 32), 77), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        return model(pixels).pooler_output[0].tolist()
+"""
+
+
+def test_whoever_has_not_the_package_loads_what_was_pushed_now_or_then(publisher, visitor, hub, grown):
+    pair, triple = grown
+    first = publisher.push(pair, "me/loaded")["commit"]
+    publisher.push(triple, "me/loaded")
+    visitor(LOAD)
+    with torch.no_grad():
+        pixels = torch.full((1, 1, 32, 32), (77 / 255 - 0.5) / 0.5)
+        wanted = ConcatEnsembleModel.from_pretrained(triple)(pixels).pooler_output[0]
+    asked = len(hub.requests)
+    last = visitor.ask("features(active_members=[2])")
+    fetched = {path.rpartition("/")[2] for method, path in hub.requests[asked:] if path.startswith("/cdn/")}
+    assert fetched == {file["sha256"] for name, file in hub.files("me/loaded").items() if name.startswith("member-02")}
+    assert torch.allclose(torch.tensor(last), wanted[32:], atol=1e-6)
+    assert torch.allclose(torch.tensor(visitor.ask("features()")), wanted, atol=1e-6)
+    pinned = visitor.ask(f"features(revision={first!r})")
+    assert torch.allclose(torch.tensor(pinned), wanted[:32], atol=1e-6)
+
+
+def test_an_upload_that_was_cut_off_sends_what_is_missing(publisher, client, hub, backbone, tmp_path):
+    assemble([backbone(5), backbone(6)]).save_pretrained(tmp_path / "cut", max_shard_size=10_000)
+    victim = client(fresh=True)
+    victim("import concat_ensemble.hub")
+    names = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
+    digests = {name: hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() for name in names}
+    missing = {digests[names[0]], digests[names[3]], digests[names[13]]}  # in parts, in parts, in one
+    hub.hold(missing)
+    victim.send(COMMAND.format(words=["push", str(tmp_path / "cut"), "me/cut"]))
+    others = set(digests.values()) - missing
+    deadline = time.monotonic() + 300
+    while not all(map(hub.has, others)):
+        assert time.monotonic() < deadline and victim.process.poll() is None
+        time.sleep(0.05)
+    victim.process.send_signal(signal.SIGKILL)
+    victim.process.wait()
+    hub.release()
+    assert hub.commits("me/cut") == [] and not any(map(hub.has, missing))
+
+    sent = len(hub.uploads)
+    publisher.push(tmp_path / "cut", "me/cut")
+    assert set(hub.uploads[sent:]) == missing
+    assert len(hub.commits("me/cut")) == 1
+    assert all(hub.read("me/cut", name) == (tmp_path / "cut" / name).read_bytes() for name in names)
+
+
+def test_what_somebody_else_commits_meanwhile_is_not_lost(publisher, hub, folder, backbone):
+    publisher.push(folder, "me/busy")
+    assemble([folder, backbone(9)]).save_pretrained(folder)
+    digest = hashlib.sha256((folder / "member-02.safetensors").read_bytes()).hexdigest()
+    hub.hold([digest])
+    publisher.send(COMMAND.format(words=["push", str(folder), "me/busy"]))
+    while not any(digest in path for _, path in hub.requests):
+        time.sleep(0.05)
+    repo = hub.repo("models", "me/busy")
+    files = hub.files("me/busy") | {"NOTICE": hub.keep(b"of somebody else")}
+    theirs = hub.write("models", "me/busy", repo, "refs/heads/main", files, "NOTICE", hub.commits("me/busy")[0])
+    hub.release()  # the client tries again and goes on
+    _, said, code = publisher.answer()
+    assert code == 2 and "A commit has happened since" in said
+    assert hub.commits("me/busy")[0] == theirs
+    publisher.push(folder, "me/busy")
+    assert hub.read("me/busy", "NOTICE") == b"of somebody else" and len(hub.commits("me/busy")) == 3
+
+
+def test_a_branch_and_a_pull_request(publisher, visitor, hub, grown):
+    pair, triple = grown
+    publisher.push(pair, "me/parts")
+    main = hub.commits("me/parts")
+    opened = publisher.push(triple, "me/parts", "--create-pr")
+    assert opened["pull_request"].endswith("/me/parts/discussions/1")
+    assert hub.commits("me/parts") == main and hub.commits("me/parts", "refs/pr/1") == [opened["commit"], *main]
+    publisher.push(triple, "me/parts", "--revision", "three")
+    assert hub.commits("me/parts") == main and len(hub.commits("me/parts", "three")) == 2
+    assert publisher.ask(
+        "[ref.ref for ref in __import__('huggingface_hub').list_repo_refs('me/parts', include_pull_requests=True).pull_requests]"
+    ) == ["refs/pr/1"]
+    visitor("from transformers import AutoConfig")
+    members = "AutoConfig.from_pretrained('me/parts', trust_remote_code=True, revision={!r}).members"
+    for revision, number in {"main": 2, "refs/pr/1": 3, "three": 3}.items():
+        assert visitor.ask(f"len({members.format(revision)})") == number
+
+
+def test_a_private_repo_needs_a_token_which_nobody_is_told(publisher, visitor, hub, folder):
+    publisher.push(folder, "me/secret", "--private")
+    publisher.push(folder, "me/secret", "--private")
+    assert hub.repo("models", "me/secret")["private"]
+    visitor("from transformers import AutoModel; from huggingface_hub import model_info")
+    for code in ("model_info('me/secret')", "AutoModel.from_pretrained('me/secret', trust_remote_code=True)"):
+        error = visitor.run(code)[2]
+        assert "RepositoryNotFoundError: 401 Client Error" in error and "make sure you are authenticated" in error
+
+    def refusal(*words):
+        _, said, code = publisher.run(COMMAND.format(words=["push", str(folder), *words]))
+        assert code == 2 and len(said.strip().splitlines()) == 1, said
+        return said
+
+    publisher.push(folder, "me/public")
+    assert "me/public is public already" in refusal("me/public", "--private")
+    assert "401" in refusal("me/public", "--token", "hf_somebodyElse") and "hf_somebody" not in publisher.heard
+    for odd in ("hf_odd\nToken", "hf_oddTokén"):
+        assert "characters that tokens have not" in refusal("me/public", "--token", odd)
+    assert "hf_odd" not in publisher.heard
+
+
+def test_from_python_the_card_and_the_processor_come_along(publisher, client, hub, grown):
+    pair, triple = grown
+    publisher("from concat_ensemble import ConcatEnsembleModel; from transformers import AutoModel")
+    publisher(f"model = ConcatEnsembleModel.from_pretrained({str(pair)!r})")
+    publisher("model.push_to_hub('me/python', max_shard_size=10_000)")
+    assert all(hub.read("me/python", name) == content for name, content in pushed_files(pair).items())
+    publisher("AutoModel.from_pretrained('me/python').push_to_hub('me/python', max_shard_size=10_000)")
+    assert len(hub.commits("me/python")) == 1  # the card that is there is of these weights
+    publisher(f"model = ConcatEnsembleModel.from_pretrained({str(triple)!r}).export_active([2, 0])")
+    publisher("model.push_to_hub('me/python')")
+    assert hub.read("me/python", "README.md").decode().count("resnet10t") >= 2
+    assert not any(name.startswith(("results", "figures")) or "-of-" in name for name in hub.files("me/python"))
+
+    other = client(token=None, package=False)
+    other("from transformers import AutoModel")
+    other("model = AutoModel.from_pretrained('me/python', trust_remote_code=True)")
+    card = hub.read("me/python", "README.md")
+    other("model.members['0'].conv1[0].weight.data += 1")
+    publisher_token = f"token={TOKEN!r}"
+    other(
+        f"model.push_to_hub('me/python', {publisher_token}); model.push_to_hub('me/alone', private=True, {publisher_token})"
+    )
+    assert hub.read("me/python", "README.md") == card and len(hub.commits("me/python")) == 3
+    assert {"preprocessor_config.json", "modeling_concat_ensemble.py"} < set(hub.files("me/alone"))
+    assert "README.md" not in hub.files("me/alone")  # no blank one
+
+
+def test_members_from_the_hub_are_known_by_their_commit(publisher, hub, folder):
+    first = publisher.push(folder, "me/member")["commit"]
+    publisher("import timm; from huggingface_hub import HfApi; from concat_ensemble import assemble")
+    publisher("timm.models.save_for_hf(timm.create_model('test_vit'), 'timm'); HfApi().create_repo('me/timm')")
+    publisher("HfApi().upload_folder(repo_id='me/timm', folder_path='timm')")
+    publisher("HfApi().create_branch('me/member', branch='old')")
+    publisher("HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='NOTICE', repo_id='me/member')")
+    publisher("model = assemble(['hf-hub:me/member@old', 'hf-hub:me/timm'])")
+    ours, _, timms = publisher.ask("[member['provenance'] for member in model.config.members]")
+    assert (ours["taken_from"], ours["taken_from_revision"]) == ("me/member", first)
+    assert (timms["hub_id"], timms["revision"]) == ("me/timm", hub.commits("me/timm")[0])
+
+
+def test_features_are_a_dataset(publisher, visitor, hub):
+    publisher(
+        "import numpy as np; from concat_ensemble import push_features;"
+        "from concat_ensemble.feature_table import FeatureTable;"
+        "a = np.arange(6000, dtype=np.float32).reshape(1500, 4); b = np.arange(3000, dtype=np.float16).reshape(1500, 2);"
+        "t = FeatureTable({'train': [a, b], 'test': [a[:2], b[:2]]},"
+        "{'train': np.arange(1500) % 2, 'test': np.array([0, 1])}, ['cat', 'dog'])"
+    )
+    publisher("push_features(t, 'me/features', private=True)")
+    assert hub.repo("datasets", "me/features")["private"] and len(hub.commits("me/features", kind="datasets")) == 1
+    publisher("push_features(t, 'me/open')")
+    assert "me/open is public already" in publisher.run("push_features(t, 'me/open', private=True)")[2]
+    visitor("from datasets import load_dataset; data = load_dataset('me/open')")
+    visitor("train = data['train'].with_format('numpy')[:]")
+    assert visitor.ask("train['member_00'].ravel().tolist()") == list(range(6000))
+    assert visitor.ask("train['member_01'].shape") == [1500, 2]
+    assert visitor.ask("[data['test']['label'][:], data['train'].features['label'].names]") == [
+        [0, 1],
+        ["cat", "dog"],
+    ]
+
+
+def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(refused, folder, tmp_path):
+    refused(["push", folder.parent, "me/x"], "holds no ensemble", "concat-ensemble build")
+    refused(["push", folder, "me/x", "--create-pr", "--revision", "v1"], "leave out revision='v1'")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "key").write_text("secret")
+    (folder / "notes").symlink_to(tmp_path / "key")
+    refused(["push", folder, "me/x"], "notes is a link")
+    (folder / "notes").unlink()
+    (folder / "member-01.safetensors").unlink()
+    refused(["push", folder, "me/x"], "lacks member-01.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    refused(["push", folder, "me/x"], "no whole ensemble")
+    (folder / "config.json").write_text('{"model_type": "resnet"}')
+    refused(["push", folder, "me/x"], "'resnet', not an ensemble")

@@ -1,0 +1,373 @@
+"""A Hub on loopback, for tests that go through the real `huggingface_hub` client by `HF_ENDPOINT`.
+
+It keeps repos on disk and speaks what the client speaks: create a repo, validate a card, preupload, LFS batch with one part or several, commit, tree,
+info, refs and branches, pull requests, and resolve with a redirect to another origin, as a CDN is one. What the Hub refuses is refused: writing without a
+token, reading a private repo, bytes that are not those of their digest, a parent commit that is no longer the last.
+
+Xet, which the client prefers where `hf_xet` is installed, is a protocol of its own between that library's compiled code and a storage service. It is not
+here: `HubServer.environment` sets `HF_HUB_DISABLE_XET=1`, and the client then uploads by LFS, which the Hub still takes.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_loopbackTokenOfTheTests"
+OWNER = "me"
+LFS = re.compile(r".*\.(safetensors|parquet|png|bin)")  # as a fresh repo's .gitattributes has it, in short
+REPO = r"(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+GIT = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)"
+
+
+class Refusal(Exception):
+    """An answer other than success; `code` is what the client knows the kind by."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, headers
+
+
+class HubServer:
+    """`with HubServer(folder) as hub:` serves at `hub.url`; `hub.uploads` are the digests in the order in which they arrived.
+
+    Args:
+        folder: Where repos and files are kept; another server may go on from there.
+        part_size: Larger LFS files are uploaded in parts of this many bytes.
+    """
+
+    def __init__(self, folder: Path, part_size: int = 1 << 40):
+        self.folder, self.part_size = folder, part_size
+        self.lock, self.uploads, self.requests = threading.RLock(), [], []
+        self.held, self.released = frozenset(), threading.Event()
+        for name in ("files", "parts", "repos"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "HubServer":
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        port = self._server.server_address[1]
+        self.url, self.cdn = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+        self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def hold(self, digests) -> None:
+        """Keep whoever uploads one of these waiting for an answer; of a file in parts, after the first."""
+        self.held = frozenset(digests)
+        self.released.clear()
+
+    def release(self) -> None:
+        """Drop what was held, as a broken connection does, and take all that comes."""
+        self.held = frozenset()
+        self.released.set()
+
+    def has(self, digest: str) -> bool:
+        return (self.folder / "files" / digest).exists()
+
+    def repo(self, kind: str, name: str) -> dict:
+        path = self._path(kind, name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, dict]:
+        repo = self.repo(kind, name)
+        return repo["commits"][self.commit(repo, revision)]["files"]
+
+    def read(self, name: str, path: str, revision: str = "main", kind: str = "models") -> bytes:
+        return (self.folder / "files" / self.files(name, revision, kind)[path]["sha256"]).read_bytes()
+
+    def commits(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
+        """The hashes, newest first, without the one that the repo was made with."""
+        repo, hashes = self.repo(kind, name), []
+        commit = self.commit(repo, revision)
+        while commit:
+            hashes.append(commit)
+            commit = repo["commits"][commit]["parent"]
+        return hashes[:-1]
+
+    def commit(self, repo: dict, revision: str) -> str:
+        for name in (revision, f"refs/heads/{revision}"):
+            if name in repo["refs"]:
+                return repo["refs"][name]
+        if revision in repo["commits"]:
+            return revision
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def create(self, kind: str, name: str, private: bool) -> None:
+        repo = {"private": private, "refs": {}, "commits": {}}
+        attributes = self.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        self.write(kind, name, repo, "refs/heads/main", {".gitattributes": attributes}, "initial commit")
+
+    def write(self, kind: str, name: str, repo: dict, ref: str, files: dict, title: str, parent=None) -> str:
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        commit = {"parent": parent, "title": title, "date": date, "files": files}
+        oid = hashlib.sha1(json.dumps([commit, time.time_ns()]).encode()).hexdigest()
+        repo["commits"][oid], repo["refs"][ref] = commit, oid
+        self._path(kind, name).write_text(json.dumps(repo))
+        return oid
+
+    def keep(self, content: bytes, digest: str | None = None, lfs: bool = False) -> dict:
+        """Store bytes under their digest; what a commit says of such a file."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        if digest not in (None, sha256):
+            raise Refusal(400, f"{len(content)} bytes have the digest {sha256}, not {digest}")
+        (self.folder / "files" / sha256).write_bytes(content)
+        return self.entry(sha256, lfs)
+
+    def entry(self, sha256: str, lfs: bool) -> dict:
+        if not self.has(sha256):
+            raise Refusal(400, f"LFS object {sha256} was never uploaded")
+        path = self.folder / "files" / sha256
+        size = path.stat().st_size
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+        blob = pointer if lfs else path.read_bytes()
+        oid = hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
+        return {"oid": oid, "sha256": sha256, "size": size, "lfs": lfs}
+
+    def page(self, kind: str, name: str) -> str:
+        return f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / "repos" / f"{kind}--{name.replace('/', '--')}.json"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def do(self) -> None:
+        url = urlsplit(self.path)
+        self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        self.body = self._read()
+        self.hub.requests.append((self.command, unquote(url.path)))
+        for methods, pattern, action in ROUTES:
+            if self.command in methods and (match := re.fullmatch(pattern, url.path)):
+                names = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                try:
+                    action(self, **names)
+                except Refusal as refusal:
+                    headers = refusal.headers | {"X-Error-Message": refusal.message}
+                    headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
+                    self._send({"error": refusal.message}, refusal.status, headers)
+                return
+        self._send({"error": f"no route for {self.command} {self.path}"}, 404)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do
+
+    def log_message(self, *words) -> None:
+        pass
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _send(self, content: bytes | dict | list, status: int = 200, headers: dict | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(data)} | (headers or {})).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _user(self, needed: bool) -> str | None:
+        given = self.headers.get("Authorization")
+        if given not in (None, f"Bearer {TOKEN}"):
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        if needed and not given:
+            raise Refusal(401, "Invalid username or password.")
+        return OWNER if given else None
+
+    def _repo(self, kind: str, name: str, write: bool = False) -> dict:
+        repo, user = self.hub.repo(kind, name), self._user(needed=False)
+        if repo is None or (repo["private"] and not user):  # one answer for both, else private names could be guessed
+            raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
+        self._user(needed=write)
+        return repo
+
+    def create_repo(self) -> None:
+        asked, user = json.loads(self.body), self._user(needed=True)
+        kind, name = f"{asked.get('type', 'model')}s", f"{asked['organization'] or user}/{asked['name']}"
+        url = self.hub.page(kind, name)
+        with self.hub.lock:
+            if self.hub.repo(kind, name):
+                self._send({"error": "You already created this repo", "url": url}, 409)
+                return
+            self.hub.create(kind, name, asked.get("visibility") == "private")
+        self._send({"url": url, "name": name, "id": name})
+
+    def validate_card(self) -> None:
+        match = re.match(r"---\r?\n(.*?)\r?\n---", json.loads(self.body)["content"], re.DOTALL)
+        try:
+            metadata = yaml.safe_load(match[1]) if match else {}
+        except yaml.YAMLError as error:
+            self._send({"errors": [{"message": str(error)}], "warnings": []}, 400)
+            return
+        self._send({"errors": [], "warnings": [] if metadata else [{"message": "empty or missing yaml metadata"}]})
+
+    def preupload(self, kind: str, repo: str, revision: str) -> None:
+        found = self._repo(kind, repo, write=True)
+        there = found["commits"][self.hub.commit(found, revision)]["files"]
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            old = there.get(file["path"])
+            oid = old and (old["sha256"] if old["lfs"] else old["oid"])
+            mode = "lfs" if LFS.fullmatch(file["path"]) or file["size"] > 10_000_000 else "regular"
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._send({"files": answers})
+
+    def lfs_batch(self, kind: str | None, repo: str) -> None:
+        self._repo("datasets" if kind else "models", repo, write=True)
+        answers = []
+        for wanted in json.loads(self.body)["objects"]:
+            if not self.hub.has(wanted["oid"]):
+                href, header = f"{self.hub.cdn}/lfs/{wanted['oid']}", {}
+                if wanted["size"] > self.hub.part_size:
+                    parts = range(1, -(-wanted["size"] // self.hub.part_size) + 1)
+                    header = {"chunk_size": str(self.hub.part_size)} | {str(n): f"{href}/{n}" for n in parts}
+                    href = f"{self.hub.url}/complete/{wanted['oid']}"
+                wanted |= {"actions": {"upload": {"href": href, "header": header}}}
+            answers.append(wanted)
+        self._send({"transfer": "basic", "objects": answers})
+
+    def upload(self, oid: str, part: str | None = None) -> None:
+        if oid in self.hub.held and part != "1":
+            self.hub.released.wait()
+            self.close_connection = True
+            return
+        if part:
+            (self.hub.folder / "parts" / f"{oid}-{part}").write_bytes(self.body)
+        else:
+            self.hub.keep(self.body, oid)
+        self.hub.uploads.append(oid)
+        self._send(b"", headers={"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
+
+    def complete(self, oid: str) -> None:
+        names = [f"{oid}-{part['partNumber']}" for part in json.loads(self.body)["parts"]]
+        self.hub.keep(b"".join((self.hub.folder / "parts" / name).read_bytes() for name in names), oid)
+        self._send({})
+
+    def make_commit(self, kind: str, repo: str, revision: str) -> None:
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        with self.hub.lock:
+            found = self._repo(kind, repo, write=True)
+            parent = self.hub.commit(found, revision)
+            ref = revision if revision.startswith("refs/pr/") else f"refs/heads/{revision}"
+            files, header = dict(found["commits"][parent]["files"]), lines[0]["value"]
+            if header.get("parentCommit", parent) != parent:
+                raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            for line in lines[1:]:
+                path = line["value"]["path"]
+                if line["key"] == "file":
+                    files[path] = self.hub.keep(base64.b64decode(line["value"]["content"]))
+                elif line["key"] == "lfsFile":
+                    files[path] = self.hub.entry(line["value"]["oid"], lfs=True)
+                elif files.pop(path, None) is None:
+                    raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+            number = sum(name.startswith("refs/pr/") for name in found["refs"]) + 1
+            opened = f"refs/pr/{number}" if self.query.get("create_pr") else None
+            oid = self.hub.write(kind, repo, found, opened or ref, files, header["summary"], parent)
+        url = self.hub.page(kind, repo)
+        request = {"pullRequestUrl": f"{url}/discussions/{number}"} if opened else {}
+        self._send({"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"} | request)
+
+    def info(self, kind: str, repo: str, revision: str | None = None) -> None:
+        found = self._repo(kind, repo)
+        commit = self.hub.commit(found, revision or "main")
+        paths = [{"rfilename": path} for path in found["commits"][commit]["files"]]
+        known = {"_id": repo, "id": repo, "modelId": repo, "sha": commit, "private": found["private"]}
+        self._send(known | {"siblings": paths, "tags": [], "downloads": 0, "likes": 0, "gated": False})
+
+    def refs(self, kind: str, repo: str) -> None:
+        found = self._repo(kind, repo)["refs"].items()
+        told = {"converts": [], "tags": []}
+        for key, start in {"branches": "refs/heads/", "pullRequests": "refs/pr/"}.items():
+            named = [(ref.removeprefix(start), ref, oid) for ref, oid in found if ref.startswith(start)]
+            told[key] = [{"name": name, "ref": ref, "targetCommit": oid} for name, ref, oid in named]
+        self._send(told)
+
+    def branch(self, kind: str, repo: str, name: str) -> None:
+        with self.hub.lock:
+            found = self._repo(kind, repo, write=True)
+            if f"refs/heads/{name}" in found["refs"]:
+                raise Refusal(409, f"Reference already exists: refs/heads/{name}")
+            start = json.loads(self.body).get("startingPoint", "main")
+            found["refs"][f"refs/heads/{name}"] = self.hub.commit(found, start)
+            self.hub._path(kind, repo).write_text(json.dumps(found))
+        self._send({})
+
+    def tree(self, kind: str, repo: str, revision: str, folder: str | None = None) -> None:
+        found = self._repo(kind, repo)
+        commit = found["commits"][self.hub.commit(found, revision)]
+        start = f"{folder}/" if folder else ""
+        below = {path: file for path, file in commit["files"].items() if path.startswith(start)}
+        if folder and not below:
+            raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        names = {path: path.removeprefix(start) for path in below}
+        folders = sorted({start + name.split("/")[0] for name in names.values() if "/" in name})
+        told = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
+        recursive = self.query.get("recursive", "").lower() in ("true", "1")
+        for path, file in below.items():
+            if recursive or "/" not in names[path]:
+                last = {"id": file["oid"], "title": commit["title"], "date": commit["date"]}
+                entry = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"], "lastCommit": last}
+                pointer = {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}
+                told.append(entry | ({"lfs": pointer} if file["lfs"] else {}))
+        self._send(told)
+
+    def resolve(self, kind: str | None, repo: str, revision: str, path: str) -> None:
+        found = self._repo("datasets" if kind else "models", repo)
+        commit = self.hub.commit(found, revision)
+        file = found["commits"][commit]["files"].get(path)
+        if file is None:
+            raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit})
+        known = {"X-Repo-Commit": commit, "ETag": f'"{file["oid"]}"'}
+        if file["lfs"]:
+            known |= {"X-Linked-ETag": f'"{file["sha256"]}"', "X-Linked-Size": file["size"]}
+            self._send(b"", 302, known | {"Location": f"{self.hub.cdn}/cdn/{file['sha256']}"})
+        else:
+            self._content(file["sha256"], known)
+
+    def cdn(self, sha256: str) -> None:
+        if "Authorization" in self.headers:  # a token has left the Hub
+            raise Refusal(400, "Only one auth mechanism allowed")
+        self._content(sha256, {"ETag": f'"{sha256}"'})
+
+    def _content(self, sha256: str, headers: dict) -> None:
+        self._send((self.hub.folder / "files" / sha256).read_bytes(), headers=headers)
+
+
+ROUTES = [
+    (("POST",), "/api/repos/create", _Handler.create_repo),
+    (("POST",), "/api/validate-yaml", _Handler.validate_card),
+    (("POST",), rf"/api/{REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    (("POST",), rf"/api/{REPO}/commit/(?P<revision>[^/]+)", _Handler.make_commit),
+    (("POST",), rf"/api/{REPO}/branch/(?P<name>[^/]+)", _Handler.branch),
+    (("GET",), rf"/api/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
+    (("GET",), rf"/api/{REPO}/refs", _Handler.refs),
+    (("GET",), rf"/api/{REPO}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
+    (("POST",), rf"/{GIT}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    (("PUT",), "/lfs/(?P<oid>[0-9a-f]{64})(?:/(?P<part>[0-9]+))?", _Handler.upload),
+    (("POST",), "/complete/(?P<oid>[0-9a-f]{64})", _Handler.complete),
+    (("GET", "HEAD"), rf"/{GIT}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    (("GET", "HEAD"), "/cdn/(?P<sha256>[0-9a-f]{64})", _Handler.cdn),
+]
