@@ -22,6 +22,8 @@ def test_the_curve_is_that_of_its_points(study):
     assert table_of(points, [content["top1"] for content in contents]) in README
 
 
-@pytest.mark.parametrize("study", ["scattered_digits", "scattered_mnist", "scattered_digits_ntk", "scattered_mnist_ntk"])
+@pytest.mark.parametrize(
+    "study", ["scattered_digits", "scattered_mnist", "scattered_digits_ntk", "scattered_mnist_ntk"]
+)
 def test_the_table_is_the_one_that_was_printed(study):
     assert (MEASURED / f"{study}.md").read_text() in README
