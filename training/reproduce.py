@@ -2,7 +2,7 @@
 
     concat-ensemble reproduce all
 
-Figures: figure-1, proposition-2.1, figure-2, figure-4, figure-5, figure-6, ntk, saturation; all of them take about half an hour on 2 cores. What is
+Figures: figure-1, proposition-2.1, figure-2, figure-4, figure-5, figure-6, ntk, saturation; all of them take about 45 minutes on 2 cores. What is
 finished is not done again. Each leaves a PNG and a JSON file in --output, and a page made of all that are there stands beside that folder.
 """
 
@@ -351,7 +351,7 @@ def section(figure: str, content: dict, images: str) -> str:
     )
     return (
         f"## {content['title']}\n\n`concat-ensemble reproduce {figure}`: {content['setting']}\n\n![{content['title']}]({images}/{figure}.png)\n\n"
-        f"{content['table']}\n**In the paper:** {content['paper']}\n\n| the paper's conclusion | here | |\n|---|---|---|\n{conclusions}"
+        f"{content['table']}\n**In the paper:** {content['paper']}\n\n| conclusion | here | |\n|---|---|---|\n{conclusions}"
     )
 
 
