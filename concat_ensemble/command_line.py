@@ -5,7 +5,8 @@ import sys
 import typer
 
 from concat_ensemble.commands.cache import cache
-from concat_ensemble.commands.ensembles import build, card, export
+from concat_ensemble.commands.card import card, verify
+from concat_ensemble.commands.ensembles import build, export
 from concat_ensemble.commands.evidence import theory
 from concat_ensemble.commands.options import errors
 from concat_ensemble.commands.overlap import compare
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several image backbones as one richer model.",
 )
-for command in (build, probe, select, compare, card, export, theory, cache):  # in the order of --help
+for command in (build, probe, select, compare, card, verify, export, theory, cache):  # in the order of --help
     app.command()(command)
 
 

@@ -77,9 +77,8 @@ def probe_ensemble(
 
     probes = {}
     for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
-        probe = LinearProbe(standardize=row.kind != "narrowed", seed=seed)
-        probes[row.name] = probe.fit(features["train"], validation=features["validation"])
-        row.runs.append(_measured(probe, features, draws, seed))
+        probes[row.name] = _fitted(row, features, seed)
+        row.runs.append(_measured(probes[row.name], features, draws, seed))
     results = Results(
         ensemble=name,
         dataset=described or {},
@@ -96,6 +95,21 @@ def probe_ensemble(
         hardware=hardware(device),
     )
     return results, probes[name]
+
+
+def probe_again(model: nn.Module, dataset: DatasetDict, name: str, seed: int, **extraction) -> dict[str, float]:
+    """Top-1 of the ensemble, its prefixes, its members and itself narrowed, by the names that they have in `Results`."""
+    table = extract_features(model, dataset, **extraction)
+    costs = [NOTHING] * len(model.members)
+    return {
+        row.name: _fitted(row, features, seed).score(features["test"])
+        for row, features in _candidates(model, table, name, seed, costs)
+    }
+
+
+def _fitted(row: Row, features: FeatureTable, seed: int) -> LinearProbe:
+    probe = LinearProbe(standardize=row.kind != "narrowed", seed=seed)
+    return probe.fit(features["train"], validation=features["validation"])
 
 
 def _candidates(
