@@ -34,8 +34,8 @@ def index_text(folder: Path) -> str:
     paths = sorted(folder.glob(f"*/{RESULTS}/*.json"))
     if not paths:
         raise ValueError(f"{folder} has no ensemble with results; probe one with concat-ensemble probe {folder}/NAME.")
-    for path in paths:
-        study, home = escaped(Results.load(path)), path.parent.parent.name
+    found = [(path.parent.parent.name, escaped(Results.load(path))) for path in paths]
+    for home, study in sorted(found, key=lambda pair: (pair[0], "shots" in pair[1].dataset)):
         subject, best = study.rows[0], best_member(study)
         texts, controls = row_texts(study, subject), ("untrained members", "raw pixels")
         cells = [

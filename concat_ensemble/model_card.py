@@ -406,21 +406,21 @@ def verdict(study: Results) -> str:
 
 
 def against(study: Results) -> str:
-    """The same table read for its cheaper ways to as much."""
-    subject, found = study.rows[0], {"better": [], "no worse beyond chance": [], "as good at one member's width": []}
+    """What the table says against it: the other ways to as much or more."""
+    subject, best = study.rows[0], best_member(study)
+    found = {"better": [], "not beaten beyond chance": [], "not beaten at one member's width": []}
     for row in study.rows[1:]:
         _, (low, high), _ = study.difference(subject.name, row.name)
-        if row.kind in ("prefix", "narrowed", "baseline", "control") or row is best_member(study):
-            if high < 0:
-                found["better"].append(row.name)
-            elif low <= 0:
-                found["as good at one member's width" if row.kind == "narrowed" else "no worse beyond chance"].append(
-                    row.name
-                )
-    told = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+        if low > 0 or (row.kind == "member" and row is not best):
+            continue
+        kept = "not beaten at one member's width" if row.kind == "narrowed" else "not beaten beyond chance"
+        found["better" if high < 0 else kept].append(row.name)
+    told = [f"{what}: {'; '.join(names)}." for what, names in found.items() if names]
     if rival := _rival(study):
-        told.append(f"within 5 points or above it: {rival.name}")
-    return f"{'; '.join(told)}." if told else "nothing that it was compared with does as well."
+        told.append(f"within 5 points or better: {rival.name}.")
+    return (
+        " ".join(sentence[0].upper() + sentence[1:] for sentence in told) or "It beats all that it was compared with."
+    )
 
 
 def _rival(study: Results) -> Row | None:
