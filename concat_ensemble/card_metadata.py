@@ -39,10 +39,11 @@ def card_metadata(
     """What config and results give, and of the `earlier` metadata the tags and keys that are not ours."""
     own = {key: value for key, value in earlier.items() if key not in OURS}
     provenances = [config.members[k]["provenance"] for k in config.built_members]
-    hub_members = list(dict.fromkeys(p["hub_id"] for p in provenances if is_hub_id(p.get("hub_id"))))
-    licenses = [provenance.get("license") for provenance in provenances]
+    hub_members = list(dict.fromkeys(str(p["hub_id"]) for p in provenances if is_hub_id(p.get("hub_id"))))
+    licenses = licenses_of(config)
     license = joint_license(licenses)
-    trained_on = [(provenance.get("recipe") or {}).get("dataset") for provenance in provenances]
+    recipes = [provenance.get("recipe") for provenance in provenances]
+    trained_on = [str(recipe.get("dataset")) for recipe in recipes if isinstance(recipe, dict)]
     probed_on = [_dataset_id(study.dataset) for study in studies.values() if study.dataset.get("on_hub")]
     datasets = [name for name in dict.fromkeys([*trained_on, *probed_on]) if is_hub_id(name) and "/" in name]
     evaluations = [found for study in studies.values() for found in _evaluations(study)]
@@ -129,6 +130,12 @@ def task_of(config: ConcatEnsembleConfig) -> str:
         if config.architectures == ["ConcatEnsembleForImageClassification"]
         else "image-feature-extraction"
     )
+
+
+def licenses_of(config: ConcatEnsembleConfig) -> list[str | None]:
+    """As the built members' provenance states them."""
+    stated = [config.members[k]["provenance"].get("license") for k in config.built_members]
+    return [None if license is None else one_line(license) for license in stated]
 
 
 def _license_name(licenses: list[str | None]) -> str:

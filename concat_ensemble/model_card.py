@@ -16,6 +16,7 @@ from concat_ensemble.card_metadata import (
     benchmark_entries,
     card_metadata,
     is_hub_id,
+    licenses_of,
     one_line,
     probe_name,
     task_of,
@@ -213,7 +214,7 @@ def _content(title: str, config: ConcatEnsembleConfig, studies: dict[str, Result
     members = [_member(config.members[k]) for k in config.built_members]
     provenances = [config.members[k]["provenance"] for k in config.built_members]
     names = list(dict.fromkeys(f"`{_code(config.members[k]['architecture'])}`" for k in config.built_members))
-    named = {provenance.get("ensemble_recipe") for provenance in provenances}
+    named = {str(provenance.get("ensemble_recipe") or "") for provenance in provenances}
     commands = [told.get("command") for told in provenances] + [study.command for study in studies.values()]
     repeats = {study.repeats for study in studies.values()}
     covered = ["the draw of the seeds and of the data"] * bool(repeats - {1})
@@ -230,10 +231,10 @@ def _content(title: str, config: ConcatEnsembleConfig, studies: dict[str, Result
         "auto_class": "AutoModelForImageClassification" if task_of(config) == "image-classification" else "AutoModel",
         "num_features": config.num_features,
         "members": members,
-        "license": _license_sentence([provenance.get("license") for provenance in provenances]),
+        "license": _license_sentence(licenses_of(config)),
         "studies": [_study(study) | {"figure": f"{FIGURES}/{stem}.png"} for stem, study in shown.items()],
         "adds": _adds(members, list(shown.values())),
-        "commands": [command for command in dict.fromkeys(commands) if command],
+        "commands": [command for command in dict.fromkeys(str(command or "") for command in commands) if command],
         "interval_covers": ", or ".join(covered),
         "versions": next((study.versions for study in studies.values()), {}),
     }
@@ -278,7 +279,7 @@ def _member(spec: dict[str, Any]) -> dict[str, Any]:
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),
         "num_features": spec["num_features"],
         "input": f"{channels}x{height}x{width}",
-        "sha256": provenance.get("weights_sha256", "")[:12],
+        "sha256": str(provenance.get("weights_sha256", ""))[:12],
     }
 
 

@@ -266,6 +266,7 @@ def test_check_names_the_line_that_is_not_what_the_results_give(card, folder, st
 
 def test_names_of_strangers_do_nothing(card):
     bad = "<script>alert(1)</script> ![x](javascript:1) `code` [l](http://a.b)"
+    card({}, [{"license": ["mit"], "recipe": "x", "command": {}, "ensemble_recipe": [], "hub_id": 3}, {"steps": {}}])
     told = {"source": bad, "license": bad, "hub_id": bad, "command": "```\n<script>"}
     text, data = card({"digits": {bad: [0.5, 0.6], "one": [0.4, 0.5]}}, [told, told], dataset={"name": bad}, title=bad)
     tokens = [
