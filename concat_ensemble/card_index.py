@@ -63,13 +63,9 @@ def index_text(folder: Path) -> str:
         told = [(recipe.provenance or {}) | (own or {}) for own in recipe.members.values()]
         counted = Counter(source.rpartition("=")[0] or source for source in recipe.members)
         members = ", ".join(f"{number} x {source}" if number > 1 else source for source, number in counted.items())
-        cells = [
-            f"`{name}`",
-            members,
-            *(
-                "; ".join(dict.fromkeys(str(t[key]) for t in told if key in t))
-                for key in ("pretraining_data", "license")
-            ),
-        ]
+        trained, licenses = (
+            "; ".join(dict.fromkeys(str(one.get(key, "")) for one in told)) for key in ("pretraining_data", "license")
+        )
+        cells = [f"`{name}`", members, trained, licenses or "as each states on the Hub"]
         lines.append(f"| {' | '.join(one_line(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
