@@ -5,7 +5,8 @@ import sys
 import typer
 
 from concat_ensemble.commands.cache import cache
-from concat_ensemble.commands.ensembles import build, card, export
+from concat_ensemble.commands.card import card, verify
+from concat_ensemble.commands.ensembles import build, export
 from concat_ensemble.commands.evidence import mixture, reproduce, theory
 from concat_ensemble.commands.hub import push
 from concat_ensemble.commands.options import be_quiet, errors
@@ -19,13 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several image backbones as one richer model.",
 )
-for command in (build, probe, select, compare, card, push, export, theory, cache):  # in the order of --help
+COMMANDS = (build, probe, select, compare, card, verify, push, export, theory, cache)  # in the order of --help
+for command in COMMANDS:
     app.command()(command)
-PASSED_ON = {
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-    "help_option_names": [],
-}  # to a script's own parser
+# These leave their options to a script's own parser.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 for command in (mixture, reproduce):
     app.command(context_settings=PASSED_ON)(command)
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from concat_ensemble.controls import pixel_table, untrained_like
+from concat_ensemble.cost import Cost, hardware, member_costs
 from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.features import extract_features
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
@@ -21,6 +22,7 @@ from concat_ensemble.probes.metrics import ProbeMetrics, bootstrap_intervals
 from concat_ensemble.projection import principal_projection, random_projection
 from concat_ensemble.results import Results, Row, Run, packed
 
+NOTHING = Cost(0.0, 0.0)
 NEVER = -1e4  # the logit of a class without training images: it is not chosen
 
 
@@ -54,26 +56,29 @@ def probe_ensemble(
     started = time.perf_counter()
     table = extract_features(model, dataset, quiet=quiet, **extraction)
     extracted = time.perf_counter()
-    candidates = list(_candidates(model, table, name, seed))
+    device = extraction.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    costs = member_costs(model, device)
+    candidates = list(_candidates(model, table, name, seed, costs))
     if model.config.projection_dim is not None:
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members)} | (baselines or {})
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
         row = Row(other, "baseline", sum(features.widths), len(baseline.members), *spent_on(baseline))
+        row.cost = sum(member_costs(baseline, device), NOTHING)
         candidates.append((row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
-    candidates.append(
-        (Row("untrained members", "control", sum(untrained.widths), len(model.members), 0, 0.0), untrained)
+    row = Row(
+        "untrained members", "control", sum(untrained.widths), len(model.members), 0, 0.0, cost=sum(costs, NOTHING)
     )
+    candidates.append((row, untrained))
     modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
     pixels = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
     candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0, 0.0), pixels))
 
     probes = {}
     for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
-        probe = LinearProbe(standardize=row.kind != "narrowed", seed=seed)
-        probes[row.name] = probe.fit(features["train"], validation=features["validation"])
-        row.runs.append(_measured(probe, features, draws, seed))
+        probes[row.name] = _fitted(row, features, seed)
+        row.runs.append(_measured(probes[row.name], features, draws, seed))
     results = Results(
         ensemble=name,
         dataset=described or {},
@@ -87,27 +92,50 @@ def probe_ensemble(
         members_sha256=members_sha256(model.config),
         versions=versions(),
         seconds={"extraction": extracted - started, "total": time.perf_counter() - started},
+        hardware=hardware(device),
     )
     return results, probes[name]
 
 
-def _candidates(model: nn.Module, table: FeatureTable, name: str, seed: int) -> Iterator[tuple[Row, FeatureTable]]:
+def probe_again(model: nn.Module, dataset: DatasetDict, name: str, seed: int, **extraction) -> dict[str, float]:
+    """Top-1 of the ensemble, its prefixes, its members and itself narrowed, by the names that they have in `Results`."""
+    table = extract_features(model, dataset, **extraction)
+    costs = [NOTHING] * len(model.members)
+    return {
+        row.name: _fitted(row, features, seed).score(features["test"])
+        for row, features in _candidates(model, table, name, seed, costs)
+    }
+
+
+def _fitted(row: Row, features: FeatureTable, seed: int) -> LinearProbe:
+    probe = LinearProbe(standardize=row.kind != "narrowed", seed=seed)
+    return probe.fit(features["train"], validation=features["validation"])
+
+
+def _candidates(
+    model: nn.Module, table: FeatureTable, name: str, seed: int, costs: list[Cost]
+) -> Iterator[tuple[Row, FeatureTable]]:
     """The ensemble, its prefixes, each member, and itself at one member's width."""
     widths, count = table.widths, len(table.widths)
-    yield Row(name, "ensemble", sum(widths), len(model.members), *spent_on(model)), table
+
+    def row(name: str, kind: str, width: int, part: Sequence[int]) -> Row:
+        cost = sum((costs[k] for k in part), NOTHING)
+        return Row(name, kind, width, len(part), *spent_on(model, part), cost=cost)
+
+    everyone = range(len(costs))
+    yield row(name, "ensemble", sum(widths), everyone), table
     for k in range(count - 1, 1, -1):
-        part = range(k)
-        yield Row(f"{name}, first {k}", "prefix", sum(widths[:k]), k, *spent_on(model, part)), table.members(part)
+        yield row(f"{name}, first {k}", "prefix", sum(widths[:k]), range(k)), table.members(range(k))
     if count == 1:
         return
     for k in range(count):
-        yield Row(f"{name}, member {k} alone", "member", widths[k], 1, *spent_on(model, [k])), table.members([k])
+        yield row(f"{name}, member {k} alone", "member", widths[k], [k]), table.members([k])
     width = max(widths)
     for how, projection in (
         ("PCA", principal_projection(table, width)),
         ("random projection", random_projection(table, width, seed)),
     ):
-        yield Row(f"{name}, {how} to {width}", "narrowed", width, count, *spent_on(model)), projection(table)
+        yield row(f"{name}, {how} to {width}", "narrowed", width, everyone), projection(table)
 
 
 def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:

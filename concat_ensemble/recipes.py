@@ -16,6 +16,7 @@ from concat_ensemble.data import class_names, load_data
 METRICS = ("top1", "mean_per_class", "macro_f1")  # of `ProbeMetrics`: those that come with an interval
 NAMING = ("name", "config", "revision", "image_column", "label_column", "train_split", "validation_split", "test_split")
 _FOLDER = files("concat_ensemble") / "recipes"
+ENSEMBLES = _FOLDER / "ensembles"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class DatasetRecipe:
         num_classes, test_images: What the dataset is known to have; `load` checks it.
         metric: One of `METRICS`.
         license: Of the dataset, in words.
+        benchmark: The task's id in the dataset's `eval.yaml`, where the Hub has registered it as a benchmark.
     """
 
     recipe: str
@@ -42,6 +44,7 @@ class DatasetRecipe:
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
+    benchmark: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> "DatasetRecipe":
@@ -62,7 +65,8 @@ class DatasetRecipe:
     @property
     def described(self) -> dict[str, Any]:
         """For the record of a result: how the dataset was named, by which recipe, and the metric to read it by."""
-        return {**self.naming, "recipe": self.recipe, "metric": self.metric}
+        registered = {"benchmark": self.benchmark} if self.benchmark else {}
+        return {**self.naming, "recipe": self.recipe, "metric": self.metric, **registered}
 
     def load(self, *, limit: int | None = None, shots: int | None = None, seed: int = 0) -> DatasetDict:
         """As `load_data`, and checked.
@@ -123,7 +127,7 @@ def dataset_recipe(name: str) -> DatasetRecipe:
 
 def ensemble_recipe(name: str) -> EnsembleRecipe:
     """As `dataset_recipe`."""
-    return _read(EnsembleRecipe, _named(name, _FOLDER / "ensembles"))
+    return _read(EnsembleRecipe, _named(name, ENSEMBLES))
 
 
 def recipe_names(folder: Path = _FOLDER) -> list[str]:

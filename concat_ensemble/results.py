@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from concat_ensemble.cost import Cost
 from concat_ensemble.probes.metrics import paired_difference, wilson_interval
 
 # "narrowed": the ensemble itself at one member's width
@@ -57,6 +58,11 @@ class Row:
     steps: int | None = None  # spent on training the members, in all
     gflops: float | None = None  # the same in floating-point operations, where every member says
     runs: list[Run] = field(default_factory=list)
+    cost: Cost | None = None  # of one image, where it runs through a network
+
+    def __post_init__(self):
+        if isinstance(self.cost, dict):  # from a file
+            self.cost = Cost(**self.cost)
 
     @property
     def top1(self) -> np.ndarray:
@@ -90,6 +96,7 @@ class Results:
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    hardware: str = ""  # on which the rows' seconds were measured
 
     def __getitem__(self, name: str) -> Row:
         if name not in self:

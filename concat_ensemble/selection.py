@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from datasets import DatasetDict
 from sklearn.model_selection import StratifiedKFold
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from concat_ensemble.cost import Cost
 from concat_ensemble.feature_table import FeatureTable, TableSplit
 from concat_ensemble.probes.design import Design, moments
 from concat_ensemble.probes.metrics import bootstrap_mean
@@ -36,17 +35,6 @@ QUICK_IMAGES, QUICK_FOLDS = 1_500, 5
 # tests/benchmarks/quick_selection.py on three members and MNIST: of 95% intervals 84% held the truth at 250 images, 93% at 500 and at 1,000.
 FEW_IMAGES = 500
 NEGLIGIBLE = 0.005  # of top-1: less than half a point that may well be luck is not worth a member's cost
-
-
-@dataclass
-class Cost:
-    """Of one image through a member: multiplications and additions count one each."""
-
-    gflops: float
-    million_parameters: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.gflops + other.gflops, self.million_parameters + other.million_parameters)
 
 
 @dataclass
@@ -233,20 +221,6 @@ def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
     drawn = np.sort(np.random.default_rng(seed).permutation(len(dataset["train"]))[:number])
     few = dataset["train"].select(drawn)
     return DatasetDict(train=few.select(range(0, number, 2)), validation=few.select(range(1, number, 2)))
-
-
-def member_costs(model: nn.Module) -> list[Cost]:
-    """Of each built member of an ensemble, counted in a forward pass of one image."""
-    costs = []
-    for name, member in model.members.items():
-        pixels = torch.zeros(1, *model.config.members[int(name)]["preprocessing"]["input_size"])
-        weight = next(member.parameters())
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            member(pixels.to(weight.device, weight.dtype))
-        parameters = sum(parameter.numel() for parameter in member.parameters())
-        costs.append(Cost(counter.get_total_flops() / 1e9, parameters / 1e6))
-    return costs
 
 
 class _Search:

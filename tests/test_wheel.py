@@ -94,5 +94,5 @@ def test_installed_it_builds_an_ensemble_that_loads_without_it(wheel, tmp_path):
         str(place / "concat_ensemble" / "command_line.py"),
         str(place / "concat_ensemble" / "modeling"),
     ]
-    assert "Made with concat-ensemble" in (tmp_path / "one" / "README.md").read_text()
+    assert "Written by `concat-ensemble card`" in (tmp_path / "one" / "README.md").read_text()
     assert run(sys.executable, "-S", "-c", LOAD, cwd=tmp_path, env=without).split() == ["ConcatEnsembleModel", "64"]

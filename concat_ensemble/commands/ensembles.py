@@ -1,4 +1,4 @@
-"""`build`, `card` and `export`: ensembles as folders and files."""
+"""`build` and `export`: ensembles as folders and files."""
 
 from itertools import repeat
 from pathlib import Path
@@ -65,19 +65,6 @@ def build(
                 str(k), member["architecture"], f"{member['num_features']:,}", size, member["provenance"]["source"]
             )
         out.print(table)
-
-
-def card(
-    folder: Annotated[Path, typer.Argument(help="An ensemble's folder, with its results.")],
-    title: Annotated[str | None, typer.Option()] = None,
-) -> None:
-    """Write README.md and the figures of an ensemble's folder anew, from its results.
-
-    concat-ensemble card two-resnets
-    """
-    from concat_ensemble.model_card import write_card
-
-    out.print(str(write_card(folder, title)))
 
 
 def export(

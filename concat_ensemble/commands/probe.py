@@ -174,28 +174,17 @@ def _probe_on(
 
 def show(results) -> None:
     """The table of a probe, as the card has it."""
-    from concat_ensemble.model_card import row_texts, verdict
+    from concat_ensemble.model_card import headings, row_texts, verdict
     from concat_ensemble.plots import describe_dataset
 
     over = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
     table = Table(
         title=f"{describe_dataset(results.dataset)}; {over}; protocol {results.protocol}", title_justify="left"
     )
-    headings = {
-        "name": "",
-        "num_members": "members",
-        "width": "columns",
-        "steps": "steps",
-        "top1": "top-1",
-        "interval": "95% interval",
-        "draws": "deviation over\ntraining draws",
-        "paired": f"{results.rows[0].name} minus it, paired",
-        "p": "p",
-    }
+    shown = headings(results)
     rows = [row_texts(results, row) for row in results.rows]
-    shown = [key for key in headings if any(row[key] for row in rows)]
     for key in shown:
-        table.add_column(headings[key], justify="left" if key == "name" else "right")
+        table.add_column(shown[key], justify="left" if key == "name" else "right")
     for row, cells in zip(results.rows, rows, strict=True):
         table.add_row(*(cells[key] for key in shown), style="bold" if row.kind == "ensemble" else None)
     print_unfolded(table)

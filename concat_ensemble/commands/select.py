@@ -78,12 +78,13 @@ def select(
     """
     from datasets import DatasetDict
 
+    from concat_ensemble.cost import member_costs
     from concat_ensemble.features import extract_features
     from concat_ensemble.model_card import RESULTS, write_card
     from concat_ensemble.plots import plot_accuracy_against_cost
     from concat_ensemble.probing import probe_ensemble
     from concat_ensemble.projection import principal_projection, with_projection
-    from concat_ensemble.selection import QUICK_FOLDS, member_costs, quick_part, select_members
+    from concat_ensemble.selection import QUICK_FOLDS, quick_part, select_members
 
     if quick and (output or columns):
         raise ValueError("--quick only looks; leave out --output and --columns, or leave out --quick.")

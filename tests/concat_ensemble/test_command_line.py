@@ -440,7 +440,42 @@ def test_card_refuses(folder, refused, study, tmp_path):
     refused(["card", "pair"], "old.json is not a results file", "--overwrite")
 
 
+def test_card_check_and_index(run, folder, refused, study, ensemble):
+    hashes = [member["provenance"]["weights_sha256"] for member in ensemble.config.members]
+    refused(["card", ".", "--index"], "no ensemble with results")
+    study(None, hashes, pair=[0.5, 0.6]).save(folder / "results" / "digits.json")
+    refused(["card", "pair", "--check"], "digits.png is not there")
+    assert run("card", "pair")[0] == run("card", "pair", "--check")[0] == run("card", ".", "--index")[0] == 0
+    assert run("card", ".", "--index", "--check")[0] == 0
+    index = (folder.parent / "README.md").read_text()
+    assert (
+        "| [pair](pair/README.md) | digits, classes 5, 6, 100 test images | 2 | 32 |" in index
+        and "`timecat-cat4`" in index
+    )
+    study(None, hashes, pair=[0.5, 0.7]).save(folder / "results" / "digits.json")
+    refused(["card", "pair", "--check"], "README.md, line ", "where config and results give")
+    refused(["card", ".", "--index", "--check"], "README.md, line ")
+
+
+def test_verify_probes_again(run, folder, refused, monkeypatch):
+    assert run("probe", "pair", "--dataset", "digits", "--classes", "0-2", "--limit", "60", "--quiet")[0] == 0
+    code, out, _ = run("verify", "pair", "--json")
+    found = {check["name"]: check for check in json.loads(out)}
+    assert code == 0 and {"pair", "pair, member 0 alone", "pair, PCA to 16"} <= set(found)
+    assert all(check["holds"] and check["again"] == check["run"] == check["card"] for check in found.values())
+    (path,) = (folder / "results").glob("*.json")
+    results = Results.load(path)
+    low = results["pair"].runs[0].metrics["top1"] / 4
+    results["pair"].runs[0].metrics["top1"] = low  # nobody measured that
+    results.save(path)
+    refused(["verify", "pair"], "README.md, line ")
+    run("card", "pair")
+    code, _, err = run("verify", "pair")
+    assert code == 2 and f"1 of {len(found)} numbers do not hold: pair on digits" in err
+    refused(["verify", "no-such-ensemble"], "neither a folder nor on the Hub")
+
+
 def test_help_is_there_for_every_command(run):
-    for command in ("build", "probe", "card"):
+    for command in ("build", "probe", "card", "verify"):
         code, out, _ = run(command, "--help")
         assert code == 0 and f"concat-ensemble {command}" in out

@@ -1,12 +1,15 @@
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from concat_ensemble import ConcatEnsembleConfig, assemble
-from concat_ensemble.model_card import compute_sentence, verdict, write_card
+from concat_ensemble.cost import Cost
+from concat_ensemble.model_card import against, check_card, compute_sentence, verdict, write_card
 from concat_ensemble.probing import probe_ensemble, with_head
 
 REPEATS = {"pair": [0.8, 0.9], "one": [0.7, 0.75], "untrained members": [0.5, 0.6], "raw pixels": [0.4, 0.45]}
@@ -76,13 +79,19 @@ def test_a_hub_member_used_twice_is_one_base_model(card):
 
 @pytest.mark.parametrize(
     ("licenses", "expected"),
-    [(("mit", "mit"), "mit"), (("mit", "apache-2.0"), "other"), (("mit", None), "other"), ((None, None), "other")],
+    [
+        (("mit", "mit"), "mit"),
+        (("mit", "cc-by-nc-4.0"), "cc-by-nc-4.0"),
+        (("mit", None), "other"),
+        ((None, None), "other"),
+    ],
 )
-def test_the_licence_is_the_common_one_or_left_to_the_members(licenses, expected, card):
+def test_the_licence_is_the_most_restrictive_or_left_to_the_members(licenses, expected, card, folder):
     text, data = card({}, [{"license": name} if name else {} for name in licenses])
     assert data.license == expected
-    assert (data.to_dict().get("license_link") == "#members") == (expected == "other")
-    assert [row[8] for row in tables(text)[0][1:]] == [name or "not stated" for name in licenses]
+    is_other = expected == "other"
+    assert (data.to_dict().get("license_link") == "LICENSE.md") == (folder / "LICENSE.md").is_file() == is_other
+    assert [row[8] for row in tables(text)[-1][1:]] == [name or "not stated" for name in licenses]
 
 
 def test_a_card_without_results_has_no_evaluation(card):
@@ -95,7 +104,7 @@ def test_a_card_without_results_has_no_evaluation(card):
 def test_tables_are_whole_with_a_cell_for_every_column(repeats, card):
     rows = {name: shares[:repeats] for name, shares in REPEATS.items()}
     text, _ = card({"digits": rows, "more": rows})
-    members, *studies = tables(text)
+    *studies, members = tables(text)
     assert [len(row) for row in members] == [10, 10, 10], "a heading and two members"
     assert len(studies) == 2
     for table in studies:
@@ -107,7 +116,7 @@ def test_tables_are_whole_with_a_cell_for_every_column(repeats, card):
 def test_the_numbers_of_the_table_are_those_of_the_results(card):
     """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5, t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
     text, _ = card({"digits": REPEATS})
-    _, first, second, *_ = tables(text)[1]
+    _, first, second, *_ = tables(text)[0]
     assert first == ["**pair**", "2", "32", "20", "85.0", "21.5 to 148.5", "", ""]
     assert second == ["one", "1", "32", "20", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]", "0.126"]
 
@@ -115,7 +124,7 @@ def test_the_numbers_of_the_table_are_those_of_the_results(card):
 def test_members_are_shown_with_their_provenance(card, ensemble):
     told = [{"pretraining_data": "digits, classes 0, 1", "steps": 400, "seed": 7}, {"source": "runs/x"}]
     text, _ = card({}, told)
-    first, second = tables(text)[0][1:]
+    first, second = tables(text)[-1][1:]
     digest = ensemble.config.members[0]["provenance"]["weights_sha256"][:12]
     assert (
         first[0] == "0"
@@ -128,7 +137,7 @@ def test_members_are_shown_with_their_provenance(card, ensemble):
 
 def test_provenance_cannot_break_the_table(card):
     text, _ = card({}, [{"source": "a | b"}, {"pretraining_data": "one\ntwo"}])
-    table = tables(text)[0]
+    table = tables(text)[-1]
     assert [len(row) for row in table] == [10, 10, 10]
     assert table[2][8] == "not stated" and table[1][5] == "not stated", "nothing has moved to another column"
 
@@ -220,3 +229,92 @@ def test_compute_is_called_equal_within_a_hundredth_only(baseline, said, study):
     results["pair"].gflops, results["one"].gflops = 1_000.0, baseline
     told = compute_sentence(results)
     assert told == (f"Training pair took 1,000 GFLOP; {said}." if said else "")
+
+
+# --- what people write into a card, and what strangers write into a config ---------------------------------------------
+
+
+def test_sections_and_metadata_of_ones_own_survive(card, folder):
+    text, _ = card({"digits": REPEATS}, title="me/pair")
+    own = "## Thanks\n\nTo all.\n\n```bash\n## no heading\n```"
+    text = text.replace("## Limits and biases", f"{own}\n\n## Limits and biases").replace(
+        "- timm\n", "- timm\n- cats\n"
+    )
+    (folder / "README.md").write_text(text.replace("---\n", "---\nco2_eq_emissions: 3\n", 1).replace("85.0", "99.9"))
+    again, data = card({"digits": REPEATS | {"pair": [0.7, 0.8]}})
+    before, thanks, after = again.partition(own)
+    assert thanks and "## Training data" in before and after.startswith("\n\n## Limits and biases")
+    assert data.to_dict()["co2_eq_emissions"] == 3 and data.tags[-1] == "cats" and "# me/pair\n" in again
+    assert "99.9" not in again and "| 75.0 |" in again
+    assert card()[0] == again, "once more changes nothing"
+
+
+def test_check_names_the_line_that_is_not_what_the_results_give(card, folder, study):
+    text, _ = card({"digits": REPEATS})
+    check_card(folder)
+    (folder / "README.md").write_text(text.replace("| 85.0 |", "| 95.0 |"))
+    line = next(n for n, line in enumerate(text.splitlines(), 1) if "| 85.0 |" in line)
+    with pytest.raises(
+        ValueError, match=rf"README\.md, line {line}, says '.*95\.0.* give '.*85\.0.*concat-ensemble card"
+    ):
+        check_card(folder)
+    (folder / "README.md").write_text(text)
+    (folder / "figures" / "digits.png").unlink()
+    with pytest.raises(ValueError, match=r"digits\.png is not there"):
+        check_card(folder)
+
+
+def test_names_of_strangers_do_nothing(card):
+    bad = "<script>alert(1)</script> ![x](javascript:1) `code` [l](http://a.b)"
+    card({}, [{"license": ["mit"], "recipe": "x", "command": {}, "ensemble_recipe": [], "hub_id": 3}, {"steps": {}}])
+    told = {"source": bad, "license": bad, "hub_id": bad, "command": "```\n<script>"}
+    text, data = card({"digits": {bad: [0.5, 0.6], "one": [0.4, 0.5]}}, [told, told], dataset={"name": bad}, title=bad)
+    tokens = [
+        t
+        for block in MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+        for t in [block, *(block.children or [])]
+    ]
+    html = [token.content for token in tokens if token.type.startswith("html")]
+    assert len(html) == 1 and html[0].startswith("<!-- Written by"), html
+    assert {t.attrs["src"] for t in tokens if t.type == "image"} == {"figures/digits.png"}
+    assert {t.attrs["href"] for t in tokens if t.type == "link_open"} <= {
+        "LICENSE.md",
+        "https://arxiv.org/abs/2506.18221",
+    }
+    assert data.base_model is None and text.count("```") % 2 == 0
+
+
+def test_what_speaks_against_it_has_a_section(card, study):
+    text, _ = card({"digits": {"pair": [0.7, 0.71], "one": [0.9, 0.91], "two": [0.7, 0.72], "raw pixels": [0.1, 0.11]}})
+    assert (
+        "## When it does not help\n\n- **digits, classes 5, 6, 100 test images.** Better: one. Not beaten beyond chance: two."
+        in text
+    )
+    assert against(study(**{"pair": [0.9], "raw pixels": [0.3]})) == "It beats all that it was compared with."
+
+
+def test_costs_are_columns_where_they_were_measured(folder, study, ensemble):
+    results = study(None, [m["provenance"]["weights_sha256"] for m in ensemble.config.members], **REPEATS)
+    results["pair"].cost, results.hardware = Cost(1.5, 250.0, 0.002), "a <b>GPU</b>"
+    results.save(folder / "results" / "digits.json")
+    heading, first, second, *_ = tables(write_card(folder).read_text())[0]
+    assert heading[3:6] == ["M parameters", "GFLOPs", "images/s"]
+    assert first[3:6] == ["250", "1.5", "500"] and second[3:6] == ["", "", ""]
+    assert r"measured on a \<b\>GPU" in (folder / "README.md").read_text()
+
+
+def test_a_registered_benchmark_has_an_eval_results_file_too(card, folder):
+    how = {"name": "org/bench", "on_hub": True, "revision": "r1", "benchmark": "task", "classes": None}
+    card({"part": REPEATS}, dataset=how | {"limit": 100})
+    assert not (folder / ".eval_results").exists(), "a part of a benchmark is no result on it"
+    card({"bench": REPEATS}, dataset=how)
+    (entry,) = yaml.safe_load((folder / ".eval_results" / "bench.yaml").read_text())
+    assert entry["dataset"] == {"id": "org/bench", "task_id": "task", "revision": "r1"} and entry["value"] == 85.0
+
+
+def test_the_card_is_the_golden_one(card):
+    """In golden_card.md `<...>` stands for what differs from run to run."""
+    golden = (Path(__file__).parent / "golden_card.md").read_text()
+    told = [{"license": "mit", "command": "concat-ensemble build a b"}, {"license": "apache-2.0"}]
+    text, _ = card({"digits": REPEATS}, told)
+    assert re.fullmatch(re.escape(golden).replace(re.escape("<...>"), r"[^\n|]*"), text)

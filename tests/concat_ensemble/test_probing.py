@@ -48,6 +48,17 @@ def test_rows_are_the_ensemble_its_parts_and_all_controls(found):
     )
 
 
+def test_an_image_costs_what_it_costs_the_members(found, trio):
+    results, _ = found
+    alone = [results[f"trio, member {k} alone"].cost for k in range(3)]
+    parameters = [sum(tensor.numel() for tensor in member.parameters()) / 1e6 for member in trio.members.values()]
+    assert [cost.million_parameters for cost in alone] == pytest.approx(parameters)
+    for quantity in ("gflops", "million_parameters", "seconds"):
+        whole = [getattr(results[name].cost, quantity) for name in ("trio", "trio, PCA to 24", "untrained members")]
+        assert whole == pytest.approx([sum(getattr(cost, quantity) for cost in alone)] * 3) and whole[0] > 0
+    assert results["raw pixels"].cost is None and results.hardware
+
+
 def test_every_accuracy_is_that_of_its_own_features(found, trio, digits):
     results, probe = found
     table = extract_features(trio, digits, quiet=True)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from concat_ensemble import RidgeProbe, assemble
+from concat_ensemble.cost import Cost, member_costs
 from concat_ensemble.feature_table import FeatureTable
-from concat_ensemble.selection import FEW_IMAGES, STRENGTHS, Cost, member_costs, select_members
+from concat_ensemble.selection import FEW_IMAGES, STRENGTHS, select_members
 
 
 @pytest.fixture(scope="module")
