@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import AsJson, BatchSize, Quiet, Revision, Workers, load_model, out
+from concat_ensemble.commands.options import (
+    AsJson,
+    BatchSize,
+    Quiet,
+    Revision,
+    Workers,
+    load_model,
+    out,
+    print_unfolded,
+)
 
 
 def card(
@@ -68,7 +77,7 @@ def verify(
             low, high = check.interval
             table.add_row(check.dataset, check.name, f"{100 * check.card:.1f}", f"{100 * check.run:.1f}",
                           f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * check.again:.1f}", "yes" if check.holds else "NO")  # fmt: skip
-        out.print(table)
+        print_unfolded(table)
     if failed := [check for check in found if not check.holds]:
         told = "; ".join(f"{check.name} on {check.dataset} {100 * check.again:.1f}" for check in failed)
         raise ValueError(
