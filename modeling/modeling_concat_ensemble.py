@@ -36,7 +36,7 @@ from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
-CARD_PARTS = ("README.md", "results", "figures", ".eval_results")
+CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -602,7 +602,7 @@ def push_folder(
             files = _files_to_push(folder)
             additions |= {name: CommitOperationAdd(name, path) for name, path in files.items() if name not in additions}
         changed = [file for name, file in additions.items() if name not in weights or weights[name] != there.get(name)]
-        owned = CARD_PARTS[1:] if "README.md" in files else ()
+        owned = CARD_PARTS[2:] if "README.md" in files else ()
         stale = [
             file.path
             for file in remote

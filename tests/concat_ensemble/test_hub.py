@@ -157,7 +157,7 @@ def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_ne
     after = hub.files("me/pair")
     changed = {name for name, file in after.items() if before.get(name) != file}
     new = {path.name for path in triple.glob("member-02-*")}
-    assert len(new) == 7 and changed == {*new, "config.json", "model.safetensors.index.json", "README.md"}
+    assert len(new) == 7 and changed == {*new, "config.json", "model.safetensors.index.json", "README.md", "LICENSE.md"}
     assert set(hub.uploads[sent:]) == {after[name]["sha256"] for name in new}
     assert set(before) - set(after) == {"results/digits.json", "figures/digits.png"}  # of other weights
     assert "NOTICE" in after and hub.commits("me/pair")[0] == second["commit"]

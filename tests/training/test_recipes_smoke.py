@@ -59,9 +59,10 @@ def test_every_recipe_runs(path, digits, members, script, tmp_path):
         assert (tmp_path / f"cat{count}" / "model.safetensors.index.json").is_file()
         return
     data = ["--dataset", digits] if "mnist" in path.stem else []
-    if path.stem.endswith("timecat"):
+    if path.stem.endswith(("timecat", "seeds")):
         script(sys.executable, "training/pretrain_members.py", *smoke, *data)
-        assert (tmp_path / "cat4-s" / "config.json").is_file()
+        made = "cat4-s" if path.stem.endswith("timecat") else "w2"
+        assert (tmp_path / made / "config.json").is_file()
     elif path.stem.endswith("distill"):
         teachers = f"[{members / 'members' / 'cat2-0'}, {members / 'members' / 'cat2-1'}]"
         script(sys.executable, "training/distill.py", *smoke, *data, "--teachers", teachers)
