@@ -33,13 +33,13 @@ def test_the_page_in_docs_is_made_of_the_outputs_beside_it():
 
 
 def test_a_proposition_in_seconds(script, tmp_path):
-    program = str(Path(sys.executable).with_name("concat-ensemble"))
-    printed = script(program, "reproduce", "proposition-2.1", "--output", tmp_path / "found")
+    words = [sys.executable, "training/reproduce.py", "proposition-2.1", "--output", tmp_path / "found"]
+    printed = script(*words)
     assert "0 cancellations in 1,000,000 draws" in " ".join(printed.split())
     assert (tmp_path / "found.md").read_text() == page(tmp_path / "found")
     assert re.search(r"!\[.*\]\(found/proposition-2.1.png\)", (tmp_path / "found.md").read_text())
     before = (tmp_path / "found" / "proposition-2.1.json").stat().st_mtime_ns
-    script(program, "reproduce", "proposition-2.1", "--output", tmp_path / "found")
+    script(*words)
     assert (tmp_path / "found" / "proposition-2.1.json").stat().st_mtime_ns == before
 
 
