@@ -30,7 +30,7 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("stopped")
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last for JSON of a thousand levels
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
         sys.exit(2)
 

@@ -1,5 +1,6 @@
 """README.md of an ensemble's folder, from its config and its results files alone."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.plots import describe_dataset, plot_accuracy_against_members
 from concat_ensemble.probing import members_sha256, versions
 from concat_ensemble.results import Results, Row
 
 RESULTS, FIGURES = "results", "figures"
+# With which text opens a tag, a link, code, or another cell of a table.
+MARKUP = {ord(sign): f"&#{ord(sign)};" for sign in "<>[]|`"}
 METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -32,9 +35,11 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 
     Raises:
         ValueError: when the folder holds no ensemble, or a results file that belongs to other weights.
+        OSError: when it holds a symbolic link.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no ensemble (no config.json); make one with concat-ensemble build.")
+    refuse_links(folder, RESULTS, FIGURES)
     config = ConcatEnsembleConfig.from_pretrained(folder)
     studies = {path: Results.load(path) for path in sorted((folder / RESULTS).glob("*.json"))}
     for path, study in studies.items():
@@ -121,61 +126,67 @@ def _content(title: str, config: ConcatEnsembleConfig, results: dict[Path, Resul
     studies = list(results.values())
     members = [_member(config.members[k]) for k in config.built_members]
     names = list(dict.fromkeys(f"`{member['architecture']}`" for member in members))
-    named = {config.members[k]["provenance"].get("ensemble_recipe") for k in config.built_members}
+    named = {str(config.members[k]["provenance"].get("ensemble_recipe") or "")  for k in config.built_members}
     commands = [config.members[k]["provenance"].get("command") for k in config.built_members] + [
         study.command for study in studies
     ]
     repeats = max((study.repeats for study in studies), default=1)
+    title = plain_text(title)
     return {
         "title": title,
         "repo": title if "/" in title else f"path/to/{title}",
         "summary": f"{len(members)} image backbone{'s' if len(members) > 1 else ''} ({', '.join(names)}) as one model, whose features are those of "
         f"{'all of them' if len(members) > 1 else 'it'} side by side: {config.num_features:,} columns.",
-        "recipe": named.pop() if len(named) == 1 else None,
+        "recipe": plain_text(named.pop()) if len(named) == 1 else None,
         "figures": [f"{FIGURES}/{path.stem}.png" for path in results],
         "auto_class": "AutoModelForImageClassification" if _task(config) == "image-classification" else "AutoModel",
         "num_features": config.num_features,
         "members": members,
         "studies": [_study(study) for study in studies],
-        "commands": [command for command in dict.fromkeys(commands) if command],
+        "commands": [" ".join(str(command).replace("`", "").split()) for command in dict.fromkeys(commands) if command],
         "interval_covers": "the draw of the seeds and of the data"
         if repeats > 1
         else "the draw of the test images only (one repeat)",
-        "versions": studies[0].versions if studies else versions(),
+        "versions": plain_text(studies[0].versions) if studies else versions(),
     }
 
 
 def _member(spec: dict[str, Any]) -> dict[str, Any]:
-    provenance, pixels = spec["provenance"], spec["preprocessing"]
+    provenance, pixels = plain_text(spec["provenance"]), spec["preprocessing"]
     shown = {
-        key: _cell(provenance.get(key, "not stated"))
-        for key in ("source", "pretraining_data", "license", "steps", "seed")
+        key: provenance.get(key, "not stated") for key in ("source", "pretraining_data", "license", "steps", "seed")
     }
     if provenance.get("hub_id"):
         revision = provenance.get("revision", "main")
         shown["source"] = f"[{provenance['hub_id']}](https://huggingface.co/{provenance['hub_id']}/tree/{revision})"
     channels, height, width = pixels["input_size"]
     return shown | {
-        "architecture": _cell(
-            spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else "")
-        ),
+        "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),
         "num_features": spec["num_features"],
         "input": f"{channels}x{height}x{width}",
-        "sha256": provenance.get("weights_sha256", "")[:12],
+        "sha256": str(provenance.get("weights_sha256", ""))[:12],
     }
 
 
-def _cell(value: Any) -> str:
-    """Text that cannot break out of a table's cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def plain_text(value: Any) -> Any:
+    """The same, with every text in it as Markdown shows it: in one line, and what looks like markup only looks so."""
+    if isinstance(value, str):
+        return " ".join(value.split()).translate(MARKUP)
+    if dataclasses.is_dataclass(value):
+        shown = {field.name: plain_text(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **shown)
+    if isinstance(value, dict):
+        return {plain_text(key): plain_text(item) for key, item in value.items()}
+    return [plain_text(item) for item in value] if isinstance(value, list) else value
 
 
-def _study(study: Results) -> dict[str, Any]:
+def _study(measured: Results) -> dict[str, Any]:
+    study = plain_text(measured)
     subject = study.rows[0]
     return {
         "title": describe_dataset(study.dataset),
         "subject": subject.name,
-        "protocol": study.protocol,
+        "protocol": measured.protocol,
         "drawn": study.rows[0].draw_deviation is not None,
         "interval_kind": f"mean over {study.repeats} repeats with other seeds, Student's intervals"
         if study.repeats > 1
