@@ -10,6 +10,7 @@ from concat_ensemble.commands.evidence import theory
 from concat_ensemble.commands.options import errors
 from concat_ensemble.commands.overlap import compare
 from concat_ensemble.commands.probe import probe
+from concat_ensemble.commands.report import report
 from concat_ensemble.commands.select import select
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several image backbones as one richer model.",
 )
-for command in (build, probe, select, compare, card, export, theory, cache):  # in the order of --help
+for command in (build, probe, select, compare, card, report, export, theory, cache):  # in the order of --help
     app.command()(command)
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("stopped")
         sys.exit(130)
-    except (ValueError, OSError, RecursionError) as error:  # the last for JSON of a thousand levels
+    except (ValueError, OSError) as error:
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
         sys.exit(2)
 

@@ -126,7 +126,7 @@ def _content(title: str, config: ConcatEnsembleConfig, results: dict[Path, Resul
     studies = list(results.values())
     members = [_member(config.members[k]) for k in config.built_members]
     names = list(dict.fromkeys(f"`{member['architecture']}`" for member in members))
-    named = {str(config.members[k]["provenance"].get("ensemble_recipe") or "")  for k in config.built_members}
+    named = {str(config.members[k]["provenance"].get("ensemble_recipe") or "") for k in config.built_members}
     commands = [config.members[k]["provenance"].get("command") for k in config.built_members] + [
         study.command for study in studies
     ]

@@ -128,6 +128,16 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         self.members = [_checked_member(k, member) for k, member in enumerate(self.members)]
         self.check_active_members()
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        try:
+            settings = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise OSError(f"{json_file} is nested too deeply for a config; save it again.") from error
+        if not isinstance(settings, dict):
+            raise OSError(f"{json_file} holds no config but {_short(settings)}; save it again.")
+        return settings
+
     def to_diff_dict(self) -> dict[str, Any]:
         # transformers leaves out what equals its default, two labels of its own naming: such a head would load as none.
         return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
@@ -311,7 +321,11 @@ def checked_preprocessing(given: Any, refuse) -> dict[str, Any]:
             refuse(f"{name}={pixels[name]!r} must be one of {', '.join(allowed)}.")
     for name in ("mean", "std"):
         values = pixels[name]
-        if not isinstance(values, list) or len(values) != size[0] or any(type(v) not in (int, float) for v in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != size[0]
+            or not all(type(v) in (int, float) and abs(v) <= WIDEST for v in values)
+        ):
             refuse(f"{name}={_short(values)} must be {size[0]} numbers, one per channel.")
     if min(pixels["std"]) <= 0:
         refuse(f"std={pixels['std']!r} must be above zero.")
@@ -319,14 +333,12 @@ def checked_preprocessing(given: Any, refuse) -> dict[str, Any]:
 
 
 def _plain(value: Any, refuse, depth: int = DEEPEST) -> Any:
-    """`value` with tuples as lists; `refuse(value)` on what JSON cannot hold, and on numbers and depths beyond use."""
+    """`value` with tuples as lists; `refuse(value)` on what JSON cannot hold, and on what is nested beyond use."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value) and depth:
         return {key: _plain(item, refuse, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple) and depth:
         return [_plain(item, refuse, depth - 1) for item in value]
-    if value is None or type(value) in (str, bool) or (type(value) is int and abs(value) < 2**64):
-        return value
-    if type(value) is float and math.isfinite(value):
+    if value is None or type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value)):
         return value
     return refuse(value)
 
@@ -343,4 +355,5 @@ def _whole(value: Any, least: int, most: int = WIDEST) -> bool:
 
 def _short(value: Any) -> str:
     """For messages: what a stranger wrote may be long."""
-    return reprlib.repr(value)
+    text = reprlib.repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."

@@ -13,7 +13,9 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
 from .configuration_concat_ensemble import ConcatEnsembleConfig
-from .configuration_concat_ensemble import checked_preprocessing, copy_payload, refuse_links
+from .configuration_concat_ensemble import checked_preprocessing
+from .configuration_concat_ensemble import copy_payload
+from .configuration_concat_ensemble import refuse_links
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:

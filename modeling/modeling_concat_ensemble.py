@@ -35,7 +35,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 # Of a network that timm builds, and of a head: beyond the largest of timm's, and short of hours and of all memory.
-MOST_WEIGHTS, MOST_MODULES, LARGEST_HEAD = 10**10, 100_000, 2**30
+MOST_WEIGHTS, MOST_MODULES, LARGEST_HEAD = 10**10, 20_000, 2**30
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -195,8 +195,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             active_members (`list[int]`, *optional*): Build these members only; only their files are read or fetched.
 
         Raises:
-            ValueError: for missing or unexpected member weights, more weights than the files can hold, bad
-                `active_members`, or a `device_map` that offloads to disk.
+            ValueError: for missing or unexpected member weights or other shapes, before they take memory; for bad
+                `active_members`, and a `device_map` that offloads to disk.
             OSError: for a shard that is missing, truncated, or named outside the folder, and for weights that are not
                 safetensors (pickles are read, tensors only, with `use_safetensors=False`).
         """
@@ -206,7 +206,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         if not isinstance(config, PreTrainedConfig):
             config = name if config is None else config
-            settings = PreTrainedConfig.get_config_dict(config, **hub)[0]
+            settings = ConcatEnsembleConfig.get_config_dict(config, **hub)[0]
             wanted = kwargs.get("active_members", settings.get("active_members"))
             projection = kwargs.get("projection_dim", settings.get("projection_dim"))
             # Refuses bad numbers before any file is fetched.
@@ -218,7 +218,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             asked, wanted, projection = config, config.active_members, config.projection_dim
         index, files = _index_of_members(cls, name, wanted, projection is not None, hub)
         if files:
-            _refuse_more_than_held(asked, files, name)
+            _check_fit(asked, files, name)
         with tempfile.TemporaryDirectory() as folder:
             if index is not None:
                 (Path(folder) / hub.get("subfolder", "")).mkdir(parents=True, exist_ok=True)
@@ -447,13 +447,22 @@ def _bounded():
         yield
 
 
-def _refuse_more_than_held(config: ConcatEnsembleConfig, files: list[str], name) -> None:
+def _check_fit(config: ConcatEnsembleConfig, files: list[str], name) -> None:
     """transformers allocates what a config asks for before it sees that the files do not hold it."""
     with torch.device("meta"):
-        wanted = sum(tensor.numel() for tensor in ConcatEnsembleModel(config).state_dict().values())
-    held = sum(os.path.getsize(file) for file in files)
-    if wanted > held:  # a weight has a byte at least
-        raise ValueError(f"the weights in {name} do not fit its config: {wanted:,} do not fit into {held:,} bytes.")
+        model = ConcatEnsembleModel(config)
+    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    held = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            held |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no iteration over it)
+    theirs = re.compile(rf"members\.({'|'.join(model.members)})\.|projection\.")
+    missing = sorted(key for key, shape in wanted.items() if held.get(key) != shape)
+    unexpected = sorted(key for key in held if key not in wanted and theirs.match(key))
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights in {name} do not fit its config: missing {_some(missing)}; unexpected {_some(unexpected)}."
+        )
 
 
 def _tuples(value):
