@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _content(title: str, config: ConcatEnsembleConfig, results: dict[Path, Resul
         "num_features": config.num_features,
         "members": members,
         "studies": [_study(study) for study in studies],
-        "commands": [" ".join(str(command).replace("`", "").split()) for command in dict.fromkeys(commands) if command],
+        "commands": [_line(str(command)).replace("`", "") for command in dict.fromkeys(commands) if command],
         "interval_covers": "the draw of the seeds and of the data"
         if repeats > 1
         else "the draw of the test images only (one repeat)",
@@ -156,8 +157,8 @@ def _member(spec: dict[str, Any]) -> dict[str, Any]:
     shown = {
         key: provenance.get(key, "not stated") for key in ("source", "pretraining_data", "license", "steps", "seed")
     }
-    if provenance.get("hub_id"):
-        revision = provenance.get("revision", "main")
+    revision = provenance.get("revision", "main")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w.-]+", f"{provenance.get('hub_id')}@{revision}"):
         shown["source"] = f"[{provenance['hub_id']}](https://huggingface.co/{provenance['hub_id']}/tree/{revision})"
     channels, height, width = pixels["input_size"]
     return shown | {
@@ -168,10 +169,14 @@ def _member(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _line(text: str) -> str:
+    return "".join(filter(str.isprintable, " ".join(text.split())))
+
+
 def plain_text(value: Any) -> Any:
     """The same, with every text in it as Markdown shows it: in one line, and what looks like markup only looks so."""
     if isinstance(value, str):
-        return " ".join(value.split()).translate(MARKUP)
+        return _line(value).translate(MARKUP)
     if dataclasses.is_dataclass(value):
         shown = {field.name: plain_text(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **shown)

@@ -455,7 +455,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_that_would_be_more_than_text_on_the_card(name, folder, monkeypatch):
+def test_text_that_would_be_more_than_text_on_the_card(name, folder):
     text = TEXTS[name]
 
     def poison(results):
@@ -468,9 +468,9 @@ def test_text_that_would_be_more_than_text_on_the_card(name, folder, monkeypatch
     edit(folder / "config.json", lambda config: config["members"][0]["provenance"].update(stated))
     content = write_card(folder).read_text()
     card = ModelCard(content)
-    assert card.data.library_name == "transformers" and "license: mit" not in content
+    assert (card.data.library_name, card.data.license) == ("transformers", "other")
     prose = "".join(part for part in card.text.split("```")[::2])
-    for sign in ("<", "javascript:alert(1))", "](https://evil", "\n# Heading", "\x1b"):
+    for sign in ("<", "](javascript", "](https://evil", "\n# Heading", "\x1b"):
         assert sign not in prose, sign
     assert card.text.count("```") == 6, "a fence was opened or closed"
     assert "49" not in prose and "root:" not in content
