@@ -23,13 +23,20 @@ from concat_ensemble.modeling.configuration_concat_ensemble import (
     MEMBER_KEYS,
     REFUSED_MODEL_ARGS,
     ConcatEnsembleConfig,
+    checked_model_args,
+    checked_preprocessing,
     timm_architectures,
     unknown_architecture,
 )
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleModel,
+    ConcatEnsemblePreTrainedModel,
+    create_backbone,
+)
 
 HUB = "hf-hub:"
 RANDOM = "random:"
+OURS = ("num_classes", "pretrained")  # of timm's arguments: what a member has in its own way
 
 
 @dataclass
@@ -127,7 +134,7 @@ def _from_module(module: nn.Module) -> list[_Member]:
         raise ValueError(
             f"{type(module).__name__} is not a timm model; members are timm architectures: make it with timm.create_model(...)."
         )
-    bare = _create(module.pretrained_cfg["architecture"], **_model_args(module))
+    bare = create_backbone(module.pretrained_cfg["architecture"], **_model_args(module))
     load_backbone(bare, module.state_dict(), f"the {type(module).__name__} in memory")
     return [_described(bare, {"source": "a model in memory"}, pretrained_cfg=module.pretrained_cfg)]
 
@@ -150,7 +157,7 @@ def _untrained(name: str, seed: int) -> _Member:
     _known(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = _create(name)
+        backbone = create_backbone(name)
     return _described(
         backbone,
         {
@@ -180,12 +187,13 @@ def _from_hub(name: str) -> list[_Member]:
                 f"cannot reach the Hub for {name}, and it is not in the cache; give ARCHITECTURE=FILE or a folder."
             ) from None
         commit = Path(cached).parent.name  # the cache keeps a folder per commit
-    config = json.loads(Path(hf_hub_download(repo, "config.json", revision=commit)).read_text())
+    config = _read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
     if config.get("model_type") == "concat_ensemble":
         taken = _from_module(ConcatEnsembleModel.from_pretrained(repo, revision=commit))
         for member in taken:
             member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
         return taken
+    _checked_args(config, name)
     backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
     return [
         _described(
@@ -205,30 +213,45 @@ def _from_folder(folder: Path) -> list[_Member]:
         raise ValueError(
             f"{folder} has no config.json; give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE."
         )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}); save the model again.") from error
+    config = _read_config(folder / "config.json")
     if config.get("model_type") == "concat_ensemble":
         return _from_module(ConcatEnsembleModel.from_pretrained(folder))
-    _known(config.get("architecture"))
-    model_args = {
-        key: value for key, value in (config.get("model_args") or {}).items() if key not in REFUSED_MODEL_ARGS
-    }
-    backbone = _create(config["architecture"], **model_args)
-    weights = next(
-        (folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()),
-        folder / "model.safetensors",
-    )
-    load_backbone(backbone, read_checkpoint(weights)[0], str(weights))
-    license = config.get("pretrained_cfg", {}).get("license")
-    return [
-        _described(
-            backbone,
-            {"source": folder.name, "license": license} | config.get("provenance", {}),
-            pretrained_cfg=config.get("pretrained_cfg"),
+    model_args = _checked_args(config, str(folder))
+    weights = folder / "model.safetensors"
+    if not weights.is_file() and (folder / "pytorch_model.bin").is_file():
+        raise ValueError(
+            f"{folder} has its weights in pytorch_model.bin; give {config['architecture']}={folder / 'pytorch_model.bin'} if you want it read."
         )
-    ]
+    tensors = read_checkpoint(weights)[0]
+    backbone = create_backbone(config["architecture"], **model_args)
+    load_backbone(backbone, tensors, str(weights))
+    pretrained = config.get("pretrained_cfg") or {}
+    provenance = {"source": folder.name, "license": pretrained.get("license")} | (config.get("provenance") or {})
+    return [_described(backbone, provenance, pretrained_cfg=pretrained)]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Of timm's or of an ensemble's folder."""
+    try:
+        config = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:  # ValueError: not JSON, or not text
+        raise ValueError(f"{path} is not JSON ({error}); save the model again.") from error
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(key) or {}, dict) for key in ("model_args", "pretrained_cfg", "provenance")
+    ):
+        raise ValueError(f"{path} is not a model's config; save the model again.")
+    return config
+
+
+def _checked_args(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """A stranger's arguments for timm, without those that timm itself would give."""
+
+    def refuse(problem: str):
+        raise ValueError(f"{source}: {problem}")
+
+    _known(config.get("architecture"))
+    given = config.get("model_args") or {}
+    return checked_model_args({key: value for key, value in given.items() if key not in OURS}, refuse)
 
 
 def _from_file(path: Path, architecture: str) -> _Member:
@@ -238,7 +261,7 @@ def _from_file(path: Path, architecture: str) -> _Member:
     if architecture not in timm_architectures():
         raise ValueError(f"{path}: {architecture!r} is not a timm architecture; name it as ARCHITECTURE={path.name}.")
     found = convert(architecture, tensors)
-    backbone = _create(found.architecture, **found.model_args)
+    backbone = create_backbone(found.architecture, **found.model_args)
     if is_jax:
         load_jax_vit(backbone, path)
     else:
@@ -252,13 +275,6 @@ def _known(name: Any) -> None:
         raise ValueError(unknown_architecture(name))
 
 
-def _create(architecture: str, **model_args) -> nn.Module:
-    try:
-        return timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"timm cannot build {architecture} with {model_args}: {error}") from error
-
-
 def _model_args(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in getattr(module, "_model_args", {}).items() if key not in REFUSED_MODEL_ARGS}
 
@@ -270,17 +286,23 @@ def _described(
     timm_logger.setLevel(
         logging.ERROR
     )  # it warns that a grey model's mean is averaged over the channels, which is what we want
-    pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or backbone.pretrained_cfg)
-    channels = pixels["input_size"][0]
+    name = backbone.pretrained_cfg["architecture"]
+
+    def refuse(problem: str):
+        raise ValueError(f"{name}: {problem}")
+
+    try:
+        pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or backbone.pretrained_cfg)
+        channels = pixels["input_size"][0]
+        pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        refuse(f"its pretrained_cfg does not say what it sees ({error!r}).")
     if channels not in IMAGE_MODES:
-        raise ValueError(
-            f"{backbone.pretrained_cfg.get('architecture')} takes {channels} channels; images have {' or '.join(map(str, IMAGE_MODES))}."
-        )
-    pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
+        refuse(f"it takes {channels} channels; images have {' or '.join(map(str, IMAGE_MODES))}.")
     spec = dict.fromkeys(MEMBER_KEYS) | {
-        "architecture": backbone.pretrained_cfg["architecture"],
+        "architecture": name,
         "model_args": _model_args(backbone),
-        "preprocessing": {**pixels, "image_mode": IMAGE_MODES[channels]},
+        "preprocessing": checked_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]}, refuse),
         "provenance": {key: value for key, value in provenance.items() if value is not None},
     }
     return _Member(backbone, spec)

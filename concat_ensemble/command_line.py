@@ -12,6 +12,7 @@ from concat_ensemble.commands.hub import push
 from concat_ensemble.commands.options import be_quiet, errors
 from concat_ensemble.commands.overlap import compare
 from concat_ensemble.commands.probe import probe
+from concat_ensemble.commands.report import report
 from concat_ensemble.commands.select import select
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several image backbones as one richer model.",
 )
-COMMANDS = (build, probe, select, compare, card, verify, push, export, theory, cache)  # in the order of --help
+COMMANDS = (build, probe, select, compare, card, verify, report, push, export, theory, cache)  # in the order of --help
 for command in COMMANDS:
     app.command()(command)
 # These leave their options to a script's own parser.

@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer
 from torch import nn
 
-from concat_ensemble.checkpoints import WRAPPERS
+from concat_ensemble.checkpoints import WRAPPERS, refuse_bomb
 from concat_ensemble.errors import first_line
 
 Tensors = dict[str, torch.Tensor]
@@ -145,6 +145,7 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
         raise ValueError(f"{path}: .npz holds a vision transformer, not {name}; name it as vit_base_patch16_224=FILE.")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}.")
+    refuse_bomb(path)
     wrong = f"{path} does not hold the weights of {name}"
     try:
         with np.load(path, allow_pickle=False) as file:

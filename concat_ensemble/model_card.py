@@ -22,7 +22,7 @@ from concat_ensemble.card_metadata import (
     task_of,
 )
 from concat_ensemble.licenses import OTHER, joint_license
-from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.plots import describe_dataset, plot_accuracy_against_members
 from concat_ensemble.probing import members_sha256
 from concat_ensemble.results import Results, Row
@@ -61,6 +61,7 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 
     Raises:
         ValueError: when the folder holds no ensemble, or a results file that belongs to other weights.
+        OSError: when it holds a symbolic link.
     """
     config, studies = _read(folder)
     for stem, study in studies.items():
@@ -107,6 +108,7 @@ def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
     """Config and results, few labels last, by the names of their files."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no ensemble (no config.json); make one with concat-ensemble build.")
+    refuse_links(folder, RESULTS, FIGURES)
     config = ConcatEnsembleConfig.from_pretrained(folder)
     studies = {path: Results.load(path) for path in sorted((folder / RESULTS).glob("*.json"))}
     for path, study in studies.items():

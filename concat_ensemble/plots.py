@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -10,9 +11,12 @@ from concat_ensemble.overlap import Overlap
 from concat_ensemble.results import Results, Row
 from concat_ensemble.selection import Selection
 
+# Names of strangers are no formulas: matplotlib reads what stands between two dollars as one.
+LITERAL = matplotlib.rc_context({"text.parse_math": False})
 BLUE, GREY, ORANGE = "#1f5fa8", "#8a8a8a", "#d9772b"
 
 
+@LITERAL
 def plot_accuracy_against_members(results: Results, path: Path) -> None:
     """Test top-1 against the number of members: ensembles at equal training steps, the prefixes of the one at hand,
     and the controls as levels.
@@ -60,6 +64,7 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
+@LITERAL
 def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
     """Held-out top-1 of every subset against its FLOPs, those that nothing cheaper beats, and the chosen one."""
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
@@ -97,6 +102,7 @@ def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
     figure.savefig(path)
 
 
+@LITERAL
 def plot_overlap(overlap: Overlap, path: Path) -> None:
     """Four matrices with their numbers: row `given`, column `wanted`."""
     subjects, count = overlap.subjects, len(overlap.subjects)

@@ -6,12 +6,12 @@ import difflib
 from dataclasses import MISSING, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from datasets import DatasetDict
 
 from concat_ensemble.data import class_names, load_data
+from concat_ensemble.records import fits, read_yaml, spelled
 
 METRICS = ("top1", "mean_per_class", "macro_f1")  # of `ProbeMetrics`: those that come with an interval
 NAMING = ("name", "config", "revision", "image_column", "label_column", "train_split", "validation_split", "test_split")
@@ -146,20 +146,15 @@ def _named(name: str, folder: Path) -> Path:
 
 def _read(cls: type, path: Path) -> Any:
     """A recipe of a class from its file, whose keys are the class's fields and of their types."""
-    try:
-        given = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise ValueError(f"{path.name} has no keys.")
     known = {field.name: field for field in fields(cls) if field.name != "recipe"}
     for key, value in given.items():
         if key not in known:
             raise ValueError(f"{path.name}: {key!r} is not a key of a recipe; these are {', '.join(known)}.")
-        wanted = known[key].type
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            name = (get_args(wanted) or (wanted,))[0].__name__
-            raise ValueError(f"{path.name}: {key}={value!r} is not of type {name}.")
+        if not fits(value, known[key].type):
+            raise ValueError(f"{path.name}: {key}={value!r} is not of type {spelled(known[key].type)}.")
     if missing := [key for key, field in known.items() if field.default is MISSING and key not in given]:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
     return cls(recipe=path.name.removesuffix(".yaml"), **given)

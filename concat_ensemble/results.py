@@ -15,9 +15,19 @@ from scipy import stats
 
 from concat_ensemble.cost import Cost
 from concat_ensemble.probes.metrics import paired_difference, wilson_interval
+from concat_ensemble.records import fits, misfit
 
 # "narrowed": the ensemble itself at one member's width
 KINDS = ("ensemble", "prefix", "member", "narrowed", "baseline", "control")
+# What is shown of how a dataset was asked for.
+DATASET = {
+    "name": str | None,
+    "config": str | None,
+    "revision": str | None,
+    "classes": list[int | str] | None,
+    "shots": int | None,
+    "test_images": int | None,
+}
 
 
 @dataclass
@@ -149,9 +159,33 @@ class Results:
             content = json.loads(Path(path).read_text())
             content.pop("protocol")
             rows = [Row(**{**row, "runs": [Run(**run) for run in row["runs"]]}) for row in content.pop("rows")]
-            return cls(**content, rows=rows)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or not text
+            found = cls(**content, rows=rows)
+            found._check()
+            return found
+        except (
+            AttributeError,
+            KeyError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:  # ValueError: not JSON, or not text
             raise ValueError(f"{path} is not a results file ({error}); probe again with --overwrite.") from error
+
+    def _check(self) -> None:
+        """Raise ValueError for what no probe measures: a stranger's file is shown on cards and pages."""
+        if name := misfit(self) or next(
+            (k for k, hint in DATASET.items() if not fits(self.dataset.get(k), hint)), None
+        ):
+            raise ValueError(f"its {name} is of another type")
+        if not self.rows or len({len(row.runs) for row in self.rows}) > 1 or not self.repeats:
+            raise ValueError("its rows have not one number of runs each")
+        for row in self.rows:
+            if row.kind not in KINDS or min(row.width, row.num_members) < 0:
+                raise ValueError(f"its row {row.name!r} is none of {', '.join(KINDS)}")
+            for run in row.runs:
+                length = len(base64.b64decode(run.right, validate=True))
+                if not (run.n_test > 0 and 0 <= run.metrics["top1"] <= 1 and length in (0, -(-run.n_test // 8))):
+                    raise ValueError(f"its row {row.name!r} is not of {run.n_test} test images")
 
     @classmethod
     def merged(cls, repeats: list[Results]) -> Results:
@@ -176,6 +210,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Written aside and renamed: a kill leaves what was there, or all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
+    aside.unlink(missing_ok=True)  # were it a link, what it points to would be written
     aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.replace(path)
 

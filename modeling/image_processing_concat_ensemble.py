@@ -13,7 +13,9 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
 from .configuration_concat_ensemble import ConcatEnsembleConfig
+from .configuration_concat_ensemble import checked_preprocessing
 from .configuration_concat_ensemble import copy_payload
+from .configuration_concat_ensemble import refuse_links
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -55,7 +57,9 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             raise ValueError(
                 "geometries is empty; use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)."
             )
-        self.geometries = geometries
+        if not isinstance(geometries, list | tuple):
+            raise ValueError(f"geometries={geometries!r} must be a list.")
+        self.geometries = [checked_preprocessing(geometry, _refuse_geometry) for geometry in geometries]
         self._transforms = [_eval_transform(geometry) for geometry in geometries]
 
     @classmethod
@@ -94,7 +98,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
                 transform(convert_image(image, geometry["image_mode"]))
                 for transform, geometry in zip(self._transforms, self.geometries, strict=True)
             ]
-        except (OSError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL's for a bad image
             where = f" ({given})" if isinstance(given, str | os.PathLike) else ""
             raise ValueError(f"image {number} of the batch{where}: {error}") from error
         if len(slices) == 1:
@@ -106,6 +110,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         return stacked
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        refuse_links(save_directory)
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         copy_payload(save_directory)
         return files
@@ -118,6 +123,10 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             for key, value in super().to_dict().items()
             if key not in ("_transforms", "image_processor_type", "auto_map")
         }
+
+
+def _refuse_geometry(problem: str):
+    raise ValueError(f"geometries: {problem}")
 
 
 def _eval_transform(geometry: dict[str, Any]):

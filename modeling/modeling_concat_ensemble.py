@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules import module as registration
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,6 +32,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.hub import cached_file, cached_files
 
 from .configuration_concat_ensemble import ConcatEnsembleConfig
+from .configuration_concat_ensemble import refuse_links
 from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 
 
@@ -37,6 +40,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
+# Of a network that timm builds, and of a head: beyond the largest of timm's, and short of hours and of all memory.
+MOST_WEIGHTS, MOST_MODULES, LARGEST_HEAD = 10**10, 20_000, 2**30
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -197,24 +202,30 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             active_members (`list[int]`, *optional*): Build these members only; only their files are read or fetched.
 
         Raises:
-            ValueError: for missing or unexpected member weights, bad `active_members`, or a `device_map` that offloads
-                to disk.
-            OSError: for a shard that is missing, truncated, or named outside the folder.
+            ValueError: for missing or unexpected member weights or other shapes, before they take memory; for bad
+                `active_members`, and a `device_map` that offloads to disk.
+            OSError: for a shard that is missing, truncated, or named outside the folder, and for weights that are not
+                safetensors (pickles are read, tensors only, with `use_safetensors=False`).
         """
+        kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         name = pretrained_model_name_or_path
         if not isinstance(config, PreTrainedConfig):
             config = name if config is None else config
-            settings = PreTrainedConfig.get_config_dict(config, **hub)[0]
+            settings = ConcatEnsembleConfig.get_config_dict(config, **hub)[0]
             wanted = kwargs.get("active_members", settings.get("active_members"))
             projection = kwargs.get("projection_dim", settings.get("projection_dim"))
             # Refuses bad numbers before any file is fetched.
-            ConcatEnsembleConfig(members=settings.get("members", []), active_members=wanted, projection_dim=projection)
+            asked = ConcatEnsembleConfig(
+                members=settings.get("members", []), active_members=wanted, projection_dim=projection
+            )
         else:
             config.check_active_members()
-            wanted, projection = config.active_members, config.projection_dim
-        index = _index_of_members(cls, name, wanted, projection is not None, hub)
+            asked, wanted, projection = config, config.active_members, config.projection_dim
+        index, files = _index_of_members(cls, name, wanted, projection is not None, hub)
+        if files:
+            _check_fit(asked, files, name)
         with tempfile.TemporaryDirectory() as folder:
             if index is not None:
                 (Path(folder) / hub.get("subfolder", "")).mkdir(parents=True, exist_ok=True)
@@ -260,7 +271,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: when only some members are built and the folder holds the weights of others, which would be
                 lost; and after `fold_batchnorm()`.
-            OSError: when the folder is a file or cannot be written.
+            OSError: when the folder is a file, cannot be written, or holds a symbolic link.
         """
         self._check_not_folded("saved")
         folder = Path(save_directory)
@@ -276,6 +287,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
                 f"{folder} holds the weights of members {orphaned}, which are not built here; save elsewhere, or the result of export_active()."
             )
         if is_main_process:
+            refuse_links(folder)
             self.config.dtype, self.config.architectures = self.dtype, [type(self).__name__]
             self.config.save_pretrained(folder)
             ConcatEnsembleImageProcessor.from_config(self.config).save_pretrained(folder)  # copies the code, too
@@ -388,6 +400,10 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
             raise ValueError(
                 f"num_labels={config.num_labels}: a classifier needs classes; pass num_labels=10 or id2label={{0: 'cat', ...}}."
             )
+        if config.num_labels * config.num_features > LARGEST_HEAD:
+            raise ValueError(
+                f"num_labels={config.num_labels} for {config.num_features:,} features: a head has up to {LARGEST_HEAD:,} weights."
+            )
         super().__init__(config)
         self.num_labels = config.num_labels
         if config.standardize:
@@ -432,13 +448,66 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
 
 def _create_member(config: ConcatEnsembleConfig, k: int) -> nn.Module:
     spec = config.members[k]
-    model_args = {key: _tuples(value) for key, value in spec["model_args"].items()}
     try:
-        return timm.create_model(spec["architecture"], pretrained=False, num_classes=0, **model_args)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        return create_backbone(spec["architecture"], **{key: _tuples(v) for key, v in spec["model_args"].items()})
+    except ValueError as error:
+        raise ValueError(f"members[{k}]: {error}") from error
+
+
+def create_backbone(architecture: str, **model_args) -> nn.Module:
+    """timm's network without a head, with fresh weights: built on the meta device first, where its size costs nothing.
+
+    Raises:
+        ValueError: when timm cannot build it, and when it is larger than any of timm's own.
+    """
+
+    def create():
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
+
+    try:
+        with torch.device("meta"), _bounded():
+            network = create()
+        return network if torch.get_default_device().type == "meta" else create()
+    except Exception as error:  # of any kind: timm checks few of its arguments
+        said = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) or not str(error) else str(error)
+        raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {said}") from error
+
+
+@contextmanager
+def _bounded():
+    """While this lasts, networks of more than `MOST_WEIGHTS` or `MOST_MODULES` end in a ValueError."""
+    weights = modules = 0
+
+    def count(module, name, value):
+        nonlocal weights, modules
+        weights += value.numel() if isinstance(value, torch.Tensor) else 0
+        modules += isinstance(value, nn.Module)
+        if weights > MOST_WEIGHTS or modules > MOST_MODULES:
+            raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights or {MOST_MODULES:,} layers")
+
+    with ExitStack() as hooks:
+        for kind in ("parameter", "buffer", "module"):
+            hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _check_fit(config: ConcatEnsembleConfig, files: list[str], name) -> None:
+    """transformers allocates what a config asks for before it sees that the files do not hold it."""
+    with torch.device("meta"):
+        model = ConcatEnsembleModel(config)
+    wanted = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    held = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            held |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no iteration over it)
+    theirs = re.compile(rf"members\.({'|'.join(model.members)})\.|projection\.")
+    missing = sorted(key for key, shape in wanted.items() if held.get(key) != shape)
+    unexpected = sorted(key for key in held if key not in wanted and theirs.match(key))
+    if missing or unexpected:
         raise ValueError(
-            f"members[{k}]: timm cannot build {spec['architecture']} with model_args {spec['model_args']}: {error}"
-        ) from error
+            f"the weights in {name} do not fit its config: missing {_some(missing)}; unexpected {_some(unexpected)}."
+        )
 
 
 def _tuples(value):
@@ -658,22 +727,23 @@ def _members_on_disk(folder: Path) -> set[int]:
     return {int(match["member"]) for match in matches if match}
 
 
-def _index_of_members(cls, name, wanted: list[int] | None, projected: bool, hub: dict) -> dict | None:
+def _index_of_members(cls, name, wanted: list[int] | None, projected: bool, hub: dict) -> tuple[dict | None, list[str]]:
     """The checkpoint's index cut down to the shards that `cls` needs, with absolute paths, since transformers fetches
     every shard that an index names; None where it needs all of them or there is no index (a single
-    `model.safetensors`)."""
+    `model.safetensors`). And the files that are needed, each seen to be whole."""
     quiet = {"_raise_exceptions_for_missing_entries": False}
-    if cached_file(name, "model.safetensors", **hub, **quiet) is not None:
-        return None
+    single = cached_file(name, "model.safetensors", **hub, **quiet)
+    if single is not None:
+        _check_whole(single)
+        return None, [single]
     path = cached_file(name, INDEX_NAME, **hub, **quiet)
     if path is None:
-        return None
+        return None, []
     try:
         index = json.loads(Path(path).read_text())
-        set(index["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        unsafe = sorted(shard for shard in set(index["weight_map"].values()) if not SAFE_NAME.fullmatch(shard))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise OSError(f"{path} is not an index of weights ({error!r}); fetch or save it again.") from error
-    unsafe = sorted(shard for shard in set(index["weight_map"].values()) if not SAFE_NAME.fullmatch(shard))
     if unsafe:
         raise OSError(
             f"{name}: the index names {unsafe[0]!r}; a shard's name may hold letters, digits, '.', '_' and '-' only."
@@ -692,15 +762,19 @@ def _index_of_members(cls, name, wanted: list[int] | None, projected: bool, hub:
         )
     files = dict(zip(shards, cached_files(name, shards, **hub), strict=True))
     for file in files.values():
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
+        _check_whole(file)
     if set(files) == set(index["weight_map"].values()):
-        return None
+        return None, list(files.values())
     weight_map = {key: os.path.abspath(files[shard]) for key, shard in index["weight_map"].items() if shard in files}
-    return {"metadata": index.get("metadata", {}), "weight_map": weight_map}
+    return {"metadata": index.get("metadata", {}), "weight_map": weight_map}, list(files.values())
+
+
+def _check_whole(file: str) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
 
 
 def _save_shards(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:

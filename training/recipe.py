@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import types
 import typing
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import timm.optim
 import timm.scheduler
 import yaml
 from timm.data import auto_augment_transform, rand_augment_transform
+
+from concat_ensemble.records import fits, read_yaml, spelled
 
 AUGMENTATIONS = ("timm", "scatter", "none")
 SCHEDULES = ("cosine", "tanh", "wsd", "constant")  # of timm's: a warmup, then as each says
@@ -136,10 +137,7 @@ class Settings:
         Raises:
             ValueError: naming the file and the field, when it is unknown, missing, or of another type.
         """
-        try:
-            given = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        given = read_yaml(path)
         if not isinstance(given, dict):
             raise ValueError(f"{path} must hold fields, as in 'dataset: digits'; it holds {type(given).__name__}.")
         hints = typing.get_type_hints(cls)
@@ -152,9 +150,9 @@ class Settings:
                 )
             if value is False and hints[name] is str:
                 value = given[name] = "no"  # which YAML takes for false
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 hint = " (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)" if "float" in str(hints[name]) else ""
-                raise ValueError(f"{path}: {name}={value!r} must be {_spelled(hints[name])}{hint}.")
+                raise ValueError(f"{path}: {name}={value!r} must be {spelled(hints[name])}{hint}.")
         missing = [
             f.name
             for f in dataclasses.fields(cls)
@@ -259,17 +257,3 @@ def _yaml_value(text: str):
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
-
-
-def _fits(value, hint) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
-
-
-def _spelled(hint) -> str:
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("NoneType", "None")

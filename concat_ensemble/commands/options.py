@@ -77,7 +77,7 @@ def studies_of(context: typer.Context) -> dict[str, tuple[dict, Callable]]:
 
 def file_name(study: str, limit: int | None, shots: int | None = None) -> str:
     words = [study, f"limit-{limit}" if limit else "", f"shots-{shots}" if shots else ""]
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") or "dataset"
 
 
 def described(asked: dict, data) -> dict:

@@ -1,0 +1,29 @@
+"""`report`: several ensembles on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from concat_ensemble.commands.options import Overwrite, Quiet, out, writable_parent
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Of ensembles with results, or of results files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare ensembles on one HTML page that needs nothing but itself: a table to sort, accuracy against cost, what each
+    member adds, and what they have in common.
+
+    concat-ensemble report two-resnets five-backbones --output report.html
+    """
+    from concat_ensemble.report import write_report
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} is there already; add --overwrite or name another --output.")
+    writable_parent(output)
+    write_report(folders, output)
+    if not quiet:
+        out.print(f"{output}: {output.stat().st_size / 1e3:,.0f} kB", soft_wrap=True, markup=False)
