@@ -13,16 +13,20 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from concat_ensemble.plots import LITERAL, describe_dataset
 from concat_ensemble.results import Results, Row
 
+NUMBERS = {
+    "members": lambda row: row.num_members or None,
+    "columns": lambda row: row.width,
+    "training steps": lambda row: row.steps,
+    "GFLOPs per image": lambda row: getattr(getattr(row, "cost", None), "gflops", None),
+    "GFLOP of training": lambda row: row.gflops,
+}
 # What a panel has for its axis of cost: the first that all of its rows know.
-COSTS = (
-    ("GFLOPs per image", lambda row: getattr(getattr(row, "cost", None), "gflops", None)),
-    ("GFLOP of training", lambda row: row.gflops),
-    ("columns", lambda row: row.width),
-)
+COSTS = ("GFLOPs per image", "GFLOP of training", "columns")
 MARKERS = {"ensemble": "o", "prefix": ".", "member": "+", "narrowed": "D", "baseline": "s"}
 
 
@@ -46,7 +50,7 @@ def write_report(folders: list[Path], output: Path) -> Path:
         for path in paths:
             kind, content = _read(path)
             if kind:
-                found[kind].append((folder.resolve().name, content))
+                found[kind].append((str(folder), content))
         if len(found["studies"]) == before:
             raise ValueError(f"{folder} has no results; make some with concat-ensemble probe.")
     environment = jinja2.Environment(
@@ -58,8 +62,10 @@ def write_report(folders: list[Path], output: Path) -> Path:
     )
     # The page's policy lets the one script run whose digest it names.
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    rows = [row for name, study in found["studies"] for row in _rows(name, study)]
     page = environment.get_template("report.html.jinja").render(
-        rows=[row for name, study in found["studies"] for row in _rows(name, study)],
+        rows=rows,
+        numbers=[name for name in NUMBERS if any(row["numbers"][name] is not None for row in rows)],
         figure=Markup(_figure(found["studies"])),
         selections=found["selections"],
         overlaps=found["overlaps"],
@@ -93,7 +99,7 @@ def _rows(name: str, study: Results) -> Iterator[dict[str, Any]]:
             "dataset": describe_dataset(study.dataset),
             "row": row.name,
             "kind": row.kind,
-            "numbers": [row.num_members or None, row.width, row.steps, *(cost(row) for _, cost in COSTS[:2])],
+            "numbers": {name: number(row) for name, number in NUMBERS.items()},
             "top1": 100 * row.mean,
             "interval": f"{low:.1f} to {high:.1f}",
         }
@@ -143,17 +149,20 @@ def _figure(studies: list[tuple[str, Results]]) -> str:
         figure.subplots(len(by_dataset), squeeze=False).flat, by_dataset.items(), strict=True
     ):
         shown = [(name, row) for name, row in rows if row.kind in MARKERS]
-        label, cost = next(pair for pair in COSTS if all(pair[1](row) for _, row in shown) or pair is COSTS[-1])
+        cost = next(name for name in COSTS if all(NUMBERS[name](row) for _, row in shown) or name == COSTS[-1])
         for name, row in shown:
             low, high = row.interval
             spread = [[100 * max(row.mean - low, 0)], [100 * max(high - row.mean, 0)]]
-            axes.errorbar(cost(row), 100 * row.mean, spread, color=colors[name], marker=MARKERS[row.kind], alpha=0.8,
+            axes.errorbar(NUMBERS[cost](row), 100 * row.mean, spread, color=colors[name], marker=MARKERS[row.kind], alpha=0.8,
                           elinewidth=0.8, label=name if row.kind == "ensemble" else None)  # fmt: skip
         for name, row in rows:
             if row.kind == "control":
                 axes.axhline(100 * row.mean, color=colors[name], linestyle=":", linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xlabel(cost)
         axes.set_ylabel("top-1 (%)")
         axes.set_title(textwrap.fill(dataset, 80), fontsize=9, loc="left")
         axes.legend(fontsize=8, frameon=False)
