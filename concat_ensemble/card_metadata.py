@@ -107,7 +107,8 @@ def benchmark_entries(study: Results) -> list[dict[str, Any]]:
 
 
 def one_line(value: Any) -> str:
-    return " ".join(str(value).split())
+    """Without what moves a terminal's cursor, too."""
+    return "".join(filter(str.isprintable, " ".join(str(value).split())))
 
 
 def is_hub_id(name: Any) -> bool:
