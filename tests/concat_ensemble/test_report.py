@@ -74,7 +74,7 @@ def test_the_page_has_every_row_and_what_members_add_and_share(two, tmp_path):
     text = write_report(two, tmp_path / "page/x.html").read_text()
     rows = Page(text).rows
     assert len(rows) == 1 + 9 + 2 + 2  # headings, results, selection, overlap
-    assert list(dict.fromkeys(row[0] for row in rows[1:10])) == ["one", "two"]
+    assert list(dict.fromkeys(row[0] for row in rows[1:10])) == [str(folder) for folder in two]
     assert [row[1] for row in rows[1:4]] == ["pair", "cat1", "raw pixels"] and rows[3][2] == "12.3"
     assert ["0: resnet18", "yes", "+25.0 [+20.0, +30.0]", ""] in rows
     assert ["a", "b", "0.97", "0.10", "0.50", "11.0"] in rows and "a repeats b." in text
