@@ -144,13 +144,15 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     def _check_keys(self, others: dict[str, Any]) -> None:
         """Raise ValueError for what is no ensemble's, before transformers makes attributes or labels of it."""
-        for key in others:
+        for key, value in others.items():
             found = getattr(type(self), key, None)
             taken = found is not None and key != "model_type" and not getattr(found, "fset", None)
             private = key.startswith("_") and key not in ("_commit_hash", "_name_or_path")
-            if taken or private or key in REFUSED_KEYS:
+            nested = isinstance(value, dict) and key != "auto_map"  # such as custom_pipelines
+            if taken or private or nested or key in REFUSED_KEYS:
                 raise ValueError(f"{key!r} is not a key of an ensemble's config; remove it.")
-        dtype, labels = self.dtype or others.get("torch_dtype"), self.id2label
+        dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
+        labels, numbers = self.id2label, self.label2id
         attention, number = others.get("attn_implementation"), others.get("num_labels", 0)
         checks = {
             "members": (self.members, isinstance(self.members, list | tuple) and len(self.members) <= MOST_MEMBERS, f"a list of up to {MOST_MEMBERS} members"),
@@ -159,6 +161,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
             "initializer_range": (self.initializer_range, type(self.initializer_range) in (int, float) and 0 <= self.initializer_range <= WIDEST, "a number, not below zero"),
             "num_labels": (number, _whole(number, 0), f"a whole number up to {WIDEST:,}"),
             "id2label": (labels, labels is None or (isinstance(labels, dict) and len(labels) <= WIDEST and all(str(n).isdecimal() for n in labels)), f"names by numbers, up to {WIDEST:,}"),
+            "label2id": (numbers, numbers is None or (isinstance(numbers, dict) and all(type(n) is int for n in numbers.values())), "numbers by names"),
             "dtype": (dtype, dtype is None or isinstance(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype), "one of torch's, such as 'float32'"),
             "attn_implementation": (attention, attention in (None, "eager", "sdpa"), "left out: timm's layers choose it themselves"),
         }  # fmt: skip

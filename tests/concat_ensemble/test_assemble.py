@@ -22,7 +22,7 @@ from concat_ensemble.checkpoints import weights_sha256
 SOURCES = [
     "a model in memory",
     "a folder of timm's",
-    "a folder of timm's, pickled",
+    "a folder of timm's, pickled and named",
     "a file named after its architecture",
     "a file of another name",
     "an ensemble in memory",
@@ -47,7 +47,12 @@ def sources(trained, tmp_path_factory):
     save_for_hf(trained, folder / "timm", safe_serialization=True)
     save_for_hf(trained, folder / "pickled", safe_serialization=False)
     assemble([trained]).save_pretrained(folder / "ensemble")
-    forms = [trained, folder / "timm", folder / "pickled", folder / "test_resnet.safetensors"]
+    forms = [
+        trained,
+        folder / "timm",
+        f"test_resnet={folder / 'pickled/pytorch_model.bin'}",
+        folder / "test_resnet.safetensors",
+    ]
     forms += [f"test_resnet={folder / 'last.pth.tar'}", assemble([trained]), str(folder / "ensemble")]
     return dict(zip(SOURCES, forms, strict=True))
 
