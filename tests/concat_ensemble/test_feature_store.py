@@ -179,6 +179,7 @@ def test_two_processes_share_one_extraction(undisturbed, tmp_path):
     assert contents(tmp_path / "store") == undisturbed
 
 
+@pytest.mark.slow
 def test_two_extractions_at_once_end_in_the_same_files(undisturbed, tmp_path):
     both = [child(tmp_path / "model", tmp_path / "store") for _ in range(2)]
     assert [process.wait(180) for process in both] == [0, 0]

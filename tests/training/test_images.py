@@ -113,7 +113,7 @@ def parquet(tmp_path_factory):
     return f"parquet:{folder}"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_stream_goes_on_where_it_was(parquet, workers):
     settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": workers}
     whole = first(Images(Settings(**settings), GREY).batches([1, 2]), 9)  # 72 images: into the second epoch

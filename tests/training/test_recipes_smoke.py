@@ -43,8 +43,8 @@ def members(script, tmp_path_factory) -> Path:
 
 
 def few(path: Path):
-    """A quarter of a minute each: one ResNet-50 and the digits always, the others of their kind among the slow tests."""
-    slow = ("resnet50" in path.stem and "cat4" not in path.stem) or "mnist" in path.stem
+    """ViT-S and the digits always; ResNet-50 and MNIST, which take the same path, among the slow tests."""
+    slow = "resnet50" in path.stem or "mnist" in path.stem
     return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if slow else [])
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ntk_gap import Gap, table_of
-from reproduce import FAILED, FIGURES, HELD, OPEN, Conclusion, page
+from reproduce import FAILED, FIGURES, HELD, OPEN, Conclusion, Desk, page, reproduced
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "docs" / "reproduction"
@@ -33,13 +33,12 @@ def test_the_page_in_docs_is_made_of_the_outputs_beside_it():
 
 
 def test_a_proposition_in_seconds(script, tmp_path):
-    words = [sys.executable, "training/reproduce.py", "proposition-2.1", "--output", tmp_path / "found"]
-    printed = script(*words)
+    printed = script(sys.executable, "training/reproduce.py", "proposition-2.1", "--output", tmp_path / "found")
     assert "0 cancellations in 1,000,000 draws" in " ".join(printed.split())
     assert (tmp_path / "found.md").read_text() == page(tmp_path / "found")
     assert re.search(r"!\[.*\]\(found/proposition-2.1.png\)", (tmp_path / "found.md").read_text())
     before = (tmp_path / "found" / "proposition-2.1.json").stat().st_mtime_ns
-    script(*words)
+    reproduced("proposition-2.1", Desk(tmp_path, 4, smoke=False), tmp_path / "found")
     assert (tmp_path / "found" / "proposition-2.1.json").stat().st_mtime_ns == before
 
 
