@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
-from concat_ensemble.checkpoints import PICKLES, load_backbone, read_checkpoint, weights_sha256
+from concat_ensemble.checkpoints import PICKLES, fitting, load_backbone, read_checkpoint, weights_sha256
 from concat_ensemble.converters import convert, load_jax_vit
 from concat_ensemble.errors import first_line
 from concat_ensemble.modeling.configuration_concat_ensemble import (
@@ -193,7 +193,9 @@ def _from_hub(name: str) -> list[_Member]:
         for member in taken:
             member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
         return taken
-    _checked_args(config, name)
+    model_args = _checked_args(config, name)
+    with torch.device("meta"):  # one too large is refused here
+        create_backbone(config["architecture"], **model_args)
     backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
     return [
         _described(
@@ -223,6 +225,8 @@ def _from_folder(folder: Path) -> list[_Member]:
             f"{folder} has its weights in pytorch_model.bin; give {config['architecture']}={folder / 'pytorch_model.bin'} if you want it read."
         )
     tensors = read_checkpoint(weights)[0]
+    with torch.device("meta"):  # one that the file does not hold is refused before it takes memory
+        fitting(create_backbone(config["architecture"], **model_args), tensors, str(weights))
     backbone = create_backbone(config["architecture"], **model_args)
     load_backbone(backbone, tensors, str(weights))
     pretrained = config.get("pretrained_cfg") or {}

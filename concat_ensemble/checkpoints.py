@@ -91,7 +91,12 @@ def refuse_bomb(path: Path) -> None:
 
 
 def load_backbone(backbone: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Load `tensors` into a timm model that was made with `num_classes=0`, whatever wrappers their keys carry, without
+    """Load `fitting` tensors into a timm model; raises as that does."""
+    backbone.load_state_dict(fitting(backbone, tensors, source), strict=False)
+
+
+def fitting(backbone: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Those of `tensors` that belong to a timm model that was made with `num_classes=0`, whatever wrappers their keys carry, without
     the classifier's.
 
     A batch norm's `num_batches_tracked` may be missing, as in old checkpoints: it counts, and is no weight.
@@ -125,7 +130,7 @@ def load_backbone(backbone: nn.Module, tensors: dict[str, torch.Tensor], source:
         raise ValueError(
             f"{source} does not hold the weights of {name}; {'; '.join(problems)}. Name the right architecture, as NAME=FILE."
         )
-    backbone.load_state_dict(found, strict=False)
+    return found
 
 
 def weights_sha256(state_dict: dict[str, torch.Tensor]) -> str:

@@ -354,6 +354,8 @@ TIMM = {
     "a path": ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
     "an address": ({"model_args": {"act_layer": "https://evil.example"}}, "https://evil.example"),
     "a million-wide layer": ({"model_args": {"channels": [10**6] * 4}}, "1000000"),
+    "wide layers that no file holds": ({"model_args": {"channels": [12_000] * 4}}, "does not hold the weights"),
+    "wider layers than any network's": ({"model_args": {"channels": [60_000] * 4}}, "more than"),
     "an architecture elsewhere": ({"architecture": "hf-hub:evil/repo"}, "hf-hub:evil/repo"),
     "a picture as wide as the sea": ({"pretrained_cfg": {"input_size": [1, 10**6, 10**6]}}, "input_size"),
     "pixels of nothing": ({"pretrained_cfg": {"input_size": 5, "mean": None}}, "pretrained_cfg"),
@@ -378,15 +380,15 @@ def test_a_timm_folder_of_pickles(world, refused):
     refused("build", "member", "--output", "out", said="pytorch_model.bin")
 
 
-@pytest.mark.parametrize("name", ["a path", "an address"])
+@pytest.mark.parametrize("name", ["a path", "an address", "wider layers than any network's"])
 def test_a_timm_repo_from_a_stranger(name, world, refused):
     commit = "c0ffee" + 34 * "0"
-    repo = Path(HF_HUB_CACHE) / f"models--evil--{name.replace(' ', '-')}"
+    repo = Path(HF_HUB_CACHE) / f"models--evil--x{len(name)}"
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text(commit)
     (repo / "snapshots" / commit / "config.json").write_text(json.dumps({"architecture": "resnet10t"} | TIMM[name][0]))
-    refused("build", f"hf-hub:evil/{name.replace(' ', '-')}", "--output", "out", said=TIMM[name][1])
+    refused("build", f"hf-hub:evil/x{len(name)}", "--output", "out", said=TIMM[name][1])
 
 
 # --- links and names in folders that are written --------------------------------------------------------------------
