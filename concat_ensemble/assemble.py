@@ -226,9 +226,9 @@ def _from_folder(folder: Path) -> list[_Member]:
         )
     tensors = read_checkpoint(weights)[0]
     with torch.device("meta"):  # one that the file does not hold is refused before it takes memory
-        fitting(create_backbone(config["architecture"], **model_args), tensors, str(weights))
+        found = fitting(create_backbone(config["architecture"], **model_args), tensors, str(weights))
     backbone = create_backbone(config["architecture"], **model_args)
-    load_backbone(backbone, tensors, str(weights))
+    backbone.load_state_dict(found, strict=False)
     pretrained = config.get("pretrained_cfg") or {}
     provenance = {"source": folder.name, "license": pretrained.get("license")} | (config.get("provenance") or {})
     return [_described(backbone, provenance, pretrained_cfg=pretrained)]

@@ -25,7 +25,7 @@ from concat_ensemble.licenses import OTHER, joint_license
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.plots import describe_dataset, plot_accuracy_against_members
 from concat_ensemble.probing import members_sha256
-from concat_ensemble.results import Results, Row
+from concat_ensemble.results import Results, Row, points
 
 RESULTS, FIGURES, CARD = "results", "figures", "README.md"
 EVAL_RESULTS = ".eval_results"  # where the Hub looks for the results of its registered benchmarks
@@ -287,7 +287,7 @@ def _member(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _study(study: Results) -> dict[str, Any]:
     texts = [row_texts(study, row) for row in study.rows]
-    shown = headings(study)
+    shown = headings(study, texts)
     for row, cells in zip(study.rows, texts, strict=True):
         cells["name"] = f"**{row.name}**" if row.kind == "ensemble" else row.name
     return {
@@ -307,9 +307,8 @@ def _study(study: Results) -> dict[str, Any]:
     }
 
 
-def headings(study: Results) -> dict[str, str]:
-    """The columns of a study's table: of `row_texts`, those that say anything."""
-    texts = [row_texts(study, row) for row in study.rows]
+def headings(study: Results, texts: list[dict[str, str]]) -> dict[str, str]:
+    """The columns of a study's table: of the `row_texts` of all its rows, those that say anything."""
     always = ("name", "num_members", "width", "steps", "top1", "interval", "paired", "p")
     return {
         key: text.format(study.rows[0].name)
@@ -326,7 +325,7 @@ def _adds(members: list[dict], studies: list[Results]) -> list[list[str]]:
         alone = [f"{subject}, member {k} alone" for k in range(count)]
         steps = [alone[0], *(f"{subject}, first {k}" for k in range(2, count)), subject]
         if count > 1 and all(name in study for name in alone + steps):
-            added = [_signed(*study.difference(new, old)[:2]) for old, new in itertools.pairwise(steps)]
+            added = [points(*study.difference(new, old)[:2]) for old, new in itertools.pairwise(steps)]
             columns[_text(describe_dataset(study.dataset))] = (
                 [f"{100 * study[name].mean:.1f}" for name in alone],
                 ["", *added],
@@ -338,12 +337,6 @@ def _adds(members: list[dict], studies: list[Results]) -> list[list[str]]:
         cells = [cell for alone, added in columns.values() for cell in (alone[k], added[k])]
         table.append([str(k), f"`{_code(member['architecture'])}`", *cells])
     return table
-
-
-def _signed(mean: float, interval: tuple[float, float]) -> str:
-    """In points; without an interval where a repeat does not say which images it got right."""
-    low, high = interval
-    return f"{100 * mean:+.1f}" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else "")
 
 
 def compute_sentence(study: Results) -> str:
@@ -382,7 +375,7 @@ def row_texts(study: Results, row: Row) -> dict[str, str]:
     if row is not study.rows[0]:
         mean, interval, p = study.difference(study.rows[0].name, row.name)
         known = math.isfinite(interval[0])
-        shown |= {"paired": _signed(mean, interval), "p": "" if not known else "<0.001" if p < 0.001 else f"{p:.3f}"}
+        shown |= {"paired": points(mean, interval), "p": "" if not known else "<0.001" if p < 0.001 else f"{p:.3f}"}
     return shown
 
 

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from concat_ensemble.plots import LITERAL, describe_dataset
-from concat_ensemble.results import Results, Row
+from concat_ensemble.results import Results, Row, points
 
 NUMBERS = {
     "members": lambda row: row.num_members or None,
     "columns": lambda row: row.width,
     "training steps": lambda row: row.steps,
-    "GFLOPs per image": lambda row: getattr(getattr(row, "cost", None), "gflops", None),
+    "GFLOPs per image": lambda row: row.cost and row.cost.gflops,
     "GFLOP of training": lambda row: row.gflops,
 }
 # What a panel has for its axis of cost: the first that all of its rows know.
@@ -111,8 +111,8 @@ def _selection(dataset: str, content: dict) -> dict[str, Any]:
         {
             "name": f"{one['member']}: {content['names'][one['member']]}",
             "chosen": bool(one["chosen"]),
-            "gain": _interval(one["gain"], one["gain_interval"]),
-            "shapley": "" if one["shapley"] is None else _interval(one["shapley"], one["shapley_interval"]),
+            "gain": points(one["gain"], one["gain_interval"]),
+            "shapley": "" if one["shapley"] is None else points(one["shapley"], one["shapley_interval"]),
         }
         for one in content["contributions"]
     ]
@@ -131,10 +131,6 @@ def _overlap(content: dict) -> dict[str, Any]:
         "relations": relations,
         "verdict": list(content["verdict"]),
     }
-
-
-def _interval(value: float, bounds: list[float]) -> str:
-    return f"{100 * value:+.1f} [{100 * bounds[0]:+.1f}, {100 * bounds[1]:+.1f}]"
 
 
 @LITERAL

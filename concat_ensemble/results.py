@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     aside.unlink(missing_ok=True)  # were it a link, what it points to would be written
     aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.replace(path)
+
+
+def points(difference: float, interval: Sequence[float]) -> str:
+    """A difference of shares in points, with its interval unless a repeat does not say which images it got right."""
+    low, high = interval
+    return f"{100 * difference:+.1f}" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else "")
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import Output, Overwrite, Quiet, Seed, new_folder, out, typed, writable_parent
+from concat_ensemble.commands.options import Output, Overwrite, Quiet, Seed, new_file, new_folder, out, typed
 
 
 def build(
@@ -82,9 +82,7 @@ def export(
     write = {".onnx": export_onnx, ".pt2": export_program}.get(output.suffix)
     if write is None:
         raise ValueError(f"--output {output}: name a file that ends in .onnx, or in .pt2 for torch.export.")
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} is there already; add --overwrite or name another --output.")
-    writable_parent(output)
+    new_file(output, overwrite)
     write(load_for_export(folder), output)
     if not quiet:
         out.print(f"{output}: {output.stat().st_size / 1e6:,.1f} MB", soft_wrap=True, markup=False)

@@ -14,9 +14,9 @@ from concat_ensemble.commands.options import (
     Overwrite,
     Quiet,
     Seed,
+    new_file,
     out,
     print_unfolded,
-    writable_parent,
 )
 
 
@@ -35,9 +35,7 @@ def theory(
     from concat_ensemble.theory import draw_cancellations, plot_counterexample, save_theory, train_counterexample
 
     path = output / "theory.json"
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
-    writable_parent(path)  # better known before the work than after it
+    new_file(path, overwrite)
     drawn = draw_cancellations(seed=seed)
     found = train_counterexample(initialisations=initialisations, seed=seed)
     plot_counterexample(found, path.with_suffix(".png"))

@@ -142,6 +142,14 @@ def writable_parent(path: Path) -> Path:
         raise ValueError(f"{path} cannot be written ({error.strerror}); name another --output.") from error
 
 
+def new_file(path: Path, overwrite: bool) -> None:
+    """Raise ValueError where a file may not take the place of what is there, or none can be written: better known before
+    the work than after it."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
+    writable_parent(path)
+
+
 def print_unfolded(table: Table) -> None:
     """As wide as it is, also where the terminal is narrower or there is none: folded numbers cannot be read."""
     Console(highlight=False, width=max(out.width, 250)).print(table)

@@ -26,11 +26,11 @@ from concat_ensemble.commands.options import (
     described,
     file_name,
     load_model,
+    new_file,
     out,
     print_unfolded,
     studies_of,
     typed,
-    writable_parent,
 )
 
 
@@ -55,9 +55,7 @@ def compare(
     if more:
         raise ValueError("compare looks at one dataset; give one --recipe.")
     path = output / f"{file_name(study, limit)}.json"
-    writable_parent(path)  # better known before the work than after it
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
+    new_file(path, overwrite)
     loaded = {f"{k}: {Path(name).name}": load_model(name, seed + k) for k, name in enumerate(models)}
     found = compare_models(loaded, data := load(), seed=seed, quiet=quiet, batch_size=batch_size, num_workers=workers)
     found.save(path, command=typed(), dataset=described(asked, data))

@@ -181,8 +181,8 @@ def show(results) -> None:
     table = Table(
         title=f"{describe_dataset(results.dataset)}; {over}; protocol {results.protocol}", title_justify="left"
     )
-    shown = headings(results)
     rows = [row_texts(results, row) for row in results.rows]
+    shown = headings(results, rows)
     for key in shown:
         table.add_column(shown[key], justify="left" if key == "name" else "right")
     for row, cells in zip(results.rows, rows, strict=True):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from concat_ensemble.commands.options import Overwrite, Quiet, out, writable_parent
+from concat_ensemble.commands.options import Overwrite, Quiet, new_file, out
 
 
 def report(
@@ -21,9 +21,7 @@ def report(
     """
     from concat_ensemble.report import write_report
 
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} is there already; add --overwrite or name another --output.")
-    writable_parent(output)
+    new_file(output, overwrite)
     write_report(folders, output)
     if not quiet:
         out.print(f"{output}: {output.stat().st_size / 1e3:,.0f} kB", soft_wrap=True, markup=False)

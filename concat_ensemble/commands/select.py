@@ -142,9 +142,7 @@ def select(
 
 def show_selection(found, quick: bool) -> None:
     """What each member is worth, the best subset of each size, and what to do."""
-
-    def points(value: float, interval) -> str:
-        return f"{100 * value:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+    from concat_ensemble.results import points
 
     table = Table(
         title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held:,} others in % "
