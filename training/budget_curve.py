@@ -19,10 +19,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from compare import IMAGES, STUDIES, call, to_the_end, told, two_at_a_time
-from concat_ensemble import LinearProbe, assemble, extract_features, load_data
+from compare import IMAGES, STUDIES, data_of, kept, to_the_end, told, train, two_at_a_time
+from concat_ensemble import LinearProbe, assemble, extract_features
 from concat_ensemble.controls import pixel_table, untrained_like
-from concat_ensemble.results import t_interval, write_json
+from concat_ensemble.results import t_interval
 
 COUNTS = (1, 2, 4, 8)
 SYSTEMS = tuple(f"cat{count}" for count in COUNTS)
@@ -52,30 +52,16 @@ class Point:
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Top-1 by study and system; read where it was measured before."""
-        if not self.path.is_file():
-            folder = self.output / "members" / self.path.stem
-            self._train(folder)
-            found = self._probed(folder)
-            write_json(self.path, {"point": [self.study, self.dataset, self.seed, self.budget], "top1": found})
-            shutil.rmtree(folder)
-        content = json.loads(self.path.read_text())
-        if content["point"] != [self.study, self.dataset, self.seed, self.budget]:
-            raise ValueError(f"{self.path} is of {content['point']}; name another --output, or delete it.")
-        return content["top1"]
+        asked = {"point": [self.study, self.dataset, self.seed, self.budget]}
+        folder = self.output / "members" / self.path.stem
+        found = kept(self.path, asked, lambda: self._measured_anew(folder))
+        shutil.rmtree(folder, ignore_errors=True)  # only now: a kill before it loses no training
+        return found
 
-    def _train(self, folder: Path) -> None:
-        command = [
-            "training/pretrain_members.py",
-            f"training/recipes/{self.study}_timecat.yaml",
-            "--cpu",
-            "--dataset",
-            self.dataset,
-        ]
-        command += ["--members", str(list(COUNTS)), "--baseline-extra", "0", "--wide-steps", "0", "--snapshots", "0"]
-        command += ["--total-steps", str(self.budget), "--seed", str(self.seed), "--output", str(folder)]
-        call(
-            [sys.executable, *command, *(["--smoke"] if self.smoke else [])], f"seed {self.seed}, {self.budget:,} steps"
-        )
+    def _measured_anew(self, folder: Path) -> dict[str, dict[str, float]]:
+        what = f"seed {self.seed}, {self.budget:,} steps"
+        train(self.study, self.dataset, folder, COUNTS, self.budget, self.seed, self.smoke, what)
+        return self._probed(folder)
 
     def _probed(self, folder: Path) -> dict[str, dict[str, float]]:
         systems = {system: assemble(folder / system) for system in SYSTEMS}
@@ -84,17 +70,8 @@ class Point:
         if not known:  # else as with another budget: the controls depend on the seed alone
             systems["untrained members"] = untrained_like(systems[SYSTEMS[-1]], self.seed)
         found = {}
-        for name, (classes, test_size, shots) in STUDIES.items():
-            low, high = map(int, classes.split("-"))
-            limit = 100 if self.smoke else IMAGES[self.study][1]
-            data = load_data(
-                f"scattered:{self.dataset}",
-                classes=range(low, high + 1),
-                test_size=test_size,
-                limit=limit,
-                shots=shots,
-                seed=self.seed,
-            )
+        for name in STUDIES:
+            data = data_of(self.study, self.dataset, name, self.seed, self.smoke)
             tables = {
                 system: extract_features(model, data, store=folder / "features", quiet=True)
                 for system, model in systems.items()

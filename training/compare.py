@@ -10,24 +10,27 @@ CAT5, snapshots, members that share their batches, distillation, fine-tuning and
 
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import DatasetDict
 from rich.console import Console
 from rich.table import Table
 
+from concat_ensemble import load_data
 from concat_ensemble.commands.options import be_quiet
 from concat_ensemble.model_card import FIGURES, RESULTS, verdict, write_card
-from concat_ensemble.results import Results, Row, t_interval
+from concat_ensemble.results import Results, Row, t_interval, write_json
 
 HERE = Path(__file__).parent
 SUBJECT = "cat4"
@@ -116,6 +119,60 @@ def call(command: list[str], what: str) -> None:
         raise RuntimeError(f"{what} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
 
 
+def train(
+    study: str,
+    dataset: str,
+    folder: Path,
+    counts: Sequence[int],
+    steps: int,
+    seed: int,
+    smoke: bool,
+    what: str,
+    *words: str,
+) -> None:
+    """Networks of a study's recipe: K for `steps` / K each, for every K in `counts`, and nothing besides."""
+    command = ["training/pretrain_members.py", f"training/recipes/{study}_timecat.yaml", "--cpu", "--dataset", dataset]
+    command += ["--members", str(list(counts)), "--baseline-extra", "0", "--wide-steps", "0", "--snapshots", "0"]
+    command += ["--total-steps", str(steps), "--seed", str(seed), "--output", str(folder), *words]
+    call([sys.executable, *command, *(["--smoke"] if smoke else [])], what)
+
+
+def data_of(study: str, dataset: str, measured: str, seed: int, smoke: bool) -> DatasetDict:
+    """What one of `STUDIES` is measured on, as `concat-ensemble probe` loads it."""
+    classes, test_size, shots = STUDIES[measured]
+    low, high = map(int, classes.split("-"))
+    limit = 100 if smoke else IMAGES[study][1]
+    scattered = f"scattered:{dataset}"
+    return load_data(scattered, classes=range(low, high + 1), test_size=test_size, limit=limit, shots=shots, seed=seed)
+
+
+def kept(path: Path, asked: dict[str, list], measure: Callable[[], dict]) -> dict:
+    """What `measure` gives, in a file after what was `asked`; read from there where it was measured before.
+
+    Raises:
+        ValueError: where the file is of something else.
+    """
+    if not path.is_file():
+        write_json(path, asked | {"top1": measure()})
+    content = json.loads(path.read_text())
+    ((key, wanted),) = asked.items()
+    if content[key] != wanted:
+        raise ValueError(f"{path} is of {content[key]}, not {wanted}; name another --output, or delete it.")
+    return content["top1"]
+
+
+def table_of(studies: dict[str, Results]) -> list[list[str]]:
+    """Headings and rows."""
+    headings = ["", "columns", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired"]
+    named = {"few labels": "10 labels a class", "in distribution": "seen 0 to 4"}
+    return [headings + [named[name] for name in studies if name != "unseen"], *rows_of(studies)]
+
+
+def in_markdown(table: list[list[str]]) -> str:
+    headings, *rows = table
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, ["---"] * len(headings), *rows))
+
+
 def rows_of(studies: dict[str, Results]) -> list[list[str]]:
     """The table's cells, from the worst to the best on the unseen classes."""
     unseen, rows = studies["unseen"], []
@@ -163,20 +220,15 @@ def show(studies: dict[str, Results], output: Path, smoke: bool) -> None:
         console.print("SMOKE: a few steps only, the numbers mean nothing", style="bold")
     protocols = " and ".join(results.protocol for results in studies.values())
     console.print(f"Top-1 in %, mean of {unseen.repeats} repeats [95% t-interval]; protocols {protocols}")
-    headings = ["", "columns", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired"]
-    headings += [
-        {"few labels": "10 labels a class", "in distribution": "seen 0 to 4"}[name]
-        for name in studies
-        if name != "unseen"
-    ]
-    table, rows = Table(), rows_of(studies)
+    lines = table_of(studies)
+    headings, *rows = lines
+    table = Table()
     for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     for cells in rows:
         table.add_row(*cells, style="bold" if cells[0] == SUBJECT else None)
     console.print(table)
-    lines = [headings, ["---"] * len(headings), *rows]
-    (output / "table.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+    (output / "table.md").write_text(in_markdown(lines))
     paired = 100 * (unseen[SUBJECT].top1 - one_network(unseen))
     console.print(
         f"{SUBJECT} minus {'cat1' if 'cat1' in unseen else 'a member'}, repeat by repeat: {', '.join(f'{value:+.1f}' for value in np.atleast_1d(paired))}"
@@ -238,7 +290,7 @@ def to_the_end(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

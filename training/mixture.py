@@ -12,9 +12,9 @@ and not done again. Prints a table, and leaves it with the figure and the number
 """
 
 import argparse
-import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,11 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
 
-from compare import IMAGES, call, to_the_end, told, two_at_a_time
+from compare import IMAGES, kept, to_the_end, told, train, two_at_a_time
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.controls import pixel_table, untrained_like
 from concat_ensemble.projection import principal_projection
-from concat_ensemble.results import t_interval, write_json
+from concat_ensemble.results import t_interval
 
 COUNTS = (1, 2, 4, 8)
 DIRECT, SINGLE, MOST = "direct", "cat1", f"cat{COUNTS[-1]}"
@@ -86,19 +86,18 @@ class Study:
 
     def measured(self, seed: int) -> Measured:
         """One repeat; read where it was measured before."""
-        path, asked = self.output / f"seed-{seed}.json", [self.study, self.components, self.dataset, self.steps, seed]
-        if not path.is_file():
-            folder = self.output / "members" / path.stem
-            names = self._written(folder, seed)
-            for number in range(len(names)):
-                self._train(folder / f"{number}", self.steps, [1], seed, f"train on component {names[number]}")
-            self._train(folder / MIXTURE, self.steps * len(names), list(COUNTS), seed, "train on the mixture")
-            write_json(path, {"asked": asked, "top1": self._probed(folder, names, seed)})
-            shutil.rmtree(folder)
-        content = json.loads(path.read_text())
-        if content["asked"] != asked:
-            raise ValueError(f"{path} is of {content['asked']}, not {asked}; name another --output, or delete it.")
-        return content["top1"]
+        asked = {"asked": [self.study, self.components, self.dataset, self.steps, seed]}
+        folder = self.output / "members" / f"seed-{seed}"
+        found = kept(self.output / f"seed-{seed}.json", asked, lambda: self._measured_anew(folder, seed))
+        shutil.rmtree(folder, ignore_errors=True)  # only now: a kill before it loses no training
+        return found
+
+    def _measured_anew(self, folder: Path, seed: int) -> Measured:
+        names = self._written(folder, seed)
+        for number in range(len(names)):
+            self._train(folder / f"{number}", self.steps, [1], seed, f"train on component {names[number]}")
+        self._train(folder / MIXTURE, self.steps * len(names), COUNTS, seed, "train on the mixture")
+        return self._probed(folder, names, seed)
 
     def _written(self, folder: Path, seed: int) -> list[str]:
         """The components and their mixture as datasets on disk, which the training script takes."""
@@ -115,12 +114,9 @@ class Study:
                 images.to_parquet(folder / name / "data" / f"{split}.parquet")
         return list(made)
 
-    def _train(self, folder: Path, steps: int, counts: list[int], seed: int, what: str) -> None:
-        command = ["training/pretrain_members.py", f"training/recipes/{self.study}_timecat.yaml", "--cpu"]
-        command += ["--dataset", f"parquet:{folder / 'data'}", "--classes", "null", "--members", str(counts)]
-        command += ["--baseline-extra", "0", "--wide-steps", "0", "--snapshots", "0", "--total-steps", str(steps)]
-        command += ["--seed", str(seed), "--output", str(folder), *(["--smoke"] if self.smoke else [])]
-        call([sys.executable, *command], f"seed {seed}: {what}")
+    def _train(self, folder: Path, steps: int, counts: Sequence[int], seed: int, what: str) -> None:
+        data = f"parquet:{folder / 'data'}"
+        train(self.study, data, folder, counts, steps, seed, self.smoke, f"seed {seed}: {what}", "--classes", "null")
 
     def _probed(self, folder: Path, names: list[str], seed: int) -> Measured:
         systems = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}

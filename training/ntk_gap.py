@@ -8,19 +8,17 @@ pretraining at all, and those of CAT4. Prints a table; each repeat is kept in a 
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from compare import IMAGES, STUDIES, SUBJECT, to_the_end, told, two_at_a_time
-from concat_ensemble import LinearProbe, assemble, extract_features, load_data
+from compare import IMAGES, SUBJECT, data_of, kept, to_the_end, told, two_at_a_time
+from concat_ensemble import LinearProbe, assemble, extract_features
 from concat_ensemble.controls import untrained_like
 from concat_ensemble.ntk import NTK
 from concat_ensemble.projection import principal_projection
-from concat_ensemble.results import write_json
 
 COLUMNS = 2_048  # for each system, so that CAT4's four members get a quarter each
 SINGLE = "cat1"
@@ -41,27 +39,14 @@ class Gap:
 
     def measured(self, seed: int) -> dict[str, float]:
         """Top-1 by system in one repeat; read where it was measured before."""
-        path, asked = self.output / f"ntk-seed-{seed}.json", [self.study, self.dataset, seed, COLUMNS]
-        if not path.is_file():
-            write_json(path, {"asked": asked, "top1": self._probed(seed)})
-        content = json.loads(path.read_text())
-        if content["asked"] != asked:
-            raise ValueError(f"{path} is of {content['asked']}, not {asked}; name another --output, or delete it.")
-        return content["top1"]
+        asked = {"asked": [self.study, self.dataset, seed, COLUMNS]}
+        return kept(self.output / f"ntk-seed-{seed}.json", asked, lambda: self._probed(seed))
 
     def _probed(self, seed: int) -> dict[str, float]:
         folder = self.networks / f"seed-{seed}"
         models = {name: assemble(folder / name) for name in (SINGLE, SUBJECT)}
         models["untrained cat1"] = untrained_like(models[SINGLE], seed)
-        classes, test_size, _ = STUDIES["unseen"]
-        low, high = map(int, classes.split("-"))
-        data = load_data(
-            f"scattered:{self.dataset}",
-            classes=range(low, high + 1),
-            test_size=test_size,
-            limit=100 if self.smoke else IMAGES[self.study][1],
-            seed=seed,
-        )
+        data = data_of(self.study, self.dataset, "unseen", seed, self.smoke)
         tables = {}
         for system in SYSTEMS:
             model = models[system.removesuffix(GRADIENTS)]

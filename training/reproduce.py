@@ -213,10 +213,6 @@ def figure_6(desk: Desk) -> Finding:
 def _systems(desk: Desk, study: str, title: str, setting: str, paper: str) -> Finding:
     studies = desk.systems(study)
     unseen, seen = studies["unseen"], studies["in distribution"]
-    headings = ["", "columns", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired", "seen 0 to 4"]
-    rows = compare.rows_of(studies)
-    lines = [headings, ["---"] * len(headings), *rows]
-
     whole, narrow = unseen[SUBJECT].top1, next(row for row in unseen.rows if ", PCA to " in row.name).top1
     one = compare.one_network(unseen)
     single = "CAT1" if "cat1" in unseen else "one of its networks"
@@ -234,7 +230,7 @@ def _systems(desk: Desk, study: str, title: str, setting: str, paper: str) -> Fi
         title,
         setting,
         paper,
-        "".join(f"| {' | '.join(cells)} |\n" for cells in lines),
+        compare.in_markdown(compare.table_of(studies)),
         [
             Conclusion.paired(f"CAT4 transfers better than {single} (CAT4 - it)", whole - one),
             Conclusion.paired("and better than a wide network (CAT4 - W2)", whole - unseen["w2"].top1),
