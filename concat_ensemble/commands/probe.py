@@ -71,6 +71,10 @@ def probe(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     seed: Seed = 0,
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, help="Draw the images this often, by --seed and the seeds after it: intervals over draws."),
+    ] = 1,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -79,7 +83,7 @@ def probe(
 
     concat-ensemble probe two-resnets --dataset uoft-cs/cifar100 --label-column fine_label --limit 5000
 
-    concat-ensemble probe two-resnets --recipe cifar100 --recipe flowers102 --limit 5000
+    concat-ensemble probe two-resnets --recipe cifar100 --recipe flowers102 --shots 10 --repeats 5
     """
     from concat_ensemble.model_card import RESULTS
 
@@ -100,7 +104,7 @@ def probe(
         try:
             found[study] = _probe_on(
                 asked, load, path, ensemble, folder, baseline or [],
-                save_head=save_head, overwrite=overwrite, quiet=quiet, batch_size=batch_size, num_workers=workers,
+                repeats=repeats, save_head=save_head, overwrite=overwrite, quiet=quiet, batch_size=batch_size, num_workers=workers,
             )  # fmt: skip
             paths[study] = path
         except (ValueError, OSError) as error:
@@ -127,6 +131,7 @@ def _probe_on(
     folder: Path,
     baselines: list[str],
     *,
+    repeats: int,
     save_head: bool,
     overwrite: bool,
     quiet: bool,
@@ -144,7 +149,8 @@ def _probe_on(
         results = Results.load(path)
         alike = results.members_sha256 == members_sha256(ensemble.config) and asked.items() <= results.dataset.items()
         has_head = (folder / "head.safetensors").is_file()
-        if not alike or any(Path(other).name not in results for other in baselines) or (save_head and not has_head):
+        alike = alike and results.repeats == repeats and all(Path(other).name in results for other in baselines)
+        if not alike or (save_head and not has_head):
             raise ValueError(
                 f"{path} holds the results of other weights or data, or not all that is asked for; add --overwrite, or name another --output."
             )
@@ -152,24 +158,32 @@ def _probe_on(
             errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
         return results
     writable_parent(path)  # better known before the work than after it
-    data = load()
-    results, found = probe_ensemble(
-        ensemble,
-        data,
-        name=folder.name,
-        described=described(asked, data),
-        baselines={Path(other).name: load_model(other, asked["seed"]) for other in baselines},
-        seed=asked["seed"],
-        quiet=quiet,
-        **extraction,
-    )
+    seeds = range(asked["seed"], asked["seed"] + repeats)
+    if repeats > 1 and not asked.get("shots") and len({_test_of(load(seed=seed)) for seed in seeds[:2]}) == 1:
+        raise ValueError(
+            f"--repeats {repeats} would measure the same images each time, since {asked['name']} has a test split of its own; "
+            "draw from it with --limit or --shots, or leave --repeats out."
+        )
+    compared = {Path(other).name: load_model(other, asked["seed"]) for other in baselines}
+    about, measured = {"name": folder.name, "baselines": compared, "quiet": quiet} | extraction, []
+    for number, seed in enumerate(seeds, 1):
+        if repeats > 1 and not quiet:
+            errors.print(f"repeat {number} of {repeats}")
+        data = load(seed=seed)
+        measured.append(probe_ensemble(ensemble, data, described=described(asked, data), seed=seed, **about))
+    results = Results.merged([results for results, _ in measured])
     results.command = typed()
     results.save(path)
     if save_head:
-        with_head(ensemble, found, class_names(data["train"])).save_pretrained(folder)
+        with_head(ensemble, measured[0][1], class_names(data["train"])).save_pretrained(folder)
     if (folder / "config.json").is_file():
         write_card(folder)
     return results
+
+
+def _test_of(data) -> str:
+    """What tells one draw of test images, or of their places on a canvas, from another."""
+    return repr((list(data["test"]["label"]), data["test"][0]["image"]))
 
 
 def show(results) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from transformers import AutoModel, AutoModelForImageClassification
 
-from concat_ensemble import LinearProbe, assemble, extract_features
+from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.results import Results
 
 PROGRAM = Path(sys.executable).with_name("concat-ensemble")
@@ -262,6 +262,28 @@ def test_results_asked_for_on_other_terms_are_not_passed_off_as_these(run, refus
         )
     assemble([backbone(7), backbone(8)]).save_pretrained(tmp_path / "others")
     refused(["probe", "others", *DIGITS, "--output", "x.json"], "x.json holds the results of other", "--overwrite")
+
+
+def test_repeats_draw_the_images_anew_and_are_kept_as_one(run, folder, refused):
+    few = ["--dataset", "digits", "--classes", "0-2", "--shots", "4", "--limit", "30"]
+    code, _, err = run("probe", "pair", *few, "--repeats", "3", "--seed", "7")
+    assert code == 0 and "repeat 3 of 3" in err
+    results = Results.load(folder / "results/digits-classes-0-2-limit-30-shots-4.json")
+    assert [[run.seed for run in row.runs] for row in results.rows] == [[7, 8, 9]] * len(results.rows)
+    assert len({run.right for run in results["pair"].runs}) == 3
+    alone = run("probe", "pair", *few, "--seed", "8", "--output", "alone.json", "--json", "-q")[1]
+    for row in json.loads(alone)["rows"]:  # a repeat is what a probe with its seed gives
+        assert row["runs"][0]["metrics"] == results[row["name"]].runs[1].metrics
+    assert "mean over 3 repeats" in (folder / "README.md").read_text()
+    assert run("verify", "pair")[0] == 0
+    refused(["probe", "pair", *few, "--seed", "7"], "not all that is asked for", "--overwrite")
+
+
+def test_repeats_that_would_draw_nothing_are_refused(run, folder, datasets, refused, tmp_path):
+    load_data("digits", classes=range(3), limit=30).save_to_disk(tmp_path / "split")
+    words = ["probe", "pair", "--dataset", "split", "--repeats", "2", "-q"]
+    refused(words, "--repeats 2 would measure the same images each time", "--limit or --shots")
+    assert run(*words, "--limit", "20")[0] == 0
 
 
 def test_a_second_probe_with_another_baseline_has_it_in_the_table(run, folder, one):
