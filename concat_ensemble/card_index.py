@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from concat_ensemble.card_metadata import one_line
-from concat_ensemble.model_card import CARD, RESULTS, best_member, escaped, row_texts
+from concat_ensemble.model_card import CARD, RESULTS, best_member, escaped, hardest_first, row_texts
 from concat_ensemble.plots import describe_dataset
 from concat_ensemble.recipes import ENSEMBLES, ensemble_recipe, recipe_names
 from concat_ensemble.results import Results
@@ -28,26 +28,20 @@ def index_text(folder: Path) -> str:
         "A folder each, with config, results, figures and card, without weights. Top-1 in % of a linear probe [95% interval]; the best",
         "member is the best by test. One repeat means that the interval covers the draw of the test images only.",
         "",
-        "| | dataset | members | columns | M parameters | repeats | top-1 | best member alone | minus it, paired | untrained members | raw pixels |",
+        "| | dataset | top-1 | best member alone | minus it, paired | untrained members | raw pixels | repeats | members | columns | M parameters |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     paths = sorted(folder.glob(f"*/{RESULTS}/*.json"))
     if not paths:
         raise ValueError(f"{folder} has no ensemble with results; probe one with concat-ensemble probe {folder}/NAME.")
     found = [(path.parent.parent.name, escaped(Results.load(path))) for path in paths]
-    for home, study in sorted(found, key=lambda pair: (pair[0], "shots" in pair[1].dataset)):
+    for home, study in sorted(found, key=lambda pair: (pair[0], hardest_first(pair[1]))):
         subject, best = study.rows[0], best_member(study)
         texts, controls = row_texts(study, subject), ("untrained members", "raw pixels")
-        cells = [
-            f"[{home}]({home}/{CARD})",
-            describe_dataset(study.dataset),
-            texts["num_members"],
-            texts["width"],
-            texts["parameters"],
-        ]
-        cells += [str(study.repeats), f"{texts['top1']} [{texts['interval']}]"]
+        cells = [f"[{home}]({home}/{CARD})", describe_dataset(study.dataset), f"{texts['top1']} [{texts['interval']}]"]
         cells += [row_texts(study, best)[key] for key in ("top1", "paired")] if best else ["", ""]
         cells += [row_texts(study, study[name])["top1"] if name in study else "" for name in controls]
+        cells += [str(study.repeats), *(texts[key] for key in ("num_members", "width", "parameters"))]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

@@ -23,7 +23,7 @@ from concat_ensemble.card_metadata import (
 )
 from concat_ensemble.licenses import OTHER, joint_license
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
-from concat_ensemble.plots import describe_dataset, plot_accuracy_against_members
+from concat_ensemble.plots import describe_dataset, plot_accuracy_against_members, short_name
 from concat_ensemble.probing import members_sha256
 from concat_ensemble.results import Results, Row, points
 
@@ -33,19 +33,20 @@ NOTE = (
     "<!-- Written by `concat-ensemble card`, which writes it anew from config.json and results/. Sections (##) and metadata of your own stay where "
     "you put them; other edits are lost. -->"
 )
+# The answer first: a table is cut at the right on narrow screens.
 HEADINGS = {
     "name": "",
-    "num_members": "members",
+    "top1": "top-1",
+    "interval": "95% interval",
+    "paired": "{} minus it, paired",
+    "p": "p",
     "width": "columns",
+    "num_members": "members",
+    "steps": "training steps",
     "parameters": "M parameters",
     "gflops": "GFLOPs",
     "speed": "images/s",
-    "steps": "training steps",
-    "top1": "top-1",
-    "interval": "95% interval",
     "draws": "deviation over training draws",
-    "paired": "{} minus it, paired",
-    "p": "p",
 }
 
 
@@ -105,7 +106,7 @@ def written_alike(files: dict[Path, str], arguments: str) -> None:
 
 
 def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
-    """Config and results, few labels last, by the names of their files."""
+    """Config and results by the names of their files: the hardest dataset first, since most is to be seen there, few labels last."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no ensemble (no config.json); make one with concat-ensemble build.")
     refuse_links(folder, RESULTS, FIGURES)
@@ -115,8 +116,12 @@ def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
         if study.members_sha256 != members_sha256(config):
             raise ValueError(f"{path} was measured on other weights than {folder} holds; probe again with --overwrite.")
     return config, {
-        path.stem: study for path, study in sorted(studies.items(), key=lambda item: "shots" in item[1].dataset)
+        path.stem: study for path, study in sorted(studies.items(), key=lambda item: hardest_first(item[1]))
     }
+
+
+def hardest_first(study: Results) -> tuple[bool, float]:
+    return "shots" in study.dataset, study.rows[0].mean
 
 
 def _files(
@@ -289,7 +294,7 @@ def _study(study: Results) -> dict[str, Any]:
     texts = [row_texts(study, row) for row in study.rows]
     shown = headings(study, texts)
     for row, cells in zip(study.rows, texts, strict=True):
-        cells["name"] = f"**{row.name}**" if row.kind == "ensemble" else row.name
+        cells["name"] = f"**{cells['name']}**" if row.kind == "ensemble" else cells["name"]
     return {
         "title": describe_dataset(study.dataset),
         "how": probe_name(study)[1],
@@ -349,7 +354,7 @@ def compute_sentence(study: Results) -> str:
     for row in others:
         share = row.gflops / subject.gflops
         told.append(
-            f"{row.name} {row.gflops:,.0f} GFLOP, "
+            f"{short_name(study, row)} {row.gflops:,.0f} GFLOP, "
             + ("equal compute" if abs(share - 1) <= 0.01 else f"{share:.2f} times as much")
         )
     return f"Training {subject.name} took {subject.gflops:,.0f} GFLOP; {'; '.join(told)}."
@@ -359,7 +364,7 @@ def row_texts(study: Results, row: Row) -> dict[str, str]:
     """A row of a study's table, as people read it."""
     low, high = row.interval
     shown = {
-        "name": row.name,
+        "name": short_name(study, row),
         "num_members": str(row.num_members or ""),
         "width": f"{row.width:,}",
         "parameters": "" if row.cost is None else _three_digits(row.cost.million_parameters),
@@ -410,7 +415,7 @@ def against(study: Results) -> str:
         if low > 0 or (row.kind == "member" and row is not best):
             continue
         kept = "not beaten at one member's width" if row.kind == "narrowed" else "not beaten beyond chance"
-        found["better" if high < 0 else kept].append(row.name)
+        found["better" if high < 0 else kept].append(short_name(study, row))
     told = [f"{what}: {'; '.join(names)}." for what, names in found.items() if names]
     if rival := _rival(study):
         told.append(f"within 5 points or better: {rival.name}.")
@@ -429,4 +434,4 @@ def _rival(study: Results) -> Row | None:
 def _compared(study: Results, row: Row, other: Row, what: str = "") -> str:
     gap, (low, high), _ = study.difference(row.name, other.name)
     doubt = "" if low > 0 or high < 0 else " (not beyond chance)"
-    return f"{abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'} {what}{other.name}{doubt}"
+    return f"{abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'} {what}{short_name(study, other)}{doubt}"

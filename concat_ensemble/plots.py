@@ -45,21 +45,16 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
         low, high = row.interval
         axes.errorbar([row.num_members], [100 * row.mean], [[100 * (row.mean - low)], [100 * (high - row.mean)]], color=ORANGE,
                       marker="D" if ", PCA to " in row.name else "x", mfc="white",
-                      capsize=3, linestyle="none", label=row.name)  # fmt: skip
-    levels += [row for row in results.rows if row.kind == "control"]
-    styles = [":", "-.", (0, (5, 2)), (0, (1, 3))]
-    for row, style in zip(levels, styles * len(levels), strict=False):
-        axes.axhline(
-            100 * row.mean, color="black", linestyle=style, linewidth=1, label=f"{row.name} ({row.width:,} columns)"
-        )
+                      capsize=3, linestyle="none", label=short_name(results, row))  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("number of members")
     axes.set_ylabel("linear probe, test top-1 (%)")
     axes.set_title(describe_dataset(results.dataset), fontsize=10, loc="left")
     axes.grid(axis="y", color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
+    _levels(axes, levels + [row for row in results.rows if row.kind == "control"], results)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -126,6 +121,29 @@ def plot_overlap(overlap: Overlap, path: Path) -> None:
         axes.set_title(title, fontsize=9, loc="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _levels(axes, rows: list[Row], results: Results) -> None:
+    """Rows that have no place on the axis of members, as lines with their names at the right, apart enough to be read."""
+    rows = sorted(rows, key=lambda row: row.mean)
+    for row in rows:
+        control = row.kind == "control"
+        axes.axhline(100 * row.mean, color="black" if control else GREY, linestyle=":" if control else "-", linewidth=1, zorder=1)  # fmt: skip
+    low, high = axes.get_ylim()
+    gap, places = (high - low) / 17, []
+    for row in rows:
+        places.append(max(100 * row.mean, places[-1] + gap if places else low))
+    for k in range(len(places) - 1, -1, -1):  # what was pushed above the top goes down again
+        places[k] = min(places[k], places[k + 1] - gap if k + 1 < len(places) else high)
+    at, leader = axes.get_yaxis_transform(), {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0}  # fmt: skip
+    for row, place in zip(rows, places, strict=True):
+        text = f"{short_name(results, row)} ({row.width:,} columns)"
+        axes.annotate(text, (1, 100 * row.mean), (1.06, place), at, at, leader, fontsize=8, va="center", annotation_clip=False)  # fmt: skip
+
+
+def short_name(results: Results, row: Row) -> str:
+    """A row's name where the ensemble's own stands beside it."""
+    return row.name.removeprefix(f"{results.ensemble}, ")
 
 
 def equal_steps(results: Results) -> tuple[list[Row], list[Row]]:

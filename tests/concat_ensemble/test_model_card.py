@@ -117,8 +117,14 @@ def test_the_numbers_of_the_table_are_those_of_the_results(card):
     """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5, t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
     text, _ = card({"digits": REPEATS})
     _, first, second, *_ = tables(text)[0]
-    assert first == ["**pair**", "2", "32", "20", "85.0", "21.5 to 148.5", "", ""]
-    assert second == ["one", "1", "32", "20", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]", "0.126"]
+    assert first == ["**pair**", "85.0", "21.5 to 148.5", "", "", "32", "2", "20"]
+    assert second == ["one", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]", "0.126", "32", "1", "20"]
+
+
+def test_the_hardest_dataset_comes_first_and_few_labels_last(card, folder):
+    card({"few": {"pair": [0.1, 0.2]}}, dataset={"name": "digits", "shots": 10})
+    text, _ = card({"easy": REPEATS, "hard": {"pair": [0.5, 0.6]}}, dataset={"name": "digits"})
+    assert [table[1][1] for table in tables(text)[:3]] == ["55.0", "85.0", "15.0"]
 
 
 def test_members_are_shown_with_their_provenance(card, ensemble):
@@ -298,8 +304,8 @@ def test_costs_are_columns_where_they_were_measured(folder, study, ensemble):
     results["pair"].cost, results.hardware = Cost(1.5, 250.0, 0.002), "a <b>GPU</b>"
     results.save(folder / "results" / "digits.json")
     heading, first, second, *_ = tables(write_card(folder).read_text())[0]
-    assert heading[3:6] == ["M parameters", "GFLOPs", "images/s"]
-    assert first[3:6] == ["250", "1.5", "500"] and second[3:6] == ["", "", ""]
+    assert heading[8:] == ["M parameters", "GFLOPs", "images/s"]
+    assert first[8:] == ["250", "1.5", "500"] and second[8:] == ["", "", ""]
     assert r"measured on a \<b\>GPU" in (folder / "README.md").read_text()
 
 
