@@ -4,8 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,16 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from concat_ensemble.model_card import HEADINGS, hardest_first, row_texts
 from concat_ensemble.plots import LITERAL, describe_dataset
 from concat_ensemble.results import Results, Row, points
 
-NUMBERS = {
-    "members": lambda row: row.num_members or None,
-    "columns": lambda row: row.width,
-    "training steps": lambda row: row.steps,
+# What a figure has for its axis of cost: the first that all of its rows know.
+COSTS = {
     "GFLOPs per image": lambda row: row.cost and row.cost.gflops,
     "GFLOP of training": lambda row: row.gflops,
+    "columns": lambda row: row.width,
 }
-# What a panel has for its axis of cost: the first that all of its rows know.
-COSTS = ("GFLOPs per image", "GFLOP of training", "columns")
 MARKERS = {"ensemble": "o", "prefix": ".", "member": "+", "narrowed": "D", "baseline": "s"}
 
 
@@ -62,11 +58,11 @@ def write_report(folders: list[Path], output: Path) -> Path:
     )
     # The page's policy lets the one script run whose digest it names.
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    rows = [row for name, study in found["studies"] for row in _rows(name, study)]
+    datasets: dict[str, list[tuple[str, Results]]] = {}
+    for name, study in sorted(found["studies"], key=lambda pair: hardest_first(pair[1])):
+        datasets.setdefault(describe_dataset(study.dataset), []).append((name, study))
     page = environment.get_template("report.html.jinja").render(
-        rows=rows,
-        numbers=[name for name in NUMBERS if any(row["numbers"][name] is not None for row in rows)],
-        figure=Markup(_figure(found["studies"])),
+        datasets=[_dataset(name, studies) for name, studies in datasets.items()],
         selections=found["selections"],
         overlaps=found["overlaps"],
     )
@@ -91,18 +87,20 @@ def _read(path: Path) -> tuple[str | None, Any]:
         raise ValueError(f"{path} cannot be read ({error!r}); write it anew.") from error
 
 
-def _rows(name: str, study: Results) -> Iterator[dict[str, Any]]:
-    for row in study.rows:
-        low, high = (100 * bound for bound in row.interval)
-        yield {
-            "ensemble": name,
-            "dataset": describe_dataset(study.dataset),
-            "row": row.name,
-            "kind": row.kind,
-            "numbers": {name: number(row) for name, number in NUMBERS.items()},
-            "top1": 100 * row.mean,
-            "interval": f"{low:.1f} to {high:.1f}",
-        }
+def _dataset(name: str, studies: list[tuple[str, Results]]) -> dict[str, Any]:
+    """A table of all that was probed on a dataset, the best first, and its figure."""
+    rows = [(folder, study, row) for folder, study in studies for row in study.rows]
+    rows.sort(key=lambda found: -found[2].mean)
+    texts = [row_texts(study, row) for _, study, row in rows]
+    for (folder, _, _), cells in zip(rows, texts, strict=True):
+        cells["name"] = f"{folder}: {cells['name']}" if len(studies) > 1 else cells["name"]
+    shown = {key: text.format("ensemble") for key, text in HEADINGS.items() if any(cells[key] for cells in texts)}
+    return {
+        "name": name,
+        "headings": list(shown.values()),
+        "rows": [(row.kind, [cells[key] for key in shown]) for (_, _, row), cells in zip(rows, texts, strict=True)],
+        "figure": Markup(_figure(rows)),
+    }
 
 
 def _selection(dataset: str, content: dict) -> dict[str, Any]:
@@ -134,33 +132,28 @@ def _overlap(content: dict) -> dict[str, Any]:
 
 
 @LITERAL
-def _figure(studies: list[tuple[str, Results]]) -> str:
-    """Top-1 against cost as SVG, a panel for each dataset, its letters as paths."""
-    by_dataset: dict[str, list[tuple[str, Row]]] = {}
-    for name, study in studies:
-        by_dataset.setdefault(describe_dataset(study.dataset), []).extend((name, row) for row in study.rows)
-    colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in studies))}
-    figure = Figure(figsize=(6.4, 3.6 * len(by_dataset)), layout="constrained")
-    for axes, (dataset, rows) in zip(
-        figure.subplots(len(by_dataset), squeeze=False).flat, by_dataset.items(), strict=True
-    ):
-        shown = [(name, row) for name, row in rows if row.kind in MARKERS]
-        cost = next(name for name in COSTS if all(NUMBERS[name](row) for _, row in shown) or name == COSTS[-1])
-        for name, row in shown:
-            low, high = row.interval
-            spread = [[100 * max(row.mean - low, 0)], [100 * max(high - row.mean, 0)]]
-            axes.errorbar(NUMBERS[cost](row), 100 * row.mean, spread, color=colors[name], marker=MARKERS[row.kind], alpha=0.8,
-                          elinewidth=0.8, label=name if row.kind == "ensemble" else None)  # fmt: skip
-        for name, row in rows:
-            if row.kind == "control":
-                axes.axhline(100 * row.mean, color=colors[name], linestyle=":", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.set_xlabel(cost)
-        axes.set_ylabel("top-1 (%)")
-        axes.set_title(textwrap.fill(dataset, 80), fontsize=9, loc="left")
+def _figure(rows: list[tuple[str, Results, Row]]) -> str:
+    """Top-1 against cost as SVG, its letters as paths."""
+    colors = {name: f"C{n}" for n, name in enumerate(sorted({folder for folder, _, _ in rows}))}
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [(folder, row) for folder, _, row in rows if row.kind in MARKERS]
+    cost = next(name for name in COSTS if all(COSTS[name](row) for _, row in shown) or name == "columns")
+    for folder, row in shown:
+        low, high = row.interval
+        spread = [[100 * max(row.mean - low, 0)], [100 * max(high - row.mean, 0)]]
+        axes.errorbar(COSTS[cost](row), 100 * row.mean, spread, color=colors[folder], marker=MARKERS[row.kind], alpha=0.8,
+                      elinewidth=0.8, label=folder if row.kind == "ensemble" else None)  # fmt: skip
+    for folder, _, row in rows:
+        if row.kind == "control":
+            axes.axhline(100 * row.mean, color=colors[folder], linestyle=":", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xlabel(cost)
+    axes.set_ylabel("top-1 (%)")
+    if len(colors) > 1:
         axes.legend(fontsize=8, frameon=False)
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "concat-ensemble", "svg.fonttype": "path"}):
