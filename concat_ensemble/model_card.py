@@ -65,6 +65,7 @@ def write_card(folder: Path, title: str | None = None) -> Path:
         OSError: when it holds a symbolic link.
     """
     config, studies = _read(folder)
+    refuse_links(folder, RESULTS, FIGURES)  # not when reading: in the Hub's cache every file is one
     for stem, study in studies.items():
         plot_accuracy_against_members(study, folder / FIGURES / f"{stem}.png")
     for path, text in _files(folder, title, config, studies).items():
@@ -109,7 +110,6 @@ def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
     """Config and results by the names of their files: the hardest dataset first, since most is to be seen there, few labels last."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no ensemble (no config.json); make one with concat-ensemble build.")
-    refuse_links(folder, RESULTS, FIGURES)
     config = ConcatEnsembleConfig.from_pretrained(folder)
     studies = {path: Results.load(path) for path in sorted((folder / RESULTS).glob("*.json"))}
     for path, study in studies.items():

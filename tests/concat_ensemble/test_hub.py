@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from concat_ensemble import ConcatEnsembleModel, assemble
 from concat_ensemble.model_card import write_card
+from concat_ensemble.results import Results
 from tests.hub_server import TOKEN, HubServer
 
 # Runs what it is sent, in one namespace, and answers with what that printed, or with its error.
@@ -283,6 +285,25 @@ def test_a_private_repo_needs_a_token_which_nobody_is_told(publisher, visitor, h
     for odd in ("hf_odd\nToken", "hf_oddTokén"):
         assert "characters that tokens have not" in refusal("me/public", "--token", odd)
     assert "hf_odd" not in publisher.heard
+
+
+def test_what_is_on_a_card_there_is_measured_again(publisher, hub, run, folder):
+    """Verified by whoever has the package, from a cache whose files are links, and at a revision."""
+    assert run("probe", "pair", "--dataset", "digits", "--classes", "0-2", "--limit", "60", "--quiet")[0] == 0
+    good = publisher.push(folder, "me/measured")["commit"]
+    verify = partial(COMMAND.format, words=["verify", "me/measured", "--json"])
+    checks = json.loads(publisher(verify()))
+    assert len(checks) == 5 and all(check["holds"] and check["again"] == check["card"] for check in checks)
+
+    (path,) = (folder / "results").glob("*.json")
+    results = Results.load(path)
+    results["pair"].runs[0].metrics["top1"] = 0.01  # nobody measured that
+    results.save(path)
+    write_card(folder)
+    publisher.push(folder, "me/measured")
+    _, said, code = publisher.run(verify())
+    assert code == 2 and "1 of 5 numbers do not hold: pair on digits" in said
+    publisher(COMMAND.format(words=["verify", "me/measured", "--revision", good, "--quiet"]))
 
 
 def test_from_python_the_card_and_the_processor_come_along(publisher, client, hub, grown):
