@@ -1,6 +1,7 @@
 """Making an ensemble out of members that come from anywhere."""
 
 import copy
+import difflib
 import json
 import logging
 from collections.abc import Iterable
@@ -146,8 +147,11 @@ def _pretrained(name: str) -> list[_Member]:
     except RuntimeError:  # timm's way of saying that the architecture has no such weights
         known = None
     if known is None or not known.hf_hub_id:
+        architecture = name.split(".")[0]
+        near = difflib.get_close_matches(name, timm.list_pretrained(f"{architecture}.*"), n=3)
+        meant = f"did you mean {' or '.join(near)}? Else " if near else ""
         raise ValueError(
-            f"timm has no pretrained weights for {name!r}; give {name}=FILE, or random:{name} for untrained ones."
+            f"timm has no pretrained weights for {name!r}; {meant}give {architecture}=FILE, or random:{architecture} for untrained ones."
         )
     repo = known.hf_hub_id + (f"{known.architecture}.{known.tag}" if known.hf_hub_id.endswith("/") else "")
     return _from_hub(HUB + repo)

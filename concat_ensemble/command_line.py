@@ -19,7 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Several image backbones as one richer model.",
+    help="Several image backbones as one richer model.\n\nconcat-ensemble build resnet50.a1_in1k resnet50.tv2_in1k --output two-resnets",
+    epilog="Exit codes: 0 done; 2 a mistake, said in one line, or a check that does not hold; 130 stopped by Ctrl-C, what was finished is kept.",
 )
 COMMANDS = (build, probe, select, compare, card, verify, report, push, export, theory, cache)  # in the order of --help
 for command in COMMANDS:

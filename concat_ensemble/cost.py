@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from concat_ensemble.memory import freed_memory_kept
+
 TIMED_BATCHES, MOST_IMAGES = 3, 64
 BATCH_GFLOPS = {"cpu": 20, "cuda": 5_000}  # less than a second; a giant member is timed on one image
 
@@ -64,10 +66,13 @@ def _seconds(member: nn.Module, pixels: torch.Tensor, gflops: float, device: tor
     batch, taken = pixels.to(device).expand(images, -1, -1, -1).contiguous(), []
     # A core's own time, which other programs on a busy machine do not stretch; a GPU has no such clock.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    for _ in range(1 + TIMED_BATCHES):  # the first one warms up
-        started = clock()
-        member(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append((clock() - started) / images)
+    with (
+        freed_memory_kept()
+    ):  # as `extract_features` runs it: else faults on fresh pages may cost as much as the arithmetic
+        for _ in range(1 + TIMED_BATCHES):  # the first one warms up
+            started = clock()
+            member(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append((clock() - started) / images)
     return statistics.median(taken[1:])

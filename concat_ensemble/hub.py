@@ -41,7 +41,7 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
     return push_folder(folder, repo_id, card_writer=write_new_card, **options)
 
 
-def write_new_card(folder: Path, title: str) -> None:
+def write_new_card(folder: Path, title: str | None) -> None:
     from concat_ensemble.model_card import write_card  # with matplotlib, which loading a model has no use for
 
     write_card(folder, title)

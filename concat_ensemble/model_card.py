@@ -224,7 +224,9 @@ def _content(title: str, config: ConcatEnsembleConfig, studies: dict[str, Result
     named = {str(provenance.get("ensemble_recipe") or "") for provenance in provenances}
     commands = [told.get("command") for told in provenances] + [study.command for study in studies.values()]
     repeats = {study.repeats for study in studies.values()}
-    covered = ["the draw of the seeds and of the data"] * bool(repeats - {1})
+    covered = [
+        "the draw of the seeds and of the data (repeats share images, so that they are rather too narrow)"
+    ] * bool(repeats - {1})
     covered += ["the draw of the test images only (one repeat)"] * (1 in repeats)
     shown = {stem: escaped(study) for stem, study in studies.items()}
     return {
@@ -433,5 +435,8 @@ def _rival(study: Results) -> Row | None:
 
 def _compared(study: Results, row: Row, other: Row, what: str = "") -> str:
     gap, (low, high), _ = study.difference(row.name, other.name)
+    name = f"{what}{short_name(study, other)}"
+    if f"{abs(100 * gap):.1f}" == "0.0":
+        return f"level with {name}"
     doubt = "" if low > 0 or high < 0 else " (not beyond chance)"
-    return f"{abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'} {what}{short_name(study, other)}{doubt}"
+    return f"{abs(100 * gap):.1f} points {'above' if gap > 0 else 'below'} {name}{doubt}"

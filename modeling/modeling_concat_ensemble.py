@@ -317,10 +317,14 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as name:
             folder, source = Path(name), Path(self.name_or_path)
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            weights = [INDEX_NAME, *(path.name for path in folder.glob("*.safetensors"))]
+            weights = [path.name for path in folder.glob("*.safetensors")]
             if source.is_dir() and not any(filecmp.cmpfiles(source, folder, weights, shallow=False)[1:]):
                 for part in filter(Path.exists, map(source.joinpath, CARD_PARTS)):
                     (shutil.copytree if part.is_dir() else shutil.copy)(part, folder / part.name)
+                if self.card_writer and not filecmp.cmp(
+                    source / INDEX_NAME, folder / INDEX_NAME
+                ):  # its head stays there
+                    self.card_writer(folder, None)
             return push_folder(
                 folder,
                 repo_id,

@@ -46,7 +46,7 @@ def compare(
     """Say which members repeat each other, and what each has that the others lack: CKA, held-out R2 both ways, and a
     probe of what the others do not predict.
 
-    concat-ensemble compare five-backbones --recipe flowers102 --limit 5000 --output overlap
+    concat-ensemble compare three-backbones --recipe flowers102 --limit 5000 --output overlap
     """
     from concat_ensemble.overlap import compare_models
     from concat_ensemble.plots import plot_overlap

@@ -17,7 +17,7 @@ def report(
     """Compare ensembles on one HTML page that needs nothing but itself: a table to sort, accuracy against cost, what each
     member adds, and what they have in common.
 
-    concat-ensemble report two-resnets five-backbones --output report.html
+    concat-ensemble report two-resnets three-backbones --output report.html
     """
     from concat_ensemble.report import write_report
 

@@ -74,7 +74,7 @@ def select(
     """Say which members to keep for a dataset: ridge probes of every subset on validation images, then a linear probe of
     what is chosen on the test split.
 
-    concat-ensemble select five-backbones --recipe flowers102 --max-gflops 10 --output chosen
+    concat-ensemble select three-backbones --recipe flowers102 --max-gflops 10 --output chosen
     """
     from datasets import DatasetDict
 

@@ -186,8 +186,11 @@ BAD_MEMBERS = {
     "none": (lambda *_: [], "members is empty; name at least one"),
     "unknown architecture": (lambda *_: ["resnet9000"], "'resnet9000' is not one of timm.*did you mean resnet"),
     "unknown architecture, random": (lambda *_: ["random:resnet9000"], "'resnet9000' is not one of timm.*did you mean"),
-    "unknown weights of a known architecture": (lambda *_: ["resnet18.of_mine"], r"resnet18\.of_mine"),
-    "no pretrained weights": (lambda *_: ["resnet10"], "resnet10"),
+    "unknown weights of a known architecture": (
+        lambda *_: ["resnet18.a1_in1"],
+        r"'resnet18\.a1_in1'; did you mean resnet18\.a1_in1k or .*give resnet18=FILE, or random:resnet18 for",
+    ),
+    "no pretrained weights": (lambda *_: ["resnet10"], "'resnet10'; give resnet10=FILE"),
     "unknown architecture of a file": (
         lambda t, _: [t / "mine.safetensors"],
         r"mine\.safetensors: 'mine' is not a timm arch.*ARCHITECTURE=mine",

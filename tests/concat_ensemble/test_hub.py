@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,67 +14,8 @@ import torch
 from concat_ensemble import ConcatEnsembleModel, assemble
 from concat_ensemble.model_card import write_card
 from concat_ensemble.results import Results
+from tests.clients import COMMAND, Client
 from tests.hub_server import TOKEN, HubServer
-
-# Runs what it is sent, in one namespace, and answers with what that printed, or with its error.
-CLIENT = """
-import contextlib, io, json, sys, traceback
-names, answers = {"json": json}, sys.stdout
-for line in sys.stdin:
-    out, err, failed = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            exec(json.loads(line), names)
-        except SystemExit as stop:
-            failed = stop.code or None
-        except Exception:
-            failed = traceback.format_exc()
-    print(json.dumps([out.getvalue(), err.getvalue(), failed]), file=answers, flush=True)
-"""
-COMMAND = "import sys; from concat_ensemble.command_line import main; sys.argv = ['concat-ensemble', *{words}]; main()"
-
-
-class Client:
-    """A process that knows the Hub by `HF_ENDPOINT` alone, with an empty cache."""
-
-    def __init__(self, hub: HubServer, home: Path, token: str | None, package: bool):
-        home.mkdir()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= hub.environment | {"HF_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
-        environment |= {"HF_TOKEN": token} if token else {}
-        options = []
-        if not package:  # -S leaves out the editable install; the dependencies come by path
-            environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
-            options = ["-S"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, *options, "-c", CLIENT], cwd=home, env=environment, **pipes)
-        self.heard = ""
-
-    def send(self, code: str) -> None:
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-
-    def run(self, code: str) -> tuple[str, str, str | int | None]:
-        """Stdout, stderr, and the error or exit code if any."""
-        self.send(code)
-        return self.answer()
-
-    def answer(self) -> tuple[str, str, str | int | None]:
-        answer = json.loads(self.process.stdout.readline())
-        self.heard += "".join(map(str, answer))
-        return answer
-
-    def __call__(self, *lines: str) -> str:
-        """What it prints; it must not fail."""
-        out, err, failed = self.run("\n".join(lines))
-        assert failed is None, f"{err}{failed}"
-        return out
-
-    def ask(self, expression: str):
-        return json.loads(self(f"print(json.dumps({expression}))"))
-
-    def push(self, folder: Path, repo: str, *options: str) -> dict:
-        return json.loads(self(COMMAND.format(words=["push", str(folder), repo, "--json", *options])))
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +269,17 @@ def test_from_python_the_card_and_the_processor_come_along(publisher, client, hu
     assert hub.read("me/python", "README.md") == card and len(hub.commits("me/python")) == 3
     assert {"preprocessor_config.json", "modeling_concat_ensemble.py"} < set(hub.files("me/alone"))
     assert "README.md" not in hub.files("me/alone")  # no blank one
+
+
+def test_results_go_along_also_where_a_head_does_not(publisher, hub, run, folder):
+    few = ["--dataset", "digits", "--classes", "0-2", "--limit", "30"]
+    assert run("probe", "pair", *few, "--save-head", "--quiet")[0] == 0
+    publisher("from concat_ensemble import ConcatEnsembleModel")
+    publisher(f"ConcatEnsembleModel.from_pretrained({str(folder)!r}).push_to_hub('me/headless')")
+    names = set(hub.files("me/headless"))
+    assert "results/digits-classes-0-2-limit-30.json" in names and "head.safetensors" not in names
+    assert "AutoModelForImageClassification" not in hub.read("me/headless", "README.md").decode()
+    publisher(COMMAND.format(words=["verify", "me/headless", "--quiet"]))
 
 
 def test_members_from_the_hub_are_known_by_their_commit(publisher, hub, folder):

@@ -1,0 +1,70 @@
+"""Processes that run what a test sends them, as users of the package or of what was published with it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.hub_server import HubServer
+
+# Runs what it is sent, in one namespace, and answers with what that printed, or with its error.
+CLIENT = """
+import contextlib, io, json, sys, traceback
+names, answers = {"json": json}, sys.stdout
+for line in sys.stdin:
+    out, err, failed = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            exec(json.loads(line), names)
+        except SystemExit as stop:
+            failed = stop.code or None
+        except Exception:
+            failed = traceback.format_exc()
+    print(json.dumps([out.getvalue(), err.getvalue(), failed]), file=answers, flush=True)
+"""
+COMMAND = "import sys; from concat_ensemble.command_line import main; sys.argv = ['concat-ensemble', *{words}]; main()"
+
+
+class Client:
+    """A process that knows the Hub by `HF_ENDPOINT` alone, with an empty cache."""
+
+    def __init__(self, hub: HubServer, home: Path, token: str | None, package: bool):
+        home.mkdir()
+        self.home = home
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= hub.environment | {"HF_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_TOKEN": token} if token else {}
+        options = []
+        if not package:  # -S leaves out the editable install; the dependencies come by path
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+            options = ["-S"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, *options, "-c", CLIENT], cwd=home, env=environment, **pipes)
+        self.heard = ""
+
+    def send(self, code: str) -> None:
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+
+    def run(self, code: str) -> tuple[str, str, str | int | None]:
+        """Stdout, stderr, and the error or exit code if any."""
+        self.send(code)
+        return self.answer()
+
+    def answer(self) -> tuple[str, str, str | int | None]:
+        answer = json.loads(self.process.stdout.readline())
+        self.heard += "".join(map(str, answer))
+        return answer
+
+    def __call__(self, *lines: str) -> str:
+        """What it prints; it must not fail."""
+        out, err, failed = self.run("\n".join(lines))
+        assert failed is None, f"{err}{failed}"
+        return out
+
+    def ask(self, expression: str):
+        return json.loads(self(f"print(json.dumps({expression}))"))
+
+    def push(self, folder: Path, repo: str, *options: str) -> dict:
+        return json.loads(self(COMMAND.format(words=["push", str(folder), repo, "--json", *options])))

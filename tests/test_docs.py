@@ -1,0 +1,187 @@
+"""Every block of code in README and docs runs, and its commands are what a reader would type.
+
+They run in order, a page after the other, in one folder and one process, with a Hub on loopback: its backbones have random weights and its datasets a few images, so
+commands get a smaller `--limit`. What trains for long is run in a few steps, or stands in `ELSEWHERE` with the test that runs it.
+"""
+
+import io
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from timm.models import save_for_hf
+from typer.testing import CliRunner
+
+from concat_ensemble.command_line import app
+from concat_ensemble.recipes import dataset_recipe
+from tests.clients import COMMAND, Client
+from tests.hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+BACKBONES = [
+    "resnet18.a1_in1k",
+    "resnet18.tv_in1k",
+    "efficientnet_b0.ra_in1k",
+    "deit_tiny_patch16_224.fb_in1k",
+]
+ELSEWHERE = {
+    "pip install .": "tests/test_wheel.py",
+    "make test": "this run",
+    "make demo": "tests/training/test_compare.py",
+    "concat-ensemble reproduce all": "tests/training/test_reproduce.py",
+    "concat-ensemble mixture scattered_digits": "tests/training/test_mixture.py",
+}
+# Of datasets; what another page made is replaced.
+SMALLER = {command: ["--limit", "12", "--overwrite"] for command in ("probe", "select", "compare")}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def png(rng: np.random.Generator, bright: int) -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(rng.integers(bright, bright + 60, (24, 24, 3)).astype(np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def put(hub: HubServer, kind: str, name: str, revision: str, files: dict[str, bytes]) -> None:
+    hub.create(kind, name, private=False)
+    kept = {path: hub.keep(content, lfs=True) for path, content in files.items()}
+    for ref in ("refs/heads/main", revision):
+        hub.write(kind, name, hub.repo(kind, name), ref, kept, "as it is there")
+
+
+def parquet(labels: list[int], names: list[str], image: str, label: str) -> bytes:
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    kinds = [[png(rng, 40 * (kind % 4)) for _ in range(3)] for kind in range(len(names))]
+    rows = [{"bytes": kinds[number][place % 3], "path": None} for place, number in enumerate(labels)]
+    features = Features({image: Image(), label: ClassLabel(names=names)})
+    Dataset.from_dict({image: rows, label: labels}, features=features).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A process with the package, in a folder with some photos, the demo's networks and the ensembles that the pages speak of."""
+    with HubServer(tmp_path_factory.mktemp("hub")) as hub:
+        torch.manual_seed(0)
+        for name in BACKBONES:
+            folder = tmp_path_factory.mktemp(name)
+            save_for_hf(timm.create_model(name), folder)
+            put(hub, "models", f"timm/{name}", "main", {path.name: path.read_bytes() for path in folder.iterdir()})
+        some = parquet([0, 1, 2] * 6, ["apple", "bear", "can"], "img", "fine_label")
+        put(
+            hub,
+            "datasets",
+            "uoft-cs/cifar100",
+            "main",
+            {f"data/{split}-0.parquet": some for split in ("train", "test")},
+        )
+        for known in map(dataset_recipe, ("cifar10", "dtd")):
+            counts = {known.train_split: 20 * known.num_classes, known.test_split: known.test_images}
+            files = {
+                f"data/{split}-0.parquet": parquet(
+                    [k % known.num_classes for k in range(count)],
+                    [f"class {k}" for k in range(known.num_classes)],
+                    known.image_column,
+                    known.label_column,
+                )
+                for split, count in counts.items()
+            }
+            put(hub, "datasets", known.name, known.revision or "main", files)
+        home = tmp_path_factory.mktemp("reader") / "home"
+        client = Client(hub, home, TOKEN, package=True)
+        rng = np.random.default_rng(1)
+        (home / "photo.jpg").write_bytes(png(rng, 0))
+        for number, kind in enumerate(("cat", "dog", "owl")):
+            (home / "photos" / kind).mkdir(parents=True)
+            for k in range(10):
+                (home / "photos" / kind / f"{k}.png").write_bytes(png(rng, 60 * number))
+        train = ["training/pretrain_members.py", "training/recipes/scattered_digits_timecat.yaml", "--cpu", "--smoke"]
+        subprocess.run(
+            [sys.executable, *train, "--output", home / "runs/demo"], cwd=ROOT, check=True, capture_output=True
+        )
+        lines = [line for page in PAGES for _, text in blocks(page) for line in text.splitlines()]
+        for ensemble in ("two-resnets", "three-backbones"):
+            words = shlex.split(next(line for line in lines if f"--output {ensemble}" in line))
+            client(COMMAND.format(words=words[1:]))
+            client(COMMAND.format(words=["probe", ensemble, "--dataset", "imagefolder:photos", "--limit", "6", "-q"]))
+        yield client
+        client.process.kill()
+        client.process.wait()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page, reader):
+    for language, text in blocks(page):
+        if language == "text":
+            continue
+        if language == "python":
+            reader(text)
+            continue
+        assert language == "bash"
+        for line in text.splitlines():
+            program, *words = shlex.split(line)
+            if line in ELSEWHERE:
+                continue
+            if program == "accelerate":
+                assert all(
+                    (ROOT / word).is_file() for word in words if "/" in word
+                )  # the reader's networks are its smoke run
+                continue
+            assert program == "concat-ensemble", line
+            outputs = [word for option, word in itertools.pairwise(words) if option == "--output"]
+            words += ["--overwrite"] * any((reader.home / output).exists() for output in outputs)
+            reader(
+                COMMAND.format(words=[*words, *SMALLER.get(words[0], []), *["--repeats", "2"] * ("--repeats" in words)])
+            )
+
+
+def test_each_mistake_gives_the_message_that_stands_beside_it(reader):
+    rows = re.findall(
+        r"^\| `(concat-ensemble .*?)` \| `(.*?)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 10
+    for command, message in rows:
+        _, said, code = reader.run(COMMAND.format(words=shlex.split(command)[1:]))
+        wanted = re.escape(message).replace(re.escape("..."), ".*")
+        assert code == 2 and re.search(wanted, " ".join(said.replace("│", " ").split())), (command, said)
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, "training/README.md", "model_cards/README.md"]:
+        for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            assert not target or (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+@pytest.mark.parametrize(
+    "line", [line for _, text in blocks("training/README.md") for line in text.splitlines() if line]
+)
+def test_what_training_says_to_type_is_there(line):
+    """ImageNet is not: its recipes' smoke runs are in tests/training."""
+    program, *words = shlex.split(line)
+    if program == "concat-ensemble":
+        shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0 and all(word in shown.stdout for word in words if word.startswith("--"))
+    else:
+        assert program in ("accelerate", "sbatch", "python", ".venv/bin/python"), line
+        assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml", ".sh")))
+
+
+def test_the_api_page_is_made_of_the_docstrings():
+    made = subprocess.run(
+        [sys.executable, "docs/make_api.py", "--print"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert (ROOT / "docs/api.md").read_text() == made.stdout, "write it anew with python docs/make_api.py"
