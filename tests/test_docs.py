@@ -113,10 +113,12 @@ def reader(tmp_path_factory):
         subprocess.run(
             [sys.executable, *train, "--output", home / "runs/demo"], cwd=ROOT, check=True, capture_output=True
         )
+        client.built = []
         lines = [line for page in PAGES for _, text in blocks(page) for line in text.splitlines()]
         for ensemble in ("two-resnets", "three-backbones"):
             words = shlex.split(next(line for line in lines if f"--output {ensemble}" in line))
             client(COMMAND.format(words=words[1:]))
+            client.built.append(words)
             client(COMMAND.format(words=["probe", ensemble, "--dataset", "imagefolder:photos", "--limit", "6", "-q"]))
         yield client
         client.process.kill()
@@ -134,7 +136,7 @@ def test_every_block_runs(page, reader):
         assert language == "bash"
         for line in text.splitlines():
             program, *words = shlex.split(line)
-            if line in ELSEWHERE:
+            if line in ELSEWHERE or [program, *words] in reader.built:
                 continue
             if program == "accelerate":
                 assert all(

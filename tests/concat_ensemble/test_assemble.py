@@ -190,7 +190,7 @@ BAD_MEMBERS = {
         lambda *_: ["resnet18.a1_in1"],
         r"'resnet18\.a1_in1'; did you mean resnet18\.a1_in1k or .*give resnet18=FILE, or random:resnet18 for",
     ),
-    "no pretrained weights": (lambda *_: ["resnet10"], "'resnet10'; give resnet10=FILE"),
+    "no pretrained weights": (lambda *_: ["darknet17"], "'darknet17'; give darknet17=FILE"),
     "unknown architecture of a file": (
         lambda t, _: [t / "mine.safetensors"],
         r"mine\.safetensors: 'mine' is not a timm arch.*ARCHITECTURE=mine",
