@@ -166,6 +166,35 @@ def test_an_upload_that_was_cut_off_sends_what_is_missing(publisher, client, hub
     assert all(hub.read("me/cut", name) == (tmp_path / "cut" / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
+def test_two_gigabytes_in_small_shards(tmp_path):
+    """Two ViT-L of random weights, 2.4 GB in files of at most 200 MB and parts of 64 MB: pushed, not pushed again, and loaded elsewhere."""
+    (tmp_path / "hub").mkdir()
+    with HubServer(tmp_path / "hub", part_size=64 << 20) as hub:
+        publisher = Client(hub, tmp_path / "publisher", TOKEN, package=True)
+        publisher(
+            "import torch; from concat_ensemble import assemble",
+            "model = assemble(['random:vit_large_patch16_224'] * 2)",
+            "model.save_pretrained('giant', max_shard_size='200MB')",
+        )
+        pixels = "torch.linspace(-1, 1, 3 * 224 * 224).reshape(1, 3, 224, 224)"
+        told = f"[float(x) for x in model({pixels}).pooler_output[0, ::256].double()]"
+        expected = publisher.ask(told)
+        publisher.push("giant", "me/giant")
+        shards = [file for name, file in hub.files("me/giant").items() if name.endswith(".safetensors")]
+        assert len(shards) > 12 and max(shard["size"] for shard in shards) <= 200e6
+        assert sum(shard["size"] for shard in shards) > 2.4e9
+        sent = len(hub.uploads)
+        publisher.push("giant", "me/giant")
+        assert len(hub.uploads) == sent
+        publisher.process.kill()
+        visitor = Client(hub, tmp_path / "visitor", None, package=False)
+        visitor("import torch; from transformers import AutoModel")
+        visitor("model = AutoModel.from_pretrained('me/giant', trust_remote_code=True)")
+        assert visitor.ask(told) == pytest.approx(expected, rel=1e-5)
+        visitor.process.kill()
+
+
 def test_what_somebody_else_commits_meanwhile_is_not_lost(publisher, hub, folder, backbone):
     publisher.push(folder, "me/busy")
     assemble([folder, backbone(9)]).save_pretrained(folder)
