@@ -115,6 +115,10 @@ def _take(source: str | Path | nn.Module, seed: int) -> list[_Member]:
     architecture, _, path = text.rpartition("=")
     if architecture or Path(path).is_file() or path.endswith((".safetensors", ".npz", *PICKLES)):
         return [_from_file(Path(path), architecture)]
+    if "/" in text:
+        near = difflib.get_close_matches(text, map(str, Path(text).parent.glob("*")), n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no folder {text}; {meant}Of the Hub's, name {HUB}ORG/NAME.")
     return _pretrained(text)
 
 

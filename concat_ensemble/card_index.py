@@ -38,7 +38,11 @@ def index_text(folder: Path) -> str:
     for home, study in sorted(found, key=lambda pair: (pair[0], hardest_first(pair[1]))):
         subject, best = study.rows[0], best_member(study)
         texts, controls = row_texts(study, subject), ("untrained members", "raw pixels")
-        cells = [f"[{home}]({home}/{CARD})", describe_dataset(study.dataset), f"{texts['top1']} [{texts['interval'].replace(' to ', ', ')}]"]
+        cells = [
+            f"[{home}]({home}/{CARD})",
+            describe_dataset(study.dataset),
+            f"{texts['top1']} [{texts['interval'].replace(' to ', ', ')}]",
+        ]
         cells += [row_texts(study, best)[key] for key in ("top1", "paired")] if best else ["", ""]
         cells += [row_texts(study, study[name])["top1"] if name in study else "" for name in controls]
         cells += [str(study.repeats), *(texts[key] for key in ("num_members", "width", "parameters"))]

@@ -141,7 +141,8 @@ class Results:
         """
         paired = self[name].top1 - self[other].top1
         if self.repeats > 1:
-            p = float(stats.ttest_1samp(paired, 0.0).pvalue) if paired.std() > 0 else float(paired[0] == 0)
+            error = paired.std(ddof=1) / np.sqrt(self.repeats)
+            p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else float(paired[0] == 0)
             return float(paired.mean()), t_interval(paired), p
         mine, its = self[name].runs[0].right_images, self[other].runs[0].right_images
         if mine is None or its is None:

@@ -1,6 +1,6 @@
 """`theory`, `mixture` and `reproduce`: the paper's evidence."""
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -73,8 +73,8 @@ def reproduce(context: typer.Context) -> None:
 
 
 def _run_script(name: str, words: list[str]) -> None:
-    """A script of `training/`, which is cloned and not installed; its exit code is ours."""
+    """Become a script of `training/`, which is cloned and not installed: its Ctrl-C and its exit code are then its own."""
     script = Path(__file__).parents[2] / "training" / name
     if not script.is_file():
         raise ValueError(f"this trains networks, with scripts that a clone has and an installed package has not: clone the repository, pip install -e '.[train]' there, and run it again ({script} is missing).")  # fmt: skip
-    raise typer.Exit(subprocess.call([sys.executable, script, *words]))
+    os.execv(sys.executable, [sys.executable, str(script), *words])

@@ -199,6 +199,10 @@ BAD_MEMBERS = {
         lambda t, _: [f"test_resnet={t / 'mine.safetensors'}"],
         "test_resnet; missing: .*NAME=FILE",
     ),
+    "missing folder": (
+        lambda t, _: [str(broken_folder(t, "cat4")).replace("cat4", "cat44")],
+        "there is no folder .*cat44; did you mean .*cat4\\? Of the Hub's, name hf-hub:ORG/NAME",
+    ),
     "missing file": (lambda t, _: [f"resnet18={t / 'no.pth'}"], r"no checkpoint file .*no\.pth"),
     "folder of something else": (
         lambda t, _: [broken_folder(t, "f")],
