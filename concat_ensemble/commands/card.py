@@ -15,8 +15,8 @@ from concat_ensemble.commands.options import (
     Revision,
     Workers,
     load_model,
-    out,
     print_unfolded,
+    tell,
 )
 
 
@@ -29,6 +29,8 @@ def card(
     index: Annotated[
         bool, typer.Option("--index", help="Write README.md of a folder of ensembles, with a table of them all.")
     ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write README.md and the figures of an ensemble's folder anew, from its results; your own sections stay.
 
@@ -45,7 +47,8 @@ def card(
         check_card(folder)
     else:
         write_card(folder, title)
-    out.print(str(folder / "README.md"), soft_wrap=True, markup=False)
+    path = str(folder / "README.md")
+    tell(path, {"file": path}, as_json, quiet)
 
 
 def verify(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import Output, Overwrite, Quiet, Seed, new_file, new_folder, out, typed
+from concat_ensemble.commands.options import AsJson, Output, Overwrite, Quiet, Seed, new_file, new_folder, tell, typed
 
 
 def build(
@@ -27,6 +27,7 @@ def build(
     dtype: Annotated[str, typer.Option(help="Of the weights on disk: float32, float16 or bfloat16.")] = "float32",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Concatenate backbones into one model and save it as a Hub folder.
@@ -55,22 +56,24 @@ def build(
             member["provenance"] = {"command": typed()} | known | member["provenance"]
         model.save_pretrained(folder)
         write_card(folder, title=output.name)
-    if not quiet:
-        table = Table(
-            "", "architecture", "features", "input", "source", title=f"{output}: {model.config.num_features:,} features"
+    config = model.config
+    table = Table(
+        "", "architecture", "features", "input", "source", title=f"{output}: {config.num_features:,} features"
+    )
+    for k, member in enumerate(config.members):
+        size = "x".join(map(str, member["preprocessing"]["input_size"]))
+        table.add_row(
+            str(k), member["architecture"], f"{member['num_features']:,}", size, member["provenance"]["source"]
         )
-        for k, member in enumerate(model.config.members):
-            size = "x".join(map(str, member["preprocessing"]["input_size"]))
-            table.add_row(
-                str(k), member["architecture"], f"{member['num_features']:,}", size, member["provenance"]["source"]
-            )
-        out.print(table)
+    facts = {"folder": str(output), "num_features": config.num_features, "members": config.members}
+    tell(table, facts, as_json, quiet)
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="An ensemble's folder; with a head, its logits come first.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .onnx, or .pt2 for torch.export.")],
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an ensemble as one file that runs without this package, checked against PyTorch.
@@ -84,5 +87,5 @@ def export(
         raise ValueError(f"--output {output}: name a file that ends in .onnx, or in .pt2 for torch.export.")
     new_file(output, overwrite)
     write(load_for_export(folder), output)
-    if not quiet:
-        out.print(f"{output}: {output.stat().st_size / 1e6:,.1f} MB", soft_wrap=True, markup=False)
+    size = output.stat().st_size
+    tell(f"{output}: {size / 1e6:,.1f} MB", {"file": str(output), "bytes": size}, as_json, quiet)

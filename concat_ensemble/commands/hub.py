@@ -1,13 +1,12 @@
 """`push`: an ensemble's folder on the Hub."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from concat_ensemble.commands.options import AsJson, Quiet, out
+from concat_ensemble.commands.options import AsJson, Quiet, tell
 
 
 def push(
@@ -39,13 +38,5 @@ def push(
         disable_progress_bars()
     asked = {"private": private or None, "revision": revision, "create_pr": create_pr, "token": token}
     commit = push_ensemble(folder, repo_id, **asked)
-    if as_json:
-        told = {
-            "repo": commit.repo_url.repo_id,
-            "commit": commit.oid,
-            "url": commit.commit_url,
-            "pull_request": commit.pr_url,
-        }
-        sys.stdout.write(json.dumps(told, indent=1) + "\n")
-    elif not quiet:
-        out.print(commit.pr_url or commit.commit_url, soft_wrap=True, markup=False)
+    facts = {"repo": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}  # fmt: skip
+    tell(commit.pr_url or commit.commit_url, facts, as_json, quiet)

@@ -1,5 +1,6 @@
 """What the commands have in common: their options, and how these are read."""
 
+import json
 import re
 import shlex
 import shutil
@@ -148,6 +149,14 @@ def new_file(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
     writable_parent(path)
+
+
+def tell(what: str | Table, facts: dict, as_json: bool, quiet: bool = False) -> None:
+    """How a command that writes something ends: for people, or for machines."""
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+    elif not quiet:
+        out.print(what, soft_wrap=isinstance(what, str), markup=False)
 
 
 def print_unfolded(table: Table) -> None:

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from concat_ensemble.commands.options import Overwrite, Quiet, new_file, out
+from concat_ensemble.commands.options import AsJson, Overwrite, Quiet, new_file, tell
 
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Of ensembles with results, or of results files.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare ensembles on one HTML page that needs nothing but itself: a table to sort, accuracy against cost, what each
@@ -23,5 +24,5 @@ def report(
 
     new_file(output, overwrite)
     write_report(folders, output)
-    if not quiet:
-        out.print(f"{output}: {output.stat().st_size / 1e3:,.0f} kB", soft_wrap=True, markup=False)
+    size = output.stat().st_size
+    tell(f"{output}: {size / 1e3:,.0f} kB", {"file": str(output), "bytes": size}, as_json, quiet)

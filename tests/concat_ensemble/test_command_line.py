@@ -497,6 +497,25 @@ def test_verify_probes_again(run, folder, refused, monkeypatch):
     refused(["verify", "no-such-ensemble"], "neither a folder nor on the Hub")
 
 
+def test_what_writes_a_file_says_so_as_json(run, folder, study, ensemble, tmp_path):
+    def told(*words):
+        code, text, _ = run(*words, "--json")
+        assert code == 0
+        return json.loads(text)
+
+    built = told("build", "random:test_resnet", "--output", "built")
+    assert built["folder"] == "built" and [member["num_features"] for member in built["members"]] == [
+        built["num_features"]
+    ]
+    study(None, [member["provenance"]["weights_sha256"] for member in ensemble.config.members], pair=[0.5]).save(
+        folder / "results" / "x.json"
+    )
+    assert told("card", "pair") == {"file": "pair/README.md"}
+    assert told("report", "pair") == {"file": "report.html", "bytes": (tmp_path / "report.html").stat().st_size}
+    program = told("export", "built", "--output", "built.pt2")
+    assert program == {"file": "built.pt2", "bytes": (tmp_path / "built.pt2").stat().st_size}
+
+
 def test_help_is_there_for_every_command(run):
     for command in ("build", "probe", "card", "verify"):
         code, out, _ = run(command, "--help")
