@@ -141,13 +141,13 @@ def undisturbed(ensemble, tmp_path):
     return contents(tmp_path / "calm")
 
 
-def killed_until_done(folder, store, seed: int, kills: int) -> int:
-    """Kill at random moments after the child is ready, then let it finish; how many kills hit a running extraction."""
+def killed_until_done(folder, store, seed: int, kills: int, within: float = 1.5) -> int:
+    """Kill at random moments, `within` so many seconds after the child is ready, then let it finish; how many kills hit a running extraction."""
     rng, hit = random.Random(seed), 0
     for _ in range(kills):
         process = child(folder, store)
         assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, within))
         hit += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -157,7 +157,7 @@ def killed_until_done(folder, store, seed: int, kills: int) -> int:
 
 
 def test_a_killed_extraction_ends_in_the_same_files(undisturbed, tmp_path):
-    assert killed_until_done(tmp_path / "model", tmp_path / "store", seed=0, kills=2) > 0
+    assert killed_until_done(tmp_path / "model", tmp_path / "store", seed=0, kills=2, within=0.5) > 0
     assert contents(tmp_path / "store") == undisturbed
 
 
