@@ -66,9 +66,8 @@ def _seconds(member: nn.Module, pixels: torch.Tensor, gflops: float, device: tor
     batch, taken = pixels.to(device).expand(images, -1, -1, -1).contiguous(), []
     # A core's own time, which other programs on a busy machine do not stretch; a GPU has no such clock.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    with (
-        freed_memory_kept()
-    ):  # as `extract_features` runs it: else faults on fresh pages may cost as much as the arithmetic
+    # As `extract_features` runs it: else faults on fresh pages may cost as much as the arithmetic.
+    with freed_memory_kept():
         for _ in range(1 + TIMED_BATCHES):  # the first one warms up
             started = clock()
             member(batch)
