@@ -1,21 +1,30 @@
-"""Several pretrained image backbones as one richer model. The classes come from `concat_ensemble.modeling`, never from
-a bare `modeling`: that makes second ones.
+"""Several pretrained image backbones as one richer model.
+
+Importing the package costs next to nothing. Its names are imported when they are first used, and its classes are
+registered with transformers' Auto classes as soon as those are imported, before or after this package.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from concat_ensemble.assemble import assemble
-from concat_ensemble.data import load_data
-from concat_ensemble.features import extract_features
-from concat_ensemble.hub import push_features, write_new_card
-from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
-from concat_ensemble.modeling.modeling_concat_ensemble import (
-    ConcatEnsembleForImageClassification,
-    ConcatEnsembleModel,
-    ConcatEnsemblePreTrainedModel,
-)
-from concat_ensemble.probes import KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe
+import wrapt
+
+if TYPE_CHECKING:
+    from concat_ensemble.data.loading import load_data
+    from concat_ensemble.features.extraction import extract_features
+    from concat_ensemble.hub import push_features
+    from concat_ensemble.members.assemble import assemble
+    from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+    from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
+    from concat_ensemble.modeling.modeling_concat_ensemble import (
+        ConcatEnsembleForImageClassification,
+        ConcatEnsembleModel,
+    )
+    from concat_ensemble.probes.linear import LinearProbe
+    from concat_ensemble.probes.neighbors import KNNProbe
+    from concat_ensemble.probes.prototype import PrototypeProbe
+    from concat_ensemble.probes.reference import ReferenceProbe
+    from concat_ensemble.probes.ridge import RidgeProbe
 
 __all__ = [
     "ConcatEnsembleConfig",
@@ -33,12 +42,62 @@ __all__ = [
     "push_features",
 ]
 
-# With these, importing the package is enough to load an ensemble without `trust_remote_code`.
-AutoConfig.register("concat_ensemble", ConcatEnsembleConfig)
-AutoModel.register(ConcatEnsembleConfig, ConcatEnsembleModel)
-AutoModelForImageClassification.register(ConcatEnsembleConfig, ConcatEnsembleForImageClassification)
-AutoImageProcessor.register(
-    ConcatEnsembleConfig,
-    image_processor_classes={"torchvision": ConcatEnsembleImageProcessor, "pil": ConcatEnsembleImageProcessor},
-)
-ConcatEnsemblePreTrainedModel.card_writer = staticmethod(write_new_card)
+_MODULES = {
+    "ConcatEnsembleConfig": "modeling.configuration_concat_ensemble",
+    "ConcatEnsembleForImageClassification": "modeling.modeling_concat_ensemble",
+    "ConcatEnsembleImageProcessor": "modeling.image_processing_concat_ensemble",
+    "ConcatEnsembleModel": "modeling.modeling_concat_ensemble",
+    "KNNProbe": "probes.neighbors",
+    "LinearProbe": "probes.linear",
+    "PrototypeProbe": "probes.prototype",
+    "ReferenceProbe": "probes.reference",
+    "RidgeProbe": "probes.ridge",
+    "assemble": "members.assemble",
+    "extract_features": "features.extraction",
+    "load_data": "data.loading",
+    "push_features": "hub",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"concat_ensemble.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_config(auto) -> None:
+    from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+
+    auto.AutoConfig.register("concat_ensemble", ConcatEnsembleConfig)
+
+
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register_models(auto) -> None:
+    from concat_ensemble.modeling import modeling_concat_ensemble as modeling
+
+    auto.AutoModel.register(modeling.ConcatEnsembleConfig, modeling.ConcatEnsembleModel)
+    classifier = modeling.ConcatEnsembleForImageClassification
+    auto.AutoModelForImageClassification.register(modeling.ConcatEnsembleConfig, classifier)
+
+
+@wrapt.when_imported("transformers.models.auto.image_processing_auto")
+def _register_image_processor(auto) -> None:
+    from concat_ensemble.modeling import image_processing_concat_ensemble as processing
+
+    classes = dict.fromkeys(("torchvision", "pil"), processing.ConcatEnsembleImageProcessor)
+    auto.AutoImageProcessor.register(processing.ConcatEnsembleConfig, image_processor_classes=classes)
+
+
+@wrapt.when_imported("concat_ensemble.modeling.modeling_concat_ensemble")
+def _give_pushed_models_a_card(modeling) -> None:
+    def write_card(folder, title):
+        from concat_ensemble.hub import write_new_card
+
+        write_new_card(folder, title)
+
+    modeling.ConcatEnsemblePreTrainedModel.card_writer = staticmethod(write_card)

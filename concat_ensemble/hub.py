@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from concat_ensemble.modeling.modeling_concat_ensemble import push_folder
 
 if TYPE_CHECKING:
-    from concat_ensemble.feature_table import FeatureTable
+    from concat_ensemble.features.table import FeatureTable
 
 ROWS = 1024  # read from the table at a time
 
@@ -42,7 +42,9 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
 
 
 def write_new_card(folder: Path, title: str | None) -> None:
-    from concat_ensemble.model_card import write_card  # with matplotlib, which loading a model has no use for
+    from concat_ensemble.reporting.model_card import (
+        write_card,  # with matplotlib, which loading a model has no use for
+    )
 
     write_card(folder, title)
 

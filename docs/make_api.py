@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import concat_ensemble
-from concat_ensemble.ntk import NTK
+from concat_ensemble.features.ntk import NTK
 
 PAGE = Path(__file__).with_name("api.md")
 NOTE = "<!-- Written by `python docs/make_api.py`. -->"
@@ -21,7 +21,10 @@ FIRST = ["assemble", "load_data", "extract_features", "ConcatEnsembleModel", "Co
 def page() -> str:
     names = [*FIRST, *(name for name in concat_ensemble.__all__ if name not in FIRST)]
     found = {name: getattr(concat_ensemble, name) for name in names} | {"ntk.NTK": NTK}
-    parts, told = [f"{NOTE}\n\n# API\n\n`import concat_ensemble` gives these; `concat_ensemble.ntk` the last."], set()
+    parts, told = (
+        [f"{NOTE}\n\n# API\n\n`import concat_ensemble` gives these; `concat_ensemble.features.ntk` the last."],
+        set(),
+    )
     for name, thing in found.items():
         parts.append(f"## `{name}`\n\n{documented(name, thing)}")
         for method, function in methods(thing).items():

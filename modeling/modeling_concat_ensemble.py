@@ -84,7 +84,9 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     model_tags = ["concat-ensemble", "timm"]  # noqa: RUF012 (as transformers has it)
     accepts_loss_kwargs = False
-    card_writer = None  # `push_to_hub` makes a card with it: the installed package's, which a class from a repo has not
+    card_writer = (
+        None  # `push_to_hub` makes a card with it: the installed package's, which a class from a repo has not
+    )
     _supports_sdpa = True  # timm's attention layers choose it themselves
 
     def __init__(self, config: ConcatEnsembleConfig):
@@ -436,7 +438,9 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
         inputs = (pooled - self.feature_mean) / self.feature_scale if self.config.standardize else pooled
         logits = self.classifier(inputs.to(self.classifier.weight.dtype))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ConcatEnsembleImageClassifierOutput(loss, logits, pooled, features if output_member_features else None)
+        output = ConcatEnsembleImageClassifierOutput(
+            loss, logits, pooled, features if output_member_features else None
+        )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     @torch.no_grad()
@@ -673,7 +677,9 @@ def push_folder(
                 shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=parent), folder / "README.md")
             card_writer(folder, repo_id)
             files = _files_to_push(folder)
-            additions |= {name: CommitOperationAdd(name, path) for name, path in files.items() if name not in additions}
+            additions |= {
+                name: CommitOperationAdd(name, path) for name, path in files.items() if name not in additions
+            }
         changed = [file for name, file in additions.items() if name not in weights or weights[name] != there.get(name)]
         owned = CARD_PARTS[2:] if "README.md" in files else ()
         stale = [
@@ -711,7 +717,9 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
     try:
         shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise OSError(f"{folder} holds no whole ensemble ({INDEX_NAME}: {error!r}); save or build it again.") from error
+        raise OSError(
+            f"{folder} holds no whole ensemble ({INDEX_NAME}: {error!r}); save or build it again."
+        ) from error
     missing = sorted({"config.json", "preprocessor_config.json", *shards} - set(files))
     if missing:
         raise OSError(f"{folder} lacks {', '.join(missing)}; save or build the ensemble again.")
@@ -731,7 +739,9 @@ def _members_on_disk(folder: Path) -> set[int]:
     return {int(match["member"]) for match in matches if match}
 
 
-def _index_of_members(cls, name, wanted: list[int] | None, projected: bool, hub: dict) -> tuple[dict | None, list[str]]:
+def _index_of_members(
+    cls, name, wanted: list[int] | None, projected: bool, hub: dict
+) -> tuple[dict | None, list[str]]:
     """The checkpoint's index cut down to the shards that `cls` needs, with absolute paths, since transformers fetches
     every shard that an index names; None where it needs all of them or there is no index (a single
     `model.safetensors`). And the files that are needed, each seen to be whole."""

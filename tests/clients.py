@@ -23,7 +23,7 @@ for line in sys.stdin:
             failed = traceback.format_exc()
     print(json.dumps([out.getvalue(), err.getvalue(), failed]), file=answers, flush=True)
 """
-COMMAND = "import sys; from concat_ensemble.command_line import main; sys.argv = ['concat-ensemble', *{words}]; main()"
+COMMAND = "import sys; from concat_ensemble.commands.app import main; sys.argv = ['concat-ensemble', *{words}]; main()"
 
 
 class Client:

@@ -21,8 +21,8 @@ from PIL import Image as PILImage
 from timm.models import save_for_hf
 from typer.testing import CliRunner
 
-from concat_ensemble.command_line import app
-from concat_ensemble.recipes import dataset_recipe
+from concat_ensemble.commands.app import app
+from concat_ensemble.data.dataset_recipes import dataset_recipe
 from tests.clients import COMMAND, Client
 from tests.hub_server import TOKEN, HubServer
 
@@ -147,7 +147,9 @@ def test_every_block_runs(page, reader):
             outputs = [word for option, word in itertools.pairwise(words) if option == "--output"]
             words += ["--overwrite"] * any((reader.home / output).exists() for output in outputs)
             reader(
-                COMMAND.format(words=[*words, *SMALLER.get(words[0], []), *["--repeats", "2"] * ("--repeats" in words)])
+                COMMAND.format(
+                    words=[*words, *SMALLER.get(words[0], []), *["--repeats", "2"] * ("--repeats" in words)]
+                )
             )
 
 

@@ -12,10 +12,10 @@ import timm
 import torch
 
 from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor, assemble
-from concat_ensemble.feature_store import Block
-from concat_ensemble.features import _keys
-from concat_ensemble.model_card import row_texts
-from concat_ensemble.results import Results
+from concat_ensemble.features.extraction import _keys
+from concat_ensemble.features.store import Block
+from concat_ensemble.reporting.model_card import row_texts
+from concat_ensemble.studies.results import Results
 
 GOLDEN = Path(__file__).parent / "golden"
 

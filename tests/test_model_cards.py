@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from concat_ensemble.card_index import index_text
-from concat_ensemble.model_card import check_card, write_card
+from concat_ensemble.reporting.card_index import index_text
+from concat_ensemble.reporting.model_card import check_card, write_card
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 FOLDERS = sorted(path.parent for path in CARDS.glob("*/config.json"))

@@ -39,17 +39,18 @@ def test_it_has_one_top_level_name(wheel):
         assert {name.split("/")[0] for name in names} == {"concat_ensemble", info}
         assert f"{info}/licenses/LICENSE" in names
         assert (
-            "concat-ensemble = concat_ensemble.command_line:main" in archive.read(f"{info}/entry_points.txt").decode()
+            "concat-ensemble = concat_ensemble.commands.app:main" in archive.read(f"{info}/entry_points.txt").decode()
         )
 
 
 def test_it_holds_every_source_file_the_template_and_the_recipes(wheel):
     expected = {
-        f"concat_ensemble/{path.relative_to(ROOT / 'concat_ensemble')}" for path in ROOT.glob("concat_ensemble/**/*.py")
+        f"concat_ensemble/{path.relative_to(ROOT / 'concat_ensemble')}"
+        for path in ROOT.glob("concat_ensemble/**/*.py")
     }
     expected |= {f"concat_ensemble/modeling/{path.name}" for path in ROOT.glob("modeling/*.py")}
-    expected |= {f"concat_ensemble/{path.name}" for path in ROOT.glob("concat_ensemble/*.jinja")}
-    expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob("concat_ensemble/recipes/**/*.yaml")}
+    for kind in ("*.jinja", "*.yaml"):
+        expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob(f"concat_ensemble/**/{kind}")}
     assert len(expected) >= 15
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if name.startswith("concat_ensemble/")} == expected
@@ -65,8 +66,9 @@ for words in (["--help"], ["build", "random:test_vit", "--output", "one", "--qui
         runpy.run_path(program, run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, stop
-from concat_ensemble import command_line, modeling
-print(command_line.__file__, modeling.__path__[0])
+from concat_ensemble import modeling
+from concat_ensemble.commands import app
+print(app.__file__, modeling.__path__[0])
 """
 # ... and one that does not find it, but the folder that it wrote.
 LOAD = """
@@ -81,7 +83,7 @@ print(type(model).__name__, model.config.num_features)
 def test_installed_it_builds_an_ensemble_that_loads_without_it(wheel, tmp_path):
     place = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, wheel)
-    assert (place / "concat_ensemble" / "card.md.jinja").is_file()
+    assert (place / "concat_ensemble" / "reporting" / "templates" / "card.md.jinja").is_file()
     # -S leaves out the environment's own packages and with them its editable install; the dependencies come by path.
     packages = next(path for path in sys.path if path.endswith("site-packages"))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
@@ -91,7 +93,7 @@ def test_installed_it_builds_an_ensemble_that_loads_without_it(wheel, tmp_path):
     shown = run(sys.executable, "-S", "-c", BUILD, place / "bin" / "concat-ensemble", cwd=tmp_path, env=with_it)
     assert all(command in shown for command in ("build", "probe", "card"))
     assert shown.split()[-2:] == [
-        str(place / "concat_ensemble" / "command_line.py"),
+        str(place / "concat_ensemble" / "commands" / "app.py"),
         str(place / "concat_ensemble" / "modeling"),
     ]
     assert "Written by `concat-ensemble card`" in (tmp_path / "one" / "README.md").read_text()

@@ -22,12 +22,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from concat_ensemble import assemble
-from concat_ensemble.checkpoints import weights_sha256
-from images import Images
-from ledger import Size
-from loop import Loop, accelerator_of, is_of
+from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.training.images import Images
+from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.loop import Loop, accelerator_of, is_of
+from concat_ensemble.training.recipe import Settings, read_options
 from pretrain_members import COMMAND, SMOKE_IMAGES, data_of, in_few_steps, pixels_of, save
-from recipe import Settings, read_options
 
 STATISTICS_BATCHES = 20  # of the teachers' features
 
@@ -153,7 +153,9 @@ def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) ->
         identity=identity,
         name="distilled",
     )
-    for _ in loop.run(batches, lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature)):
+    for _ in loop.run(
+        batches, lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature)
+    ):
         (kept,) = loop.kept()
     if accelerator.is_main_process:
         seen = settings.steps * settings.batch_size

@@ -24,17 +24,18 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from concat_ensemble import LinearProbe, assemble, extract_features
-from concat_ensemble.checkpoints import weights_sha256
-from concat_ensemble.model_card import RESULTS, write_card
-from concat_ensemble.probes.metrics import ProbeMetrics, bootstrap_intervals
-from concat_ensemble.probing import members_sha256, spent_on, versions, with_head
-from concat_ensemble.results import Results, Row, Run, packed
-from images import Images, Pixels
-from ledger import Size
-from loop import TOLD, Loop, accelerator_of, is_of
+from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.probes.intervals import bootstrap_intervals
+from concat_ensemble.probes.metrics import ProbeMetrics
+from concat_ensemble.reporting.model_card import write_card
+from concat_ensemble.studies.probing import members_sha256, spent_on, versions, with_head
+from concat_ensemble.studies.results import RESULTS, Results, Row, Run, packed
+from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.loop import TOLD, Loop, accelerator_of, is_of
+from concat_ensemble.training.recipe import Settings, read_options
+from concat_ensemble.training.teams import PARALLELISMS, Team
 from pretrain_members import COMMAND, SMOKE_IMAGES, data_of, in_few_steps
-from recipe import Settings, read_options
-from teams import PARALLELISMS, Team
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

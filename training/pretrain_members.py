@@ -32,11 +32,11 @@ from torch import nn
 
 from concat_ensemble import assemble
 from concat_ensemble.errors import first_line
-from images import Images, Pixels
-from ledger import MEASURED, WARM_UP, Line, Size, print_plan, seconds_per_step
-from loop import TOLD, Loop, accelerator_of, is_of
-from recipe import Recipe, read_options
-from teams import PARALLELISMS, Team, processes_asked_for
+from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.ledger import MEASURED, WARM_UP, Line, Size, print_plan, seconds_per_step
+from concat_ensemble.training.loop import TOLD, Loop, accelerator_of, is_of
+from concat_ensemble.training.recipe import Recipe, read_options
+from concat_ensemble.training.teams import PARALLELISMS, Team, processes_asked_for
 
 COMMAND = shlex.join(["accelerate", "launch", *sys.argv])
 SMOKE_STEPS, SMOKE_IMAGES, SMOKE_BATCH = 16, 200, 16

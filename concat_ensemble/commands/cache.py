@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import AsJson, out
+from concat_ensemble.commands.options import AsJson
+from concat_ensemble.console import out
 
 
 def cache(
@@ -20,7 +21,7 @@ def cache(
 
     concat-ensemble cache --prune 90
     """
-    from concat_ensemble.feature_store import default_store, stored_blocks
+    from concat_ensemble.features.store import default_store, stored_blocks
 
     table = Table("architecture", "images", "width", "MB", "days since read", "key")
     found = stored_blocks(default_store(), verify=verify)

@@ -38,11 +38,13 @@ def card(
 
     concat-ensemble card two-resnets --check
     """
-    from concat_ensemble.card_index import index_text, write_index
-    from concat_ensemble.model_card import check_card, write_card, written_alike
+    from concat_ensemble.reporting.card_index import index_text, write_index
+    from concat_ensemble.reporting.model_card import check_card, write_card, written_alike
 
     if index:
-        written_alike({folder / "README.md": index_text(folder)}, f"{folder} --index") if check else write_index(folder)
+        written_alike({folder / "README.md": index_text(folder)}, f"{folder} --index") if check else write_index(
+            folder
+        )
     elif check:
         check_card(folder)
     else:
@@ -66,9 +68,11 @@ def verify(
     A number holds that lies in the 95% interval, over the test images, of the run that these weights made. Exit code 2 where
     one does not, or where the card is not what the results give.
     """
-    from concat_ensemble.verification import fetched, verify_ensemble
+    from concat_ensemble.reporting.model_card import check_card
+    from concat_ensemble.studies.verification import fetched, verify_ensemble
 
     folder = fetched(ensemble, revision)
+    check_card(folder)
     found = verify_ensemble(
         folder, load_model(str(folder), 0), quiet=quiet or as_json, batch_size=batch_size, num_workers=workers
     )

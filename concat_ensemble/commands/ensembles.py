@@ -38,9 +38,9 @@ def build(
     """
     import torch
 
-    from concat_ensemble.assemble import assemble
-    from concat_ensemble.model_card import write_card
-    from concat_ensemble.recipes import ensemble_recipe
+    from concat_ensemble.members.assemble import assemble
+    from concat_ensemble.members.ensemble_recipes import ensemble_recipe
+    from concat_ensemble.reporting.model_card import write_card
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
@@ -80,7 +80,7 @@ def export(
 
     concat-ensemble export two-resnets --output two-resnets.onnx
     """
-    from concat_ensemble.export import export_onnx, export_program, load_for_export
+    from concat_ensemble.inference.export import export_onnx, export_program, load_for_export
 
     write = {".onnx": export_onnx, ".pt2": export_program}.get(output.suffix)
     if write is None:

@@ -8,16 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import (
-    AsJson,
-    Output,
-    Overwrite,
-    Quiet,
-    Seed,
-    new_file,
-    out,
-    print_unfolded,
-)
+from concat_ensemble.commands.options import AsJson, Output, Overwrite, Quiet, Seed, new_file, print_unfolded
+from concat_ensemble.console import out
 
 
 def theory(
@@ -32,7 +24,12 @@ def theory(
 
     concat-ensemble theory --output theory
     """
-    from concat_ensemble.theory import draw_cancellations, plot_counterexample, save_theory, train_counterexample
+    from concat_ensemble.experiments.theory import (
+        draw_cancellations,
+        plot_counterexample,
+        save_theory,
+        train_counterexample,
+    )
 
     path = output / "theory.json"
     new_file(path, overwrite)
@@ -74,7 +71,7 @@ def reproduce(context: typer.Context) -> None:
 
 def _run_script(name: str, words: list[str]) -> None:
     """Become a script of `training/`, which is cloned and not installed: its Ctrl-C and its exit code are then its own."""
-    script = Path(__file__).parents[2] / "training" / name
+    script = Path(__file__).parents[1] / "experiments" / name
     if not script.is_file():
         raise ValueError(f"this trains networks, with scripts that a clone has and an installed package has not: clone the repository, pip install -e '.[train]' there, and run it again ({script} is missing).")  # fmt: skip
     os.execv(sys.executable, [sys.executable, str(script), *words])

@@ -16,8 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-out = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+from concat_ensemble.console import out
 
 Model = Annotated[
     str, typer.Argument(help="Folder or Hub id of an ensemble, or anything that build takes as a member.")
@@ -41,24 +40,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def be_quiet() -> None:
-    """Leave our own progress bars the only ones."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    disable_progress_bar()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def typed() -> str:
     return shlex.join(["concat-ensemble", *sys.argv[1:]])
 
 
 def studies_of(context: typer.Context) -> dict[str, tuple[dict, Callable]]:
     """What a command's options name: for each dataset a name, how it was asked for, and how it is had."""
-    from concat_ensemble.data import load_data
-    from concat_ensemble.recipes import dataset_recipe
+    from concat_ensemble.data.dataset_recipes import dataset_recipe
+    from concat_ensemble.data.loading import load_data
 
     given = context.params
     drawn = {"limit": given["limit"], "seed": given["seed"]}
@@ -96,7 +85,7 @@ def refuse_beside(context: typer.Context, what: str, parameters: list[str]) -> N
 
 def load_model(name: str, seed: int):
     """An ensemble from a folder or the Hub as it is, or one made of whatever `build` takes."""
-    from concat_ensemble.assemble import HUB, assemble
+    from concat_ensemble.members.assemble import HUB, assemble
 
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not Path(name).exists()
     return assemble([HUB + name if is_hub_id else name], seed=seed)

@@ -27,11 +27,11 @@ from concat_ensemble.commands.options import (
     file_name,
     load_model,
     new_file,
-    out,
     print_unfolded,
     studies_of,
     typed,
 )
+from concat_ensemble.console import out
 
 
 def compare(
@@ -48,8 +48,8 @@ def compare(
 
     concat-ensemble compare three-backbones --recipe flowers102 --limit 5000 --output overlap
     """
-    from concat_ensemble.overlap import compare_models
-    from concat_ensemble.plots import plot_overlap
+    from concat_ensemble.reporting.figures import plot_overlap
+    from concat_ensemble.studies.overlap import compare_models
 
     ((study, (asked, load)), *more) = studies_of(context).items()
     if more:

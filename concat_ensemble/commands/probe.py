@@ -26,16 +26,15 @@ from concat_ensemble.commands.options import (
     TestSize,
     Workers,
     described,
-    errors,
     file_name,
     load_model,
-    out,
     print_unfolded,
     refuse_beside,
     studies_of,
     typed,
     writable_parent,
 )
+from concat_ensemble.console import errors, out
 
 
 def probe(
@@ -73,7 +72,9 @@ def probe(
     seed: Seed = 0,
     repeats: Annotated[
         int,
-        typer.Option(min=1, help="Draw the images this often, by --seed and the seeds after it: intervals over draws."),
+        typer.Option(
+            min=1, help="Draw the images this often, by --seed and the seeds after it: intervals over draws."
+        ),
     ] = 1,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -85,7 +86,7 @@ def probe(
 
     concat-ensemble probe two-resnets --recipe cifar100 --recipe flowers102 --shots 10 --repeats 5
     """
-    from concat_ensemble.model_card import RESULTS
+    from concat_ensemble.studies.results import RESULTS
 
     folder = Path(model)
     is_local = (folder / "config.json").is_file()
@@ -138,10 +139,10 @@ def _probe_on(
     **extraction,
 ):
     """Results on one dataset, named by `asked` and had by `load`: probed and saved to `path`, or read from there."""
-    from concat_ensemble.data import class_names
-    from concat_ensemble.model_card import write_card
-    from concat_ensemble.probing import members_sha256, probe_ensemble, with_head
-    from concat_ensemble.results import Results
+    from concat_ensemble.data.loading import class_names
+    from concat_ensemble.reporting.model_card import write_card
+    from concat_ensemble.studies.probing import members_sha256, probe_ensemble, with_head
+    from concat_ensemble.studies.results import Results
 
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
@@ -188,8 +189,8 @@ def _test_of(data) -> str:
 
 def show(results) -> None:
     """The table of a probe, as the card has it."""
-    from concat_ensemble.model_card import headings, row_texts, verdict
-    from concat_ensemble.plots import describe_dataset
+    from concat_ensemble.data.naming import describe_dataset
+    from concat_ensemble.reporting.model_card import headings, row_texts, verdict
 
     over = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
     table = Table(

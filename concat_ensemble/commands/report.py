@@ -20,7 +20,7 @@ def report(
 
     concat-ensemble report two-resnets three-backbones --output report.html
     """
-    from concat_ensemble.report import write_report
+    from concat_ensemble.reporting.html_report import write_report
 
     new_file(output, overwrite)
     write_report(folders, output)

@@ -27,7 +27,6 @@ from concat_ensemble.commands.options import (
     file_name,
     load_model,
     new_folder,
-    out,
     print_unfolded,
     refuse_taken,
     studies_of,
@@ -35,6 +34,7 @@ from concat_ensemble.commands.options import (
     writable_parent,
 )
 from concat_ensemble.commands.probe import show
+from concat_ensemble.console import out
 
 
 def select(
@@ -78,13 +78,14 @@ def select(
     """
     from datasets import DatasetDict
 
-    from concat_ensemble.cost import member_costs
-    from concat_ensemble.features import extract_features
-    from concat_ensemble.model_card import RESULTS, write_card
-    from concat_ensemble.plots import plot_accuracy_against_cost
-    from concat_ensemble.probing import probe_ensemble
-    from concat_ensemble.projection import principal_projection, with_projection
-    from concat_ensemble.selection import QUICK_FOLDS, quick_part, select_members
+    from concat_ensemble.features.extraction import extract_features
+    from concat_ensemble.features.projection import principal_projection, with_projection
+    from concat_ensemble.reporting.figures import plot_accuracy_against_cost
+    from concat_ensemble.reporting.model_card import write_card
+    from concat_ensemble.studies.cost import member_costs
+    from concat_ensemble.studies.probing import probe_ensemble
+    from concat_ensemble.studies.results import RESULTS
+    from concat_ensemble.studies.selection import QUICK_FOLDS, quick_part, select_members
 
     if quick and (output or columns):
         raise ValueError("--quick only looks; leave out --output and --columns, or leave out --quick.")
@@ -142,7 +143,7 @@ def select(
 
 def show_selection(found, quick: bool) -> None:
     """What each member is worth, the best subset of each size, and what to do."""
-    from concat_ensemble.results import points
+    from concat_ensemble.studies.results import points
 
     table = Table(
         title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held:,} others in % "

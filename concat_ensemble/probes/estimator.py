@@ -7,8 +7,8 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import CHUNK
+from concat_ensemble.features.standardized import CHUNK
+from concat_ensemble.features.table import TableSplit
 
 
 class FeatureProbe(ClassifierMixin, BaseEstimator):

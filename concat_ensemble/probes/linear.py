@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import Design, moments
+from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 from concat_ensemble.probes.logistic import logistic_path
 

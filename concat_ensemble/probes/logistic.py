@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from concat_ensemble.probes.design import Design
+from concat_ensemble.features.standardized import Design
 
 MAX_TRIALS = 12  # of lengths along a line
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
@@ -126,7 +126,9 @@ def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
             gradient, gradient_bias = gradient + (residual.T @ chunk).T / n, gradient_bias + residual.sum(0) / n
         curvature = (probabilities * (1 - probabilities)).mean(0)
         scales = curvature * spectrum[:, None] + strength, curvature + 1e-12
-        move, move_bias, used = _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, scales, basis)
+        move, move_bias, used = _conjugate_gradients(
+            X, probabilities, gradient, gradient_bias, strength, scales, basis
+        )
         products += used
         along = X @ move + move_bias
         slope = float((gradient * move).sum() + (gradient_bias * move_bias).sum())

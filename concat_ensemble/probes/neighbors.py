@@ -16,8 +16,8 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import CHUNK, Design, moments
+from concat_ensemble.features.standardized import CHUNK, Design, moments
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 
 

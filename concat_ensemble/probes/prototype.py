@@ -13,8 +13,8 @@ from scipy import stats
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import Design, moments
+from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 from concat_ensemble.probes.neighbors import unit_rows
 

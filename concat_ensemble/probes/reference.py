@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.nn.functional import batch_norm, cross_entropy
 
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import Design, moments
+from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 
 CIFAR_DECAYS = tuple(10.0**-power for power in (2.0, 2.4, 2.8, 3.2, 3.6, 4.0))

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from concat_ensemble import assemble
-from concat_ensemble.export import export_onnx
+from concat_ensemble.inference.export import export_onnx
 
 WAYS = ("eager", "folded", "compiled", "compiled and bf16", "ONNX Runtime")
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -85,7 +85,9 @@ def main() -> None:
         for images in options.batches:
             pixels = torch.randn(images, *model.config.pixel_shape, generator=torch.Generator().manual_seed(0))
             runs, wanted = ways(model, options.threads), reference(pixels)
-            far = {name: ((run(pixels) - wanted).abs().max() / wanted.abs().max()).item() for name, run in runs.items()}
+            far = {
+                name: ((run(pixels) - wanted).abs().max() / wanted.abs().max()).item() for name, run in runs.items()
+            }
             base, shares = [], {name: [] for name in runs}
             for _ in range(options.repeats):
                 base.append(fastest(reference, pixels, options.calls))

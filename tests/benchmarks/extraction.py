@@ -23,8 +23,8 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
-from concat_ensemble.data import open_image
-from concat_ensemble.feature_store import image_hashes
+from concat_ensemble.data.loading import open_image
+from concat_ensemble.features.store import image_hashes
 
 
 def photographs(number: int) -> DatasetDict:

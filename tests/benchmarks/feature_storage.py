@@ -53,7 +53,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     block = rng.standard_normal((ROWS, WIDTH), dtype=np.float32)
     rows = rng.permutation(ROWS)[:5_000]
-    sides = {"datasets (Arrow)": (arrow_write, arrow_read), "safetensors shards": (safetensors_write, safetensors_read)}
+    sides = {
+        "datasets (Arrow)": (arrow_write, arrow_read),
+        "safetensors shards": (safetensors_write, safetensors_read),
+    }
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(REPEATS):
         for name, (write, read) in sides.items():

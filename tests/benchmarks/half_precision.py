@@ -20,7 +20,7 @@ from concat_ensemble import (
     load_data,
 )
 from concat_ensemble.commands.options import load_model
-from concat_ensemble.probes.metrics import paired_difference
+from concat_ensemble.probes.intervals import paired_difference
 
 
 def main() -> None:

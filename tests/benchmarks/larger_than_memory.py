@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from concat_ensemble import LinearProbe, RidgeProbe
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import CHUNK, Design
+from concat_ensemble.features.standardized import CHUNK, Design
+from concat_ensemble.features.table import TableSplit
 
 PROBES = {"ridge": RidgeProbe, "linear": LinearProbe}
 

@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 from concat_ensemble import extract_features, load_data
 from concat_ensemble.commands.options import load_model
-from concat_ensemble.feature_table import TableSplit
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.logistic import logistic_path, objective
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)

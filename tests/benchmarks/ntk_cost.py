@@ -18,8 +18,8 @@ from statistics import median
 import torch
 
 from concat_ensemble import assemble
-from concat_ensemble.memory import freed_memory_kept
-from concat_ensemble.ntk import NTK
+from concat_ensemble.features.memory import freed_memory_kept
+from concat_ensemble.features.ntk import NTK
 
 
 def seconds(function) -> float:

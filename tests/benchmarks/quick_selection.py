@@ -14,9 +14,9 @@ import numpy as np
 
 from concat_ensemble import extract_features, load_data
 from concat_ensemble.commands.options import load_model
-from concat_ensemble.cost import Cost
-from concat_ensemble.feature_table import FeatureTable, TableSplit
-from concat_ensemble.selection import NEGLIGIBLE, QUICK_FOLDS, STRENGTHS, _Scorer, select_members
+from concat_ensemble.features.table import FeatureTable, TableSplit
+from concat_ensemble.studies.results import Cost
+from concat_ensemble.studies.selection import NEGLIGIBLE, QUICK_FOLDS, STRENGTHS, _Scorer, select_members
 
 
 def few(table: FeatureTable, number: int, seed: int) -> FeatureTable:

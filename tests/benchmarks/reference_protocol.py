@@ -33,8 +33,8 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.data import class_names, open_image
-from concat_ensemble.probes.metrics import paired_difference, wilson_interval
+from concat_ensemble.data.loading import class_names, open_image
+from concat_ensemble.probes.intervals import paired_difference, wilson_interval
 
 EPOCHS, DECAYS, BATCH = 28, 6, 256
 
@@ -52,7 +52,9 @@ def one_epoch(model, split, workers: int, device: torch.device) -> float:
     head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, classes)).to(device)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-3)
     single = len(split) % BATCH == 1  # a row alone has no variance
-    loader = DataLoader(range(len(split)), BATCH, shuffle=True, drop_last=single, num_workers=workers, collate_fn=batch)
+    loader = DataLoader(
+        range(len(split)), BATCH, shuffle=True, drop_last=single, num_workers=workers, collate_fn=batch
+    )
     started = time.perf_counter()
     for pixels, y in loader:
         with torch.no_grad():

@@ -26,8 +26,8 @@ from sklearn.datasets import load_sample_images
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
-from images import Images, Pixels
-from recipe import Settings
+from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.recipe import Settings
 
 PIXELS = Pixels((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

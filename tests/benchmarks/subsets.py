@@ -13,9 +13,9 @@ from statistics import median
 import numpy as np
 
 from concat_ensemble import RidgeProbe
-from concat_ensemble.cost import Cost
-from concat_ensemble.feature_table import FeatureTable
-from concat_ensemble.selection import STRENGTHS, _Scorer, select_members
+from concat_ensemble.features.table import FeatureTable
+from concat_ensemble.studies.results import Cost
+from concat_ensemble.studies.selection import STRENGTHS, _Scorer, select_members
 
 
 def table(rows: int, held: int, width: int, classes: int) -> FeatureTable:

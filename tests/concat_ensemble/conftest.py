@@ -22,8 +22,8 @@ from PIL import Image as PILImage
 from threadpoolctl import threadpool_limits
 
 from concat_ensemble import assemble, extract_features, load_data
-from concat_ensemble.command_line import main
-from concat_ensemble.results import Results, Row, Run, packed
+from concat_ensemble.commands.app import main
+from concat_ensemble.studies.results import Results, Row, Run, packed
 
 torch.set_num_threads(1)
 threadpool_limits(1)  # threads that wait for each other make tiny problems ten times slower on a busy machine

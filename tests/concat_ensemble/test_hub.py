@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from concat_ensemble import ConcatEnsembleModel, assemble
-from concat_ensemble.model_card import write_card
-from concat_ensemble.results import Results
+from concat_ensemble.reporting.model_card import write_card
+from concat_ensemble.studies.results import Results
 from tests.clients import COMMAND, Client
 from tests.hub_server import TOKEN, HubServer
 
@@ -97,7 +97,13 @@ def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_ne
     after = hub.files("me/pair")
     changed = {name for name, file in after.items() if before.get(name) != file}
     new = {path.name for path in triple.glob("member-02-*")}
-    assert len(new) == 7 and changed == {*new, "config.json", "model.safetensors.index.json", "README.md", "LICENSE.md"}
+    assert len(new) == 7 and changed == {
+        *new,
+        "config.json",
+        "model.safetensors.index.json",
+        "README.md",
+        "LICENSE.md",
+    }
     assert set(hub.uploads[sent:]) == {after[name]["sha256"] for name in new}
     assert set(before) - set(after) == {"results/digits.json", "figures/digits.png"}  # of other weights
     assert "NOTICE" in after and hub.commits("me/pair")[0] == second["commit"]
@@ -327,7 +333,7 @@ def test_members_from_the_hub_are_known_by_their_commit(publisher, hub, folder):
 def test_features_are_a_dataset(publisher, visitor, hub):
     publisher(
         "import numpy as np; from concat_ensemble import push_features;"
-        "from concat_ensemble.feature_table import FeatureTable;"
+        "from concat_ensemble.features.table import FeatureTable;"
         "a = np.arange(6000, dtype=np.float32).reshape(1500, 4); b = np.arange(3000, dtype=np.float16).reshape(1500, 2);"
         "t = FeatureTable({'train': [a, b], 'test': [a[:2], b[:2]]},"
         "{'train': np.arange(1500) % 2, 'test': np.array([0, 1])}, ['cat', 'dog'])"

@@ -11,7 +11,13 @@ from concat_ensemble import assemble
 FULL_SIZE = (
     *("resnet18", "resnet50", "resnetblur50", "wide_resnet50_2"),
     *("vit_tiny_patch16_224", "vit_small_patch16_224", "deit_tiny_patch16_224", "eva02_tiny_patch14_224"),
-    *("swin_tiny_patch4_window7_224", "convnext_atto", "tf_efficientnet_lite0", "regnety_004", "mobilenetv3_small_050"),
+    *(
+        "swin_tiny_patch4_window7_224",
+        "convnext_atto",
+        "tf_efficientnet_lite0",
+        "regnety_004",
+        "mobilenetv3_small_050",
+    ),
 )
 
 

@@ -206,7 +206,9 @@ def test_export_active_is_a_whole_renumbered_ensemble_with_equal_features(build,
     assert whole.config.active_members is None and not whole.training
     assert [member["architecture"] for member in whole.config.members] == ["resnet50", "resnet10t"]
     assert {key.split(".")[1] for key in whole.state_dict()} == {"0", "1"}
-    pixels = [ConcatEnsembleImageProcessor.from_config(model.config)(photos)["pixel_values"] for model in (part, whole)]
+    pixels = [
+        ConcatEnsembleImageProcessor.from_config(model.config)(photos)["pixel_values"] for model in (part, whole)
+    ]
     assert pixels[1].shape[1] == 2  # its own geometries alone
     # resnet50's pixels came through resnet18's mean and std before, and are its own now
     close(whole(pixels[1]).pooler_output, part(pixels[0]).pooler_output)

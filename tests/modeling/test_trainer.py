@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data import class_names, open_image
+from concat_ensemble.data.loading import class_names, open_image
 
 STEPS = 6
 

@@ -20,9 +20,9 @@ import timm
 import torch
 
 from concat_ensemble import assemble
-from concat_ensemble.command_line import main
-from concat_ensemble.probing import members_sha256
-from concat_ensemble.results import Results, Row, Run
+from concat_ensemble.commands.app import main
+from concat_ensemble.studies.probing import members_sha256
+from concat_ensemble.studies.results import Results, Row, Run
 
 torch.set_num_threads(1)
 MODEL_ARGS = {"in_chans": 1, "channels": (8, 8, 16, 16), "stem_width": 8}

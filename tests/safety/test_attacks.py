@@ -25,13 +25,13 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from concat_ensemble import ConcatEnsembleModel, load_data
 from concat_ensemble.commands.options import file_name
-from concat_ensemble.data import open_image
-from concat_ensemble.model_card import NOTE, write_card
-from concat_ensemble.recipes import DatasetRecipe
-from concat_ensemble.results import Results
+from concat_ensemble.data.dataset_recipes import DatasetRecipe
+from concat_ensemble.data.loading import open_image
+from concat_ensemble.reporting.model_card import NOTE, write_card
+from concat_ensemble.studies.results import Results
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-from recipe import Recipe
+from concat_ensemble.training.recipe import Recipe
 
 INDEX, SHARD = "model.safetensors.index.json", "member-00.safetensors"
 SCRIPT = '<script src="//evil.example/x.js"></script>'
@@ -527,7 +527,8 @@ def png(width, height, data=b""):
         (b"IEND", b""),
     ]
     sums = (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(sums)
 

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.model_card import row_texts, verdict
-from concat_ensemble.recipes import DatasetRecipe
-from concat_ensemble.results import Results
+from concat_ensemble.data.dataset_recipes import DatasetRecipe
+from concat_ensemble.reporting.model_card import row_texts, verdict
+from concat_ensemble.studies.results import Results
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-from recipe import Recipe
+from concat_ensemble.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 FEW, MANY = 150, 25_000  # of each of the four readers: 600, and 100,000
@@ -31,7 +31,9 @@ ANYTHING = st.recursive(
 def places(value, path=()):
     """Where in a JSON value something stands."""
     yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from places(inner, (*path, key))
 
 

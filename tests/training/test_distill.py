@@ -8,8 +8,8 @@ from transformers import AutoModel
 
 import pretrain_members
 from concat_ensemble import assemble
+from concat_ensemble.training.images import Images
 from distill import Distillation, Student, Teachers, main, run
-from images import Images
 from pretrain_members import pixels_of
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"

@@ -12,9 +12,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
-from concat_ensemble.checkpoints import weights_sha256
-from concat_ensemble.data import open_image
-from concat_ensemble.results import Results
+from concat_ensemble.data.loading import open_image
+from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.studies.results import Results
 from finetune import FineTuning, main, parameter_groups, run
 
 RECIPE = str(Path(__file__).parents[2] / "training" / "recipes" / "scattered_digits_finetune.yaml")
@@ -88,7 +88,9 @@ def test_at_once_a_classifier_comes_out(ensemble, tuned):
     before = assemble(ensemble)
     for k, spec in enumerate(model.config.members):
         found = weights_sha256(model.members[str(k)].state_dict())
-        assert spec["provenance"]["weights_sha256"] == found != before.config.members[k]["provenance"]["weights_sha256"]
+        assert (
+            spec["provenance"]["weights_sha256"] == found != before.config.members[k]["provenance"]["weights_sha256"]
+        )
         assert spec["provenance"]["fine_tuned"]["steps"] == 6
     assert result_of(folder).probe["kind"] == "fine-tuning" and (folder / "README.md").is_file()
 

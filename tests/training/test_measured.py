@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from budget_curve import Point, table_of
+from concat_ensemble.experiments.budget_curve import Point, table_of
 
 MEASURED = Path(__file__).parents[2] / "training" / "measured"
 README = (MEASURED.parent / "README.md").read_text()

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble.training.recipe import Recipe
 from pretrain_members import jobs_of, main, networks_of
-from recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "training/pretrain_members.py"
@@ -122,7 +122,9 @@ def test_another_recipe_in_its_place_is_refused(trained, capsys):
     """With what differs, and before anything is written."""
     before = written(trained)
     with pytest.raises(SystemExit) as stop:
-        main([str(Path(__file__).parents[2] / RECIPE), *SMOKE[2:], "--output", str(trained), "--learning-rate", "0.01"])
+        main(
+            [str(Path(__file__).parents[2] / RECIPE), *SMOKE[2:], "--output", str(trained), "--learning-rate", "0.01"]
+        )
     said = capsys.readouterr().err
     assert stop.value.code == 2 and len(said.splitlines()) == 1
     assert (
@@ -196,7 +198,9 @@ def killed_until_done(folder: Path, seed: int, kills: int, within: float = 6) ->
         if started < kills:
             # The first seconds are imports: begin where something can be lost.
             while (
-                process.poll() is None and not list(folder.glob("checkpoints/*")) and not list(folder.glob("members/*"))
+                process.poll() is None
+                and not list(folder.glob("checkpoints/*"))
+                and not list(folder.glob("members/*"))
             ):
                 time.sleep(0.05)
             time.sleep(rng.uniform(0, within))
@@ -326,7 +330,10 @@ BAD = {
     "one class": (["--classes", "[3]"], ["one class '3'"]),
     "unknown optimizer": (["--optimizer", "adamv"], ["optimizer='adamv' must be like adam,"]),
     "unknown augmentation policy": (["--auto-augment", "rnd-m9"], ["auto_augment='rnd-m9' is none of timm's"]),
-    "more snapshots than steps": (["--snapshots", "9999"], ["snapshots=9999 must be 0, or from 2 to total_steps=1600"]),
+    "more snapshots than steps": (
+        ["--snapshots", "9999"],
+        ["snapshots=9999 must be 0, or from 2 to total_steps=1600"],
+    ),
     "batches that cannot be shared": (["--gradient-accumulation", "3"], ["batch_size=16", "gradient_accumulation=3"]),
     "output that is a file": (["--output", "{file}"], ["file", "name a folder"]),
 }

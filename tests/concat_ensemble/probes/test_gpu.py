@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from concat_ensemble import KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe
-from concat_ensemble.cost import Cost
-from concat_ensemble.feature_table import FeatureTable
-from concat_ensemble.selection import select_members
+from concat_ensemble.features.table import FeatureTable
+from concat_ensemble.studies.results import Cost
+from concat_ensemble.studies.selection import select_members
 
 
 @pytest.mark.gpu

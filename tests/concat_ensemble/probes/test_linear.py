@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from concat_ensemble import LinearProbe, RidgeProbe
-from concat_ensemble.feature_table import FeatureTable
+from concat_ensemble.features.table import FeatureTable
 
 
 def clouds(number, classes=3, columns=6, spread=1.5, seed=0):

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from concat_ensemble.feature_table import TableSplit
+from concat_ensemble.features.standardized import Design
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes import logistic
-from concat_ensemble.probes.design import Design
 from concat_ensemble.probes.logistic import logistic_path, objective
 
 

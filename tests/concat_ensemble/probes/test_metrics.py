@@ -5,13 +5,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from concat_ensemble.probes.metrics import (
-    ProbeMetrics,
-    bootstrap_intervals,
-    calibration_error,
-    paired_difference,
-    wilson_interval,
-)
+from concat_ensemble.probes.intervals import bootstrap_intervals, paired_difference, wilson_interval
+from concat_ensemble.probes.metrics import ProbeMetrics, calibration_error
 
 
 def scores_for(chosen, classes):

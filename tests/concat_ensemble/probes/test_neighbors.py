@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from test_linear import clouds
 
 from concat_ensemble import KNNProbe
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import CHUNK
+from concat_ensemble.features.standardized import CHUNK
+from concat_ensemble.features.table import TableSplit
+from tests.concat_ensemble.probes.test_linear import clouds
 
 
 def by_hand(X, y, k, temperature=0.07, standardize=False):
@@ -121,7 +121,11 @@ def test_without_validation_a_fifth_is_held_out_by_the_seed():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"ks": (0, 5)}, r"ks=\(0, 5\)"), ({"ks": ()}, r"ks=\(\)"), ({"temperature": 0}, "temperature=0 must be above 0")],
+    [
+        ({"ks": (0, 5)}, r"ks=\(0, 5\)"),
+        ({"ks": ()}, r"ks=\(\)"),
+        ({"temperature": 0}, "temperature=0 must be above 0"),
+    ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -3,11 +3,11 @@ import pytest
 from scipy.special import softmax
 from sklearn.preprocessing import normalize
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from test_linear import clouds
 
 from concat_ensemble import PrototypeProbe
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import CHUNK
+from concat_ensemble.features.standardized import CHUNK
+from concat_ensemble.features.table import TableSplit
+from tests.concat_ensemble.probes.test_linear import clouds
 
 
 def unit(row):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from test_linear import clouds
 from torch import nn
 
 from concat_ensemble import ReferenceProbe
-from concat_ensemble.feature_table import TableSplit
+from concat_ensemble.features.table import TableSplit
+from tests.concat_ensemble.probes.test_linear import clouds
 
 
 def by_hand(X, y, decay, batch_size, seed=0):

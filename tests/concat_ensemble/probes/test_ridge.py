@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
-from test_logistic import problems
 
 from concat_ensemble import RidgeProbe
-from concat_ensemble.feature_table import TableSplit
-from concat_ensemble.probes.design import Design
+from concat_ensemble.features.standardized import Design
+from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.ridge import Gram
+from tests.concat_ensemble.probes.test_logistic import problems
 
 
 def naive(X, y, strength, standardize=True):

@@ -1,0 +1,1 @@
+"""Any image dataset as images and labels."""

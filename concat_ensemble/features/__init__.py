@@ -1,0 +1,1 @@
+"""Features of frozen members: extraction, storage, tables and projections."""

@@ -1,0 +1,1 @@
+"""Running an ensemble: folding, export and prediction."""

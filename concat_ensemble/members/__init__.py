@@ -1,0 +1,1 @@
+"""Making an ensemble out of members that come from anywhere."""

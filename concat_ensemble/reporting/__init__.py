@@ -1,0 +1,1 @@
+"""Tables, figures, cards and pages, made from results files alone."""

@@ -1,0 +1,1 @@
+"""What is measured with probes, and the results files."""

@@ -1,0 +1,235 @@
+"""Proposition 2.1 and the counterexample of Figure 2, against naive references and by hand."""
+
+import json
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.linear_model import Ridge
+
+from concat_ensemble.experiments.theory import (
+    BATCH,
+    INITIAL,
+    LEARNING_RATE,
+    RIDGE,
+    WEIGHT_DECAY,
+    Distribution,
+    cancelling,
+    covariance_forms,
+    draw_cancellations,
+    figure_2,
+    hidden_features,
+    mixture,
+    probe_accuracy,
+    train,
+)
+
+
+def shares(count):
+    return st.lists(st.integers(1, 20), min_size=count, max_size=count).map(lambda ints: np.array(ints) / sum(ints))
+
+
+@st.composite
+def distributions(draw):
+    count = draw(st.integers(1, 4))
+    numbers = st.floats(-3, 3, allow_subnormal=False)
+    points = draw(st.lists(st.tuples(numbers, numbers), min_size=count, max_size=count))
+    labels = draw(st.lists(st.sampled_from([-1, 1]), min_size=count, max_size=count))
+    return Distribution(points, labels, draw(shares(count)))
+
+
+def both_features(points):
+    return np.column_stack([points, np.abs(points[:, 0] - points[:, 1])])
+
+
+def naive_covariance(distribution, values):
+    """Definition, one sum a point, in rationals: no rounding."""
+    moments = [Fraction(0)] * 4
+    for value, label, mass in zip(values, distribution.labels, distribution.masses, strict=True):
+        value, label, mass = map(Fraction, (value, label, mass))
+        moments = [old + mass * new for old, new in zip(moments, (value * label, value, label, 1), strict=True)]
+    return float(moments[0] / moments[3] - moments[1] * moments[2] / moments[3] ** 2)
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(distributions(), min_size=1, max_size=4), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_form_is_the_covariance_of_the_mixture_from_its_points(components, data):
+    proportions = data.draw(shares(len(components)))
+    mixed = mixture(components, proportions)
+    naive = [naive_covariance(mixed, column) for column in both_features(mixed.points).T]
+    forms = covariance_forms(components, both_features)
+    assert np.array_equal(forms, forms.swapaxes(1, 2))
+    np.testing.assert_allclose(np.einsum("i,fij,j->f", proportions, forms, proportions), naive, atol=1e-14)
+    np.testing.assert_allclose(mixed.covariance(both_features), naive, atol=1e-14)
+
+
+def test_correlation_is_that_of_a_sample_with_as_many_copies():
+    points, labels, copies = [[0.0, 5.0], [1.0, 5.0], [4.0, 5.0]], [1, -1, 1], [1, 2, 5]
+    found = Distribution(points, labels, np.array(copies) / 8).correlation(np.asarray)
+    sample = np.repeat(np.column_stack([points, labels]), copies, axis=0)
+    np.testing.assert_allclose(found, [np.corrcoef(sample[:, 0], sample[:, 2])[0, 1], 0], atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("points", "labels", "masses", "said"),
+    [
+        ([0.0, 1.0], [1, -1], [0.5, 0.5], r"points \(2,\) and labels \(2,\): give \(N, D\) points"),
+        ([[0.0], [1.0]], [1], [0.5, 0.5], r"labels \(1,\)"),
+        ([[0.0], [np.nan]], [1, -1], [0.5, 0.5], "all finite"),
+        ([[0.0], [1.0]], [1, -1], [0.5, 0.6], r"masses \[0.5, 0.6\]: give 2 numbers, none below 0, that sum to 1"),
+        ([[0.0], [1.0]], [1, -1], [1.5, -0.5], "none below 0"),
+        ([[0.0], [1.0]], [1, -1], [np.nan, 1.0], "none below 0"),
+        ([[0.0], [1.0]], [1, -1], [1.0], "give 2 numbers"),
+    ],
+)
+def test_refuses_what_is_no_distribution(points, labels, masses, said):
+    with pytest.raises(ValueError, match=said):
+        Distribution(points, labels, masses)
+
+
+def test_refuses_proportions_of_another_number():
+    with pytest.raises(ValueError, match=r"proportions \[0.5, 0.5\]: give 4 numbers"):
+        mixture(figure_2(), [0.5, 0.5])
+
+
+# --- Proposition 2.1 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "shares_of_the_second"),
+    [
+        ([[3, -5], [-5, 3]], [0.25, 0.75]),  # 16 t^2 - 16 t + 3
+        ([[1, -1], [-1, 1]], [0.5]),  # (1 - 2t)^2: a double zero
+        ([[-1, 0], [0, 1]], [0.5]),  # 2t - 1: no square
+        ([[3e-200, -5e-200], [-5e-200, 3e-200]], [0.25, 0.75]),
+        ([[0, 1], [1, 0]], [0, 1]),  # at both ends
+        ([[0, 0], [0, 1]], [0]),  # t^2: double, at an end
+        ([[0, 1e-200], [1e-200, 3e-200]], [0]),  # t (2 + t): the other zero is beyond the segment
+        ([[1, 0], [0, 1]], []),  # never
+        ([[1, 1], [1, 1]], []),  # constant
+        ([[-1, 0], [0, 1 + 1e-9]], [0.499999999875]),  # the textbook formula has 7 digits here
+    ],
+)
+def test_zeros_by_hand(form, shares_of_the_second):
+    found = cancelling(np.array(form, dtype=float), [1, 0], [0, 1])
+    np.testing.assert_allclose(found[:, 1], shares_of_the_second, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(found.sum(1), 1)
+
+
+def test_a_segment_of_zeros_is_refused():
+    """Between the first two every mixture cancels; towards the third only the first does, and a point inside."""
+    form = np.array([[0.0, 0, -1], [0, 0, 0], [-1, 0, 2]])
+    with pytest.raises(
+        ValueError, match=r"from \[1.0, 0.0, 0.0\] to \[0.0, 1.0, 0.0\] the covariance is zero all along"
+    ):
+        cancelling(form, [1, 0, 0], [0, 1, 0])
+    np.testing.assert_allclose(cancelling(form, [1, 0, 0], [0, 0, 1]), [[1, 0, 0], [0.5, 0, 0.5]])
+    with pytest.raises(ValueError, match=r"proportions \[1.0, 1.0, 0.0\]"):
+        cancelling(form, [1, 1, 0], [0, 0, 1])
+
+
+@given(st.lists(distributions(), min_size=2, max_size=4), st.data())
+@settings(max_examples=100, deadline=None)
+def test_what_is_found_cancels_and_no_change_of_sign_is_missed(components, data):
+    start, end = data.draw(shares(len(components))), data.draw(shares(len(components)))
+    for j, form in enumerate(covariance_forms(components, both_features)):
+        at = [(1 - t) * start + t * end for t in np.linspace(0, 1, 41)]
+        values = np.array([p @ form @ p for p in at])
+        if np.abs(values).max() < 1e-9:
+            continue
+        found = cancelling(form, start, end)
+        for proportions in found:
+            mixed = mixture(components, proportions)
+            assert abs(naive_covariance(mixed, both_features(mixed.points)[:, j])) < 1e-12
+        signs = np.sign(values[np.abs(values) > 1e-9])
+        assert (np.diff(signs) != 0).sum() <= len(found) <= 2
+
+
+def test_chance_never_cancels_in_a_million_draws():
+    found = draw_cancellations(seed=3)
+    assert (found.draws, found.cancelled) == (1_000_000, 0) and 3e-6 < found.most_that_cancel < 5e-6
+    assert found.exact > 100 and found.largest_covariance < 1e-12
+    shares = list(found.within.values())
+    assert all(5 < wide / narrow < 20 for wide, narrow in pairwise(shares)), "a tenth for a tenth"
+
+
+# --- Figure 2 --------------------------------------------------------------------------------------------------------
+
+
+def test_the_components_are_as_described_and_one_mixture_cancels_exactly():
+    parts = figure_2()
+    for part in parts:
+        assert sorted(part.masses) == [0.25, 0.25, 0.5] and len(np.unique(part.points, axis=0)) == 3
+    mixed, corners = mixture(parts, [0.25] * 4), np.array([part.points[0] for part in parts])
+    here = (mixed.points[:, None] == corners).all(-1)
+    np.testing.assert_allclose((mixed.masses * mixed.labels) @ here / (mixed.masses @ here), [0.5, -0.5, 0.5, -0.5])
+
+    def second_corner(points):
+        return (points == corners[1]).all(1)[:, None].astype(float)
+
+    # E[phi Y] - E[phi] E[Y] = (2t - 1) / 4 - 1/8 from the first component to the third: 0 at t = 3/4
+    (form,) = covariance_forms(parts, second_corner)
+    np.testing.assert_allclose(cancelling(form, [1, 0, 0, 0], [0, 0, 1, 0]), [[0.25, 0, 0.75, 0]], atol=1e-15)
+    np.testing.assert_allclose(mixed.correlation(second_corner), -1 / np.sqrt(12))
+
+
+def test_training_is_sgd_on_the_squared_error():
+    """Against autograd, one network, the same draws."""
+    mixed, rng = mixture(figure_2(), [0.4, 0.3, 0.2, 0.1]), np.random.default_rng(5)
+    weights = torch.tensor(rng.normal(scale=INITIAL, size=(1, 3, 2))[0], requires_grad=True)
+    head, constant = torch.tensor(rng.normal(scale=INITIAL, size=(1, 3))[0], requires_grad=True), torch.zeros(1)
+    constant = constant.double().requires_grad_()
+    points, labels = torch.tensor(mixed.points), torch.tensor(mixed.labels)
+    for step in range(50):
+        counts = torch.tensor(rng.multinomial(BATCH, mixed.masses, size=1)[0])
+        outputs = (points @ weights.T).relu() ** 2 @ head + constant
+        decay = WEIGHT_DECAY / 2 * (weights.square().sum() + head.square().sum())
+        ((counts * (outputs - labels) ** 2).sum() / BATCH / 2 + decay).backward()
+        with torch.no_grad():
+            for parameter in (weights, head, constant):
+                parameter -= LEARNING_RATE * min(1, 2 * (1 - step / 50)) * parameter.grad
+                parameter.grad = None
+    found = train(mixed, 1, 3, 50, np.random.default_rng(5))
+    np.testing.assert_allclose(found[0], weights.detach().numpy(), rtol=1e-9)
+
+
+def test_a_retrained_head_is_a_ridge_regression():
+    rng, mixed = np.random.default_rng(0), mixture(figure_2(), [0.4, 0.3, 0.2, 0.1])
+    features = hidden_features(rng.normal(size=(30, 2, 2)), mixed.points)
+    for phi, found in zip(features, probe_accuracy(features, mixed), strict=True):
+        trace = (mixed.masses @ (phi - mixed.masses @ phi) ** 2).sum()
+        ridge = Ridge(alpha=RIDGE * trace).fit(phi, mixed.labels, sample_weight=mixed.masses)
+        assert found == pytest.approx(mixed.masses @ (np.sign(ridge.predict(phi)) == mixed.labels))
+    collapsed = np.array([[[2.0], [0.0], [0.0]], [[1.0], [1.0], [1.0]]])  # two corners alike; all alike
+    part = figure_2()[0]
+    np.testing.assert_allclose(probe_accuracy(collapsed, part), [0.75, 0.75])
+
+
+def test_the_command_shows_that_a_mixture_drops_what_a_component_needs(run, tmp_path):
+    code, out, err = run("theory", "--initialisations", "12")
+    assert (
+        (code, err) == (0, "") and "0 cancellations in 1,000,000 draws" in out and "written: theory/theory.json" in out
+    )
+    assert Image.open(tmp_path / "theory" / "theory.png").size == (1800, 660)
+    content = json.loads((tmp_path / "theory" / "theory.json").read_text())
+    assert content["verdict"] in out
+    direct, single, wider, one, two, four, untrained = content["counterexample"]["rows"]
+    assert direct["all_fitted"] == untrained["all_fitted"] == 12
+    assert max(row["all_fitted"] for row in (single, wider, one)) <= 2
+    assert two["all_fitted"] <= four["all_fitted"] and four["all_fitted"] >= 7, "1 - 2^(1-4) of 12 are 10.5"
+    assert single["features"] < 2.2 < 3.5 < direct["features"]
+    assert all(abs(row["mixture"] - 0.75) < 0.02 for row in content["counterexample"]["rows"])
+    code, _, err = run("theory")
+    assert (
+        code == 2 and err == "error: theory/theory.json is there already; add --overwrite or name another --output.\n"
+    )
+    code, _, err = run("theory", "--output", "theory/theory.png")
+    assert code == 2 and "cannot be written (Not a directory)" in err and len(err.splitlines()) == 1

@@ -1,0 +1,230 @@
+"""Features are extracted once, survive kills and damage, and are never anybody else's."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from concat_ensemble import assemble, extract_features, load_data
+from concat_ensemble.commands.app import main
+from concat_ensemble.features.store import Block, image_hashes, stored_blocks
+
+SHARDS = "*/*.safetensors"
+
+
+@pytest.fixture
+def extract(tmp_path):
+    return lambda model, data, **options: extract_features(
+        model, data, store=tmp_path / "store", quiet=True, **options
+    )
+
+
+def same(table, other) -> bool:
+    return all(np.array_equal(table[kind].features, other[kind].features) for kind in table)
+
+
+def test_a_second_extraction_reads_what_is_there(extract, ensemble, digits):
+    first, second = extract(ensemble, digits), extract(ensemble, digits)
+    assert (first.extracted, second.extracted) == (sum(map(len, digits.values())), 0)
+    assert same(first, second)
+
+
+def test_an_ensemble_with_one_more_member_extracts_that_one_alone(extract, ensemble, backbone, digits, tmp_path):
+    extract(ensemble, digits)
+    before = set((tmp_path / "store").glob(SHARDS))
+    more = assemble([ensemble, backbone(9)])
+    table = extract(more, digits)
+    new = set((tmp_path / "store").glob(SHARDS)) - before
+    assert len({path.parent for path in new}) == 1
+    alone = extract_features(more, digits, store=tmp_path / "fresh", quiet=True)
+    for kind in table:
+        np.testing.assert_allclose(table[kind].features, alone[kind].features, atol=1e-6)
+
+
+def test_a_limit_a_shuffle_and_another_split_find_their_rows(extract, ensemble):
+    some = extract(ensemble, load_data("digits", limit=40))
+    whole_data = load_data("digits")
+    whole = extract(ensemble, whole_data)
+    assert (some.extracted, whole.extracted) == (120, 1797 - 120)
+    assert extract(ensemble, whole_data.shuffle(seed=3)).extracted == 0
+    assert extract(ensemble, load_data("digits", test_size=0.2, seed=5)).extracted == 0
+
+
+def test_changed_weights_are_another_members(extract, backbone, digits):
+    model = assemble([backbone(1)])
+    before = extract(model, digits)
+    with torch.no_grad():
+        next(model.members["0"].parameters()).mul_(2)  # its provenance still says the old digest
+    after = extract(model, digits)
+    assert after.extracted == before.extracted and not same(before, after)
+
+
+def test_float16_and_bfloat16_are_kept_apart_from_float32(extract, ensemble, digits):
+    full, half = extract(ensemble, digits), extract(ensemble, digits, storage="float16")
+    coarse = extract(ensemble, digits, compute=torch.bfloat16)
+    assert half.extracted == coarse.extracted == full.extracted
+    np.testing.assert_allclose(half["test"].features, full["test"].features, rtol=1e-3, atol=1e-5)
+    assert not same(half, full) and not same(coarse, full)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_shard_is_made_again(extract, ensemble, digits, tmp_path, damage):
+    good = extract(ensemble, digits)
+    shard = sorted((tmp_path / "store").glob(SHARDS))[0]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.unlink()  # the first table still has it mapped
+    shard.write_bytes({"flip": bytes(content), "truncate": content[: len(content) // 2], "empty": b""}[damage])
+    again = extract(ensemble, digits)
+    assert again.extracted > 0 and same(good, again)
+
+
+def test_identical_images_are_stored_once(extract, ensemble, digits):
+    twice = extract(ensemble, load_data(digits["train"].select([0, 1, 2, 3] * 20), limit=80))
+    assert twice.extracted == 4
+
+
+def test_rows_come_in_any_slice(extract, ensemble, digits):
+    split = extract(ensemble, digits)["train"]
+    features, labels = split
+    parts = [split.rows(slice(start, start + 7)) for start in range(0, len(split), 7)]
+    assert np.array_equal(np.concatenate(parts), features) and len(labels) == len(split)
+
+
+def test_float16_overflow_is_refused_and_nothing_stored(extract, backbone, digits, tmp_path):
+    model = assemble([backbone(1)])
+    with torch.no_grad():
+        for parameter in list(model.parameters())[-4:]:
+            parameter.mul_(1e6)
+    with pytest.raises(ValueError, match=r"too large for float16 .*storage='float32'"):
+        extract(model, digits, storage="float16")
+    assert not list((tmp_path / "store").glob(SHARDS))
+
+
+def test_storage_of_another_kind_is_named(extract, ensemble, digits):
+    with pytest.raises(ValueError, match="storage='int8'"):
+        extract(ensemble, digits, storage="int8")
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+import concat_ensemble.features.extraction as features
+from concat_ensemble import ConcatEnsembleModel, extract_features, load_data
+features.SHARD_IMAGES = 64
+print("ready", flush=True)
+extract_features(ConcatEnsembleModel.from_pretrained(sys.argv[1]), load_data("digits"), store=Path(sys.argv[2]),
+                 batch_size=32, quiet=True)
+print("done", flush=True)
+"""
+
+
+def child(folder, store) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, str(folder), str(store)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def contents(store) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.glob(SHARDS)}
+
+
+@pytest.fixture
+def undisturbed(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path / "model")
+    done = child(tmp_path / "model", tmp_path / "calm")
+    assert done.wait(120) == 0, done.stderr.read()
+    return contents(tmp_path / "calm")
+
+
+def killed_until_done(folder, store, seed: int, kills: int, within: float = 1.5) -> int:
+    """Kill at random moments, `within` so many seconds after the child is ready, then let it finish; how many kills hit a running extraction."""
+    rng, hit = random.Random(seed), 0
+    for _ in range(kills):
+        process = child(folder, store)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, within))
+        hit += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = child(folder, store)
+    assert process.wait(120) == 0, process.stderr.read()
+    return hit
+
+
+def test_a_killed_extraction_ends_in_the_same_files(undisturbed, tmp_path):
+    assert killed_until_done(tmp_path / "model", tmp_path / "store", seed=0, kills=2, within=0.5) > 0
+    assert contents(tmp_path / "store") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_thirty_kills_each_end_in_the_same_files(undisturbed, tmp_path, seed):
+    killed_until_done(tmp_path / "model", tmp_path / "store", seed=seed, kills=1)
+    assert contents(tmp_path / "store") == undisturbed
+
+
+def test_two_processes_share_one_extraction(undisturbed, tmp_path):
+    script = tmp_path / "shared.py"
+    head = "from accelerate import PartialState\nstate = PartialState(cpu=True)\nassert state.num_processes == 2\n"
+    script.write_text(head + CHILD)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", str(script), str(tmp_path / "model"), str(tmp_path / "store")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr
+    assert contents(tmp_path / "store") == undisturbed
+
+
+@pytest.mark.slow
+def test_two_extractions_at_once_end_in_the_same_files(undisturbed, tmp_path):
+    both = [child(tmp_path / "model", tmp_path / "store") for _ in range(2)]
+    assert [process.wait(180) for process in both] == [0, 0]
+    assert contents(tmp_path / "store") == undisturbed
+
+
+def test_a_full_disk_keeps_what_is_there(digits, tmp_path):
+    """On a file system of 64 KiB, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    try:
+        block = Block(disk / "block")
+        images = image_hashes(digits["train"])
+        with block.lock():
+            block.write(images[:4], torch.ones(4, 16))
+            with pytest.raises(OSError, match=r"free some space"):
+                block.write(images[4:20], torch.ones(16, 4096))
+        kept = Block(disk / "block").refresh()
+        assert kept.missing(images[:5]) == {images[4]} and np.array_equal(kept.rows(images[:4])[:], np.ones((4, 16)))
+        assert not list(disk.glob("block/*.tmp")) and not list(disk.glob("block/.*.tmp"))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)  # lazily, for the rows are still mapped
+
+
+def test_the_cache_is_listed_verified_and_pruned(extract, ensemble, digits, tmp_path):
+    extract(ensemble, digits)
+    listed = stored_blocks(tmp_path / "store")
+    assert [(block["architecture"], block["images"], block["width"]) for block in listed] == [
+        ("resnet10t", sum(map(len, digits.values())), 16)
+    ] * 2
+    shard = sorted((tmp_path / "store").glob(SHARDS))[0]
+    content = shard.read_bytes()[:-1]
+    shard.unlink()
+    shard.write_bytes(content)
+    assert sorted(block["damaged"] for block in stored_blocks(tmp_path / "store", verify=True)) == [0, 1]
+
+
+def test_the_command_lists_what_is_stored(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["concat-ensemble", "cache", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("[")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,274 @@
+import json
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+from timm.models import save_for_hf
+from torch import nn
+
+from concat_ensemble import (
+    ConcatEnsembleForImageClassification,
+    ConcatEnsembleImageProcessor,
+    ConcatEnsembleModel,
+    assemble,
+)
+from concat_ensemble.members.checkpoints import weights_sha256
+
+SOURCES = [
+    "a model in memory",
+    "a folder of timm's",
+    "a folder of timm's, pickled and named",
+    "a file named after its architecture",
+    "a file of another name",
+    "an ensemble in memory",
+    "an ensemble's folder",
+]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """An RGB network with a classifier of seven classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model("test_resnet", num_classes=7).eval()
+
+
+@pytest.fixture(scope="module")
+def sources(trained, tmp_path_factory):
+    """The same network in every form in which it can be a member."""
+    folder = tmp_path_factory.mktemp("sources")
+    save_file(trained.state_dict(), folder / "test_resnet.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, folder / "last.pth.tar")
+    save_for_hf(trained, folder / "timm", safe_serialization=True)
+    save_for_hf(trained, folder / "pickled", safe_serialization=False)
+    assemble([trained]).save_pretrained(folder / "ensemble")
+    forms = [
+        trained,
+        folder / "timm",
+        f"test_resnet={folder / 'pickled/pytorch_model.bin'}",
+        folder / "test_resnet.safetensors",
+    ]
+    forms += [f"test_resnet={folder / 'last.pth.tar'}", assemble([trained]), str(folder / "ensemble")]
+    return dict(zip(SOURCES, forms, strict=True))
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return [Image.fromarray(np.asarray(photo)[:300]) for photo in load_sample_images().images]
+
+
+@torch.no_grad()
+def timm_features(model, photos):
+    """By timm alone: its evaluation transform, its pooled features."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return model.forward_head(model.forward_features(torch.stack([*map(transform, photos)])), pre_logits=True)
+
+
+@torch.no_grad()
+def ensemble_features(model, photos):
+    return model(**ConcatEnsembleImageProcessor.from_config(model.config)(photos)).pooler_output
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_timms_features_and_the_same_hash(source, sources, trained, photos):
+    model = assemble(sources[source])  # a single member needs no list
+    torch.testing.assert_close(ensemble_features(model, photos), timm_features(trained, photos), atol=1e-4, rtol=0)
+    bare = timm.create_model("test_resnet", num_classes=0)
+    bare.load_state_dict(trained.state_dict(), strict=False)
+    assert model.config.members[0]["provenance"]["weights_sha256"] == weights_sha256(bare.state_dict())
+    assert model.config.members[0]["provenance"]["source"]
+    assert not model.training and model.dtype == torch.float32
+
+
+def test_members_keep_their_order_and_their_own_preprocessing(trained, photos):
+    other = timm.create_model(
+        "test_vit", num_classes=0, pretrained_cfg_overlay={"input_size": (3, 160, 160), "crop_pct": 0.8}
+    ).eval()
+    model = assemble([other, trained])
+    expected = torch.cat([timm_features(other, photos), timm_features(trained, photos)], dim=1)
+    torch.testing.assert_close(ensemble_features(model, photos), expected, atol=1e-4, rtol=0)
+    assert [member["architecture"] for member in model.config.members] == ["test_vit", "test_resnet"]
+
+
+def test_shared_preprocessing_is_the_first_ones(trained, photos):
+    other = timm.create_model("test_vit", num_classes=0, pretrained_cfg_overlay={"crop_pct": 0.8}).eval()
+    assert len(assemble([trained, other]).config.geometries) == 2
+    model = assemble([trained, other], preprocessing="shared")
+    assert model.config.pixel_shape == (3, 160, 160)
+    pixels = timm.data.create_transform(**timm.data.resolve_model_data_config(trained), is_training=False)
+    with torch.no_grad():
+        expected = other(torch.stack([*map(pixels, photos)]))
+    torch.testing.assert_close(ensemble_features(model, photos)[:, -64:], expected, atol=1e-4, rtol=0)
+
+
+def test_untrained_members_are_drawn_by_place_and_leave_the_global_seed_alone():
+    torch.manual_seed(5)
+    undisturbed = torch.rand(1)
+    torch.manual_seed(5)
+    model = assemble(["random:test_resnet", "random:test_vit", "random:test_resnet"], seed=3)
+    assert torch.equal(torch.rand(1), undisturbed)
+    torch.manual_seed(3 + 2)
+    by_hand = timm.create_model("test_resnet", num_classes=0)
+    assert weights_sha256(model.members["2"].state_dict()) == weights_sha256(by_hand.state_dict())
+    provenances = [member["provenance"] for member in model.config.members]
+    assert [p["seed"] for p in provenances] == [3, 4, 5]
+    assert provenances[0]["source"] == "random:test_resnet" and provenances[0]["steps"] == 0
+    assert len({p["weights_sha256"] for p in provenances}) == 3
+
+
+def test_grey_members_of_changed_width_survive_a_save(backbone, tmp_path):
+    model = assemble([backbone(0), backbone(1, channels=(8, 8, 8, 24))])
+    model.save_pretrained(tmp_path)
+    pixels = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        expected = torch.cat([backbone(0)(pixels), backbone(1, channels=(8, 8, 8, 24))(pixels)], dim=1)
+        assert torch.equal(model(pixels).pooler_output, expected)
+        assert torch.equal(ConcatEnsembleModel.from_pretrained(tmp_path)(pixels).pooler_output, expected)
+    assert [member["num_features"] for member in model.config.members] == [16, 24]
+
+
+def test_an_ensembles_members_are_taken_in_with_their_provenance(ensemble, folder, backbone):
+    model = assemble([backbone(7), ensemble, folder])
+    hashes = [member["provenance"]["weights_sha256"] for member in model.config.members]
+    assert hashes[1:3] == hashes[3:5] == [m["provenance"]["weights_sha256"] for m in ensemble.config.members]
+    assert hashes[0] not in hashes[1:]
+
+
+def test_an_ensembles_head_is_left_behind(ensemble, tmp_path):
+    config = type(ensemble.config)(members=ensemble.config.members, num_labels=3)
+    ConcatEnsembleForImageClassification(config).save_pretrained(tmp_path / "with-head")
+    assert type(assemble([tmp_path / "with-head"])) is ConcatEnsembleModel
+
+
+def test_only_the_built_members_of_an_ensemble_are_taken_in(folder, ensemble):
+    model = assemble([ConcatEnsembleModel.from_pretrained(folder, active_members=[1])])
+    assert model.config.members == [ensemble.config.members[1]]
+
+
+def test_an_ensemble_taken_in_stays_as_it_was(backbone):
+    given = assemble([backbone(0)]).bfloat16().train()
+    model = assemble([given])
+    assert given.dtype == torch.bfloat16 and given.training
+    assert model.dtype == torch.float32 and not model.training
+    recorded = model.config.members[0]["provenance"]["weights_sha256"]
+    assert recorded == weights_sha256(model.members["0"].state_dict()), (
+        "the hash is that of the weights that are saved"
+    )
+
+
+def test_provenance_of_a_folder_wins_over_what_assemble_would_write(backbone, tmp_path):
+    model = backbone(0)
+    told = {"provenance": {"source": "trained by me", "steps": 12}, "pretrained_cfg": {"license": "mit"}}
+    args = {key: value for key, value in model._model_args.items() if key != "num_classes"}
+    save_for_hf(model, tmp_path / "m", model_config=told, model_args=args, safe_serialization=True)
+    provenance = assemble([tmp_path / "m"], license="apache-2.0").config.members[0]["provenance"]
+    assert (provenance["source"], provenance["steps"], provenance["license"]) == ("trained by me", 12, "mit")
+
+
+def test_a_stated_license_fills_gaps_only(tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "test_resnet.pth")
+    model = assemble([tmp_path / "test_resnet.pth", "random:test_resnet"], license="cc-by-4.0")
+    assert [member["provenance"]["license"] for member in model.config.members] == ["cc-by-4.0", "apache-2.0"]
+
+
+def broken_folder(tmp_path, name, config=None):
+    (tmp_path / name).mkdir()
+    if config is not None:
+        (tmp_path / name / "config.json").write_text(config)
+    return tmp_path / name
+
+
+# What is asked for, and what the one-line answer must say: the value, and the way out.
+BAD_MEMBERS = {
+    "none": (lambda *_: [], "members is empty; name at least one"),
+    "unknown architecture": (lambda *_: ["resnet9000"], "'resnet9000' is not one of timm.*did you mean resnet"),
+    "unknown architecture, random": (
+        lambda *_: ["random:resnet9000"],
+        "'resnet9000' is not one of timm.*did you mean",
+    ),
+    "unknown weights of a known architecture": (
+        lambda *_: ["resnet18.a1_in1"],
+        r"'resnet18\.a1_in1'; did you mean resnet18\.a1_in1k or .*give resnet18=FILE, or random:resnet18 for",
+    ),
+    "no pretrained weights": (lambda *_: ["darknet17"], "'darknet17'; give darknet17=FILE"),
+    "unknown architecture of a file": (
+        lambda t, _: [t / "mine.safetensors"],
+        r"mine\.safetensors: 'mine' is not a timm arch.*ARCHITECTURE=mine",
+    ),
+    "checkpoint of another architecture": (
+        lambda t, _: [f"test_resnet={t / 'mine.safetensors'}"],
+        "test_resnet; missing: .*NAME=FILE",
+    ),
+    "missing folder": (
+        lambda t, _: [str(broken_folder(t, "cat4")).replace("cat4", "cat44")],
+        "there is no folder .*cat44; did you mean .*cat4\\? Of the Hub's, name hf-hub:ORG/NAME",
+    ),
+    "missing file": (lambda t, _: [f"resnet18={t / 'no.pth'}"], r"no checkpoint file .*no\.pth"),
+    "folder of something else": (
+        lambda t, _: [broken_folder(t, "f")],
+        "has no config.json; give a folder saved by timm",
+    ),
+    "folder with a broken config": (
+        lambda t, _: [broken_folder(t, "f", "{")],
+        r"config\.json is not JSON.*save the model again",
+    ),
+    "folder of another library": (
+        lambda t, _: [broken_folder(t, "f", '{"model_type": "bert"}')],
+        "architecture None|bert",
+    ),
+    "folder without weights": (
+        lambda t, _: [broken_folder(t, "f", '{"architecture": "test_vit"}')],
+        r"model\.safetensors",
+    ),
+    "not timm's": (lambda *_: [nn.Linear(2, 2)], r"Linear is not a timm model.*timm\.create_model"),
+    "unpooled": (
+        lambda _, b: [b(global_pool="")],
+        r"resnet10t\) has no pooled features: it returns \(1, 16, 1, 1\).*set its global_pool",
+    ),
+    "four channels": (
+        lambda _, b: [b(in_chans=4, pixels={"input_size": (4, 32, 32)})],
+        "takes 4 channels; images have 1 or 3",
+    ),
+    "not a name": (lambda *_: [None], "None"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEMBERS)
+def test_a_bad_member_is_named_with_the_way_out(case, backbone, tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "mine.safetensors")
+    make, message = BAD_MEMBERS[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        assemble(make(tmp_path, backbone))
+    assert "\n" not in str(error.value)
+
+
+def test_the_message_counts_members_as_the_user_does():
+    with pytest.raises(ValueError) as error:
+        assemble(["random:test_vit", "random:nonesuch"])
+    assert "members[0]" not in str(error.value)
+
+
+def test_bad_preprocessing_is_named():
+    with pytest.raises(ValueError, match="preprocessing='same' must be 'own' or 'shared'"):
+        assemble(["random:test_vit"], preprocessing="same")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k@v2"]
+)
+def test_without_the_hub_the_answer_comes_at_once(name):
+    started = time.perf_counter()
+    with pytest.raises(
+        ValueError, match=r"cannot reach the Hub for hf-hub:timm/resnet18\.a1_in1k.*give ARCHITECTURE=FILE"
+    ):
+        assemble([name])
+    assert time.perf_counter() - started < 5
+
+
+def test_config_of_an_assembled_model_is_plain_json(ensemble):
+    assert json.loads(ensemble.config.to_json_string())["members"] == ensemble.config.members

@@ -1,0 +1,185 @@
+import hashlib
+import os
+import pickle
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
+
+from concat_ensemble.members.checkpoints import load_backbone, read_checkpoint, weights_sha256
+
+
+def prefixed(state, prefix):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def zeros(state):
+    return {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+
+
+# What training scripts leave behind, from a network's state dict `s` with its classifier `fc`.
+WRAPPINGS = {
+    "as it is": lambda s: s,
+    "DistributedDataParallel": lambda s: prefixed(s, "module."),
+    "torch.compile": lambda s: prefixed(s, "_orig_mod."),
+    "compiled and distributed": lambda s: prefixed(s, "module._orig_mod."),
+    "Lightning": lambda s: {"state_dict": prefixed(s, "model."), "epoch": 3, "hyper_parameters": {"lr": 0.1}},
+    "backbone of a detector": lambda s: {"state_dict": prefixed(s, "backbone.") | {"neck.weight": torch.ones(1)}},
+    "the paper's code": lambda s: {"state_dict": prefixed(s, "module.model0."), "arch": "resnet50", "best_acc1": 76.0},
+    "torchvision": lambda s: {"model": s, "optimizer": {"state": {}, "param_groups": []}, "epoch": 90},
+    "timm, averaged too": lambda s: {"state_dict": zeros(s), "state_dict_ema": s},
+    "averaged, distributed": lambda s: {
+        "model": zeros(s),
+        "model_ema": prefixed(s, "module.") | {"n_averaged": torch.tensor(7)},
+    },
+    "averaged, by other names": lambda s: {"state_dict": zeros(s), "ema": {"state_dict": s, "decay": 0.999}},
+    "old, without BatchNorm's counts": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(backbone):
+    return backbone(seed=3, num_classes=5)
+
+
+def equal_but_for_counts(loaded, expected):
+    return all(torch.equal(loaded[key], expected[key]) for key in loaded if not key.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_come_out_of_every_wrapping_without_the_classifier(wrapping, trained, backbone, tmp_path):
+    torch.save(WRAPPINGS[wrapping](trained.state_dict()), tmp_path / "x.pth")
+    model = backbone(seed=4)
+    load_backbone(model, read_checkpoint(tmp_path / "x.pth")[0], "x")
+    assert equal_but_for_counts(model.state_dict(), trained.state_dict())
+
+
+def test_weights_come_out_of_torchs_own_average(trained, backbone, tmp_path):
+    torch.save(AveragedModel(trained).state_dict(), tmp_path / "x.pth")
+    model = backbone(seed=4)
+    load_backbone(model, read_checkpoint(tmp_path / "x.pth")[0], "x")
+    assert equal_but_for_counts(model.state_dict(), trained.state_dict())
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.pth.tar", "x.pt", "x.bin"])
+def test_every_kind_of_file_gives_the_same_tensors(name, trained, tmp_path):
+    (save_file if name.endswith("safetensors") else torch.save)(trained.state_dict(), tmp_path / name)
+    tensors, metadata = read_checkpoint(tmp_path / name)
+    assert weights_sha256(tensors) == weights_sha256(trained.state_dict())
+    assert metadata == {}
+
+
+def test_old_torch_format_and_safetensors_metadata_are_read(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "x.pth")[0]["w"], torch.ones(2))
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"license": "mit"})
+    assert read_checkpoint(tmp_path / "x.safetensors")[1] == {"license": "mit"}
+
+
+def test_what_does_not_fit_is_listed(trained, backbone):
+    state = trained.state_dict()
+    del state["layer1.0.conv1.weight"], state["bn1.bias"]
+    state |= {"layer9.weight": torch.ones(1), "conv1.0.weight": torch.ones(2, 2)}
+    model = backbone(seed=4)
+    before = weights_sha256(model.state_dict())
+    with pytest.raises(ValueError) as error:
+        load_backbone(model, state, "some file")
+    assert "some file does not hold the weights of resnet10t" in str(error.value)
+    assert "missing: bn1.bias, layer1.0.conv1.weight;" in str(error.value)
+    assert "unexpected: layer9.weight;" in str(error.value)
+    assert "other shape: conv1.0.weight (2, 2) for (6, 1, 3, 3)." in str(error.value)
+    assert weights_sha256(model.state_dict()) == before, "a refused checkpoint must not be half loaded"
+
+
+def test_a_long_list_is_cut(backbone):
+    with pytest.raises(ValueError, match=r"missing: (\S+ ){8}and \d+ more"):
+        load_backbone(backbone(), {"w": torch.ones(1)}, "x")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_a_truncated_file_is_refused(name, share, trained, tmp_path):
+    path = tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)(trained.state_dict(), path)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(ValueError, match=rf"{name} is not a whole .* fetch or save it again"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"hello", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"<html></html>", bytes(range(256))],
+)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_a_file_of_something_else_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read_checkpoint(tmp_path / name)
+
+
+class Mischief:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(trained, tmp_path):
+    trap = tmp_path / "sprung"
+    pickle.loads(pickle.dumps(Mischief(trap)))
+    assert trap.is_dir(), "the trap works"
+    trap.rmdir()
+    torch.save({"state_dict": trained.state_dict(), "extra": Mischief(trap)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth holds more than tensors.* as \.safetensors"):
+        read_checkpoint(tmp_path / "x.pth")
+    assert not trap.exists()
+
+
+def test_a_pickle_of_other_objects_is_refused(trained, tmp_path):
+    torch.save({"model": trained.state_dict(), "args": types.SimpleNamespace(lr=1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "top"),
+    [([torch.ones(1)], "list"), ({}, r"\[\]"), ({"epoch": 3, "lr": 0.1}, "epoch"), ({1: 2, "a": 3}, "a")],
+)
+def test_a_file_without_a_state_dict_says_what_it_holds(content, top, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=rf"x\.pth holds no state dict.*{top}"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_unknown_kinds_and_missing_files_are_named(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.onnx: unknown kind of checkpoint; give \.safetensors, \.pth"):
+        read_checkpoint(tmp_path / "x.onnx")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*y\.pth"):
+        read_checkpoint(tmp_path / "y.pth")
+
+
+def test_sha256_by_hand():
+    """Eight zero bytes after the line that says what they are: a stored hash must mean the same in later versions."""
+    assert weights_sha256({"w": torch.zeros(2)}) == hashlib.sha256(b"w torch.float32 (2,)\n" + bytes(8)).hexdigest()
+
+
+def test_sha256_sees_names_dtypes_shapes_and_every_bit_but_not_order_or_memory():
+    w, b = torch.arange(6.0).view(2, 3), torch.tensor(1.0)
+    digest = weights_sha256({"w": w, "b": b})
+    assert digest == weights_sha256({"b": b, "w": w.t().contiguous().t()})
+    changed = w.clone()
+    changed[1, 2] = torch.nextafter(changed[1, 2], torch.tensor(9.0))
+    others = [
+        {"w": changed, "b": b},
+        {"v": w, "b": b},
+        {"w": w.view(3, 2), "b": b},
+        {"w": w.bfloat16(), "b": b},
+        {"w": w},
+    ]
+    assert len({digest, *map(weights_sha256, others)}) == 6

@@ -1,0 +1,426 @@
+"""Layouts of the paper's systems: the original architectures, written out small, filled at random and saved as their
+authors saved them, must give the features that timm's give after conversion.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.members.checkpoints import PICKLES, load_backbone, read_checkpoint
+from concat_ensemble.members.converters import (
+    convert,
+    from_swav,
+    from_timecat,
+    from_vissl,
+    from_wide_resnet,
+    load_jax_vit,
+)
+from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
+from concat_ensemble.modeling.configuration_concat_ensemble import timm_architectures
+from concat_ensemble.records import recipe_names
+
+PROVENANCE = {"pretraining_data", "objective", "steps", "seed", "license"}
+
+
+def prefixed(state, prefix):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def filled(model, seed=0):
+    """Every number at random, so that none of them can be lost unseen; variances above zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.2
+                tensor.copy_(1 + noise.abs() if key.endswith("var") else scale * noise + (key.endswith("weight") and tensor.ndim == 1))  # fmt: skip
+    return model.eval()
+
+
+# --- the original architectures --------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """ResNet v1.5's: the 3x3 convolution strides."""
+
+    def __init__(self, width_in, width, stride, names):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.downsample = nn.Sequential()
+        if stride > 1 or width_in != 4 * width:
+            self.downsample.add_module(names[0], nn.Conv2d(width_in, 4 * width, 1, stride, bias=False))
+            self.downsample.add_module(names[1], nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class OriginalResNet(nn.Module):
+    """AlgoPerf's with `names=("conv", "bn")`; SwAV's pads its stem in two steps."""
+
+    def __init__(self, stem=64, width=8, depths=(2, 1, 1, 1), names=("0", "1"), swav=False):
+        super().__init__()
+        self.swav = swav
+        self.conv1, self.bn1 = nn.Conv2d(3, stem, 7, 2, 2 if swav else 3, bias=False), nn.BatchNorm2d(stem)
+        width_in = stem
+        for stage, depth in enumerate(depths):
+            blocks = nn.Sequential()
+            for n in range(depth):
+                blocks.append(Block(width_in, width << stage, 2 if stage and not n else 1, names))
+                width_in = 4 * (width << stage)
+            self.add_module(f"layer{stage + 1}", blocks)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(F.pad(x, (1, 1, 1, 1)) if self.swav else x))), 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+
+class Transform(nn.Module):
+    """ClassyVision's bottleneck with squeeze and excitation."""
+
+    def __init__(self, width_in, width, stride, group):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        conv = nn.Conv2d(width, width, 3, stride, 1, groups=width // group, bias=False)
+        self.b = nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+        squeezed = round(0.25 * width_in)
+        self.se = nn.Module()
+        self.se.excitation = nn.Sequential(nn.Conv2d(width, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, width, 1))
+        self.c, self.final_bn = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        return self.final_bn(self.c(x * self.se.excitation(x.mean((2, 3), keepdim=True)).sigmoid()))
+
+
+class RegNetBlock(nn.Module):
+    def __init__(self, width_in, width, stride, group):
+        super().__init__()
+        self.has_projection = stride > 1 or width_in != width
+        if self.has_projection:
+            self.proj, self.bn = nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+        self.f = Transform(width_in, width, stride, group)
+
+    def forward(self, x):
+        return F.relu((self.bn(self.proj(x)) if self.has_projection else x) + self.f(x))
+
+
+class OriginalRegNetY(nn.Module):
+    """VISSL's trunk; of the sizes of RegNetY-200MF, the smallest that both have."""
+
+    def __init__(self, widths=(24, 56, 152, 368), depths=(1, 1, 4, 7), group=8, parts=False):
+        super().__init__()
+        stem = nn.Module()
+        stem.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        stem.forward = stem.stem.forward
+        self._feature_blocks = nn.ModuleDict({"conv1": stem})
+        width_in = 32
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
+            blocks = nn.Sequential()
+            for n in range(depth):
+                blocks.add_module(f"block{stage}-{n}", RegNetBlock(width_in, width, 1 if n else 2, group))
+                width_in = width
+            if parts:
+                whole, blocks = blocks, nn.Sequential()
+                blocks.add_module(f"block{stage}-part0", whole)
+            self._feature_blocks[f"res{stage + 1}"] = blocks
+
+    def forward(self, x):
+        for block in self._feature_blocks.values():
+            x = block(x)
+        return x.mean((2, 3))
+
+
+def jax_vit_weights(tokens=5, width=48, heads=3, depth=2):
+    rng = np.random.default_rng(0)
+    shapes = {"cls": (1, 1, width), "embedding/kernel": (16, 16, 3, width), "embedding/bias": (width,)}
+    shapes |= {"Transformer/posembed_input/pos_embedding": (1, tokens, width), "head/kernel": (width, 7), "head/bias": (7,)}  # fmt: skip
+    shapes |= {"pre_logits/kernel": (width, width), "pre_logits/bias": (width,)}
+    shapes |= {f"Transformer/encoder_norm/{name}": (width,) for name in ("scale", "bias")}
+    for n in range(depth):
+        block = f"Transformer/encoderblock_{n}"
+        shapes |= {f"{block}/LayerNorm_{k}/{name}": (width,) for k in (0, 2) for name in ("scale", "bias")}
+        for name in ("query", "key", "value"):
+            shapes[f"{block}/MultiHeadDotProductAttention_1/{name}/kernel"] = (width, heads, width // heads)
+            shapes[f"{block}/MultiHeadDotProductAttention_1/{name}/bias"] = (heads, width // heads)
+        shapes[f"{block}/MultiHeadDotProductAttention_1/out/kernel"] = (heads, width // heads, width)
+        shapes[f"{block}/MultiHeadDotProductAttention_1/out/bias"] = (width,)
+        for k, sizes in enumerate(((width, 4 * width), (4 * width, width))):
+            shapes |= {f"{block}/MlpBlock_3/Dense_{k}/kernel": sizes, f"{block}/MlpBlock_3/Dense_{k}/bias": sizes[1:]}
+    return {key: rng.normal(0, 0.2, shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+def original_vit(weights, images):
+    """Flax's, in its own indices (images, tokens, heads, width of a head)."""
+    w = {key: torch.from_numpy(array) for key, array in weights.items()}
+
+    def norm(x, at):
+        return F.layer_norm(x, x.shape[-1:], w[f"{at}/scale"], w[f"{at}/bias"], eps=1e-6)
+
+    patches = F.conv2d(images, w["embedding/kernel"].permute(3, 2, 0, 1), w["embedding/bias"], stride=16)
+    x = torch.cat([w["cls"].expand(len(images), -1, -1), patches.flatten(2).mT], 1)
+    x = x + w["Transformer/posembed_input/pos_embedding"]
+    for n in range(2):
+        block = f"Transformer/encoderblock_{n}"
+        attention, y = f"{block}/MultiHeadDotProductAttention_1", norm(x, f"{block}/LayerNorm_0")
+        q, k, v = (torch.einsum("btd,dhk->bthk", y, w[f"{attention}/{name}/kernel"]) + w[f"{attention}/{name}/bias"]
+                   for name in ("query", "key", "value"))  # fmt: skip
+        share = torch.einsum("bqhk,bthk->bhqt", q / q.shape[-1] ** 0.5, k).softmax(-1)
+        mixed = torch.einsum("bhqt,bthk->bqhk", share, v)
+        x = x + torch.einsum("bqhk,hkd->bqd", mixed, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
+        y, mlp = norm(x, f"{block}/LayerNorm_2"), f"{block}/MlpBlock_3"
+        y = F.gelu(y @ w[f"{mlp}/Dense_0/kernel"] + w[f"{mlp}/Dense_0/bias"])
+        x = x + y @ w[f"{mlp}/Dense_1/kernel"] + w[f"{mlp}/Dense_1/bias"]
+    return norm(x, "Transformer/encoder_norm")[:, 0]
+
+
+# --- state dicts -----------------------------------------------------------------------------------------------------
+
+SMALL = {"layers": (2, 1, 1, 1), "channels": (8, 16, 32, 64)}
+WIDE = {"layers": (2, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_chs": 8, "width_factor": 2, "preact": False}
+HEADS = {"projection_head.0.weight": torch.ones(3, 3), "prototypes.prototypes0.weight": torch.ones(3, 3)}
+# Original, its checkpoint from its state dict, the architecture that a user names, and timm's.
+CASES = {
+    "timecat": (
+        lambda: OriginalResNet(names=("conv", "bn")),
+        lambda s: {
+            "model_params": prefixed(s | {"fc.weight": torch.ones(7, 256)}, "_orig_mod.module."),
+            "global_step": 9,
+        },
+        ("resnet50", SMALL, from_timecat),
+    ),
+    "SwAV, hub": (
+        lambda: OriginalResNet(swav=True),
+        lambda s: prefixed(s | HEADS, "module."),
+        ("resnet50", SMALL, from_swav),
+    ),
+    "SwAV, training": (
+        lambda: OriginalResNet(swav=True),
+        lambda s: {"state_dict": prefixed(s | HEADS, "module."), "epoch": 400, "amp": {"loss_scaler0": {}}},
+        ("resnet50", SMALL, from_swav),
+    ),
+    "SwAV, wide": (
+        lambda: OriginalResNet(stem=16, width=16, swav=True),
+        lambda s: prefixed(s | HEADS, "module."),
+        ("resnetv2_50", WIDE, lambda t: from_wide_resnet(from_swav(t))),
+    ),
+    "supervised, wide": (
+        lambda: OriginalResNet(stem=16, width=16),
+        lambda s: {"state_dict": prefixed(s, "module.model0.") | {"module.classifier.weight": torch.ones(7, 512)}},
+        ("resnetv2_50", WIDE, from_wide_resnet),
+    ),
+    **{
+        f"SEER{', in parts' if parts else ''}": (
+            lambda parts=parts: OriginalRegNetY(parts=parts),
+            lambda s: {
+                "classy_state_dict": {"base_model": {"model": {"trunk": s, "heads": HEADS}, "meters": {}}},
+                "iteration": 5,
+            },
+            ("regnety_002", {}, from_vissl),
+        )
+        for parts in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_features_are_the_original_architectures(case, tmp_path):
+    make, wrap, (architecture, model_args, converter) = CASES[case]
+    original = filled(make())
+    torch.save(wrap(original.state_dict()), tmp_path / "checkpoint.torch")
+    tensors = read_checkpoint(tmp_path / "checkpoint.torch")[0]
+    kept = dict(tensors)
+    converted = converter(tensors)
+    assert tensors == kept, "a pure function leaves what it was given"
+    if (
+        architecture != "resnetv2_50"
+    ):  # the small ones are of no width that `convert` knows; the real ones follow below
+        assert convert(architecture, tensors).tensors.keys() == converted.keys()
+        assert convert(architecture, tensors).pretrained_cfg["crop_pct"] == 0.875
+    backbone = filled(timm.create_model(architecture, num_classes=0, **model_args), seed=1)
+    load_backbone(backbone, converted, case)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    expected = original(images)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(backbone(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Of each layout a state dict as it is read, its converter and the backbone that it is for."""
+    found = {}
+    for case in ("timecat", "SwAV, wide", "SEER"):
+        make, wrap, (architecture, model_args, converter) = CASES[case]
+        content = wrap(filled(make()).state_dict())
+        content = content.get("model_params", content)
+        trunk = content["classy_state_dict"]["base_model"]["model"]["trunk"] if case == "SEER" else content
+        found[case] = trunk, converter, timm.create_model(architecture, num_classes=0, **model_args)
+    return found
+
+
+@settings(max_examples=15)
+@given(case=st.sampled_from(["timecat", "SwAV, wide", "SEER"]), place=st.integers(0, 10**6), bad=st.booleans())
+def test_a_checkpoint_that_is_nearly_right_is_refused(loaded, case, place, bad):
+    tensors, converter, backbone = loaded[case]
+    keys = [key for key in tensors if not key.endswith(("tracked", "fc.weight")) and ("head" not in key and "proto" not in key)]  # fmt: skip
+    key = keys[place % len(keys)]
+    broken = dict(tensors)
+    if bad:
+        broken[key] = torch.zeros(3, 1)
+        said = r"other shape: \S+ \(3, 1\) for "
+    else:
+        broken[key + "x"] = broken.pop(key)
+        said = r"missing: \S+; unexpected: \S+x\."
+    with pytest.raises(ValueError, match=rf"mine does not hold the weights of \w+; {said}"):
+        load_backbone(backbone, converter(broken), "mine")
+
+
+@pytest.mark.parametrize(("width", "millions"), [(2, 94), (4, 375), (5, 586)])
+def test_a_wide_resnet50_is_built_as_wide_as_its_stem(width, millions):
+    """Parameters as SwAV's README has them; on the meta device, where size costs nothing."""
+    with torch.device("meta"):
+        original = OriginalResNet(64 * width, 64 * width, (3, 4, 6, 3), swav=True)
+        found = convert("resnet50", prefixed(original.state_dict() | HEADS, "module."))
+        wanted = timm.create_model(found.architecture, num_classes=0, **found.model_args).state_dict()
+    assert found.model_args["width_factor"] == width and found.pretrained_cfg["interpolation"] == "bilinear"
+    assert {key.removeprefix("module."): t.shape for key, t in found.tensors.items()} == {k: t.shape for k, t in wanted.items()}  # fmt: skip
+    assert round(sum(parameter.numel() for parameter in original.parameters()) / 1e6) == millions
+    json.dumps(found.model_args)
+
+
+def test_what_has_timms_keys_comes_back_as_it_is():
+    for architecture in ("resnet10t", "regnety_002", "vit_tiny_patch16_224", "resnetv2_50"):
+        with torch.device("meta"):
+            state = timm.create_model(architecture).state_dict()
+        found = convert(architecture, state)
+        assert found.tensors is state and (found.architecture, found.model_args, found.pretrained_cfg) == (architecture, {}, {})  # fmt: skip
+
+
+def test_two_names_for_one_tensor_are_refused():
+    state = {"layer1.0.downsample.conv.weight": torch.ones(1), "layer1.0.downsample.0.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"under two names, one of them layer1\.0\.downsample\.0\.weight"):
+        from_timecat(state)
+
+
+# --- .npz ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vit():
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=48, depth=2).eval()
+
+
+@torch.no_grad()
+def test_npz_features_are_the_original_architectures(vit, tmp_path):
+    np.savez(tmp_path / "ViT.npz", **(weights := jax_vit_weights()))
+    load_jax_vit(vit, tmp_path / "ViT.npz")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(vit(images), original_vit(weights, images), rtol=1e-4, atol=1e-5)
+
+
+KEY = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w | {KEY + "s": w.pop(KEY)}, rf"missing: {KEY}"),
+        (lambda w: w | {KEY: np.zeros((48, 5), np.float32)}, r"\(The size of tensor"),
+        (lambda w: w | {KEY: np.zeros((1, 1), np.float32)}, r"numbers, not"),
+        (lambda w: w | {KEY: np.array([object()])}, r"Object arrays"),
+        (lambda w: jax_vit_weights(tokens=17), r": it has [\d,]+ numbers, not [\d,]+; .* image size"),
+        (lambda w: jax_vit_weights(depth=3), r"numbers, not"),
+        (lambda w: {"weight": w["cls"]}, r"did not find a supported"),
+    ],
+)
+def test_npz_that_is_nearly_right_is_refused(vit, change, said, tmp_path):
+    np.savez(tmp_path / "ViT.npz", **change(jax_vit_weights()))
+    with pytest.raises(ValueError, match=f"ViT.npz does not hold the weights of vit_tiny_patch16_224.*{said}"):
+        load_jax_vit(vit, tmp_path / "ViT.npz")
+
+
+def test_npz_that_is_none_is_refused(vit, tmp_path):
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(ValueError, match=r"cut.npz does not hold .*fetch it again"):
+        load_jax_vit(vit, tmp_path / "cut.npz")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*none.npz"):
+        load_jax_vit(vit, tmp_path / "none.npz")
+    with pytest.raises(ValueError, match=r"holds a vision transformer, not resnet10t"):
+        load_jax_vit(timm.create_model("resnet10t", num_classes=0), tmp_path / "cut.npz")
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names(ENSEMBLES))
+def test_a_recipe_names_what_there_is(name):
+    recipe, lines = ensemble_recipe(name), (ENSEMBLES / f"{name}.yaml").read_text().splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    files = " --checkpoints FOLDER" if recipe.checkpoints else ""
+    assert comment.startswith(f"concat-ensemble build --recipe {name}{files} --output {name} ")
+    assert "Weights not run here" in comment and 8 <= len(lines) <= 20 and max(map(len, lines)) <= 120
+    assert len(recipe.members) == sum(line.startswith("  ") for line in lines) - len(recipe.provenance or {})
+    for source, own in recipe.members.items():
+        assert set(own or {}) | set(recipe.provenance or {}) <= PROVENANCE
+        architecture, is_file, file = source.rpartition("=")
+        if is_file:
+            assert architecture in timm_architectures() and file.endswith((*PICKLES, ".npz")) and recipe.checkpoints
+        else:
+            assert source in timm.list_pretrained(f"{source.split('.')[0]}.*")
+            license = timm.get_pretrained_cfg(source).license
+            assert license == (recipe.provenance or {}).get("license") or license in comment
+
+
+def test_every_system_of_the_figures_has_a_recipe():
+    systems = (
+        "timecat-cat1 timecat-cat2 timecat-cat4 timecat-cat5 resnet50w2 swav-cat2 swav-cat5 swav-cat8 swav-w2 swav-w4"
+    )
+    systems += (
+        " swav-w5 seer-32gf seer-64gf seer-128gf seer-256gf seer-cat2 seer-cat3 seer-cat4 vit-cat4-in21k vit-cat4-in1k"
+    )
+    assert set(systems.split()) <= set(recipe_names(ENSEMBLES))
+
+
+@torch.no_grad()
+def test_the_command_builds_a_recipe(run, tmp_path):
+    original = filled(OriginalResNet(64, 64, (3, 4, 6, 3), names=("conv", "bn")))
+    (tmp_path / "got" / "checkpoints_full").mkdir(parents=True)
+    content = {"model_params": prefixed(original.state_dict(), "_orig_mod.module.")}
+    torch.save(content, tmp_path / "got" / "checkpoints_full" / "checkpoint_run0.pth")
+    code, out, err = run("build", "--recipe", "timecat-cat1", "--checkpoints", "got", "--output", "cat1")
+    assert code == 0 and err == "" and "checkpoint_run0.pth" in out
+    model = ConcatEnsembleModel.from_pretrained(tmp_path / "cat1")
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model.members["0"](images), original(images), rtol=1e-4, atol=1e-5)
+    (member,) = model.config.members
+    assert (member["preprocessing"]["crop_pct"], member["preprocessing"]["interpolation"]) == (0.875, "bilinear")
+    known = {"ensemble_recipe": "timecat-cat1", "seed": 2, "steps": 450000, "license": "cc-by-nc-4.0"}
+    assert known.items() <= member["provenance"].items()
+    assert "recipe `timecat-cat1`: weights not run here" in (tmp_path / "cat1" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipe", "swav-cat9"], ["no recipe 'swav-cat9'; did you mean swav-cat", "resnet50-trainings"]),
+        (["--recipe", "cifar100"], ["no recipe 'cifar100'"]),
+        (["--recipe", "swav-cat5"], ["no swav_400ep_pretrain.pth.tar", "facebookresearch/swav", "--checkpoints FOLDER"]),
+        (["random:resnet18", "--recipe", "swav-cat5"], ["--recipe swav-cat5 names its members; leave out random:resnet18"]),
+        (["--recipe", "vit-objectives"], ["cannot reach the Hub", "vit_base_patch16_224.augreg_in21k"]),
+    ],
+)  # fmt: skip
+def test_build_refuses(words, said, refused):
+    refused(["build", *words, "--output", "made"], *said)

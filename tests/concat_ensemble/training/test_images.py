@@ -1,0 +1,147 @@
+"""The order of the training images, and what each network sees of them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Features, Image
+from hypothesis import given
+from hypothesis import strategies as st
+
+from concat_ensemble import load_data
+from concat_ensemble.training.images import Images, Pixels, _Order
+from concat_ensemble.training.recipe import Settings
+
+GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
+CROPPED = {"dataset": "digits", "augmentation": "timm", "batch_size": 8, "limit": 40}
+
+
+def first(batches, count: int) -> list:
+    return list(itertools.islice(batches, count))
+
+
+def same(one, other) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(
+        a.numbers == b.numbers
+        and all(torch.equal(v, w) and torch.equal(x, y) for (v, x), (w, y) in zip(a.views, b.views, strict=True))
+        for a, b in pairs
+    )
+
+
+@given(
+    size=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    accumulation=st.integers(1, 3),
+    processes=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    start=st.integers(0, 30),
+)
+def test_the_order_is_a_function_of_seed_and_step(size, batch, accumulation, processes, seed, start):
+    orders = [_Order(size, batch, accumulation, (rank, processes), seed, 0) for rank in range(processes)]
+    per_epoch = size // min(batch, size)
+    parts = [first(order, per_epoch * accumulation) for order in orders]
+    seen = [place for mine in parts for part in mine for place in part]
+    assert {epoch for epoch, _ in seen} == {0}
+    assert len(seen) == len(set(seen)) == per_epoch * min(batch, size), (
+        "each image of a batch is with one process, once"
+    )
+    later = first(_Order(size, batch, accumulation, (0, processes), seed, start), accumulation)
+    assert later == first(orders[0], (start + 1) * accumulation)[start * accumulation :]
+
+
+@pytest.mark.parametrize("settings", [CROPPED, CROPPED | {"num_workers": 2}, CROPPED | {"augmentation": "scatter"}])
+def test_what_is_seen_is_a_function_of_seed_and_step(settings):
+    images = Images(Settings(**settings), GREY)
+    whole = first(images.batches([3, 4]), 7)
+    torch.rand(5), np.random.rand(5)  # whatever else draws from the global generators
+    assert same(first(images.batches([3, 4], 4), 3), whole[4:])
+    assert not same(first(images.batches([5, 4]), 1), whole[:1])
+
+
+def test_workers_change_nothing():
+    alone, helped = (first(Images(Settings(**CROPPED, num_workers=n), GREY).batches([1]), 6) for n in (0, 2))
+    assert same(alone, helped)
+
+
+@pytest.mark.parametrize("augmentation", ["timm", "scatter"])
+def test_each_network_has_its_own_view_of_the_same_images(augmentation):
+    images = Images(Settings(**CROPPED | {"augmentation": augmentation}), GREY)
+    (batch,) = first(images.batches([1, 2]), 1)
+    (one, labels), (other, same_labels) = batch.views
+    assert one.shape == other.shape == (8, 1, 32, 32) and torch.equal(labels, same_labels)
+    assert not torch.equal(one, other)
+    assert torch.equal(labels, images.labels[batch.numbers])
+    ((alone, _),) = first(images.batches([1]), 1)[0].views
+    assert torch.equal(alone, one), "the first one's view does not depend on who else looks"
+
+
+def test_the_global_generators_are_left_alone():
+    images = Images(Settings(**CROPPED), GREY)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first(images.batches([1]), 3)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_validation_images_are_trained_on_where_nobody_watches_them():
+    settings = {"dataset": "digits", "limit": 100, "validation_size": 0.2}
+    watched, unwatched = (Images(Settings(**settings, evaluate_every=n), GREY) for n in (5, 0))
+    assert unwatched.size == watched.size + len(watched.labels_of("validation"))
+    ((view,), labels), *_ = watched.held_out(16)
+    assert view.shape == (16, 1, 32, 32) and torch.equal(labels, torch.tensor(watched.labels_of("validation")[:16]))
+
+
+def test_an_uneven_share_is_named():
+    with pytest.raises(
+        ValueError, match=r"batch_size=8 cannot be shared evenly by 3 processes x gradient_accumulation=1"
+    ):
+        Images(Settings(**CROPPED), GREY, (0, 3))
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Two files of 30 images, which a stream gives to two workers."""
+    folder = tmp_path_factory.mktemp("stream")
+    split = load_data("digits", limit=60)["train"].cast(
+        Features(image=Image(), label=ClassLabel(names=list("0123456789")))
+    )
+    for number in range(2):
+        split.select(range(30 * number, 30 * number + 30)).to_parquet(folder / f"train-{number}.parquet")
+    return f"parquet:{folder}"
+
+
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_a_stream_goes_on_where_it_was(parquet, workers):
+    settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": workers}
+    whole = first(Images(Settings(**settings), GREY).batches([1, 2]), 9)  # 72 images: into the second epoch
+    assert same(first(Images(Settings(**settings), GREY).batches([1, 2], 5), 4), whole[5:])
+    assert len({tuple(batch.numbers) for batch in whole}) > 1 and whole[0].views[0][0].shape == (8, 1, 32, 32)
+
+
+def test_a_stream_of_fewer_files_than_workers_is_named(parquet):
+    settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": 3}
+    with pytest.raises(ValueError, match=r"num_workers=3: .* has 2 files"):
+        next(Images(Settings(**settings), GREY).batches([1]))
+
+
+def test_turns_are_told_by_their_labels_and_drawn_for_each_network():
+    images = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80, turned=True), GREY)
+    assert len(images.names) == 4
+    (batch,) = first(images.batches([3, 4]), 1)
+    (one, turns), (_, others) = batch.views
+    assert set(turns.tolist()) == {0, 1, 2, 3} and not torch.equal(turns, others)
+    plain = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80), GREY)
+    grey = plain._grey[batch.numbers]
+    for quarters in range(4):  # placed upright again, an image is most like itself as it was
+        turned_back = one[turns == quarters].rot90(-quarters, (2, 3)).flatten(1)
+        upright = torch.nn.functional.interpolate(grey[turns == quarters], 32).flatten(1)
+        assert torch.corrcoef(torch.stack([turned_back.mean(0), upright.mean(0)]))[0, 1] > 0.3
+
+
+@pytest.mark.parametrize("other", [{"augmentation": "none"}, {"augmentation": "scatter", "evaluate_every": 5}])
+def test_turns_need_scattered_images_and_nothing_held_out(other):
+    with pytest.raises(ValueError, match=r"turned=True goes with augmentation=scatter"):
+        Settings(dataset="digits", turned=True, **other)

@@ -1,0 +1,227 @@
+"""The loop, on real digits and tiny networks: what a cut costs, and what is kept."""
+
+import dataclasses
+import json
+import signal
+
+import pytest
+import timm
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+
+from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.loop import Loop, accelerator_of
+from concat_ensemble.training.recipe import Recipe
+from pretrain_members import Objective
+
+GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
+BASE = {
+    "dataset": "digits",
+    "limit": 64,
+    "augmentation": "scatter",
+    "architecture": "resnet10t",
+    "model_args": {"in_chans": 1, "channels": [4, 4, 8, 8], "stem_width": 4},
+    "input_size": [1, 32, 32],
+    "total_steps": 12,
+    "members": [1],
+    "batch_size": 16,
+    "warmup": 0.25,
+    "checkpoint_every": 3,
+}
+VARIANTS = {
+    "plain": {},
+    "schedule-free": {"optimizer": "schedulefree_adamw"},
+    "moving average": {"ema_decay": 0.9},
+    "mixup": {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1},
+    "drop path": {"model_args": BASE["model_args"] | {"drop_path_rate": 0.3}},
+    "accumulation": {"gradient_accumulation": 2, "clip_norm": 1.0},
+    "two together": {"members_per_process": 2, "members": [2]},
+    "timm's augmentation, workers": {
+        "augmentation": "timm",
+        "auto_augment": "rand-m9-mstd0.5",
+        "num_workers": 2,
+        "random_erasing": 0.3,
+    },
+    "bf16": {"mixed_precision": "bf16"},
+    "cycles": {"snapshots": 3},
+}
+
+
+class Cut(Exception):
+    """What a kill is, for one process's memory."""
+
+
+def cut() -> None:
+    raise Cut
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """`trained(cut_at=None, **changes)`: the kept networks' weights at each stop; cut after so many parts of batches."""
+
+    def trained(cut_at=None, by=cut, folder="run", **changes) -> list[dict[str, torch.Tensor]]:
+        recipe = Recipe(**BASE | changes)
+        images = Images(recipe, GREY)
+        count = recipe.members_per_process
+        networks = []
+        for seed in range(count):
+            set_seed(seed)
+            networks.append(timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args))
+        loop = Loop(
+            accelerator_of(recipe, cpu=True),
+            recipe,
+            networks,
+            steps=recipe.total_steps,
+            folder=tmp_path / folder,
+            identity=recipe.identity,
+            name="run",
+            cycles=max(recipe.snapshots, 1),
+        )
+
+        def batches(step):
+            for number, part in enumerate(images.batches(range(count), step)):
+                if number == cut_at:
+                    by()
+                yield part
+
+        found = []
+        for _ in loop.run(batches, Objective(recipe, 10), stops=loop.cycle_ends):
+            found += [{k: v.detach().clone() for k, v in network.state_dict().items()} for network in loop.kept()]
+        loop.finish()
+        return found
+
+    return trained
+
+
+def equal(one, other) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cut_changes_nothing(variant, trained, tmp_path):
+    changes = VARIANTS[variant]
+    whole = trained(folder="whole", **changes)
+    parts = changes.get("gradient_accumulation", 1)
+    with pytest.raises(Cut):
+        trained(cut_at=8 * parts, **changes)
+    kept = [path.name for path in sorted((tmp_path / "run").iterdir())]
+    assert kept == ["step-00000003", "step-00000006"], "as many as are to be kept"
+    with pytest.raises(Cut):
+        trained(cut_at=5 * parts, **changes)  # counted from step 6: the second cut
+    again = trained(**changes)
+    assert equal(again[-1:], whole[-1:]) and not (tmp_path / "run").exists()
+    if variant != "cycles":  # there the first stops are behind the last checkpoint
+        assert equal(again, whole)
+
+
+def test_networks_together_are_the_ones_that_are_trained_alone_but_for_the_order(trained):
+    one, other = trained(members_per_process=2, members=[2])
+    assert not torch.equal(one["conv1.0.weight"], other["conv1.0.weight"])
+    assert equal([one], trained(folder="alone")), "the first one's images, views and order are its own"
+
+
+def test_a_schedule_free_network_is_kept_with_its_average_and_statistics_under_it(tmp_path):
+    recipe = Recipe(**BASE | {"optimizer": "schedulefree_adamw", "learning_rate": 0.05})
+    images = Images(recipe, GREY)
+    set_seed(0)
+    network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
+    loop = Loop(
+        accelerator_of(recipe, cpu=True), recipe, [network], steps=12, folder=tmp_path / "run", identity={}, name="run"
+    )
+    for _ in loop.run(lambda step: images.batches([0], step), Objective(recipe, 10)):
+        trained = {key: value.detach().clone() for key, value in network.named_parameters()}
+        moving = network.bn1.running_mean.clone()
+        (kept,) = loop.kept()
+    assert not kept.training
+    averaged = dict(kept.named_parameters())
+    assert not torch.equal(trained["conv1.0.weight"], averaged["conv1.0.weight"]), (
+        "the average, not where the steps are taken"
+    )
+    assert not torch.equal(moving, kept.bn1.running_mean)
+    copy = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
+    copy.load_state_dict(kept.state_dict())
+    for module in copy.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    copy.train()
+    with torch.no_grad():
+        for _, batch in zip(range(50), images.batches([0], 12), strict=False):
+            copy(batch.views[0][0].contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(copy.bn1.running_mean, kept.bn1.running_mean, rtol=1e-4, atol=1e-6)
+
+
+def test_cycles_end_low_and_begin_high(tmp_path):
+    recipe = Recipe(**BASE | {"total_steps": 27, "snapshots": 4, "warmup": 0.1})
+    images, rates = Images(recipe, GREY), []
+    network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
+    loop = Loop(
+        accelerator_of(recipe, cpu=True),
+        recipe,
+        [network],
+        steps=27,
+        folder=tmp_path / "run",
+        identity={},
+        name="run",
+        cycles=4,
+    )
+    assert loop.cycle_ends == [9, 15, 21, 27]
+    for step in loop.run(lambda first: images.batches([0], first), Objective(recipe, 10), stops=range(1, 27)):
+        rates.append(loop.optimizers[0].param_groups[0]["lr"])  # of the step after this one
+        assert step == len(rates)
+    peak = recipe.learning_rate
+    assert rates[2] == peak and [rates[end - 1] for end in (9, 15, 21)] == [peak] * 3, "each cycle begins at the peak"
+    assert all(rates[end - 2] < 0.1 * peak for end in (9, 15, 21)), "and ends near zero"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_the_end(number, trained, tmp_path, capsys):
+    whole = trained(folder="whole")
+    with pytest.raises(SystemExit) as ended:
+        trained(cut_at=4, by=lambda: signal.raise_signal(number))
+    assert ended.value.code == 128 + number
+    assert f"ended by {number.name} after step 5, which is saved" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "step-00000005" / "training.json").read_text())["step"] == 5
+    assert equal(trained(), whole)
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_its_images(trained, tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"run: the loss of network 0 is (nan|inf) at step \d+, images \d+.*lower learning_rate=1e\+30",
+    ):
+        trained(learning_rate=1e30, warmup=0.0)
+    assert not list((tmp_path / "run").glob("step-00000006")), "nothing is saved after it"
+
+
+def test_a_checkpoint_of_another_training_is_refused_and_left(trained, tmp_path):
+    with pytest.raises(Cut):
+        trained(cut_at=4)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(
+        ValueError,
+        match=r"step-00000003 is of another training: its weight_decay is 0.05, here 0.1.*name another output=",
+    ):
+        trained(weight_decay=0.1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    with pytest.raises(Cut):
+        trained(cut_at=4)
+    (tmp_path / "run" / "step-00000003" / "training.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"step-00000003 was not left by a training of ours .*; name another output=, or delete it"
+    ):
+        trained()
+
+
+def test_every_setting_belongs_to_the_identity_or_to_the_place():
+    one = Recipe(**BASE)
+    other = dataclasses.replace(
+        one, output="elsewhere", num_workers=3, checkpoint_every=7, keep_checkpoints=1, log_with=None
+    )
+    assert one.identity == other.identity != dataclasses.replace(one, seed=1).identity
