@@ -1,11 +1,9 @@
 """Files that people write, read with care: YAML that cannot grow, and values of the types that a dataclass wants."""
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,34 +63,3 @@ def misfit(record: Any) -> str | None:
 def spelled(hint: Any) -> str:
     """A type in words, for messages."""
     return str(hint).replace("NoneType", "None") if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
-
-
-def recipe_names(folder: Path) -> list[str]:
-    """Names of all recipes in a folder, sorted."""
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def find_recipe(name: str, folder: Path) -> Path:
-    """The file of a recipe by its name."""
-    known = recipe_names(folder)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, cutoff=0.7)
-        meant = f"did you mean {' or '.join(near)}? There" if near else "there"
-        raise ValueError(f"no recipe {name!r}; {meant} are {', '.join(known)}.")
-    return folder / f"{name}.yaml"
-
-
-def read_recipe(cls: type, path: Path) -> Any:
-    """A recipe of a class from its file, whose keys are the class's fields and of their types."""
-    given = read_yaml(path)
-    if not isinstance(given, dict):
-        raise ValueError(f"{path.name} has no keys.")
-    known = {field.name: field for field in fields(cls) if field.name != "recipe"}
-    for key, value in given.items():
-        if key not in known:
-            raise ValueError(f"{path.name}: {key!r} is not a key of a recipe; these are {', '.join(known)}.")
-        if not fits(value, known[key].type):
-            raise ValueError(f"{path.name}: {key}={value!r} is not of type {spelled(known[key].type)}.")
-    if missing := [key for key, field in known.items() if field.default is MISSING and key not in given]:
-        raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
-    return cls(recipe=path.name.removesuffix(".yaml"), **given)

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom to the top; rooms on one line do not know each other.
 LAYERS = [
-    {"console", "errors", "records"},
+    {"console", "errors", "files", "records"},
+    {"recipe_files"},
     {"modeling"},
     {"members", "data"},
     {"features"},

@@ -25,7 +25,7 @@ from concat_ensemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
-from concat_ensemble.training.loop import Loop, accelerator_of, is_of
+from concat_ensemble.training.loop import Loop, create_accelerator, matches_identity
 from concat_ensemble.training.recipe import Settings, read_options
 from pretrain_members import COMMAND, SMOKE_IMAGES, data_of, in_few_steps, pixels_of, save
 
@@ -121,13 +121,13 @@ def _with_head(source: str) -> nn.Module:
 
 def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) -> None:
     output = Path(settings.output)
-    accelerator = accelerator_of(settings, cpu)
+    accelerator = create_accelerator(settings, cpu)
     share = (accelerator.process_index, accelerator.num_processes)
     images = Images(settings, pixels_of(settings), share, few)
     teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": data_of(images)}
     finished = output / "members" / "distilled-0"
-    if is_of(finished, identity):
+    if matches_identity(finished, identity):
         accelerator.print(f"{finished} is finished, skipped")
         return
 
@@ -159,7 +159,7 @@ def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) ->
         (kept,) = loop.kept()
     if accelerator.is_main_process:
         seen = settings.steps * settings.batch_size
-        learning = Size.of(settings.architecture, settings.model_args, settings.input_size, 0).spent(seen)
+        learning = Size.measure(settings.architecture, settings.model_args, settings.input_size, 0).spent(seen)
         provenance = {
             "source": "distilled by training/distill.py",
             "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",

@@ -28,11 +28,11 @@ from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.reporting.model_card import write_card
-from concat_ensemble.studies.probing import members_sha256, spent_on, versions, with_head
-from concat_ensemble.studies.results import RESULTS, Results, Row, Run, packed
+from concat_ensemble.studies.probing import members_sha256, training_cost, versions, with_head
+from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import Size
-from concat_ensemble.training.loop import TOLD, Loop, accelerator_of, is_of
+from concat_ensemble.training.loop import TOLD, Loop, create_accelerator, matches_identity
 from concat_ensemble.training.recipe import Settings, read_options
 from concat_ensemble.training.teams import PARALLELISMS, Team
 from pretrain_members import COMMAND, SMOKE_IMAGES, data_of, in_few_steps
@@ -94,7 +94,7 @@ def parameter_groups(settings: FineTuning):
     return groups
 
 
-def classifier_of(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
+def create_classifier(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
     """The ensemble with a head to begin from."""
     table = extract_features(model, images.data, quiet=True)
     validation = (
@@ -114,17 +114,17 @@ def fine_tune(
     """One classifier from an ensemble, saved to `output/NAME` with its results."""
     folder = Path(settings.output) / name
     images = Images(settings, pixels_of(model), share, few)
-    accelerator = accelerator_of(settings, cpu)
+    accelerator = create_accelerator(settings, cpu)
     identity = settings.identity | {
         "name": name,
         "members_sha256": members_sha256(model.config),
         "data": data_of(images),
     }
-    if is_of(folder, identity):
+    if matches_identity(folder, identity):
         accelerator.print(f"{folder} is finished, skipped")
         return
     set_seed(settings.seed)
-    classifier = classifier_of(copy.deepcopy(model), images, settings)
+    classifier = create_classifier(copy.deepcopy(model), images, settings)
     set_seed(settings.seed, device_specific=True)
     loop = Loop(
         accelerator,
@@ -141,18 +141,20 @@ def fine_tune(
         lambda first: images.batches([settings.seed], first),
         lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
         evaluate=lambda network: float(
-            (scores_of(network, images, "validation", accelerator).argmax(1) == images.labels_of("validation")).mean()
+            (
+                predict_logits(network, images, "validation", accelerator).argmax(1) == images.labels("validation")
+            ).mean()
         ),
     ):
         (tuned,) = loop.kept()
-    scores = scores_of(tuned, images, "test", accelerator)
+    scores = predict_logits(tuned, images, "test", accelerator)
     if accelerator.is_main_process:
         save(tuned, folder, scores, images, settings, identity, loop.seconds)
     loop.finish()
 
 
 @torch.no_grad()
-def scores_of(network: nn.Module, images: Images, split: str, accelerator: Accelerator) -> np.ndarray:
+def predict_logits(network: nn.Module, images: Images, split: str, accelerator: Accelerator) -> np.ndarray:
     """(N, classes) logits of a split's images; each process sees its part."""
     network.eval()
     found = []
@@ -176,7 +178,7 @@ def save(
         spec = model.config.members[int(k)]
         provenance, size = (
             spec["provenance"],
-            Size.of(spec["architecture"], spec["model_args"], images.pixels.input_size, 0),
+            Size.measure(spec["architecture"], spec["model_args"], images.pixels.input_size, 0),
         )
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
         provenance["fine_tuned"] = {"dataset": settings.dataset, "steps": settings.steps, "command": COMMAND}
@@ -186,18 +188,18 @@ def save(
         if "compute" in provenance:
             provenance["compute"]["images"] += seen
             provenance["compute"]["gflops"] += round(size.spent(seen) / 1e9, 3)
-    steps, gflops = spent_on(model)
-    labels = images.labels_of("test")
+    steps, gflops = training_cost(model)
+    labels = images.labels("test")
     run = Run(
         seed=settings.seed,
         metrics=ProbeMetrics().compute(predictions=scores, references=labels),
-        strength=settings.weight_decay,
+        l2_strength=settings.weight_decay,
         n_train=images.size,
         n_test=len(labels),
         intervals={
             key: list(bounds) for key, bounds in bootstrap_intervals(scores.argmax(1), labels, settings.seed).items()
         },
-        right=packed(scores.argmax(1) == labels),
+        correct=pack_bits(scores.argmax(1) == labels),
     )
     row = Row(
         folder.name,

@@ -34,7 +34,7 @@ from concat_ensemble import assemble
 from concat_ensemble.errors import first_line
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import MEASURED, WARM_UP, Line, Size, print_plan, seconds_per_step
-from concat_ensemble.training.loop import TOLD, Loop, accelerator_of, is_of
+from concat_ensemble.training.loop import TOLD, Loop, create_accelerator, matches_identity
 from concat_ensemble.training.recipe import Recipe, read_options
 from concat_ensemble.training.teams import PARALLELISMS, Team, processes_asked_for
 
@@ -60,7 +60,7 @@ class Network:
         return [f"members/{self.name}-{self.number + k}" for k in range(self.snapshots)]
 
 
-def networks_of(recipe: Recipe) -> list[Network]:
+def plan_networks(recipe: Recipe) -> list[Network]:
     """Every network that the recipe asks for, each with a seed of its own."""
     networks, first = [], recipe.seed * SEEDS
     for count in sorted(recipe.members):
@@ -78,9 +78,9 @@ def networks_of(recipe: Recipe) -> list[Network]:
     return networks
 
 
-def jobs_of(recipe: Recipe) -> list[list[Network]]:
+def plan_jobs(recipe: Recipe) -> list[list[Network]]:
     """Networks that are trained in one pass over the images."""
-    groups = itertools.groupby(networks_of(recipe), key=lambda network: network.name)
+    groups = itertools.groupby(plan_networks(recipe), key=lambda network: network.name)
     together = recipe.members_per_process
     return [
         networks[start : start + together]
@@ -112,7 +112,7 @@ class Objective:
         return self.loss(network(images), labels)
 
 
-def loop_of(job: list[Network], recipe: Recipe, images: Images, accelerator: Accelerator, folder: Path) -> Loop:
+def create_loop(job: list[Network], recipe: Recipe, images: Images, accelerator: Accelerator, folder: Path) -> Loop:
     """A job's networks as they are at the beginning, or as a checkpoint has them."""
     made = []
     for network in job:
@@ -125,7 +125,7 @@ def loop_of(job: list[Network], recipe: Recipe, images: Images, accelerator: Acc
         made,
         steps=job[0].steps,
         folder=folder,
-        identity=identity_of(job, recipe, images),
+        identity=job_identity(job, recipe, images),
         name=f"{job[0].name}-{job[0].number}" + (f" to {job[-1].number}" if len(job) > 1 else ""),
         cycles=job[0].snapshots,
     )
@@ -133,8 +133,8 @@ def loop_of(job: list[Network], recipe: Recipe, images: Images, accelerator: Acc
 
 def train(job: list[Network], recipe: Recipe, images: Images, output: Path, cpu: bool) -> None:
     """Train a job's networks and save them, each written aside and renamed."""
-    accelerator = accelerator_of(recipe, cpu)
-    loop = loop_of(job, recipe, images, accelerator, output / "checkpoints" / f"{job[0].name}-{job[0].number}")
+    accelerator = create_accelerator(recipe, cpu)
+    loop = create_loop(job, recipe, images, accelerator, output / "checkpoints" / f"{job[0].name}-{job[0].number}")
     seeds = [network.seed for network in job]
     steps = loop.run(
         lambda first: images.batches(seeds, first),
@@ -148,7 +148,7 @@ def train(job: list[Network], recipe: Recipe, images: Images, output: Path, cpu:
             continue
         cost = step - (loop.cycle_ends[cut - 1] if cut else 0)
         for network, model in zip(job, kept, strict=True):
-            size = Size.of(recipe.architecture, network.model_args, recipe.input_size, len(images.names))
+            size = Size.measure(recipe.architecture, network.model_args, recipe.input_size, len(images.names))
             seen = cost * recipe.batch_size
             spent = {
                 "images": seen,
@@ -158,7 +158,11 @@ def train(job: list[Network], recipe: Recipe, images: Images, output: Path, cpu:
                 "processes": accelerator.num_processes,
                 "networks_together": len(job),
             }
-            provenance = provenance_of(network, recipe, images) | {"steps": cost, "compute": spent, "command": COMMAND}
+            provenance = describe_provenance(network, recipe, images) | {
+                "steps": cost,
+                "compute": spent,
+                "command": COMMAND,
+            }
             save(
                 model,
                 output / network.folders[cut],
@@ -218,7 +222,7 @@ def data_of(images: Images) -> dict:
     return {"classes": images.names, "images": images.size, "labels_sha256": digest}
 
 
-def provenance_of(network: Network, recipe: Recipe, images: Images) -> dict:
+def describe_provenance(network: Network, recipe: Recipe, images: Images) -> dict:
     classes = recipe.classes or "all" if recipe.turned else ", ".join(images.names)
     return {
         "source": "trained by training/pretrain_members.py",
@@ -230,7 +234,7 @@ def provenance_of(network: Network, recipe: Recipe, images: Images) -> dict:
     }
 
 
-def identity_of(job: list[Network], recipe: Recipe, images: Images) -> dict:
+def job_identity(job: list[Network], recipe: Recipe, images: Images) -> dict:
     """What must be the same for a training to be this one, whichever others the recipe has besides."""
     others = ("members", "wide_steps", "wide_model_args", "snapshots")
     kept = {key: value for key, value in recipe.identity.items() if key not in others}
@@ -263,21 +267,21 @@ def holds(folder: Path, ensemble) -> bool:
 def plan(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
     """Print what everything will cost, from a few steps of each kind of network."""
     lines, speeds = [], {}
-    for name, group in itertools.groupby(networks_of(recipe), key=lambda network: network.name):
+    for name, group in itertools.groupby(plan_networks(recipe), key=lambda network: network.name):
         networks = list(group)
         kind = json.dumps(networks[0].model_args)
         if kind not in speeds:
             short = dataclasses.replace(networks[0], steps=WARM_UP + MEASURED, snapshots=1)
             recipe = dataclasses.replace(recipe, checkpoint_every=short.steps, evaluate_every=0, log_with=None)
-            accelerator = accelerator_of(recipe, cpu)
-            loop = loop_of([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
+            accelerator = create_accelerator(recipe, cpu)
+            loop = create_loop([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
             steps = loop.run(
                 lambda first, s=short: images.batches([s.seed], first),
                 Objective(recipe, len(images.names)),
                 stops=range(1, short.steps),
             )
             speeds[kind] = seconds_per_step(steps)
-        size = Size.of(recipe.architecture, networks[0].model_args, recipe.input_size, len(images.names))
+        size = Size.measure(recipe.architecture, networks[0].model_args, recipe.input_size, len(images.names))
         steps = sum(network.steps for network in networks)
         seen, kept = steps * recipe.batch_size, sum(network.snapshots for network in networks)
         lines.append(
@@ -287,7 +291,7 @@ def plan(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
 
 
 def assemble_all(recipe: Recipe, output: Path) -> None:
-    for name, group in itertools.groupby(networks_of(recipe), key=lambda network: network.name):
+    for name, group in itertools.groupby(plan_networks(recipe), key=lambda network: network.name):
         folders = [output / folder for network in group for folder in network.folders]
         ensemble = assemble(folders)
         if not holds(output / name, ensemble):  # else it may have a head by now, which is to stay
@@ -301,7 +305,7 @@ def run(
     output = Path(recipe.output)
     if output.is_file():
         raise ValueError(f"output={recipe.output} is a file; name a folder.")
-    jobs = jobs_of(recipe)
+    jobs = plan_jobs(recipe)
     for job in {job[0].name: job for job in jobs}.values():
         check_buildable(job[0], recipe)
     team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
@@ -322,8 +326,8 @@ def run(
     for number in team.jobs():
         job = jobs[number]
         folders = [output / folder for network in job for folder in network.folders]
-        identity = identity_of(job, recipe, images)
-        found = [is_of(folder, identity) for folder in folders]  # none may be another's
+        identity = job_identity(job, recipe, images)
+        found = [matches_identity(folder, identity) for folder in folders]  # none may be another's
         if all(found):
             if share[0] == 0:
                 print(*(f"{folder} is finished, skipped" for folder in folders), sep="\n", flush=True)

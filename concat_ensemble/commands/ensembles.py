@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import AsJson, Output, Overwrite, Quiet, Seed, new_file, new_folder, tell, typed
+from concat_ensemble.commands.options import (
+    AsJson,
+    Output,
+    Overwrite,
+    Quiet,
+    Seed,
+    command_line,
+    new_file,
+    new_folder,
+    tell,
+)
 
 
 def build(
@@ -53,7 +63,7 @@ def build(
         if dtype != "float32":  # weights are known by their digest in float32, so what rounding makes of them is
             model = assemble(model.to(dtypes[dtype])).to(dtypes[dtype])
         for member, known in zip(model.config.members, asked.values() or repeat({}), strict=False):
-            member["provenance"] = {"command": typed()} | known | member["provenance"]
+            member["provenance"] = {"command": command_line()} | known | member["provenance"]
         model.save_pretrained(folder)
         write_card(folder, title=output.name)
     config = model.config

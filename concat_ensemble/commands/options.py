@@ -40,7 +40,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def typed() -> str:
+def command_line() -> str:
     return shlex.join(["concat-ensemble", *sys.argv[1:]])
 
 

@@ -23,13 +23,13 @@ from concat_ensemble.commands.options import (
     Split,
     TestSize,
     Workers,
+    command_line,
     described,
     file_name,
     load_model,
     new_file,
     print_unfolded,
     studies_of,
-    typed,
 )
 from concat_ensemble.console import out
 
@@ -58,7 +58,7 @@ def compare(
     new_file(path, overwrite)
     loaded = {f"{k}: {Path(name).name}": load_model(name, seed + k) for k, name in enumerate(models)}
     found = compare_models(loaded, data := load(), seed=seed, quiet=quiet, batch_size=batch_size, num_workers=workers)
-    found.save(path, command=typed(), dataset=described(asked, data))
+    found.save(path, command=command_line(), dataset=described(asked, data))
     plot_overlap(found, path.with_suffix(".png"))
     if as_json:
         sys.stdout.write(path.read_text())
@@ -72,7 +72,15 @@ def show_overlap(found) -> None:
     """Each subject by itself, what is known of it from others, and the sentences."""
     table = Table("", "from", "features", "dead", "rank", "CKA", "R2", "from untrained", "top-1 (of the rest) in %")
     for k, one in enumerate(found.subjects):
-        cells = f"{one.width:,}", f"{one.dead:.1%}", f"{one.effective_rank:.1f}", "", "", "", f"{100 * one.top1:.1f}"
+        cells = (
+            f"{one.num_features:,}",
+            f"{one.dead:.1%}",
+            f"{one.effective_rank:.1f}",
+            "",
+            "",
+            "",
+            f"{100 * one.top1:.1f}",
+        )
         table.add_row(one.name, "", *cells, style="bold")
         for r in (r for r in found.relations if r.wanted == k):
             cells = f"{r.cka:.2f}", f"{r.r2:.2f}", f"{r.untrained_r2:.2f}", f"{100 * r.rest_top1:.1f}"

@@ -25,13 +25,13 @@ from concat_ensemble.commands.options import (
     Split,
     TestSize,
     Workers,
+    command_line,
     described,
     file_name,
     load_model,
     print_unfolded,
     refuse_beside,
     studies_of,
-    typed,
     writable_parent,
 )
 from concat_ensemble.console import errors, out
@@ -173,7 +173,7 @@ def _probe_on(
         data = load(seed=seed)
         measured.append(probe_ensemble(ensemble, data, described=described(asked, data), seed=seed, **about))
     results = Results.merged([results for results, _ in measured])
-    results.command = typed()
+    results.command = command_line()
     results.save(path)
     if save_head:
         with_head(ensemble, measured[0][1], class_names(data["train"])).save_pretrained(folder)
@@ -213,7 +213,9 @@ def show_recipes(found: dict) -> None:
     columns = {}
     for recipe, results in found.items():
         metric = results.dataset["metric"]
-        rows = {row.name: _in_metric(row, metric) for row in results.rows if row.kind not in ("prefix", "member")}
+        rows = {
+            row.name: _in_metric(row, metric) for row in results.rows if row.kind not in ("first_members", "member")
+        }
         members = [_in_metric(row, metric) for row in results.rows if row.kind == "member"]
         best = {"its best member, by test": max(members)} if members else {}
         columns[f"{recipe}\n{metric}"] = {results.ensemble: rows.pop(results.ensemble)} | best | rows

@@ -23,6 +23,7 @@ from concat_ensemble.commands.options import (
     Split,
     TestSize,
     Workers,
+    command_line,
     described,
     file_name,
     load_model,
@@ -30,7 +31,6 @@ from concat_ensemble.commands.options import (
     print_unfolded,
     refuse_taken,
     studies_of,
-    typed,
     writable_parent,
 )
 from concat_ensemble.commands.probe import show
@@ -129,7 +129,7 @@ def select(
     results, _ = probe_ensemble(
         chosen, data, name=name, described=described(asked, data), baselines=all_of_them, seed=seed, **extraction
     )
-    results.command = typed()
+    results.command = command_line()
     if not as_json:
         show(results)
     if output:
@@ -152,7 +152,7 @@ def show_selection(found, quick: bool) -> None:
     )
     for heading in ("", "member", "columns", "GFLOPs", "M parameters", "alone", "added to the chosen", "Shapley value", "advice"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("member", "advice") else "right")
-    for part, cost, name, width in zip(found.contributions, found.costs, found.names, found.widths, strict=True):
+    for part, cost, name, width in zip(found.contributions, found.costs, found.names, found.feature_dims, strict=True):
         alone = found[[part.member]].top1
         shapley = "" if part.shapley is None else points(part.shapley, part.shapley_interval)
         table.add_row(str(part.member), name, f"{width:,}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}",

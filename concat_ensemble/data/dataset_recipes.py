@@ -8,7 +8,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from concat_ensemble.data.loading import class_names, load_data
-from concat_ensemble.records import find_recipe, read_recipe
+from concat_ensemble.recipe_files import find_recipe, read_recipe
 
 METRICS = ("top1", "mean_per_class", "macro_f1")  # of `ProbeMetrics`: those that come with an interval
 NAMING = (

@@ -157,16 +157,16 @@ def load_stream(
     return found
 
 
-def open_image(split: Dataset, index: int) -> PIL.Image.Image:
+def read_image(split: Dataset, index: int) -> PIL.Image.Image:
     """Image `index` of a split of `load_data`, as PIL reads it.
 
     Raises:
         ValueError: naming the image, when it cannot be read.
     """
-    return decoded(split[index]["image"], name_image(split, index))
+    return decode_image(split[index]["image"], describe_image(split, index))
 
 
-def decoded(encoded: dict, name: str) -> PIL.Image.Image:
+def decode_image(encoded: dict, name: str) -> PIL.Image.Image:
     """An encoded image ({"bytes", "path"}) as PIL reads it; `name` is what an error calls it.
 
     Raises:
@@ -185,7 +185,7 @@ def decoded(encoded: dict, name: str) -> PIL.Image.Image:
         raise ValueError(f"{name} cannot be read: {first_line(error)}; remove or repair it.") from error
 
 
-def name_image(split: Dataset, index: int) -> str:
+def describe_image(split: Dataset, index: int) -> str:
     """For messages: the image's number, and its file where it has one."""
     path = split[index]["image"]["path"]
     return f"image {index} ({path})" if path else f"image {index}"
@@ -456,7 +456,7 @@ def _scattered(splits: dict[str, Dataset], seed: int) -> dict[str, Dataset]:
     """Every image on a canvas of its own, the same one for the same image, seed and bytes, whatever is left out beside it."""
     placed = {}
     for kind, split in splits.items():
-        images = [np.asarray(open_image(split, number).convert("L")) for number in range(len(split))]
+        images = [np.asarray(read_image(split, number).convert("L")) for number in range(len(split))]
         if len({image.shape for image in images}) > 1:
             raise ValueError(f"{SCATTERED} wants images of one size; the {kind} split has several.")
         canvases = []

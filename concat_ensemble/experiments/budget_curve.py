@@ -87,7 +87,7 @@ class Point:
         return found
 
 
-def top1_of(points: list[Point], measured: list[dict], name: str, system: str) -> dict[int, np.ndarray]:
+def collect_top1(points: list[Point], measured: list[dict], name: str, system: str) -> dict[int, np.ndarray]:
     """(repeats,): a system's accuracy on a study, by budget."""
     found: dict[int, list[float]] = {}
     for point, systems in zip(points, measured, strict=True):
@@ -101,7 +101,7 @@ def table_of(points: list[Point], measured: list[dict]) -> str:
     for name in STUDIES:
         lines += ["", f"| {TITLES[name]} | {' | '.join(f'{b:,} steps' for b in budgets)} |"]
         lines += ["|---" * (len(budgets) + 1) + "|"]
-        top1 = {system: top1_of(points, measured, name, system) for system in (*SYSTEMS, *CONTROLS)}
+        top1 = {system: collect_top1(points, measured, name, system) for system in (*SYSTEMS, *CONTROLS)}
         lines += [f"| {system} | {' | '.join(map(told, row.values()))} |" for system, row in top1.items()]
         single = top1[SYSTEMS[0]]
         for system in SYSTEMS[1:]:  # repeat by repeat, which is surer than two means
@@ -117,7 +117,7 @@ def draw(points: list[Point], measured: list[dict], path: Path) -> None:
     panels = figure.subplots(1, len(STUDIES))
     for axes, name in zip(panels, STUDIES, strict=True):
         for count, color in zip(COUNTS, COLORS, strict=True):
-            rows = top1_of(points, measured, name, f"cat{count}").values()
+            rows = collect_top1(points, measured, name, f"cat{count}").values()
             low, high = zip(*map(t_interval, rows), strict=True)
             means = [100 * row.mean() for row in rows]
             axes.plot(
@@ -130,7 +130,7 @@ def draw(points: list[Point], measured: list[dict], path: Path) -> None:
             )
             axes.fill_between(budgets, 100 * np.array(low), 100 * np.array(high), color=color, alpha=0.12, linewidth=0)
         for system, style in zip(CONTROLS, ("--", ":"), strict=True):
-            means = [100 * row.mean() for row in top1_of(points, measured, name, system).values()]
+            means = [100 * row.mean() for row in collect_top1(points, measured, name, system).values()]
             axes.plot(
                 budgets,
                 means,

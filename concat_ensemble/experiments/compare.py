@@ -29,8 +29,9 @@ from rich.table import Table
 
 from concat_ensemble.console import be_quiet
 from concat_ensemble.data.loading import load_data
+from concat_ensemble.files import write_json
 from concat_ensemble.reporting.model_card import FIGURES, verdict, write_card
-from concat_ensemble.studies.results import RESULTS, Results, Row, t_interval, write_json
+from concat_ensemble.studies.results import RESULTS, Results, Row, t_interval
 
 HERE = Path(__file__).parents[2] / "training"
 SUBJECT = "cat4"
@@ -165,7 +166,7 @@ def table_of(studies: dict[str, Results]) -> list[list[str]]:
     """Headings and rows."""
     headings = ["", "columns", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired"]
     named = {"few labels": "10 labels a class", "in distribution": "seen 0 to 4"}
-    return [headings + [named[name] for name in studies if name != "unseen"], *rows_of(studies)]
+    return [headings + [named[name] for name in studies if name != "unseen"], *format_rows(studies)]
 
 
 def in_markdown(table: list[list[str]]) -> str:
@@ -173,11 +174,11 @@ def in_markdown(table: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, ["---"] * len(headings), *rows))
 
 
-def rows_of(studies: dict[str, Results]) -> list[list[str]]:
+def format_rows(studies: dict[str, Results]) -> list[list[str]]:
     """The table's cells, from the worst to the best on the unseen classes."""
     unseen, rows = studies["unseen"], []
     for row in sorted(shown(unseen), key=lambda row: row.mean):
-        cells = [row.name, f"{row.width:,}", f"{row.steps:,}", told(row.top1), ""]
+        cells = [row.name, f"{row.num_features:,}", f"{row.steps:,}", told(row.top1), ""]
         if row.name != SUBJECT:
             cells[-1] = told(unseen[SUBJECT].top1 - row.top1, "+")
         others = [results for name, results in studies.items() if name != "unseen"]
@@ -198,7 +199,7 @@ def _in_a_process() -> None:
 
 def shown(results: Results) -> list[Row]:
     """Systems that were trained as such; where CAT1 was not, those that are parts of CAT4 stand for it."""
-    return [row for row in results.rows if row.kind not in ("prefix", "member") or "cat1" not in results]
+    return [row for row in results.rows if row.kind not in ("first_members", "member") or "cat1" not in results]
 
 
 def one_network(results: Results) -> np.ndarray:

@@ -133,7 +133,7 @@ class Study:
                 for system, model in systems.items()
             }
             whole = tables[MOST]
-            tables[f"{MOST} by PCA"] = principal_projection(whole, max(whole.widths))(whole)
+            tables[f"{MOST} by PCA"] = principal_projection(whole, max(whole.feature_dims))(whole)
             tables["raw pixels"] = pixel_table(data, "L")
             found[name] = {}
             for system, table in tables.items():
@@ -143,7 +143,7 @@ class Study:
         return found
 
 
-def top1_of(measured: list[Measured], system: str) -> dict[str, np.ndarray]:
+def collect_top1(measured: list[Measured], system: str) -> dict[str, np.ndarray]:
     """(repeats,) by component, and of their mean."""
     found = {name: np.array([repeat[name][system] for repeat in measured]) for name in measured[0]}
     return found | {"mean": np.mean(list(found.values()), axis=0)}
@@ -151,7 +151,7 @@ def top1_of(measured: list[Measured], system: str) -> dict[str, np.ndarray]:
 
 def recovered(measured: list[Measured], system: str) -> str:
     """The share of the gap between direct training and one network on the mixture that a system closes, where there is a gap."""
-    direct, single, mine = (top1_of(measured, name)["mean"] for name in (DIRECT, SINGLE, system))
+    direct, single, mine = (collect_top1(measured, name)["mean"] for name in (DIRECT, SINGLE, system))
     if t_interval(direct - single)[0] <= 0:
         return "no gap"
     return f"{(mine - single).mean() / (direct - single).mean():.0%}"
@@ -164,9 +164,9 @@ def table_of(measured: list[Measured]) -> str:
         f"| | {' | '.join(names)} | minus {SINGLE}, paired | of the gap to direct |",
         "|---" * (len(names) + 3) + "|",
     ]
-    single = top1_of(measured, SINGLE)["mean"]
+    single = collect_top1(measured, SINGLE)["mean"]
     for system in COLORS:
-        top1 = top1_of(measured, system)
+        top1 = collect_top1(measured, system)
         paired = "" if system == SINGLE else told(top1["mean"] - single, "+")
         share = recovered(measured, system) if system.startswith("cat") and system != SINGLE else ""
         lines.append(f"| {system} | {' | '.join(map(told, top1.values()))} | {paired} | {share} |")
@@ -179,7 +179,7 @@ def draw(measured: list[Measured], path: Path) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots()
     for place, (system, color) in enumerate(COLORS.items()):
-        rows = list(top1_of(measured, system).values())
+        rows = list(collect_top1(measured, system).values())
         means = np.array([row.mean() for row in rows])
         half = [row.mean() - t_interval(row)[0] for row in rows]
         axes.errorbar(np.arange(len(names)) + (place - 3.5) * 0.09, 100 * means, 100 * np.array(half), color=color,

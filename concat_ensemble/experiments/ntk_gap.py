@@ -55,7 +55,7 @@ class Gap:
             ntk = NTK(dim=COLUMNS // len(model.members), seed=seed) if system.endswith(GRADIENTS) else None
             tables[system] = extract_features(model, data, store=folder / "features", quiet=True, ntk=ntk)
         gradients = tables[SINGLE + GRADIENTS]
-        tables[NARROW] = principal_projection(gradients, sum(tables[SUBJECT].widths))(gradients)
+        tables[NARROW] = principal_projection(gradients, sum(tables[SUBJECT].feature_dims))(gradients)
         found = {}
         for system, table in tables.items():
             probe = LinearProbe(standardize=system != NARROW, seed=seed)

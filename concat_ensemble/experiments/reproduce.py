@@ -22,9 +22,10 @@ from rich.markdown import Markdown
 
 from concat_ensemble.experiments import budget_curve, compare, mixture, ntk_gap, theory
 from concat_ensemble.experiments.compare import SUBJECT, to_the_end, told
+from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.reporting.figures import BLUE, GREY, ORANGE
-from concat_ensemble.studies.results import Results, t_interval, write_json
+from concat_ensemble.studies.results import Results, t_interval
 
 STUDY = "scattered_digits"
 DIGITS = compare.IMAGES[STUDY][0]
@@ -77,7 +78,7 @@ def figure_1(desk: Desk) -> Finding:
     repeats = mixture.run(
         mixture.Study(STUDY, "labels", DIGITS, mixture.STEPS, desk.work / "mixture", desk.smoke), desk.repeats
     )
-    mean = {system: mixture.top1_of(repeats, system)["mean"] for system in mixture.COLORS}
+    mean = {system: mixture.collect_top1(repeats, system)["mean"] for system in mixture.COLORS}
     return Finding(
         "Figure 1: direct training against transfer from a mixture",
         "Figure 2's mixture with images: four components of three kinds of digits each, labelled + or -, of which each gives one kind the label that the others "
@@ -105,7 +106,7 @@ def proposition(desk: Desk) -> Finding:
     drawn = theory.draw_cancellations()
     lines = ["| covariance smaller than | share of mixtures [95% interval] |", "|---|---|"]
     for bound, share in drawn.within.items():
-        low, high = wilson_interval(share, drawn.draws)
+        low, high = wilson_interval(share, drawn.resamples)
         lines.append(f"| {bound} | {share:.2e} [{low:.2e}, {high:.2e}] |")
     found = (
         f"{drawn.cancelled:,} cancellations in {drawn.draws:,} draws (share at most {drawn.most_that_cancel:.1e}); {drawn.exact:,} proportions that cancel were "
@@ -293,7 +294,7 @@ def saturation(desk: Desk) -> Finding:
     )
 
     def at(system: str, budget: int) -> np.ndarray:
-        return budget_curve.top1_of(points, measured, "unseen", system)[budget]
+        return budget_curve.collect_top1(points, measured, "unseen", system)[budget]
 
     last, before = max(budgets), sorted(budgets)[-2]
     return Finding(

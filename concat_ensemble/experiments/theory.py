@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.reporting.figures import BLUE, GREY, ORANGE
-from concat_ensemble.studies.results import write_json
 
 TOLERANCE = 1e-12  # of the largest coefficient: what counts as zero
 MEMBERS, WIDTH, STEPS = 4, 16, 4_000  # of a concatenation; hidden units and training steps of each

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,16 +22,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor
 
-from concat_ensemble.data.loading import class_names, load_data, name_image, open_image
-from concat_ensemble.features.memory import freed_memory_kept
-from concat_ensemble.features.projection import projection_of
+from concat_ensemble.data.loading import class_names, describe_image, load_data, read_image
+from concat_ensemble.features.memory import keep_freed_memory
+from concat_ensemble.features.projection import stored_projection
 from concat_ensemble.features.store import Block, block_key, default_store, image_hashes
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
-
-if TYPE_CHECKING:  # it builds on this file
-    from concat_ensemble.features.ntk import NTK
 
 SHARD_IMAGES = 512  # what a kill loses at most
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
@@ -43,7 +39,7 @@ def extract_features(
     dataset: DatasetDict | Dataset,
     processor=None,
     *,
-    ntk: NTK | None = None,
+    ntk=None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -97,7 +93,7 @@ def extract_features(
     }
     images = list(dict.fromkeys(itertools.chain.from_iterable(hashes.values())))
     names = [f"{name} NTK" if ntk else name for name in _names(model)]
-    ntks = ntk.of_members(model) if ntk else [None] * len(names)
+    ntks = ntk.for_members(model) if ntk else [None] * len(names)
     keys = _keys(model, processor, compute, STORAGE[storage], ntks)
     blocks = [Block((store or default_store()) / key, name) for key, name in zip(keys, names, strict=True)]
     was_training = model.training
@@ -105,7 +101,7 @@ def extract_features(
     if any(block.refresh().missing(images) for block in blocks):
         with ExitStack() as locks:
             if device.type == "cpu":
-                locks.enter_context(freed_memory_kept())
+                locks.enter_context(keep_freed_memory())
             if state.is_main_process:  # in one order everywhere, so that two extractions cannot wait for each other
                 for block in sorted(
                     {block.folder: block for block in blocks}.values(), key=lambda block: block.folder
@@ -115,7 +111,7 @@ def extract_features(
             work = _work(blocks, images)
             state.wait_for_everyone()  # all see the same work before any of it is done
             for wanted, group in work.items():
-                part, transform = part_of(model, wanted, processor)
+                part, transform = submodel(model, wanted, processor)
                 shards = [group[n : n + SHARD_IMAGES] for n in range(0, len(group), SHARD_IMAGES)]
                 mine = shards[state.process_index :: state.num_processes]
                 own = [ntks[k] for k in wanted]
@@ -140,12 +136,10 @@ def extract_features(
         extracted / (time.perf_counter() - started) if extracted else None,
     )
     projected = ntk is None and is_ensemble(model) and model.config.projection_dim is not None
-    return projection_of(model)(table) if projected else table
+    return stored_projection(model)(table) if projected else table
 
 
-def _keys(
-    model: nn.Module, processor, compute: torch.dtype, storage: torch.dtype, ntks: list[NTK | None]
-) -> list[str]:
+def _keys(model: nn.Module, processor, compute: torch.dtype, storage: torch.dtype, ntks: list) -> list[str]:
     """The name of each built member's block."""
     dtypes = {"compute": str(compute), "storage": str(storage)}
     given = None if processor is None else processor.to_dict()
@@ -182,7 +176,7 @@ def is_ensemble(model: nn.Module) -> bool:
     return getattr(model.config, "model_type", None) == "concat_ensemble"
 
 
-def part_of(model: nn.Module, wanted: Sequence[int], processor):
+def submodel(model: nn.Module, wanted: Sequence[int], processor):
     """The built members with these places as a model of their own, which sees only what they need, and its processor."""
     if not is_ensemble(model):
         if processor is None and not model.name_or_path:
@@ -270,7 +264,7 @@ class Pixels(TorchDataset):
         name, number = self.order[index]
         split = self.dataset[name]
         try:
-            image = open_image(split, number)
+            image = read_image(split, number)
         except ValueError as error:
             raise ValueError(f"the {name} split, {error}") from error
         try:
@@ -278,4 +272,6 @@ class Pixels(TorchDataset):
             image = image if isinstance(self.processor, ConcatEnsembleImageProcessor) else convert_image(image, "RGB")
             return self.processor([image], return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
-            raise ValueError(f"the {name} split, {name_image(split, number)}: {error.__cause__ or error}") from error
+            raise ValueError(
+                f"the {name} split, {describe_image(split, number)}: {error.__cause__ or error}"
+            ) from error

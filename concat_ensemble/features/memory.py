@@ -11,7 +11,7 @@ LARGEST_THRESHOLD, MAPS = 32 << 20, 65_536
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """While this lasts, freed memory stays with the process, on Linux with glibc; elsewhere nothing happens.
 
     A forward pass on a CPU asks for hundreds of megabytes a layer and frees them again. glibc hands such pieces back to the system at once, and

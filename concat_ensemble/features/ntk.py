@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from concat_ensemble.data.loading import class_names
 from concat_ensemble.errors import first_line
-from concat_ensemble.features.extraction import Pixels, is_ensemble, part_of
+from concat_ensemble.features.extraction import Pixels, is_ensemble, submodel
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble
 
@@ -74,7 +74,7 @@ class NTK:
         head = None if self.head is None else np.asarray(self.head, np.float32).tolist()
         return {"ntk": {"dim": self.dim, "parameters": self.parameters, "seed": self.seed, "head": head}}
 
-    def of_members(self, model: nn.Module) -> list[NTK]:
+    def for_members(self, model: nn.Module) -> list[NTK]:
         """The same for each built member, with its own part of the head."""
         if self.head is None or not is_ensemble(model):
             return [self] * (len(model.members) if is_ensemble(model) else 1)
@@ -174,7 +174,7 @@ def kernel_table(model: nn.Module, dataset: DatasetDict, processor=None, *, ntk:
         model, processor, ntk: As for `exact_kernel` and `extract_features`.
     """
     model, ntk = assemble(model) if hasattr(model, "pretrained_cfg") else model, ntk or NTK()
-    part, processor = part_of(model, range(len(ntk.of_members(model))), processor)
+    part, processor = submodel(model, range(len(ntk.for_members(model))), processor)
     places = [(name, n) for name, split in dataset.items() for n in range(len(split))]
     kernels = _kernels(part, torch.stack(list(Pixels(dataset, places, processor))), ntk)
     split_of = np.array([name for name, _ in places])
@@ -190,7 +190,7 @@ def _kernels(model: nn.Module, pixel_values: torch.Tensor, ntk: NTK) -> list[np.
     """(n, n) of each built member."""
     model = copy.deepcopy(assemble(model) if hasattr(model, "pretrained_cfg") else model).eval().float()
     pixels = pixel_values.to(next(model.parameters()).device)
-    return [own.kernel(model, place, pixels).numpy() for place, own in enumerate(ntk.of_members(model))]
+    return [own.kernel(model, place, pixels).numpy() for place, own in enumerate(ntk.for_members(model))]
 
 
 def _features(kernel: np.ndarray, fitted: np.ndarray, seed: int) -> np.ndarray:

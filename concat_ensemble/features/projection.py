@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
@@ -36,9 +36,9 @@ class Projection:
 
 def principal_projection(table: FeatureTable, width: int) -> Projection:
     """PCA of the training and validation rows, standardised, to at most `width` columns."""
-    fitted = TableSplit.joined([table["train"], table["validation"]])
+    fitted = TableSplit.concatenate([table["train"], table["validation"]])
     mean, scale = moments(fitted)
-    rows = Design(fitted, mean, scale)
+    rows = StandardizedFeatures(fitted, mean, scale)
     if len(rows) >= rows.shape[1]:
         _, vectors = torch.linalg.eigh(rows.gram())
         vectors = vectors.flip(1)
@@ -51,7 +51,7 @@ def principal_projection(table: FeatureTable, width: int) -> Projection:
 def random_projection(table: FeatureTable, width: int, seed: int) -> Projection:
     """Gaussian directions of the standardised columns: what as many columns keep when nothing chose them (Johnson and
     Lindenstrauss 1984)."""
-    mean, scale = moments(TableSplit.joined([table["train"], table["validation"]]))
+    mean, scale = moments(TableSplit.concatenate([table["train"], table["validation"]]))
     directions = np.random.default_rng(seed).normal(size=(len(mean), width)) / np.sqrt(width)
     return standardised_projection(mean, scale, directions)
 
@@ -76,7 +76,7 @@ def with_projection(model: nn.Module, projection: Projection) -> ConcatEnsembleM
     return ensemble.eval()
 
 
-def projection_of(model: nn.Module) -> Projection:
+def stored_projection(model: nn.Module) -> Projection:
     """The stored projection of an ensemble that has one."""
     weight, bias = (
         tensor.detach().float().cpu().numpy() for tensor in (model.projection.weight, model.projection.bias)

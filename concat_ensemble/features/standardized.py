@@ -8,14 +8,14 @@ import numpy as np
 import psutil
 import torch
 
-from concat_ensemble.features.memory import freed_memory_kept
+from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.table import TableSplit
 
 CHUNK = 8_192  # rows: large enough for full speed, small enough that a chunk of 8,192 columns is a quarter of a GB
 MEMORY_SHARE = 0.5  # of what is free, for the rows in full and in half precision
 
 
-class Design:
+class StandardizedFeatures:
     """Rows (n, D) of a split, (x - mean) / scale, in chunks.
 
     Args:
@@ -39,7 +39,7 @@ class Design:
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.float64 if split.dtype == np.float64 else torch.float32
-        self.shape = split.blocks[0].shape[0], split.width
+        self.shape = split.blocks[0].shape[0], split.num_features
         self.fast_dtype = torch.bfloat16 if self.dtype == torch.float32 and _has_bfloat16(self.device) else self.dtype
         self._split = split
         if mean is not None:
@@ -49,17 +49,18 @@ class Design:
             size = 4 if self.dtype == torch.float32 else 8
             in_memory = self.shape[0] * self.shape[1] * size * 1.5 <= MEMORY_SHARE * _free(self.device)
         self.in_memory = in_memory
-        self._kept: dict[torch.dtype, list[tuple[slice, torch.Tensor]]] = {}
+        self._cached: dict[torch.dtype, list[tuple[slice, torch.Tensor]]] = {}
 
     @classmethod
-    def of(cls, rows: torch.Tensor) -> Design:
-        """A tensor (n, D) as a design, on its device."""
-        blank = torch.empty(0, rows.shape[1], dtype=rows.dtype).numpy()
-        design = cls(TableSplit([blank], blank), device=rows.device, in_memory=True)
-        design.shape = tuple(rows.shape)
+    def from_tensor(cls, rows: torch.Tensor) -> StandardizedFeatures:
+        """Rows (n, D) that are standardized already, on the device of the tensor."""
+        empty = torch.empty(0, rows.shape[1], dtype=rows.dtype).numpy()
+        standardized = cls(TableSplit([empty], empty), device=rows.device, in_memory=True)
+        standardized.shape = tuple(rows.shape)
         starts = range(0, len(rows), CHUNK)
-        design._kept[design.dtype] = [(slice(n, min(n + CHUNK, len(rows))), rows[n : n + CHUNK]) for n in starts]
-        return design
+        chunks = [(slice(n, min(n + CHUNK, len(rows))), rows[n : n + CHUNK]) for n in starts]
+        standardized._cached[standardized.dtype] = chunks
+        return standardized
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -67,11 +68,11 @@ class Design:
     def chunks(self, *, fast: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
         """(which rows, these rows) until all were there."""
         dtype = self.fast_dtype if fast else self.dtype
-        if dtype in self._kept:
-            yield from self._kept[dtype]
+        if dtype in self._cached:
+            yield from self._cached[dtype]
             return
         if not self.in_memory:
-            with freed_memory_kept():  # each chunk takes the place of the one before
+            with keep_freed_memory():  # each chunk takes the place of the one before
                 yield from self._made(dtype)
             return
         exact = dtype == self.dtype
@@ -80,7 +81,7 @@ class Design:
         for piece in source:
             kept.append(piece)
             yield piece
-        self._kept[dtype] = kept
+        self._cached[dtype] = kept
 
     def __matmul__(self, matrix: torch.Tensor) -> torch.Tensor:
         """(n, D) @ (D, C)."""
@@ -103,10 +104,12 @@ class Design:
             total += chunk.T @ (chunk @ matrix)
         return total / len(self)
 
-    def sample(self, number: int, seed: int = 0) -> tuple[np.ndarray, Design]:
+    def sample(self, number: int, seed: int = 0) -> tuple[np.ndarray, StandardizedFeatures]:
         """`number` rows drawn at random, in memory, and which they are."""
         drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:number])
-        few = Design(self._split.take(drawn), self._mean, self._scale, device=self.device, in_memory=True)
+        few = StandardizedFeatures(
+            self._split.select(drawn), self._mean, self._scale, device=self.device, in_memory=True
+        )
         return drawn, few
 
     def _made(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

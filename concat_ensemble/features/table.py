@@ -11,18 +11,18 @@ from concat_ensemble.features.store import Rows
 
 
 class TableSplit:
-    """What a probe is fitted on: features (N, sum of the blocks' widths) and labels (N,). Unpacks to both as arrays.
+    """What a probe is fitted on: features (N, sum of the blocks' feature_dims) and labels (N,). Unpacks to both as arrays.
 
     Args:
         blocks: (N, D_k) each: rows of the store, or arrays, mapped ones too.
         labels: (N,).
         keys: What each block's columns are, as its name in the store: a probe fitted on one table refuses another's.
-            None: anything of the same width goes.
+            None: anything of the same num_features goes.
     """
 
     def __init__(
         self,
-        blocks: Sequence[Rows | np.ndarray | Taken | Joined],
+        blocks: Sequence[Rows | np.ndarray | SelectedRows | ConcatenatedRows],
         labels: np.ndarray,
         keys: tuple[str, ...] | None = None,
     ):
@@ -36,7 +36,7 @@ class TableSplit:
         yield self.labels
 
     @property
-    def width(self) -> int:
+    def num_features(self) -> int:
         return sum(block.shape[1] for block in self.blocks)
 
     @property
@@ -54,21 +54,21 @@ class TableSplit:
         blocks = [block[part] for block in self.blocks]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
 
-    def take(self, numbers: np.ndarray) -> TableSplit:
+    def select(self, numbers: np.ndarray) -> TableSplit:
         """The split of these rows alone; nothing is read or copied."""
-        return TableSplit([Taken(block, numbers) for block in self.blocks], self.labels[numbers], self.keys)
+        return TableSplit([SelectedRows(block, numbers) for block in self.blocks], self.labels[numbers], self.keys)
 
     @classmethod
-    def joined(cls, splits: Sequence[TableSplit]) -> TableSplit:
+    def concatenate(cls, splits: Sequence[TableSplit]) -> TableSplit:
         """Splits of the same columns, one below another; nothing is read or copied."""
-        blocks = [Joined(blocks) for blocks in zip(*(split.blocks for split in splits), strict=True)]
+        blocks = [ConcatenatedRows(blocks) for blocks in zip(*(split.blocks for split in splits), strict=True)]
         return cls(blocks, np.concatenate([split.labels for split in splits]), splits[0].keys)
 
 
-class Taken:
+class SelectedRows:
     """Some rows of a block, looked up when they are read."""
 
-    def __init__(self, block: Rows | np.ndarray | Taken, numbers: np.ndarray):
+    def __init__(self, block: Rows | np.ndarray | SelectedRows, numbers: np.ndarray):
         self._block, self._numbers = block, numbers
         self.shape, self.dtype = (len(numbers), block.shape[1]), block.dtype
 
@@ -79,10 +79,10 @@ class Taken:
         return self._block[self._numbers[part]]
 
 
-class Joined:
+class ConcatenatedRows:
     """Blocks of the same columns one below another, looked up when they are read."""
 
-    def __init__(self, blocks: Sequence[Rows | np.ndarray | Taken]):
+    def __init__(self, blocks: Sequence[Rows | np.ndarray | SelectedRows]):
         self._blocks, self._starts = blocks, np.cumsum([0, *map(len, blocks)])
         self.shape = int(self._starts[-1]), blocks[0].shape[1]
         self.dtype = np.result_type(*(block.dtype for block in blocks))
@@ -123,7 +123,7 @@ class FeatureTable:
         return iter(self.blocks)
 
     @property
-    def widths(self) -> list[int]:
+    def feature_dims(self) -> list[int]:
         return [block.shape[1] for block in next(iter(self.blocks.values()))]
 
     def members(self, numbers: Sequence[int]) -> FeatureTable:

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from concat_ensemble.records import find_recipe, read_recipe
+from concat_ensemble.recipe_files import find_recipe, read_recipe
 
 ENSEMBLES = files("concat_ensemble.members") / "recipes"
 

@@ -62,7 +62,7 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
 
     def _checked(self, X, y=None, *, reset=False) -> TableSplit:
         if isinstance(X, TableSplit):
-            keys, width = X.keys, X.width
+            keys, width = X.keys, X.num_features
             if reset:
                 self.n_features_in_, self.table_keys_ = width, keys
             elif width != self.n_features_in_ or (self.table_keys_ and keys and self.table_keys_ != keys):
@@ -107,7 +107,7 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
         else:
             stratify = labels if counts.min() > 1 and len(labels) >= 5 * len(counts) else None
             cuts = [train_test_split(numbers, test_size=0.2, random_state=seed, stratify=stratify)]
-        return [(train.take(np.sort(kept)), train.take(np.sort(cut))) for kept, cut in cuts]
+        return [(train.select(np.sort(kept)), train.select(np.sort(cut))) for kept, cut in cuts]
 
 
 class ProbabilityProbe(FeatureProbe):

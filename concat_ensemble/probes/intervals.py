@@ -5,7 +5,7 @@ import math
 import numpy as np
 from scipy.stats import binomtest
 
-REDRAWS = 1_000
+NUM_RESAMPLES = 1_000
 
 
 def bootstrap_intervals(chosen: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -15,7 +15,9 @@ def bootstrap_intervals(chosen: np.ndarray, labels: np.ndarray, seed: int = 0) -
     Redrawing images is redrawing the counts of the confusion matrix, so that no prediction is made again.
     """
     cells, counts = np.unique(np.stack([labels, chosen]), axis=1, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), REDRAWS).astype(np.float64)
+    draws = (
+        np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), NUM_RESAMPLES).astype(np.float64)
+    )
     size = int(cells.max()) + 1
     true, guessed = (np.eye(size)[row] for row in cells)
     hits, present = draws @ (true * (cells[0] == cells[1])[:, None]), draws @ true
@@ -44,7 +46,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean of values (N,), of which few are different: only their counts are redrawn."""
     values, counts = np.unique(values, return_counts=True)
     number = counts.sum()
-    draws = np.random.default_rng(seed).multinomial(number, counts / number, REDRAWS) @ values / number
+    draws = np.random.default_rng(seed).multinomial(number, counts / number, NUM_RESAMPLES) @ values / number
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 

@@ -1,6 +1,6 @@
 """Multinomial logistic regression over a path of L2 strengths, in few passes over the rows.
 
-For rows x_i (standardised), labels y_i and each strength s, from strong to weak, minimise
+For rows x_i (standardised), labels y_i and each l2_strength s, from strong to weak, minimise
 
     f(W, b) = mean_i [ logsumexp(x_i W + b) - (x_i W + b)_{y_i} ] + s / 2 * ||W||^2
 
@@ -10,13 +10,13 @@ pass over the rows and no Hessian is formed:
     Z = X V;  R = P * (Z - rowsum(P * Z));  H V = X' R / n + s V        (P: the class probabilities, (n, C))
 
 What keeps the number of passes small is the preconditioner. Were P constant, H would be h_c * (X'X / n) + s for class c, with
-h_c = mean_i p_ic (1 - p_ic): diagonal in the eigenbasis of X'X / n, which serves all strengths. (Boehning's bound 1/2 in the place of
+h_c = mean_i p_ic (1 - p_ic): diagonal in the eigenbasis of X'X / n, which serves all l2_strengths. (Boehning's bound 1/2 in the place of
 h_c is far too large where there are many classes.) The leading eigenvectors do as well as all, with one value for the rest, and cost
 a few passes (randomised subspace iteration, Halko, Martinsson and Tropp 2011). The products need no more than a few digits, so they
 run in bfloat16 where the processor has it; gradients and objective stay in X's precision.
 
 Rows that do not fit into memory are read again in every pass. There a sample of them, which fits, is solved first: it gives the
-preconditioner, and for each strength a place to start from that leaves little to do.
+preconditioner, and for each l2_strength a place to start from that leaves little to do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from concat_ensemble.features.standardized import Design
+from concat_ensemble.features.standardized import StandardizedFeatures
 
 MAX_TRIALS = 12  # of lengths along a line
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
@@ -37,7 +37,7 @@ LEADING = 256  # eigenvectors
 
 @dataclass
 class Solution:
-    strength: float
+    l2_strength: float
     weight: torch.Tensor  # (D, C)
     bias: torch.Tensor  # (C,)
     objective: float
@@ -46,33 +46,33 @@ class Solution:
 
 
 def logistic_path(
-    X: Design | torch.Tensor,
+    X: StandardizedFeatures | torch.Tensor,
     y: torch.Tensor,
-    strengths: Sequence[float],
+    l2_strengths: Sequence[float],
     *,
     classes: int,
     start: tuple[torch.Tensor, torch.Tensor] | None = None,
     tol: float = 1e-6,
     max_iter: int = 100,
 ) -> Iterator[Solution]:
-    """Solutions for `strengths` in the order given, which should be from strong to weak.
+    """Solutions for `l2_strengths` in the order given, which should be from strong to weak.
 
     Args:
         X: (n, D) float32 or float64, centred.
         y: (n,) int64 in 0..classes-1.
         start: A weight (D, C) and a bias (C,) to begin at.
         tol: Stop when Newton's decrement says that the objective is this share of itself above its minimum.
-        max_iter: Newton steps per strength.
+        max_iter: Newton steps per l2_strength.
     """
-    X = Design.of(X) if isinstance(X, torch.Tensor) else X
+    X = StandardizedFeatures.from_tensor(X) if isinstance(X, torch.Tensor) else X
     n, width = X.shape
     starts = {}
     if X.in_memory or n <= SAMPLE:
         spectrum, basis = _eigenvectors(X)
     else:
         drawn, few = X.sample(max(SAMPLE, 8 * width))
-        path = logistic_path(few, y[drawn], strengths, classes=classes, start=start, tol=1e-4, max_iter=max_iter)
-        starts = {solution.strength: (solution.weight, solution.bias) for solution in path}
+        path = logistic_path(few, y[drawn], l2_strengths, classes=classes, start=start, tol=1e-4, max_iter=max_iter)
+        starts = {solution.l2_strength: (solution.weight, solution.bias) for solution in path}
         spectrum, basis = _eigenvectors(few)
         del few
 
@@ -80,26 +80,26 @@ def logistic_path(
     weight, bias = counts.new_zeros(X.shape[1], classes), ((counts + 0.5) / (n + 0.5 * classes)).log()
     if start is not None:
         weight, bias = start
-    earlier = []  # (log strength, weight, bias) of the last two
-    for strength in strengths:
+    earlier = []  # (log l2_strength, weight, bias) of the last two
+    for l2_strength in l2_strengths:
         if starts:
-            weight, bias = starts[strength]
-        elif len(earlier) == 2:  # coefficients grow about linearly with the logarithm of the strength: go on so
+            weight, bias = starts[l2_strength]
+        elif len(earlier) == 2:  # coefficients grow about linearly with the logarithm of the l2_strength: go on so
             (first, *_), (second, *_) = earlier
-            share = (math.log(strength) - second) / (second - first)
+            share = (math.log(l2_strength) - second) / (second - first)
             weight, bias = (now + share * (now - then) for then, now in zip(*(e[1:] for e in earlier), strict=True))
-        weight, bias, *found = _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter)
-        earlier = [*earlier[-1:], (math.log(strength), weight, bias)]
-        yield Solution(strength, weight, bias - bias.mean(), *found)
+        weight, bias, *found = _minimise(X, y, weight, bias, l2_strength, spectrum, basis, tol, max_iter)
+        earlier = [*earlier[-1:], (math.log(l2_strength), weight, bias)]
+        yield Solution(l2_strength, weight, bias - bias.mean(), *found)
 
 
-def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, strength: float) -> torch.Tensor:
+def objective(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, l2_strength: float) -> torch.Tensor:
     """f of the module's text, a float64 scalar."""
     losses = logits.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]
-    return losses.double().mean() + strength / 2 * weight.double().square().sum()
+    return losses.double().mean() + l2_strength / 2 * weight.double().square().sum()
 
 
-def _eigenvectors(X: Design) -> tuple[torch.Tensor, torch.Tensor]:
+def _eigenvectors(X: StandardizedFeatures) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (r,), rising, and eigenvectors (D, r) of X'X / n: all of them, or about the leading ones."""
     if X.shape[1] <= 2 * LEADING:
         values, vectors = torch.linalg.eigh(X.gram())  # in float64: in float32 it fails where many are zero
@@ -112,28 +112,28 @@ def _eigenvectors(X: Design) -> tuple[torch.Tensor, torch.Tensor]:
     return values.clamp_min(0).to(X.dtype), space @ turn.to(X.dtype)
 
 
-def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
+def _minimise(X, y, weight, bias, l2_strength, spectrum, basis, tol, max_iter):
     n = len(X)
     logits = X @ weight + bias
-    value, steps, products = objective(logits, y, weight, strength), 0, 0
+    value, steps, products = objective(logits, y, weight, l2_strength), 0, 0
     while steps < max_iter:
         steps += 1
         probabilities = logits.softmax(1)
-        gradient, gradient_bias = strength * weight, torch.zeros_like(bias)
+        gradient, gradient_bias = l2_strength * weight, torch.zeros_like(bias)
         for rows, chunk in X.chunks():
             residual = probabilities[rows].clone()
             residual[torch.arange(len(chunk), device=X.device), y[rows]] -= 1
             gradient, gradient_bias = gradient + (residual.T @ chunk).T / n, gradient_bias + residual.sum(0) / n
         curvature = (probabilities * (1 - probabilities)).mean(0)
-        scales = curvature * spectrum[:, None] + strength, curvature + 1e-12
+        scales = curvature * spectrum[:, None] + l2_strength, curvature + 1e-12
         move, move_bias, used = _conjugate_gradients(
-            X, probabilities, gradient, gradient_bias, strength, scales, basis
+            X, probabilities, gradient, gradient_bias, l2_strength, scales, basis
         )
         products += used
         along = X @ move + move_bias
         slope = float((gradient * move).sum() + (gradient_bias * move_bias).sum())
-        length = _length(logits, along, y, weight, move, strength, slope)
-        previous, value = value, objective(logits + length * along, y, weight + length * move, strength)
+        length = _length(logits, along, y, weight, move, l2_strength, slope)
+        previous, value = value, objective(logits + length * along, y, weight + length * move, l2_strength)
         if value >= previous:  # nothing left to gain in this precision
             value = previous
             break
@@ -145,15 +145,15 @@ def _minimise(X, y, weight, bias, strength, spectrum, basis, tol, max_iter):
     return weight, bias, float(value), steps, products
 
 
-def _length(logits, along, y, weight, move, strength, slope):
+def _length(logits, along, y, weight, move, l2_strength, slope):
     """How far to go: to where the slope of f along the line is a tenth of what it was. No pass over the rows, so it is cheap
-    beside the step itself, and at weak strengths Newton's own length is several times too long."""
+    beside the step itself, and at weak l2_strengths Newton's own length is several times too long."""
     rows = torch.arange(len(y), device=y.device)
     toward = along[rows, y].mean()
 
     def slope_at(length):
         tilted = ((logits + length * along).softmax(1) * along).sum(1).mean() - toward
-        return float(tilted + strength * ((weight + length * move) * move).sum())
+        return float(tilted + l2_strength * ((weight + length * move) * move).sum())
 
     low, high, at_low, at_high, length = 0.0, None, slope, None, 1.0
     for _ in range(MAX_TRIALS):
@@ -168,7 +168,7 @@ def _length(logits, along, y, weight, move, strength, slope):
     return length
 
 
-def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, scales, basis, most=50):
+def _conjugate_gradients(X, probabilities, gradient, gradient_bias, l2_strength, scales, basis, most=50):
     """An inexact solution of H move = -gradient: to SHARE of the gradient, in the preconditioner's norm."""
     n = len(X)
 
@@ -183,7 +183,7 @@ def _conjugate_gradients(X, probabilities, gradient, gradient_bias, strength, sc
     used = 0
     while used < most:
         used += 1
-        bent, bent_bias, narrow = strength * ahead, torch.zeros_like(ahead_bias), ahead.to(X.fast_dtype)
+        bent, bent_bias, narrow = l2_strength * ahead, torch.zeros_like(ahead_bias), ahead.to(X.fast_dtype)
         for rows, chunk in X.chunks(fast=True):
             weighted = probabilities[rows] * ((chunk @ narrow).to(X.dtype) + ahead_bias)
             weighted -= probabilities[rows] * weighted.sum(1, keepdim=True)

@@ -16,7 +16,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
-from concat_ensemble.features.standardized import CHUNK, Design, moments
+from concat_ensemble.features.standardized import CHUNK, StandardizedFeatures, moments
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 
@@ -28,7 +28,9 @@ def unit_rows(rows: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     return torch.cat(parts, dim=1) / len(parts) ** 0.5
 
 
-def nearest(queries: torch.Tensor, bank: Design, k: int, widths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    queries: torch.Tensor, bank: StandardizedFeatures, k: int, widths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines (n, k), falling, and row numbers (n, k) of the bank's rows that are most alike each of the queries (n, D),
     which have members of these widths; all rows where the bank has fewer than k."""
     queries = unit_rows(queries.to(bank.dtype), widths)
@@ -82,7 +84,7 @@ class KNNProbe(ProbabilityProbe):
             raise ValueError(f"ks={self.ks!r}: name numbers of neighbours, each 1 at least.")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
-        whole, self.path_ = train if held is None else TableSplit.joined([train, held]), {}
+        whole, self.path_ = train if held is None else TableSplit.concatenate([train, held]), {}
         if len(ks) > 1 or held is not None:  # else there is nothing to choose
             ((fitted, validated),) = self._cuts(train, held, seed=self.seed)
             self._remember(fitted)
@@ -102,10 +104,10 @@ class KNNProbe(ProbabilityProbe):
 
     def _votes(self, split, ks):
         """(k, which rows, their (n, C) log-shares) for every chunk of rows and every k."""
-        queries = Design(split, self.mean_, self.scale_, in_memory=False)
+        queries = StandardizedFeatures(split, self.mean_, self.scale_, in_memory=False)
         # Where one chunk holds all queries the bank is read once, and keeping it would be for nothing.
         in_memory = self.in_memory if len(queries) > CHUNK else False
-        bank = Design(self.bank_, self.mean_, self.scale_, in_memory=in_memory)
+        bank = StandardizedFeatures(self.bank_, self.mean_, self.scale_, in_memory=in_memory)
         classes = torch.from_numpy(self._numbers).to(bank.device)
         for rows, chunk in queries.chunks():
             cosines, numbers = nearest(chunk, bank, max(ks), self.widths_)

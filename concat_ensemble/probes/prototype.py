@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
-from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 from concat_ensemble.probes.neighbors import unit_rows
@@ -88,18 +88,18 @@ class PrototypeProbe(ProbabilityProbe):
     def _fit(self, train, held):
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
-        split = train if held is None else TableSplit.joined([train, held])
+        split = train if held is None else TableSplit.concatenate([train, held])
         self.classes_, numbers = np.unique(split.labels, return_inverse=True)
         self.widths_ = [block.shape[1] for block in split.blocks]
         self.mean_, self.scale_ = moments(split)
         if not self.standardize:
             self.mean_, self.scale_ = np.zeros_like(self.mean_), np.ones_like(self.scale_)
-        design = Design(split, self.mean_, self.scale_, in_memory=False)
-        classes = torch.from_numpy(numbers).to(design.device)
-        sums = torch.zeros(len(self.classes_), split.width, dtype=torch.float64, device=design.device)
-        for rows, chunk in design.chunks():
+        standardized = StandardizedFeatures(split, self.mean_, self.scale_, in_memory=False)
+        classes = torch.from_numpy(numbers).to(standardized.device)
+        sums = torch.zeros(len(self.classes_), split.num_features, dtype=torch.float64, device=standardized.device)
+        for rows, chunk in standardized.chunks():
             sums.index_add_(0, classes[rows], unit_rows(chunk, self.widths_).double())
-        self.prototypes_ = normalize(sums).to(design.dtype).cpu().numpy()
+        self.prototypes_ = normalize(sums).to(standardized.dtype).cpu().numpy()
 
     def _logits(self, rows):
         return self._unit(rows) @ self.prototypes_.T / self.temperature

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import batch_norm, cross_entropy
 
-from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.estimator import ProbabilityProbe
 
@@ -33,7 +33,7 @@ def sgd_heads(
     read: Callable[[torch.Tensor], torch.Tensor],
     y: torch.Tensor,
     width: int,
-    strengths: Sequence[float],
+    l2_strengths: Sequence[float],
     *,
     epochs: int,
     milestones: Sequence[int],
@@ -51,12 +51,12 @@ def sgd_heads(
     """
     generator = torch.Generator().manual_seed(seed)  # the CPU's, so that all devices see the same batches
     drawn = torch.empty(int(y.max()) + 1, width).normal_(0, 0.01, generator=generator)
-    weight = drawn.to(y.device).repeat(len(strengths), 1, 1).requires_grad_()
+    weight = drawn.to(y.device).repeat(len(l2_strengths), 1, 1).requires_grad_()
     bias, gain, shift = (
-        torch.full((len(strengths), size), value, device=y.device, requires_grad=True)
+        torch.full((len(l2_strengths), size), value, device=y.device, requires_grad=True)
         for size, value in ((len(drawn), 0.0), (width, 1.0), (width, 0.0))
     )
-    decay = torch.tensor(strengths, dtype=torch.float32, device=y.device)[:, None]
+    decay = torch.tensor(l2_strengths, dtype=torch.float32, device=y.device)[:, None]
     mean, variance = torch.zeros(width, device=y.device), torch.ones(width, device=y.device)
     optimizer = torch.optim.SGD([weight, bias, gain, shift], lr, momentum, nesterov=True)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones))
@@ -71,7 +71,7 @@ def sgd_heads(
             rows = batch_norm(read(numbers), mean, variance, training=True, eps=EPSILON)
             coef, intercept = folded()
             logits = (rows @ coef.flatten(0, 1).T).unflatten(1, intercept.shape) + intercept
-            truth = y[numbers].repeat_interleave(len(strengths))
+            truth = y[numbers].repeat_interleave(len(l2_strengths))
             loss = cross_entropy(logits.flatten(0, 1), truth, reduction="sum") / len(numbers)
             optimizer.zero_grad()
             loss.backward()
@@ -89,7 +89,7 @@ class ReferenceProbe(ProbabilityProbe):
     top-1 once more on all rows. For comparing with the papers; `LinearProbe` solves about the same problem to its minimum.
 
     Args:
-        strengths: Weight decays, which are L2 strengths. The default is CIFAR's range; iNat18's is 1e-4 to 1e-6.
+        l2_strengths: Weight decays, which are L2 strengths. The default is CIFAR's range; iNat18's is 1e-4 to 1e-6.
         epochs, milestones, lr, momentum, batch_size: Of SGD; the rate is divided by 10 at each of the milestones.
         in_memory: Whether the rows are kept there, in float32; decided by what is free when left out. Otherwise each
             batch is read from where it lies.
@@ -97,13 +97,13 @@ class ReferenceProbe(ProbabilityProbe):
 
     Attributes:
         coef_ (C, D), intercept_ (C,): of the normalised features, gain and shift multiplied in. mean_, scale_ (D,):
-            BatchNorm's running mean and sqrt(variance + 1e-5). strength_: the decay chosen. path_: validation top-1 of
+            BatchNorm's running mean and sqrt(variance + 1e-5). l2_strength_: the decay chosen. path_: validation top-1 of
             each.
     """
 
     def __init__(
         self,
-        strengths=CIFAR_DECAYS,
+        l2_strengths=CIFAR_DECAYS,
         epochs=28,
         milestones=(8, 16, 24),
         lr=0.01,
@@ -112,7 +112,7 @@ class ReferenceProbe(ProbabilityProbe):
         in_memory=None,
         seed=0,
     ):
-        self.strengths = strengths
+        self.l2_strengths = l2_strengths
         self.epochs = epochs
         self.milestones = milestones
         self.lr = lr
@@ -122,40 +122,42 @@ class ReferenceProbe(ProbabilityProbe):
         self.seed = seed
 
     def _fit(self, train, held):
-        if not self.strengths:
-            raise ValueError(f"strengths={self.strengths!r}: name at least one weight decay.")
+        if not self.l2_strengths:
+            raise ValueError(f"l2_strengths={self.l2_strengths!r}: name at least one weight decay.")
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: BatchNorm needs 2 rows at least.")
-        strengths, self.path_ = sorted(self.strengths, reverse=True), {}
-        if len(strengths) > 1 or held is not None:  # else there is nothing to choose
+        l2_strengths, self.path_ = sorted(self.l2_strengths, reverse=True), {}
+        if len(l2_strengths) > 1 or held is not None:  # else there is nothing to choose
             ((fitted, validated),) = self._cuts(train, held, seed=self.seed)
-            for strength in self._trained(fitted, strengths):
-                self.path_[strength] = self.score(validated)
-        self.strength_ = max(strengths, key=lambda strength: self.path_.get(strength, 0))  # the strongest of equals
-        whole = train if held is None else TableSplit.joined([train, held])
-        next(self._trained(whole, [self.strength_]))
+            for l2_strength in self._trained(fitted, l2_strengths):
+                self.path_[l2_strength] = self.score(validated)
+        self.l2_strength_ = max(
+            l2_strengths, key=lambda l2_strength: self.path_.get(l2_strength, 0)
+        )  # the strongest of equals
+        whole = train if held is None else TableSplit.concatenate([train, held])
+        next(self._trained(whole, [self.l2_strength_]))
 
     def _logits(self, rows):
         return (rows - self.mean_) / self.scale_ @ self.coef_.T + self.intercept_
 
-    def _trained(self, split, strengths):
-        """Train for all strengths, and take on what was found for one after another."""
+    def _trained(self, split, l2_strengths):
+        """Train for all l2_strengths, and take on what was found for one after another."""
         self.classes_, numbers = np.unique(split.labels, return_inverse=True)
         moments(split)  # for its error where a feature is NaN
-        design = Design(split, in_memory=self.in_memory)
-        if design.in_memory:
-            chunks = Design(split, in_memory=False).chunks()
+        standardized = StandardizedFeatures(split, in_memory=self.in_memory)
+        if standardized.in_memory:
+            chunks = StandardizedFeatures(split, in_memory=False).chunks()
             read = torch.cat([chunk.float() for _, chunk in chunks]).__getitem__
         else:
 
             def read(places):
-                return torch.from_numpy(split.rows(places.numpy())).to(design.device, torch.float32)
+                return torch.from_numpy(split.rows(places.numpy())).to(standardized.device, torch.float32)
 
         settings = {
             name: getattr(self, name) for name in ("epochs", "milestones", "lr", "momentum", "batch_size", "seed")
         }
-        labels = torch.from_numpy(numbers).to(design.device)
-        trained = sgd_heads(read, labels, split.width, strengths, **settings)
+        labels = torch.from_numpy(numbers).to(standardized.device)
+        trained = sgd_heads(read, labels, split.num_features, l2_strengths, **settings)
         self.mean_, self.scale_, coefs, intercepts = (tensor.cpu().numpy() for tensor in trained)
-        for strength, self.coef_, self.intercept_ in zip(strengths, coefs, intercepts, strict=True):
-            yield strength
+        for l2_strength, self.coef_, self.intercept_ in zip(l2_strengths, coefs, intercepts, strict=True):
+            yield l2_strength

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
-from concat_ensemble.records import recipe_names
+from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.reporting.card_metadata import one_line
 from concat_ensemble.reporting.model_card import CARD, best_member, escaped, hardest_first, row_texts
 from concat_ensemble.studies.results import RESULTS, Results

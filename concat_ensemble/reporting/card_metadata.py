@@ -44,7 +44,7 @@ def card_metadata(
     own = {key: value for key, value in earlier.items() if key not in OURS}
     provenances = [config.members[k]["provenance"] for k in config.built_members]
     hub_members = list(dict.fromkeys(str(p["hub_id"]) for p in provenances if is_hub_id(p.get("hub_id"))))
-    licenses = licenses_of(config)
+    licenses = member_licenses(config)
     license = joint_license(licenses)
     recipes = [provenance.get("recipe") for provenance in provenances]
     trained_on = [str(recipe.get("dataset")) for recipe in recipes if isinstance(recipe, dict)]
@@ -53,7 +53,7 @@ def card_metadata(
     evaluations = [found for study in studies.values() for found in _evaluations(study)]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=task_of(config),
+        pipeline_tag=pipeline_tag(config),
         license=license,
         license_name=_license_name(licenses) if license == OTHER else None,
         license_link=LICENSE if license == OTHER else None,
@@ -129,7 +129,7 @@ def probe_name(study: Results) -> tuple[str, str]:
     return PROBES.get(study.probe.get("kind"), PROBES["linear"])
 
 
-def task_of(config: ConcatEnsembleConfig) -> str:
+def pipeline_tag(config: ConcatEnsembleConfig) -> str:
     return (
         "image-classification"
         if config.architectures == ["ConcatEnsembleForImageClassification"]
@@ -137,7 +137,7 @@ def task_of(config: ConcatEnsembleConfig) -> str:
     )
 
 
-def licenses_of(config: ConcatEnsembleConfig) -> list[str | None]:
+def member_licenses(config: ConcatEnsembleConfig) -> list[str | None]:
     """As the built members' provenance states them."""
     stated = [config.members[k]["provenance"].get("license") for k in config.built_members]
     return [None if license is None else one_line(license) for license in stated]

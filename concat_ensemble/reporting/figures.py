@@ -29,7 +29,7 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
         _line(axes, equal, "ensembles at equal training steps", BLUE, marker="o", linewidth=2)
     subject = results.rows[0]
     prefixes = sorted(
-        (row for row in results.rows if row.kind == "prefix" or row is subject), key=lambda row: row.num_members
+        (row for row in results.rows if row.kind == "first_members" or row is subject), key=lambda row: row.num_members
     )
     first = [row for row in results.rows if row.name == f"{subject.name}, member 0 alone"]
     if len(first + prefixes) > 1:
@@ -42,7 +42,7 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
             linestyle="--",
             linewidth=1.2,
         )
-    for row in (row for row in results.rows if row.kind == "narrowed"):
+    for row in (row for row in results.rows if row.kind == "projected"):
         low, high = row.interval
         axes.errorbar([row.num_members], [100 * row.mean], [[100 * (row.mean - low)], [100 * (high - row.mean)]], color=ORANGE,
                       marker="D" if ", PCA to " in row.name else "x", mfc="white",
@@ -138,7 +138,7 @@ def _levels(axes, rows: list[Row], results: Results) -> None:
         places[k] = min(places[k], places[k + 1] - gap if k + 1 < len(places) else high)
     at, leader = axes.get_yaxis_transform(), {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0}  # fmt: skip
     for row, place in zip(rows, places, strict=True):
-        text = f"{short_name(results, row)} ({row.width:,} columns)"
+        text = f"{short_name(results, row)} ({row.num_features:,} columns)"
         axes.annotate(text, (1, 100 * row.mean), (1.06, place), at, at, leader, fontsize=8, va="center", annotation_clip=False)  # fmt: skip
 
 

@@ -22,9 +22,9 @@ from concat_ensemble.studies.results import Results, Row, points
 COSTS = {
     "GFLOPs per image": lambda row: row.cost and row.cost.gflops,
     "GFLOP of training": lambda row: row.gflops,
-    "columns": lambda row: row.width,
+    "columns": lambda row: row.num_features,
 }
-MARKERS = {"ensemble": "o", "prefix": ".", "member": "+", "narrowed": "D", "baseline": "s"}
+MARKERS = {"ensemble": "o", "first_members": ".", "member": "+", "projected": "D", "baseline": "s"}
 
 
 def write_report(folders: list[Path], output: Path) -> Path:

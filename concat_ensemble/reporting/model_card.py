@@ -18,10 +18,10 @@ from concat_ensemble.reporting.card_metadata import (
     benchmark_entries,
     card_metadata,
     is_hub_id,
-    licenses_of,
+    member_licenses,
     one_line,
+    pipeline_tag,
     probe_name,
-    task_of,
 )
 from concat_ensemble.reporting.figures import plot_accuracy_against_members
 from concat_ensemble.reporting.licenses import OTHER, joint_license
@@ -242,10 +242,12 @@ def _content(title: str, config: ConcatEnsembleConfig, studies: dict[str, Result
         f"{'all of them' if len(members) > 1 else 'it'} side by side: {config.num_features:,} columns.",
         "headline": _headline(list(shown.values())),
         "recipe": named.pop() if len(named) == 1 else None,
-        "auto_class": "AutoModelForImageClassification" if task_of(config) == "image-classification" else "AutoModel",
+        "auto_class": "AutoModelForImageClassification"
+        if pipeline_tag(config) == "image-classification"
+        else "AutoModel",
         "num_features": config.num_features,
         "members": members,
-        "license": _license_sentence(licenses_of(config)),
+        "license": _license_sentence(member_licenses(config)),
         "studies": [_study(study) | {"figure": f"{FIGURES}/{stem}.png"} for stem, study in shown.items()],
         "adds": _adds(members, list(shown.values())),
         "commands": [command for command in dict.fromkeys(str(command or "") for command in commands) if command],
@@ -306,7 +308,7 @@ def _study(study: Results) -> dict[str, Any]:
         "title": describe_dataset(study.dataset),
         "how": probe_name(study)[1],
         "protocol": study.protocol,
-        "drawn": study.rows[0].draw_deviation is not None,
+        "drawn": study.rows[0].resample_deviation is not None,
         "hardware": study.hardware,
         "interval_kind": f"mean over {study.repeats} repeats with other seeds, Student's intervals"
         if study.repeats > 1
@@ -335,7 +337,7 @@ def _adds(members: list[dict], studies: list[Results]) -> list[list[str]]:
     for study in studies:
         subject, count = study.rows[0].name, len(members)
         alone = [f"{subject}, member {k} alone" for k in range(count)]
-        steps = [alone[0], *(f"{subject}, first {k}" for k in range(2, count)), subject]
+        steps = [alone[0], *(f"{subject}, first {k} members" for k in range(2, count)), subject]
         if count > 1 and all(name in study for name in alone + steps):
             added = [points(*study.difference(new, old)[:2]) for old, new in itertools.pairwise(steps)]
             columns[_text(describe_dataset(study.dataset))] = (
@@ -373,14 +375,14 @@ def row_texts(study: Results, row: Row) -> dict[str, str]:
     shown = {
         "name": short_name(study, row),
         "num_members": str(row.num_members or ""),
-        "width": f"{row.width:,}",
+        "width": f"{row.num_features:,}",
         "parameters": "" if row.cost is None else _three_digits(row.cost.million_parameters),
         "gflops": "" if row.cost is None else _three_digits(row.cost.gflops),
         "speed": "" if row.cost is None or not row.cost.seconds else f"{1 / row.cost.seconds:,.0f}",
         "steps": "" if row.steps is None else f"{row.steps:,}",
         "top1": f"{100 * row.mean:.1f}",
         "interval": f"{100 * low:.1f} to {100 * high:.1f}",
-        "draws": "" if row.draw_deviation is None else f"{100 * row.draw_deviation:.1f}",
+        "draws": "" if row.resample_deviation is None else f"{100 * row.resample_deviation:.1f}",
         "paired": "",
         "p": "",
     }
@@ -404,7 +406,7 @@ def verdict(study: Results) -> str:
         _compared(study, subject, row, "its best, " if row is best else "") for row in [*filter(None, [best]), *others]
     ]
     text = f"{subject.name} is {'; '.join(compared)}." if compared else ""
-    narrowed = [row for row in study.rows if row.kind == "narrowed"]
+    narrowed = [row for row in study.rows if row.kind == "projected"]
     if best and narrowed:
         at = "; ".join(f"by {row.name.rpartition(', ')[2]} {_compared(study, row, best)}" for row in narrowed)
         text += f" At one member's width: {at}."
@@ -421,7 +423,7 @@ def against(study: Results) -> str:
         _, (low, high), _ = study.difference(subject.name, row.name)
         if low > 0 or (row.kind == "member" and row is not best):
             continue
-        kept = "not beaten at one member's width" if row.kind == "narrowed" else "not beaten beyond chance"
+        kept = "not beaten at one member's width" if row.kind == "projected" else "not beaten beyond chance"
         found["better" if high < 0 else kept].append(short_name(study, row))
     told = [f"{what}: {'; '.join(names)}." for what, names in found.items() if names]
     if rival := _rival(study):

@@ -5,7 +5,7 @@ import torch
 from datasets import DatasetDict
 from torch import nn
 
-from concat_ensemble.data.loading import class_names, open_image
+from concat_ensemble.data.loading import class_names, read_image
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
@@ -24,7 +24,7 @@ def pixel_table(dataset: DatasetDict, mode: str) -> FeatureTable:
     """Raw pixels in PIL mode `mode`, as one block: what a probe reads without any network. Images larger than 32x32,
     or of several sizes, are brought to 32x32."""
     images = {
-        name: [convert_image(open_image(split, n), mode) for n in range(len(split))] for name, split in dataset.items()
+        name: [convert_image(read_image(split, n), mode) for n in range(len(split))] for name, split in dataset.items()
     }
     sizes = {image.size for split in images.values() for image in split}
     fits = len(sizes) == 1 and max(max(size) for size in sizes) <= PIXEL_SIDE

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from concat_ensemble.features.memory import freed_memory_kept
+from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.studies.results import Cost
 
 TIMED_BATCHES, MOST_IMAGES = 3, 64
@@ -51,7 +51,7 @@ def _seconds(member: nn.Module, pixels: torch.Tensor, gflops: float, device: tor
     # A core's own time, which other programs on a busy machine do not stretch; a GPU has no such clock.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     # As `extract_features` runs it: else faults on fresh pages may cost as much as the arithmetic.
-    with freed_memory_kept():
+    with keep_freed_memory():
         for _ in range(1 + TIMED_BATCHES):  # the first one warms up
             started = clock()
             member(batch)

@@ -1,11 +1,11 @@
 """What one member's features hold that another's lack: the feature loss of arXiv:2506.18221, section 2, measured.
 
 All rows are standardised by the training rows. With M = X'X / n of a split's rows, ridge from the columns A to the columns B is
-W = (M_AA + strength I)^-1 M_AB of the training rows, and its mean squared errors on any split follow from that split's M:
+W = (M_AA + l2_strength I)^-1 M_AB of the training rows, and its mean squared errors on any split follow from that split's M:
 
     e = diag(M_BB - 2 W'M_AB + W'M_AA W),    R2 = 1 - e / diag(M_BB)
 
-for all members, strengths and controls: after one pass over the rows, M's (2 D)^2 doubles are all that is kept.
+for all members, l2_strengths and controls: after one pass over the rows, M's (2 D)^2 doubles are all that is kept.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from rich.progress import track
 
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import standardised_projection
-from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, TableSplit
+from concat_ensemble.files import write_json
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.ridge import Gram
 from concat_ensemble.studies.controls import untrained_like
-from concat_ensemble.studies.results import write_json
 
-STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
+L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 REPEATS = 0.9  # mean R2 from which on one is said to repeat another
 DEAD = 0.01  # of the root mean square of a subject's deviations: what deviates less is dead
-REST_STRENGTH = 1e-4  # so weak that what a copy or a linear map leaves does no better than guessing (test_overlap.py)
+REST_L2_STRENGTH = (
+    1e-4  # so weak that what a copy or a linear map leaves does no better than guessing (test_overlap.py)
+)
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Subject:
     """A member, or an ensemble as a whole, by itself."""
 
     name: str
-    width: int
+    num_features: int
     dead: float  # share of its features
     effective_rank: float  # exp of the entropy of the covariance's eigenvalues (Roy and Vetterli 2007)
     top1: float  # of a linear probe, on the test split
@@ -92,7 +94,7 @@ class Overlap:
                 f"a repeat from {REPEATS} on). Its rest alone gives top-1 {100 * found.rest_top1:.1f} [{low:.1f}, {high:.1f}], "
                 f"all of it {100 * subject.top1:.1f}, guessing {100 * self.guessing:.1f}."
             )
-        if min(self.n_train, self.n_test) < sum(subject.width for subject in self.subjects):
+        if min(self.n_train, self.n_test) < sum(subject.num_features for subject in self.subjects):
             sentences.append("Images are fewer than features: R2 and the rests come out too small, or as nothing.")
         return sentences
 
@@ -126,8 +128,8 @@ def measure_overlap(
 
     CKA (Kornblith et al. 2019; without bias, since of any features as many as the rows it nears 1: Nguyen et al. 2021) and
     effective rank are of the training rows as they are, centred. R2 is of the test rows about the training rows' mean, each
-    feature with the strength, or without prediction, that does best on the validation rows. The rest that is probed is what
-    a ridge of next to no strength leaves: a stronger one would leave in it what `given` knows, as standardising it again
+    feature with the l2_strength, or without prediction, that does best on the validation rows. The rest that is probed is what
+    a ridge of next to no l2_strength leaves: a stronger one would leave in it what `given` knows, as standardising it again
     would. The test rows have a ridge of their own (which no label enters): a probe would read what `given` knows from the
     chance errors of a shared one. Where rows are few for the features, the rest comes out too small.
 
@@ -139,19 +141,21 @@ def measure_overlap(
     Raises:
         ValueError: for one subject, fewer than 4 training images, or a control of other widths.
     """
-    groups, everyone, width = list(subjects.values()), range(len(subjects)), sum(table.widths)
+    groups, everyone, width = list(subjects.values()), range(len(subjects)), sum(table.feature_dims)
     if len(groups) < 2 or len(table["train"]) < 4:
         raise ValueError(f"{len(groups)} to compare on {len(table['train'])} training images: take 2 and 4 at least.")
-    if table.widths != untrained.widths:
-        raise ValueError(f"untrained members of widths {untrained.widths} are no control for {table.widths}.")
+    if table.feature_dims != untrained.feature_dims:
+        raise ValueError(
+            f"untrained members of widths {untrained.feature_dims} are no control for {table.feature_dims}."
+        )
     both = [
         TableSplit(table.blocks[s] + untrained.blocks[s], table.labels[s]) for s in ("train", "validation", "test")
     ]
     mean, scale = moments(both[0])
-    rows, sizes = Design(both[0], mean, scale), [len(split) for split in both]
-    fitted, held, test = rows.gram(), *(Design(split, mean, scale).gram() for split in both[1:])
+    rows, sizes = StandardizedFeatures(both[0], mean, scale), [len(split) for split in both]
+    fitted, held, test = rows.gram(), *(StandardizedFeatures(split, mean, scale).gram() for split in both[1:])
     pooled = (sizes[0] * fitted + sizes[1] * held)[:width, :width] / (sizes[0] + sizes[1])
-    blocks = torch.arange(width, device=rows.device).split(table.widths)
+    blocks = torch.arange(width, device=rows.device).split(table.feature_dims)
     parts = [torch.cat([blocks[k] for k in group]) for group in groups]
     scales = torch.from_numpy(scale[:width]).to(fitted)
     covariance = fitted[:width, :width] * scales[:, None] * scales
@@ -174,7 +178,9 @@ def measure_overlap(
         a, b = (torch.cat([parts[k] for k in numbers]) for numbers in (given, wanted))
         r2, untrained_r2 = (_held_out_r2(fitted, held, test, each, b) for each in (a, a + width))
         source = f"the {len(given)} others" if given[1:] else single[given[0]].name
-        rests = (next(Gram(m[a][:, a], m[a][:, b], m.new_zeros(0)).solutions([REST_STRENGTH])) for m in (pooled, test))
+        rests = (
+            next(Gram(m[a][:, a], m[a][:, b], m.new_zeros(0)).solutions([REST_L2_STRENGTH])) for m in (pooled, test)
+        )
         cuts = [each.split([len(parts[k]) for k in wanted], -1) for each in (r2, untrained_r2, *rests)]
         for k, found, control, *weights in zip(wanted, *cuts, strict=True):
             seen, alive = torch.cat([a, parts[k]]).cpu().numpy(), living[k]
@@ -197,7 +203,7 @@ def measure_overlap(
 def _held_out_r2(fitted, held, test, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(len(b),) of the test rows, each column with what predicts the held rows best."""
     least, chosen = held.diagonal()[b], test.diagonal()[b]  # without any prediction
-    for weight in Gram(fitted[a][:, a], fitted[a][:, b], fitted.new_zeros(0)).solutions(STRENGTHS):
+    for weight in Gram(fitted[a][:, a], fitted[a][:, b], fitted.new_zeros(0)).solutions(L2_STRENGTHS):
         errors = _errors(held, a, b, weight)
         chosen = torch.where(errors < least, _errors(test, a, b, weight), chosen)
         least = torch.minimum(errors, least)

@@ -21,7 +21,7 @@ from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 from concat_ensemble.studies.cost import hardware, member_costs
-from concat_ensemble.studies.results import Cost, Results, Row, Run, packed
+from concat_ensemble.studies.results import Cost, Results, Row, Run, pack_bits
 
 NOTHING = Cost(0.0, 0.0)
 NEVER = -1e4  # the logit of a class without training images: it is not chosen
@@ -34,7 +34,7 @@ def probe_ensemble(
     name: str = "ensemble",
     described: dict | None = None,
     baselines: dict[str, nn.Module] | None = None,
-    draws: int = 5,
+    num_resamples: int = 5,
     seed: int = 0,
     quiet: bool = False,
     **extraction,
@@ -47,7 +47,7 @@ def probe_ensemble(
         name: Of the ensemble, in the table.
         described: How the dataset was named, for the record.
         baselines: Other ensembles on the same images, such as the longer or wider single network.
-        draws: How often the training images are drawn anew, for how much the result depends on them.
+        num_resamples: Bootstrap resamples of the training images, for how much the result depends on them.
         seed: Of the untrained members, the random projection and the draws; recorded with every run.
         extraction: Further arguments of `extract_features`.
 
@@ -64,30 +64,36 @@ def probe_ensemble(
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members)} | (baselines or {})
     for other, baseline in (baselines or {}).items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        row = Row(other, "baseline", sum(features.widths), len(baseline.members), *spent_on(baseline))
+        row = Row(other, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
         row.cost = sum(member_costs(baseline, device), NOTHING)
         candidates.append((row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
     row = Row(
-        "untrained members", "control", sum(untrained.widths), len(model.members), 0, 0.0, cost=sum(costs, NOTHING)
+        "untrained members",
+        "control",
+        sum(untrained.feature_dims),
+        len(model.members),
+        0,
+        0.0,
+        cost=sum(costs, NOTHING),
     )
     candidates.append((row, untrained))
     modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
     pixels = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
-    candidates.append((Row("raw pixels", "control", pixels.widths[0], 0, 0, 0.0), pixels))
+    candidates.append((Row("raw pixels", "control", pixels.feature_dims[0], 0, 0, 0.0), pixels))
 
     probes = {}
     for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
         probes[row.name] = _fitted(row, features, seed)
-        row.runs.append(_measured(probes[row.name], features, draws, seed))
+        row.runs.append(_measured(probes[row.name], features, num_resamples, seed))
     results = Results(
         ensemble=name,
         dataset=described or {},
         probe={
             "kind": "linear",
-            "strengths": list(probes[name].strengths),
+            "l2_strengths": list(probes[name].l2_strengths),
             "selection": "validation top-1, then fitted on train + validation",
-            "draws": draws,
+            "num_resamples": num_resamples,
         },
         rows=[row for row, _ in candidates],
         members_sha256=members_sha256(model.config),
@@ -109,7 +115,7 @@ def probe_again(model: nn.Module, dataset: DatasetDict, name: str, seed: int, **
 
 
 def _fitted(row: Row, features: FeatureTable, seed: int) -> LinearProbe:
-    probe = LinearProbe(standardize=row.kind != "narrowed", seed=seed)
+    probe = LinearProbe(standardize=row.kind != "projected", seed=seed)
     return probe.fit(features["train"], validation=features["validation"])
 
 
@@ -117,16 +123,16 @@ def _candidates(
     model: nn.Module, table: FeatureTable, name: str, seed: int, costs: list[Cost]
 ) -> Iterator[tuple[Row, FeatureTable]]:
     """The ensemble, its prefixes, each member, and itself at one member's width."""
-    widths, count = table.widths, len(table.widths)
+    widths, count = table.feature_dims, len(table.feature_dims)
 
     def row(name: str, kind: str, width: int, part: Sequence[int]) -> Row:
         cost = sum((costs[k] for k in part), NOTHING)
-        return Row(name, kind, width, len(part), *spent_on(model, part), cost=cost)
+        return Row(name, kind, width, len(part), *training_cost(model, part), cost=cost)
 
     everyone = range(len(costs))
     yield row(name, "ensemble", sum(widths), everyone), table
     for k in range(count - 1, 1, -1):
-        yield row(f"{name}, first {k}", "prefix", sum(widths[:k]), range(k)), table.members(range(k))
+        yield row(f"{name}, first {k} members", "first_members", sum(widths[:k]), range(k)), table.members(range(k))
     if count == 1:
         return
     for k in range(count):
@@ -136,7 +142,7 @@ def _candidates(
         ("PCA", principal_projection(table, width)),
         ("random projection", random_projection(table, width, seed)),
     ):
-        yield row(f"{name}, {how} to {width}", "narrowed", width, everyone), projection(table)
+        yield row(f"{name}, {how} to {width}", "projected", width, everyone), projection(table)
 
 
 def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:
@@ -174,30 +180,30 @@ def versions() -> dict[str, str]:
     }
 
 
-def _measured(probe: LinearProbe, table: FeatureTable, draws: int, seed: int) -> Run:
+def _measured(probe: LinearProbe, table: FeatureTable, num_resamples: int, seed: int) -> Run:
     """The one look at the test split, with the probe and with others like it on training images drawn anew."""
-    test, known = table["test"], TableSplit.joined([table["train"], table["validation"]])
+    test, known = table["test"], TableSplit.concatenate([table["train"], table["validation"]])
     scores = np.full((len(test), len(table.class_names)), NEVER)
     scores[:, probe.classes_] = probe.logits(test)
     chosen = scores.argmax(axis=1)
     rng, drawn = np.random.default_rng(seed), []
-    for _ in range(draws):
+    for _ in range(num_resamples):
         numbers = np.sort(rng.integers(0, len(known), len(known)))
-        again = LinearProbe([probe.strength_], probe.standardize, tol=1e-4)
-        drawn.append(again.fit(known.take(numbers)).score(test))
+        again = LinearProbe([probe.l2_strength_], probe.standardize, tol=1e-4)
+        drawn.append(again.fit(known.select(numbers)).score(test))
     return Run(
         seed=seed,
         metrics=ProbeMetrics().compute(predictions=scores, references=test.labels),
-        strength=probe.strength_,
+        l2_strength=probe.l2_strength_,
         n_train=len(known),
         n_test=len(test),
         intervals={metric: list(bounds) for metric, bounds in bootstrap_intervals(chosen, test.labels, seed).items()},
-        draws=drawn,
-        right=packed(chosen == test.labels),
+        resamples=drawn,
+        correct=pack_bits(chosen == test.labels),
     )
 
 
-def spent_on(model: nn.Module, numbers=None) -> tuple[int | None, float | None]:
+def training_cost(model: nn.Module, numbers=None) -> tuple[int | None, float | None]:
     """Steps and GFLOP that the training of these members took, each where all of them say."""
     built = model.config.built_members
     chosen = built if numbers is None else [built[k] for k in numbers]

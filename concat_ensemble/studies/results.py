@@ -1,4 +1,4 @@
-"""Results of a probe, as a file: what was measured, on what, how often, and how sure it is."""
+"""Results of a probe as a file: what was measured, on what, how often, and how sure it is."""
 
 from __future__ import annotations
 
@@ -12,24 +12,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from scipy import stats
 
+from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import paired_difference, wilson_interval
-from concat_ensemble.records import fits, misfit
 
 RESULTS = "results"  # the folder of results files in an ensemble's folder
-# "narrowed": the ensemble itself at one member's width
-KINDS = ("ensemble", "prefix", "member", "narrowed", "baseline", "control")
-# What is shown of how a dataset was asked for.
-DATASET = {
-    "name": str | None,
-    "config": str | None,
-    "revision": str | None,
-    "classes": list[int | str] | None,
-    "shots": int | None,
-    "test_images": int | None,
-}
+SCHEMA_VERSION = 2
+# "first_members": the first 2, 3, ... members; "projected": the ensemble projected to the features of one member
+KINDS = ("ensemble", "first_members", "member", "projected", "baseline", "control")
+# Version 1 (0.1.0) had other names. Protocols are hashes over its names, so that they stay what they were.
+VERSION_1_KINDS = {"prefix": "first_members", "narrowed": "projected"}
+VERSION_1_ROW = {"width": "num_features"}
+VERSION_1_RUN = {"strength": "l2_strength", "draws": "resamples", "right": "correct"}
+VERSION_1_PROBE = {"strengths": "l2_strengths", "draws": "num_resamples"}
+
+
+@dataclass
+class DatasetSettings:
+    """The settings of a dataset that cards show, with their types."""
+
+    name: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    classes: list[int | str] | None = None
+    shots: int | None = None
+    test_images: int | None = None
 
 
 @dataclass
@@ -50,29 +60,29 @@ class Cost:
 
 @dataclass
 class Run:
-    """One probe of one set of features, on one draw of the data. Accuracies are shares of the `n_test` test images."""
+    """One probe of one set of features in one repeat. Accuracies are shares of the `n_test` test images."""
 
     seed: int
     metrics: dict[str, float]
-    strength: float  # L2, chosen on validation data
+    l2_strength: float  # chosen on validation data
     n_train: int
     n_test: int
-    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, over redrawn test images
-    draws: list[float] = field(default_factory=list)  # top-1 with the training images drawn anew, with replacement
-    right: str = ""  # which test images are predicted right: packed bits in base64, for paired tests
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, bootstrap over the test images
+    resamples: list[float] = field(default_factory=list)  # top-1 with bootstrap resamples of the training images
+    correct: str = ""  # which test images are predicted correctly: packed bits in base64, for paired tests
 
     @property
-    def right_images(self) -> np.ndarray | None:
-        """(N,) bool, in the order of the test split."""
-        if not self.right:
+    def correct_images(self) -> np.ndarray | None:
+        """(N,) bool, in the order of the test split; None where the run does not say."""
+        if not self.correct:
             return None
-        packed = np.frombuffer(base64.b64decode(self.right), dtype=np.uint8)
-        return np.unpackbits(packed, count=self.n_test).astype(bool)
+        bits = np.frombuffer(base64.b64decode(self.correct), dtype=np.uint8)
+        return np.unpackbits(bits, count=self.n_test).astype(bool)
 
 
-def packed(right: np.ndarray) -> str:
-    """(N,) bool as a file keeps it."""
-    return base64.b64encode(np.packbits(right).tobytes()).decode()
+def pack_bits(correct: np.ndarray) -> str:
+    """(N,) bool as a results file stores it."""
+    return base64.b64encode(np.packbits(correct).tobytes()).decode()
 
 
 @dataclass
@@ -81,16 +91,12 @@ class Row:
 
     name: str
     kind: str
-    width: int
+    num_features: int
     num_members: int = 0
     steps: int | None = None  # spent on training the members, in all
     gflops: float | None = None  # the same in floating-point operations, where every member says
     runs: list[Run] = field(default_factory=list)
     cost: Cost | None = None  # of one image, where it runs through a network
-
-    def __post_init__(self):
-        if isinstance(self.cost, dict):  # from a file
-            self.cost = Cost(**self.cost)
 
     @property
     def top1(self) -> np.ndarray:
@@ -106,10 +112,10 @@ class Row:
         return t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
 
     @property
-    def draw_deviation(self) -> float | None:
-        """Standard deviation of top-1 over draws of the training images, averaged over runs; None without draws."""
-        drawn = [np.var(run.draws, ddof=1) for run in self.runs if len(run.draws) > 1]
-        return float(np.sqrt(np.mean(drawn))) if drawn else None
+    def resample_deviation(self) -> float | None:
+        """Standard deviation of top-1 over resamples of the training images, averaged over runs; None without any."""
+        variances = [np.var(run.resamples, ddof=1) for run in self.runs if len(run.resamples) > 1]
+        return float(np.sqrt(np.mean(variances))) if variances else None
 
 
 @dataclass
@@ -136,12 +142,11 @@ class Results:
 
     @property
     def protocol(self) -> str:
-        """Names the protocol: the same eight characters only where data, cuts, solver, grid and selection are the same
-        (seeds aside).
-        """
+        """Eight characters that are the same only where data, splits, solver, grid and selection are (seeds aside)."""
+        version_1 = {new: old for old, new in VERSION_1_PROBE.items()}
         settings = {
             "dataset": {key: value for key, value in self.dataset.items() if key != "seed"},
-            "probe": self.probe,
+            "probe": {version_1.get(key, key): value for key, value in self.probe.items()},
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -160,51 +165,37 @@ class Results:
             error = paired.std(ddof=1) / np.sqrt(self.repeats)
             p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else float(paired[0] == 0)
             return float(paired.mean()), t_interval(paired), p
-        mine, its = self[name].runs[0].right_images, self[other].runs[0].right_images
+        mine, its = self[name].runs[0].correct_images, self[other].runs[0].correct_images
         if mine is None or its is None:
             return float(paired[0]), (-float("inf"), float("inf")), 1.0
         return paired_difference(mine, its)
 
     def save(self, path: Path) -> None:
-        write_json(path, {"protocol": self.protocol, **dataclasses.asdict(self)})
+        write_json(path, {"schema_version": SCHEMA_VERSION, "protocol": self.protocol, **dataclasses.asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """
+        """Read a file that this version or an earlier one wrote.
+
         Raises:
             ValueError: when the file is not one that `save` wrote.
         """
         try:
-            content = json.loads(Path(path).read_text())
-            content.pop("protocol")
-            rows = [Row(**{**row, "runs": [Run(**run) for run in row["runs"]]}) for row in content.pop("rows")]
-            found = cls(**content, rows=rows)
-            found._check()
-            return found
-        except (
-            AttributeError,
-            KeyError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:  # ValueError: not JSON, or not text
+            content = msgspec.json.decode(Path(path).read_bytes())
+            version = content.get("schema_version", 1)
+            if version not in (1, SCHEMA_VERSION):
+                raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
+            results = msgspec.convert(_from_version_1(content) if version == 1 else content, cls)
+            msgspec.convert(results.dataset, DatasetSettings)
+            for row in results.rows:
+                _check_row(row)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a results file ({error}); probe again with --overwrite.") from error
-
-    def _check(self) -> None:
-        """Raise ValueError for what no probe measures: a stranger's file is shown on cards and pages."""
-        if name := misfit(self) or next(
-            (k for k, hint in DATASET.items() if not fits(self.dataset.get(k), hint)), None
-        ):
-            raise ValueError(f"its {name} is of another type")
-        if not self.rows or len({len(row.runs) for row in self.rows}) > 1 or not self.repeats:
-            raise ValueError("its rows have not one number of runs each")
-        for row in self.rows:
-            if row.kind not in KINDS or min(row.width, row.num_members) < 0:
-                raise ValueError(f"its row {row.name!r} is none of {', '.join(KINDS)}")
-            for run in row.runs:
-                length = len(base64.b64decode(run.right, validate=True))
-                if not (run.n_test > 0 and 0 <= run.metrics["top1"] <= 1 and length in (0, -(-run.n_test // 8))):
-                    raise ValueError(f"its row {row.name!r} is not of {run.n_test} test images")
+        if not results.rows or len({len(row.runs) for row in results.rows}) > 1 or not results.repeats:
+            raise ValueError(
+                f"{path} is not a results file (its rows must all have the same number of runs); probe again with --overwrite."
+            )
+        return results
 
     @classmethod
     def merged(cls, repeats: list[Results]) -> Results:
@@ -225,13 +216,33 @@ class Results:
         return dataclasses.replace(repeats[0], rows=rows)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written aside and renamed: a kill leaves what was there, or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.unlink(missing_ok=True)  # were it a link, what it points to would be written
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file that 0.1.0 wrote under today's names."""
+    return content | {
+        "probe": _rename(content["probe"], VERSION_1_PROBE),
+        "rows": [_row_from_version_1(row) for row in content["rows"]],
+    }
+
+
+def _row_from_version_1(row: dict[str, Any]) -> dict[str, Any]:
+    kind = VERSION_1_KINDS.get(row["kind"], row["kind"])
+    name = f"{row['name']} members" if kind == "first_members" else row["name"]
+    runs = [_rename(run, VERSION_1_RUN) for run in row["runs"]]
+    return _rename(row, VERSION_1_ROW) | {"name": name, "kind": kind, "runs": runs}
+
+
+def _rename(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in content.items()}
+
+
+def _check_row(row: Row) -> None:
+    """Raise ValueError for values that no probe gives: results of strangers are shown on cards and pages."""
+    if row.kind not in KINDS or min(row.num_features, row.num_members) < 0:
+        raise ValueError(f"its row {row.name!r} is of kind {row.kind!r}, not one of {', '.join(KINDS)}")
+    for run in row.runs:
+        num_bytes = len(base64.b64decode(run.correct, validate=True))
+        if not (run.n_test > 0 and 0 <= run.metrics["top1"] <= 1 and num_bytes in (0, -(-run.n_test // 8))):
+            raise ValueError(f"its row {row.name!r} does not fit {run.n_test} test images")
 
 
 def short_name(results: Results, row: Row) -> str:

@@ -1,7 +1,7 @@
 """Which members to keep: ridge probes of every subset from one table, what each member adds, and the best for its cost.
 
 A subset's Gram matrix is a part of the whole table's, and its kernel X X' a sum of its members'. So after one pass over the rows every
-subset costs one small factorisation for each strength; the images themselves are not touched again.
+subset costs one small factorisation for each l2_strength; the images themselves are not touched again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from datasets import DatasetDict
 from sklearn.model_selection import StratifiedKFold
 
-from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, TableSplit
+from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import bootstrap_mean
 from concat_ensemble.probes.ridge import Gram
-from concat_ensemble.studies.results import Cost, write_json
+from concat_ensemble.studies.results import Cost
 
-STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3)
+L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3)
 MOST_MEMBERS = 12  # of which all 4,095 subsets are probed; beyond, a greedy search
 MOST_WORK = 5e13  # floating-point operations of an exhaustive search: some minutes on a desk
 QUICK_IMAGES, QUICK_FOLDS = 1_500, 5
@@ -42,7 +43,7 @@ class Subset:
 
     members: tuple[int, ...]
     top1: float
-    strength: float
+    l2_strength: float
     cost: Cost
     right: np.ndarray = field(repr=False, compare=False)  # (N,) bool, per held-out image
 
@@ -75,7 +76,7 @@ class Selection:
     probes' on held-out training images; the test split was never read."""
 
     names: list[str]
-    widths: list[int]
+    feature_dims: list[int]
     costs: list[Cost]
     subsets: list[Subset]
     contributions: list[Contribution]
@@ -149,7 +150,7 @@ def select_members(
     max_gflops: float | None = None,
     max_parameters: float | None = None,
     folds: int | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    l2_strengths: Sequence[float] = L2_STRENGTHS,
     seed: int = 0,
 ) -> Selection:
     """Ridge probes of all subsets of a table's members (a greedy search where these are too many), and what to keep.
@@ -163,14 +164,14 @@ def select_members(
         max_members, max_gflops, max_parameters: A budget for what is chosen; parameters in millions.
         folds: Pool both splits and predict each image from the other folds, which is what few images want; else fit on
             `train` and predict `validation`.
-        strengths: Of L2, as in `RidgeProbe`; each subset has its best.
+        l2_strengths: Of L2, as in `RidgeProbe`; each subset has its best.
         seed: Of the folds and of the bootstraps.
 
     Raises:
         ValueError: when no subset is within the budget.
     """
-    search = _Search(_cuts(table, folds, seed), table, costs, strengths)
-    everyone = range(len(table.widths))
+    search = _Search(_cuts(table, folds, seed), table, costs, l2_strengths)
+    everyone = range(len(table.feature_dims))
     exhaustive = len(everyone) <= MOST_MEMBERS and search.work() <= MOST_WORK
     for members in _all(len(everyone)) if exhaustive else [(k,) for k in everyone]:
         search.probe(members)
@@ -201,7 +202,7 @@ def select_members(
     gains = [search.gain(after, before) for before, after in itertools.pairwise(chain)]
     return Selection(
         names=list(names),
-        widths=table.widths,
+        feature_dims=table.feature_dims,
         costs=list(costs),
         subsets=sorted(search.probed.values(), key=lambda s: (-s.top1, s.cost.gflops)),
         contributions=contributions,
@@ -210,7 +211,7 @@ def select_members(
         order=[(chain[n + 1][-1], float(gain.mean()), bootstrap_mean(gain, seed)) for n, gain in enumerate(gains)],
         n_train=search.n_train,
         n_held=len(search.nothing),
-        probe={"kind": "ridge", "strengths": list(strengths), "folds": folds, "seed": seed},
+        probe={"kind": "ridge", "l2_strengths": list(l2_strengths), "folds": folds, "seed": seed},
     )
 
 
@@ -225,10 +226,10 @@ def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
 class _Search:
     """The subsets that were probed, on the held-out images of all cuts."""
 
-    def __init__(self, cuts, table: FeatureTable, costs: Sequence[Cost], strengths: Sequence[float]):
-        self.widths, self.costs, self.strengths = table.widths, costs, strengths
+    def __init__(self, cuts, table: FeatureTable, costs: Sequence[Cost], l2_strengths: Sequence[float]):
+        self.feature_dims, self.costs, self.l2_strengths = table.feature_dims, costs, l2_strengths
         self.n_train = len(cuts[0][0])
-        self.scorers = [_Scorer(fitted, held, table, strengths) for fitted, held in cuts]
+        self.scorers = [_Scorer(fitted, held, table, l2_strengths) for fitted, held in cuts]
         self.probed: dict[tuple[int, ...], Subset] = {}
         # What no member at all gets right: the commonest class.
         guesses = []
@@ -240,10 +241,10 @@ class _Search:
     def probe(self, members: Sequence[int]) -> Subset:
         members = tuple(sorted(members))
         if members not in self.probed:
-            rights = np.concatenate([scorer.right(members) for scorer in self.scorers], axis=1)  # (strengths, N)
+            rights = np.concatenate([scorer.right(members) for scorer in self.scorers], axis=1)  # (l2_strengths, N)
             at = int(rights.mean(axis=1).argmax())
             cost = sum((self.costs[k] for k in members), Cost(0.0, 0.0))
-            self.probed[members] = Subset(members, float(rights[at].mean()), self.strengths[at], cost, rights[at])
+            self.probed[members] = Subset(members, float(rights[at].mean()), self.l2_strengths[at], cost, rights[at])
         return self.probed[members]
 
     def gain(self, members: Sequence[int], others: Sequence[int]) -> np.ndarray:
@@ -253,17 +254,19 @@ class _Search:
 
     def work(self) -> float:
         """Operations of all subsets' factorisations."""
-        sizes = (min(self.n_train, sum(self.widths[k] for k in members)) for members in _all(len(self.widths)))
-        return sum(size**3 / 3 for size in sizes) * len(self.strengths) * len(self.scorers)
+        sizes = (
+            min(self.n_train, sum(self.feature_dims[k] for k in members)) for members in _all(len(self.feature_dims))
+        )
+        return sum(size**3 / 3 for size in sizes) * len(self.l2_strengths) * len(self.scorers)
 
 
 class _Scorer:
     """Predictions for held-out rows by ridge on any subset of the members. Where rows are fewer than columns, by kernels."""
 
-    def __init__(self, fitted: TableSplit, held: TableSplit, table: FeatureTable, strengths: Sequence[float]):
-        self.strengths = strengths
+    def __init__(self, fitted: TableSplit, held: TableSplit, table: FeatureTable, l2_strengths: Sequence[float]):
+        self.l2_strengths = l2_strengths
         mean, scale = moments(fitted)
-        X, self.held = Design(fitted, mean, scale), Design(held, mean, scale)
+        X, self.held = StandardizedFeatures(fitted, mean, scale), StandardizedFeatures(held, mean, scale)
         classes, numbers = np.unique(fitted.labels, return_inverse=True)
         y = torch.from_numpy(numbers).to(X.device)
         # a class that was never fitted is never predicted
@@ -271,32 +274,32 @@ class _Scorer:
             np.array([np.flatnonzero(classes == label)[0] if label in classes else -1 for label in held.labels])
         )
         self.truth = self.truth.to(X.device)
-        bounds = np.cumsum([0, *table.widths])
+        bounds = np.cumsum([0, *table.feature_dims])
         self.columns = [torch.arange(low, high, device=X.device) for low, high in itertools.pairwise(bounds)]
-        n, self.width = X.shape
-        if n >= self.width:
-            self.gram = Gram.of(X, y, len(classes))
+        n, self.num_features = X.shape
+        if n >= self.num_features:
+            self.gram = Gram.from_rows(X, y, len(classes))
             return
         self.gram = None
-        rows, others = (torch.cat([chunk for _, chunk in design.chunks()]).double() for design in (X, self.held))
+        rows, others = (torch.cat([chunk for _, chunk in split.chunks()]).double() for split in (X, self.held))
         self.kernels = [(rows[:, c] @ rows[:, c].T / n, others[:, c] @ rows[:, c].T / n) for c in self.columns]
         hot = torch.nn.functional.one_hot(y, len(classes)).double()
         self.shares = hot.mean(0)
         self.targets = hot - self.shares
 
     def right(self, members: Sequence[int]) -> np.ndarray:
-        """(strengths, N) bool: which held-out rows are predicted right."""
+        """(l2_strengths, N) bool: which held-out rows are predicted right."""
         if self.gram is None:
             kernel, across = (sum(self.kernels[k][which] for k in members) for which in (0, 1))
-            found = Gram(kernel, self.targets, self.shares).solutions(self.strengths)
+            found = Gram(kernel, self.targets, self.shares).solutions(self.l2_strengths)
             rights = [(across @ weight + self.shares).argmax(1) == self.truth for weight in found]
             return torch.stack(rights).cpu().numpy()
         columns = torch.cat([self.columns[k] for k in members])
-        weight = torch.cat(list(self.gram.columns(columns).solutions(self.strengths)), 1).to(self.held.dtype)
-        rights = torch.empty(len(self.strengths), len(self.held), dtype=torch.bool, device=weight.device)
+        weight = torch.cat(list(self.gram.columns(columns).solutions(self.l2_strengths)), 1).to(self.held.dtype)
+        rights = torch.empty(len(self.l2_strengths), len(self.held), dtype=torch.bool, device=weight.device)
         for rows, chunk in self.held.chunks():
-            chosen = chunk if len(columns) == self.width else chunk[:, columns]
-            scores = (chosen @ weight).view(len(chunk), len(self.strengths), -1) + self.gram.shares.to(weight.dtype)
+            chosen = chunk if len(columns) == self.num_features else chunk[:, columns]
+            scores = (chosen @ weight).view(len(chunk), len(self.l2_strengths), -1) + self.gram.shares.to(weight.dtype)
             rights[:, rows] = self.truth[rows] == scores.argmax(2).T
         return rights.cpu().numpy()
 
@@ -315,9 +318,9 @@ def _cuts(table: FeatureTable, folds: int | None, seed: int) -> list[tuple[Table
     train, validation = table["train"], table["validation"]
     if folds is None:
         return [(train, validation)]
-    pooled = TableSplit.joined([train, validation])
+    pooled = TableSplit.concatenate([train, validation])
     cuts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(pooled)), pooled.labels)
-    return [(pooled.take(fitted), pooled.take(held)) for fitted, held in cuts]
+    return [(pooled.select(fitted), pooled.select(held)) for fitted, held in cuts]
 
 
 def _all(count: int) -> Iterator[tuple[int, ...]]:
@@ -333,7 +336,7 @@ def _as_good(right: np.ndarray, best: np.ndarray, seed: int) -> bool:
 
 def _shapley(search: _Search, k: int) -> np.ndarray:
     """Member k's mean gain over all orders, image by image."""
-    count = len(search.widths)
+    count = len(search.feature_dims)
     others = [other for other in range(count) if other != k]
     total = np.zeros(len(search.nothing))
     for size in range(count):

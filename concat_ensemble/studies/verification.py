@@ -55,7 +55,7 @@ def verify_ensemble(folder: Path, model: nn.Module, **extraction) -> list[Check]
         if study.probe.get("kind") != "linear":
             continue  # a fine-tuning is not a probe of these features
         dataset, seed = study.dataset, study.dataset.get("seed", 0)
-        again = probe_again(model, dataset_of(dataset), study.ensemble, seed, **extraction)
+        again = probe_again(model, load_recorded_dataset(dataset), study.ensemble, seed, **extraction)
         for row in (row for row in study.rows if row.name in again):
             run = next((run for run in row.runs if run.seed == seed), row.runs[0])
             top1, interval = run.metrics["top1"], wilson_interval(run.metrics["top1"], run.n_test)
@@ -65,7 +65,7 @@ def verify_ensemble(folder: Path, model: nn.Module, **extraction) -> list[Check]
     return found
 
 
-def dataset_of(recorded: dict):
+def load_recorded_dataset(recorded: dict):
     """The dataset of a results file, as it was asked for."""
     drawn = {key: recorded[key] for key in DRAWN if key in recorded}
     if recorded.get("recipe"):

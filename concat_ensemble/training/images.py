@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from concat_ensemble.data.loading import Scatter, class_names, decoded, load_data, load_stream, open_image
+from concat_ensemble.data.loading import Scatter, class_names, decode_image, load_data, load_stream, read_image
 from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.training.recipe import Settings
@@ -164,11 +164,11 @@ class Images:
             collate_fn=lambda places: _collate([views[place] for place in places])[1:],
         )
 
-    def labels_of(self, split: str) -> np.ndarray:
+    def labels(self, split: str) -> np.ndarray:
         return np.asarray(self.data[split].with_format("numpy")["label"][:])
 
     def _placeable(self, number: int) -> torch.Tensor:
-        return pil_to_tensor(convert_image(open_image(self.split, number), self.pixels.mode)).float() / 255
+        return pil_to_tensor(convert_image(read_image(self.split, number), self.pixels.mode)).float() / 255
 
     def _scattered(self, part: list[tuple[int, int]], seeds: Sequence[int]) -> Batch:
         numbers = [number for _, number in part]
@@ -225,19 +225,19 @@ class _Order:
 
 
 class _Views(TorchDataset):
-    """An image as each of the networks sees it in an epoch: decoded once, augmented for each anew."""
+    """An image as each of the networks sees it in an epoch: decode_image once, augmented for each anew."""
 
     def __init__(self, split, pixels: Pixels, transform, seeds: Sequence[int]):
         self.split, self.pixels, self.transform, self.seeds = split, pixels, transform, seeds
 
     def __getitem__(self, place: tuple[int, int]):
         epoch, number = place
-        image = convert_image(open_image(self.split, number), self.pixels.mode)
+        image = convert_image(read_image(self.split, number), self.pixels.mode)
         return number, _seen(image, self.transform, self.seeds, epoch, number), self.split[number]["label"]
 
 
 class _Stream(IterableDataset):
-    """Parts of batches from a stream, the first `skip` of each worker left out: these images are read past, not decoded."""
+    """Parts of batches from a stream, the first `skip` of each worker left out: these images are read past, not decode_image."""
 
     def __init__(self, stream, size: int, skip: int, pixels: Pixels, transform, seeds: Sequence[int]):
         self.stream, self.size, self.skip, self.pixels = stream, size, skip, pixels
@@ -255,7 +255,9 @@ class _Stream(IterableDataset):
             self.stream.set_epoch(epoch)
             for example in self.stream:
                 if number >= self.skip * self.size:
-                    image = convert_image(decoded(example["image"], f"image {number} of the stream"), self.pixels.mode)
+                    image = convert_image(
+                        decode_image(example["image"], f"image {number} of the stream"), self.pixels.mode
+                    )
                     drawn = (worker.id if worker else 0, number)
                     yield number, _seen(image, self.transform, self.seeds, *drawn), example["label"]
                 number += 1

@@ -25,7 +25,7 @@ class Size:
     parameters: int
 
     @classmethod
-    def of(cls, architecture: str, model_args: dict, input_size: Sequence[int], num_classes: int) -> Size:
+    def measure(cls, architecture: str, model_args: dict, input_size: Sequence[int], num_classes: int) -> Size:
         with torch.device("meta"):
             network = timm.create_model(architecture, num_classes=num_classes, **model_args).eval()
             counter = FlopCounterMode(display=False)

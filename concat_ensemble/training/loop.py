@@ -37,7 +37,7 @@ STATISTICS_BATCHES = 50  # for BatchNorm under weights that were averaged, and n
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def accelerator_of(settings: Settings, cpu: bool) -> Accelerator:
+def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
     """A new one for each training, so that nothing of the one before is left in it."""
     return Accelerator(
         cpu=cpu,
@@ -53,7 +53,7 @@ class Loop:
     """The training of some networks in step: on the same images, each with its own view of them and its own optimizer.
 
     Args:
-        accelerator: From `accelerator_of`.
+        accelerator: From `create_accelerator`.
         settings: How they are trained.
         networks: Newly made.
         steps: Updates of each network.
@@ -108,7 +108,7 @@ class Loop:
         self.step, self.seconds = 0, 0.0
         if last is not None:
             accelerator.load_state(last)
-            self.step, self.seconds = (told_of(last)[key] for key in ("step", "seconds"))
+            self.step, self.seconds = (read_training_state(last)[key] for key in ("step", "seconds"))
             for schedule in filter(None, self._schedules):
                 schedule.step_update(self.step)
 
@@ -297,10 +297,10 @@ class Loop:
 
     def _last_checkpoint(self) -> Path | None:
         found = self._checkpoints()
-        return found[-1] if found and is_of(found[-1], self.identity) else None
+        return found[-1] if found and matches_identity(found[-1], self.identity) else None
 
 
-def is_of(folder: Path, identity: dict) -> bool:
+def matches_identity(folder: Path, identity: dict) -> bool:
     """Whether a checkpoint, or what a training left, is there and is of this very training.
 
     Raises:
@@ -308,7 +308,7 @@ def is_of(folder: Path, identity: dict) -> bool:
     """
     if not folder.exists():
         return False
-    there, here = told_of(folder).get("identity", {}), json.loads(json.dumps(identity))
+    there, here = read_training_state(folder).get("identity", {}), json.loads(json.dumps(identity))
     for key in here.keys() | there.keys():
         if there.get(key) != here.get(key):
             raise ValueError(
@@ -318,7 +318,7 @@ def is_of(folder: Path, identity: dict) -> bool:
     return True
 
 
-def told_of(folder: Path) -> dict:
+def read_training_state(folder: Path) -> dict:
     """What was written beside a checkpoint, or beside what a training left."""
     try:
         return json.loads((folder / TOLD).read_text())

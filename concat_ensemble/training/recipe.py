@@ -11,7 +11,8 @@ import timm.scheduler
 import yaml
 from timm.data import auto_augment_transform, rand_augment_transform
 
-from concat_ensemble.records import fits, read_yaml, spelled
+from concat_ensemble.files import read_yaml
+from concat_ensemble.records import fits, spelled
 
 AUGMENTATIONS = ("timm", "scatter", "none")
 SCHEDULES = ("cosine", "tanh", "wsd", "constant")  # of timm's: a warmup, then as each says
@@ -195,7 +196,7 @@ class Recipe(Settings):
     wide_steps: int = 0  # its steps; at equal FLOPs a quarter where widths are doubled
     snapshots: int = 0  # members out of one run of total_steps with as many cycles of the learning rate: CAT4-S for 4
     seeds: list[int] | None = None  # of a single ensemble's members; else network n of the run has seed * 100 + n
-    members_per_process: int = 1  # trained in one pass over the images, each decoded once for all
+    members_per_process: int = 1  # trained in one pass over the images, each decode_image once for all
 
     def __post_init__(self):
         super().__post_init__()

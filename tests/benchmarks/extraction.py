@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
-from concat_ensemble.data.loading import open_image
+from concat_ensemble.data.loading import read_image
 from concat_ensemble.features.store import image_hashes
 
 
@@ -48,7 +48,7 @@ def bare_loop(model, processor, dataset: DatasetDict, batch_size: int, workers: 
     split = [(name, n) for name, rows in dataset.items() for n in range(len(rows))]
 
     def collate(places):
-        return processor([open_image(dataset[name], n) for name, n in places], return_tensors="pt")["pixel_values"]
+        return processor([read_image(dataset[name], n) for name, n in places], return_tensors="pt")["pixel_values"]
 
     started = time.perf_counter()
     loader = DataLoader(split, batch_size=batch_size, num_workers=workers, collate_fn=collate)
@@ -83,7 +83,7 @@ def main() -> None:
     split = dataset["train"]
     number = min(64, len(split))
     started = time.perf_counter()
-    pixels = [processor([open_image(split, n)], return_tensors="pt")["pixel_values"] for n in range(number)]
+    pixels = [processor([read_image(split, n)], return_tensors="pt")["pixel_values"] for n in range(number)]
     reading = (time.perf_counter() - started) / number
     started = time.perf_counter()
     image_hashes(split)

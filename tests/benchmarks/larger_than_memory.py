@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from concat_ensemble import LinearProbe, RidgeProbe
-from concat_ensemble.features.standardized import CHUNK, Design
+from concat_ensemble.features.standardized import CHUNK, StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
 
 PROBES = {"ridge": RidgeProbe, "linear": LinearProbe}
@@ -60,7 +60,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     options = parser.parse_args()
-    made = Design._made
+    made = StandardizedFeatures._made
     passes = 0.0
 
     def counted(self, dtype):
@@ -69,7 +69,7 @@ def main() -> None:
             passes += len(chunk) / options.rows
             yield rows, chunk
 
-    Design._made = counted
+    StandardizedFeatures._made = counted
     with tempfile.TemporaryDirectory() as folder:
         features, labels = make(Path(folder) / "features.npy", options.rows, options.width, options.classes)
         held = options.rows // 20

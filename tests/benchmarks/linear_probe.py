@@ -1,11 +1,11 @@
-"""The linear probe's path of strengths against scikit-learn's LogisticRegression(lbfgs), both to 1e-4 of the optimum.
+"""The linear probe's path of l2_strengths against scikit-learn's LogisticRegression(lbfgs), both to 1e-4 of the optimum.
 
     .venv/bin/python tests/benchmarks/linear_probe.py --rows 50000 --width 2048 --classes 100
     .venv/bin/python tests/benchmarks/linear_probe.py --ensemble FOLDER --dataset DATASET --limit 1500
 
 The second form takes an ensemble's features of a dataset's training and validation images in place of made-up ones.
 Prints, per side: seconds (median of the repeats), objectives above the best known, and the ratio. scikit-learn works in float32
-too, starts each strength where the one before ended, and is ended as soon as its objective is within 1e-4 of the best known, so that
+too, starts each l2_strength where the one before ended, and is ended as soon as its objective is within 1e-4 of the best known, so that
 what its own stopping rule would add does not count. Strengths that it has not reached within --budget seconds are left out on both
 sides.
 """
@@ -25,7 +25,7 @@ from concat_ensemble.commands.options import load_model
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.logistic import logistic_path, objective
 
-STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
+L2_STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 WITHIN = 1e-4
 
 
@@ -42,14 +42,14 @@ def features(rows: int, width: int, classes: int) -> tuple[torch.Tensor, torch.T
 
 def real_features(ensemble: str, dataset: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     table = extract_features(load_model(ensemble, seed=0), load_data(dataset, limit=limit))
-    X, y = map(torch.from_numpy, TableSplit.joined([table["train"], table["validation"]]))
+    X, y = map(torch.from_numpy, TableSplit.concatenate([table["train"], table["validation"]]))
     return (X - X.mean(0)) / X.std(0).clamp_min(1e-6), y
 
 
 def ours(X, y, classes, tol=WITHIN / 3):
     """The solutions, and the seconds that each took; the first bears what is done once for all."""
     seconds, path, started = [], [], time.perf_counter()
-    for solution in logistic_path(X, y, STRENGTHS, classes=classes, tol=tol):
+    for solution in logistic_path(X, y, L2_STRENGTHS, classes=classes, tol=tol):
         path.append(solution)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
@@ -57,10 +57,10 @@ def ours(X, y, classes, tol=WITHIN / 3):
 
 
 def theirs(X, y, best, budget):
-    """Seconds and relative excess per strength, of the strengths that the budget allowed."""
+    """Seconds and relative excess per l2_strength, of the l2_strengths that the budget allowed."""
     rows, labels, found, start, real = X.numpy(), y.numpy(), [], None, scipy.optimize.minimize
     deadline = time.perf_counter() + budget
-    for strength, lowest in zip(STRENGTHS, best, strict=True):
+    for l2_strength, lowest in zip(L2_STRENGTHS, best, strict=True):
 
         def until_there(fun, *arguments, lowest=lowest, **settings):
             def there(intermediate_result):
@@ -69,7 +69,7 @@ def theirs(X, y, best, budget):
 
             return real(fun, *arguments, **settings | {"callback": there})
 
-        model = LogisticRegression(C=1 / (len(rows) * strength), warm_start=True, max_iter=100_000, tol=1e-12)
+        model = LogisticRegression(C=1 / (len(rows) * l2_strength), warm_start=True, max_iter=100_000, tol=1e-12)
         if start is not None:
             model.coef_, model.intercept_, model.classes_ = start.coef_, start.intercept_, start.classes_
         started = time.perf_counter()
@@ -78,11 +78,11 @@ def theirs(X, y, best, budget):
             start = model.fit(rows, labels)
         took = time.perf_counter() - started
         weight = torch.from_numpy(model.coef_.T).float()
-        value = float(objective(X @ weight + torch.from_numpy(model.intercept_).float(), y, weight, strength))
+        value = float(objective(X @ weight + torch.from_numpy(model.intercept_).float(), y, weight, l2_strength))
         if value > lowest * (1 + 1.1 * WITHIN):
             return found
         found.append((took, value / lowest - 1))
-        print(f"  scikit-learn, strength {strength:g}: {took:.1f} s, {model.n_iter_[0]} iterations", flush=True)
+        print(f"  scikit-learn, l2_strength {l2_strength:g}: {took:.1f} s, {model.n_iter_[0]} iterations", flush=True)
     return found
 
 
@@ -100,11 +100,11 @@ def main() -> None:
     else:
         X, y = features(options.rows, options.width, options.classes)
     print(f"{X.shape[0]:,} x {X.shape[1]:,}, {options.classes} classes")
-    reference = list(logistic_path(X, y, STRENGTHS, classes=options.classes, tol=1e-8))
+    reference = list(logistic_path(X, y, L2_STRENGTHS, classes=options.classes, tol=1e-8))
     runs = [ours(X, y, options.classes) for _ in range(options.repeats)]
     best = [min(a.objective, b.objective) for a, b in zip(reference, runs[0][1], strict=True)]
     for solution, lowest, took in zip(runs[0][1], best, runs[0][0], strict=True):
-        print(f"  strength {solution.strength:g}: {took:.1f} s, {solution.newton_steps} Newton steps, {solution.products} "
+        print(f"  l2_strength {solution.l2_strength:g}: {took:.1f} s, {solution.newton_steps} Newton steps, {solution.products} "
               f"products, objective {solution.objective:.5f}, {solution.objective / lowest - 1:.1e} above the best")  # fmt: skip
     print(f"logistic_path: {median(sum(s) for s, _ in runs):.1f} s (median of {options.repeats})", flush=True)
     others = [theirs(X, y, best, options.budget) for _ in range(options.repeats)]
@@ -113,7 +113,7 @@ def main() -> None:
         median(sum(s[:done]) for s in side) for side in ([s for s, _ in runs], [[t for t, _ in o] for o in others])
     )
     print(
-        f"{done} of {len(STRENGTHS)} strengths: scikit-learn {other:.1f} s, logistic_path {mine:.1f} s, ratio {other / mine:.1f}"
+        f"{done} of {len(L2_STRENGTHS)} l2_strengths: scikit-learn {other:.1f} s, logistic_path {mine:.1f} s, ratio {other / mine:.1f}"
     )
 
 

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 from concat_ensemble import assemble
-from concat_ensemble.features.memory import freed_memory_kept
+from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK
 
 
@@ -53,7 +53,7 @@ def measure(architecture: str, images: int, repeats: int, dim: int) -> str:
         member.to(memory_format=torch.contiguous_format)
         ntk.features(model, 0, pixels)
 
-    with freed_memory_kept():
+    with keep_freed_memory():
         peaks = [peak()]
         for passes in (1, 4):
             for _ in range(passes):

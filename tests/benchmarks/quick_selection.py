@@ -16,7 +16,7 @@ from concat_ensemble import extract_features, load_data
 from concat_ensemble.commands.options import load_model
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection import NEGLIGIBLE, QUICK_FOLDS, STRENGTHS, _Scorer, select_members
+from concat_ensemble.studies.selection import L2_STRENGTHS, NEGLIGIBLE, QUICK_FOLDS, _Scorer, select_members
 
 
 def few(table: FeatureTable, number: int, seed: int) -> FeatureTable:
@@ -38,22 +38,22 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(options.ensemble, seed=0)
     table = extract_features(model, load_data(options.dataset, limit=options.limit))
-    known, test = TableSplit.joined([table["train"], table["validation"]]), table["test"]
-    scorer = _Scorer(known, test, table, STRENGTHS)
+    known, test = TableSplit.concatenate([table["train"], table["validation"]]), table["test"]
+    scorer = _Scorer(known, test, table, L2_STRENGTHS)
     rights = {}
 
     def right(members) -> np.ndarray:
-        """(N,) on the test images, at the strength that is best there: the same favour for all."""
+        """(N,) on the test images, at the l2_strength that is best there: the same favour for all."""
         members = tuple(sorted(members))
         if members not in rights:
             found = scorer.right(members)
             rights[members] = found[found.mean(axis=1).argmax()].astype(float)
         return rights[members]
 
-    costs, names = [Cost(1.0, 1.0)] * len(table.widths), [str(k) for k in range(len(table.widths))]
+    costs, names = [Cost(1.0, 1.0)] * len(table.feature_dims), [str(k) for k in range(len(table.feature_dims))]
     for number in options.looks:
         inside, dropped, kept, deviations = [], [], [], []
-        for seed in range(options.draws):
+        for seed in range(options.resamples):
             found = select_members(few(table, number, seed), costs, names, folds=QUICK_FOLDS, seed=seed)
             for part in found.contributions:
                 without = [k for k in found.best if k != part.member]
@@ -68,7 +68,7 @@ def main() -> None:
                 if part.advice == "keep":
                     kept.append(gain.mean() > 0)
         print(
-            f"{number} images, {options.draws} looks: {np.mean(inside):.0%} of {len(inside)} intervals hold the truth "
+            f"{number} images, {options.resamples} looks: {np.mean(inside):.0%} of {len(inside)} intervals hold the truth "
             f"(known to {100 * np.mean(deviations):.2f} points); 'drop' right {sum(dropped)} of {len(dropped)}; 'keep' right {sum(kept)} of {len(kept)}"
         )
 

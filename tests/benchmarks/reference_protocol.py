@@ -7,7 +7,7 @@ Prints the seconds of both, their ratio, and top-1 on the test split with 95% in
 - The protocol's time is extrapolated: one true epoch over the training images (read, transform, forward, SGD step of BatchNorm
   and linear layer) is run, and its seconds are multiplied by 28 epochs and 6 decays. What it takes to choose a decay on the
   validation images, to fit the chosen one again, and to run the test images is not counted.
-- Ours is measured whole: training, validation and test images into an empty store, six strengths, the chosen one again.
+- Ours is measured whole: training, validation and test images into an empty store, six l2_strengths, the chosen one again.
 - The protocol's accuracy is `ReferenceProbe`'s on the stored features. That is the same computation: without augmentation
   frozen networks give the same features in every epoch. Below some thousand images 28 epochs are too few steps to fit anything,
   and that accuracy is no measure.
@@ -33,7 +33,7 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.data.loading import class_names, open_image
+from concat_ensemble.data.loading import class_names, read_image
 from concat_ensemble.probes.intervals import paired_difference, wilson_interval
 
 EPOCHS, DECAYS, BATCH = 28, 6, 256
@@ -45,7 +45,7 @@ def one_epoch(model, split, workers: int, device: torch.device) -> float:
     labels = torch.tensor(split["label"])
 
     def batch(numbers):
-        return processor([open_image(split, n) for n in numbers])["pixel_values"], labels[numbers]
+        return processor([read_image(split, n) for n in numbers])["pixel_values"], labels[numbers]
 
     model = model.to(device, memory_format=torch.channels_last)  # as extract_features has it
     width, classes = model.config.num_features, len(class_names(split))
@@ -109,13 +109,13 @@ def main() -> None:
 
     of = f"medians of {options.repeats}"
     print(f"protocol: {EPOCHS} epochs x {DECAYS} decays x {epoch:.2f} s ({of}) = {theirs:,.0f} s, extrapolated")
-    print(f"here:     {extraction:.2f} s extraction + {path:.2f} s path of strengths ({of}) = {mine:,.2f} s")
+    print(f"here:     {extraction:.2f} s extraction + {path:.2f} s path of l2_strengths ({of}) = {mine:,.2f} s")
     print(f"ratio:    {theirs / mine:,.0f}   (ReferenceProbe in the place of the path: {seconds:.2f} s, once)")
     test = table["test"]
     right = {name: probe.predict(test) == test.labels for name, probe in (("here", linear), ("protocol", reference))}
     difference, (low, high), p = paired_difference(right["here"], right["protocol"])
-    print(f"top-1 in %, 95%: protocol {told(right['protocol'])}, decay {reference.strength_:.1e}")
-    print(f"                 here     {told(right['here'])}, strength {linear.strength_:.1e}")
+    print(f"top-1 in %, 95%: protocol {told(right['protocol'])}, decay {reference.l2_strength_:.1e}")
+    print(f"                 here     {told(right['here'])}, l2_strength {linear.l2_strength_:.1e}")
     print(
         f"                 here minus protocol {100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], p = {p:.2g}"
     )

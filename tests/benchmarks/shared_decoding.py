@@ -1,4 +1,4 @@
-"""What it saves to train several members in one pass over the images: each JPEG is decoded once for all of them.
+"""What it saves to train several members in one pass over the images: each JPEG is decode_image once for all of them.
 
     .venv/bin/python tests/benchmarks/shared_decoding.py
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/subsets.py
 
-Both sides start from the table in memory: moments, Gram matrix, five strengths, top-1 on the validation rows. Printed are the median
+Both sides start from the table in memory: moments, Gram matrix, five l2_strengths, top-1 on the validation rows. Printed are the median
 seconds and ratios, beside the same solver on all four alone and beside `RidgeProbe`, which is fitted a second time on all rows.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from concat_ensemble import RidgeProbe
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection import STRENGTHS, _Scorer, select_members
+from concat_ensemble.studies.selection import L2_STRENGTHS, _Scorer, select_members
 
 
 def table(rows: int, held: int, width: int, classes: int) -> FeatureTable:
@@ -40,10 +40,10 @@ def main() -> None:
     alone, estimator, together = [], [], []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        right = _Scorer(features["train"], features["validation"], features, STRENGTHS).right(range(4))
+        right = _Scorer(features["train"], features["validation"], features, L2_STRENGTHS).right(range(4))
         alone.append(time.perf_counter() - started)
         started = time.perf_counter()
-        probe = RidgeProbe(STRENGTHS)
+        probe = RidgeProbe(L2_STRENGTHS)
         probe.fit(features["train"], validation=features["validation"])
         estimator.append(time.perf_counter() - started)
         started = time.perf_counter()

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from concat_ensemble import assemble, extract_features, load_data
 from concat_ensemble.commands.app import main
-from concat_ensemble.studies.results import Results, Row, Run, packed
+from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
 torch.set_num_threads(1)
 threadpool_limits(1)  # threads that wait for each other make tiny problems ten times slower on a busy machine
@@ -95,13 +95,13 @@ def study():
             runs = []
             for seed, share in enumerate(shares):
                 right = np.random.default_rng(n).permutation(100) < round(100 * share)
-                runs.append(Run(seed, {"top1": share, "macro_f1": share / 2}, 0.1, 50, 100, right=packed(right)))
-            rows.append(Row(name, kind, width=32, num_members=2 if n == 0 else 1, steps=20, runs=runs))
+                runs.append(Run(seed, {"top1": share, "macro_f1": share / 2}, 0.1, 50, 100, correct=pack_bits(right)))
+            rows.append(Row(name, kind, num_features=32, num_members=2 if n == 0 else 1, steps=20, runs=runs))
         dataset = {"name": "digits", "classes": [5, 6], "test_images": 100, "seed": 0} | (dataset or {})
         return Results(
             "pair",
             dataset,
-            {"kind": "linear", "strengths": [1.0, 0.1]},
+            {"kind": "linear", "l2_strengths": [1.0, 0.1]},
             rows,
             list(hashes),
             "concat-ensemble probe pair",

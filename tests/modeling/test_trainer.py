@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data.loading import class_names, open_image
+from concat_ensemble.data.loading import class_names, read_image
 
 STEPS = 6
 
@@ -17,7 +17,7 @@ STEPS = 6
 def digits():
     """Forty digits to train on, twenty to evaluate."""
     data = load_data("digits", limit=40)
-    images = {kind: [open_image(data[kind], n) for n in range(size)] for kind, size in (("train", 40), ("test", 20))}
+    images = {kind: [read_image(data[kind], n) for n in range(size)] for kind, size in (("train", 40), ("test", 20))}
     labels = {kind: list(data[kind]["label"])[: len(images[kind])] for kind in images}
     return images, labels, class_names(data["train"])
 

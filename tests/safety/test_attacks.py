@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from concat_ensemble import ConcatEnsembleModel, load_data
 from concat_ensemble.commands.options import file_name
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
-from concat_ensemble.data.loading import open_image
+from concat_ensemble.data.loading import read_image
 from concat_ensemble.reporting.model_card import NOTE, write_card
 from concat_ensemble.studies.results import Results
 
@@ -576,7 +576,7 @@ def test_an_image_that_is_none(attack, processor, world):
     data = load_data(world / "data")
     split, index = next((s, n) for s in data.values() for n in range(len(s)) if s[n]["image"]["path"] == str(bad))
     with pytest.raises(ValueError, match=r"0\.png.* cannot be read"):
-        open_image(split, index)
+        read_image(split, index)
     with pytest.raises(ValueError, match="image 0 of the batch"):
         processor(str(bad))
 
@@ -598,7 +598,7 @@ def test_a_dataset_that_is_a_program_or_elsewhere(attack, world):
         (world / "data" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((OSError, ValueError), match=r"data|cannot"):
         data = load_data("json:data" if "train.json" in DATASETS[attack] else world / "data")
-        open_image(data["train"], 0)
+        read_image(data["train"], 0)
 
 
 # --- results --------------------------------------------------------------------------------------------------------

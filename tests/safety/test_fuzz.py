@@ -70,7 +70,7 @@ CONFIG = {
     "architectures": ["ConcatEnsembleModel"], "problem_type": None, "return_dict": True,
 }  # fmt: skip
 ROW = {"name": "pair", "kind": "ensemble", "width": 32, "num_members": 2, "steps": 5, "gflops": 1.0, "runs": [
-    {"seed": 0, "metrics": {"top1": 0.5}, "strength": 0.1, "n_train": 9, "n_test": 9, "right": "AAA=", "draws": [0.5, 0.6],
+    {"seed": 0, "metrics": {"top1": 0.5}, "l2_strength": 0.1, "n_train": 9, "n_test": 9, "right": "AAA=", "draws": [0.5, 0.6],
      "intervals": {"top1": [0.4, 0.6]}}]}  # fmt: skip
 RESULTS = {"protocol": "x", "ensemble": "pair", "dataset": {"name": "digits", "classes": [1], "test_images": 9}, "probe": {"kind": "linear"},
            "rows": [ROW, ROW | {"name": "raw pixels", "kind": "control"}], "versions": {"torch": "2"}, "seconds": {"total": 1.0}}  # fmt: skip

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
-from concat_ensemble.data.loading import open_image
+from concat_ensemble.data.loading import read_image
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.results import Results
 from finetune import FineTuning, main, parameter_groups, run
@@ -40,7 +40,7 @@ def ensemble(tmp_path_factory) -> Path:
         "resnet10t", in_chans=1, channels=(8, 8, 16, 16), stem_width=8, pretrained_cfg_overlay=pixels
     )
     seen = load_data("scattered:digits", limit=120)["train"]
-    images = torch.stack([pil_to_tensor(open_image(seen, number)) for number in range(120)])
+    images = torch.stack([pil_to_tensor(read_image(seen, number)) for number in range(120)])
     update_bn([images / 127.5 - 1], resnet)  # as training leaves it
     vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, pretrained_cfg_overlay=pixels)  # fmt: skip
     folder = tmp_path_factory.mktemp("ensemble") / "pair"
@@ -78,7 +78,7 @@ def test_it_begins_with_the_probe(ensemble, tuned):
     probe, table = probed(ensemble)
     (run_,) = result_of(folder / "whole").rows[0].runs
     wanted = probe.predict(table["test"]) == table["test"].labels
-    assert run_.n_test == len(wanted) and np.mean(run_.right_images != wanted) < 0.1, "BatchNorm saw one batch"
+    assert run_.n_test == len(wanted) and np.mean(run_.correct_images != wanted) < 0.1, "BatchNorm saw one batch"
 
 
 def test_at_once_a_classifier_comes_out(ensemble, tuned):

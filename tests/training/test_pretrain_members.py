@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification
 from concat_ensemble.training.recipe import Recipe
-from pretrain_members import jobs_of, main, networks_of
+from pretrain_members import main, plan_jobs, plan_networks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "training/pretrain_members.py"
@@ -278,7 +278,7 @@ def recipe_of(**changes) -> Recipe:
 
 
 def plan(**changes):
-    return networks_of(recipe_of(**changes))
+    return plan_networks(recipe_of(**changes))
 
 
 def test_the_plan_spends_equal_steps():
@@ -303,7 +303,7 @@ def test_seeds_can_be_named():
 
 
 def test_networks_of_one_kind_go_together():
-    jobs = jobs_of(recipe_of(members=[1, 5], members_per_process=2, wide_steps=0, snapshots=0))
+    jobs = plan_jobs(recipe_of(members=[1, 5], members_per_process=2, wide_steps=0, snapshots=0))
     assert [[network.number for network in job] for job in jobs] == [[0], [0, 1], [2, 3], [4]]
 
 

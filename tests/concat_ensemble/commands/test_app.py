@@ -247,7 +247,7 @@ def test_probe_prints_a_table_and_is_not_done_twice(run, folder):
 def test_probe_takes_what_build_takes(run, tmp_path):
     code, out, _ = run("probe", "random:test_resnet", *DIGITS, "--output", "found/x.json")
     assert code == 0 and "untrained members" in out
-    assert Results.load(tmp_path / "found" / "x.json")["random:test_resnet"].width == 96
+    assert Results.load(tmp_path / "found" / "x.json")["random:test_resnet"].num_features == 96
     assert [path.name for path in tmp_path.iterdir()] == ["found"], "no folder to write a card into"
 
 

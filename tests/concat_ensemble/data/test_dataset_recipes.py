@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from concat_ensemble.data.dataset_recipes import DATASETS, METRICS, NAMING, DatasetRecipe, dataset_recipe
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.probes.metrics import ProbeMetrics
-from concat_ensemble.records import recipe_names
+from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.studies.results import Results
 
 ASKED_FOR = "imagenet1k inaturalist2018 cifar10 cifar100 camelyon17 flowers102 oxford-pets dtd food101 stanford-cars"
@@ -61,11 +61,11 @@ GOOD = {"name": "me/mine", "num_classes": 2, "test_images": 5, "metric": "top1",
     ("change", "said"),
     [
         ({"label_colum": "y"}, "'label_colum' is not a key of a recipe; these are name, num_classes"),
-        ({"num_classes": "2"}, "num_classes='2' is not of type int"),
-        ({"num_classes": True}, "num_classes=True is not of type int"),
-        ({"config": 3}, "config=3 is not of type str"),
+        ({"num_classes": "2"}, "num_classes='2': Expected `int`"),
+        ({"num_classes": True}, "num_classes=True: Expected `int`"),
+        ({"config": 3}, "config=3: Expected `str | null`"),
         ({"metric": "top5"}, "metric='top5' must be one of top1, mean_per_class, macro_f1"),
-        ({"license": None}, "license=None is not of type str"),
+        ({"license": None}, "license=None: Expected `str`"),
     ],
 )
 def test_a_bad_recipe_is_refused(change, said, tmp_path):

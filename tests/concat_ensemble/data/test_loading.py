@@ -12,13 +12,13 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from concat_ensemble import ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data.loading import Scatter, class_names, load_stream, open_image
+from concat_ensemble.data.loading import Scatter, class_names, load_stream, read_image
 
 # --- the embedded digits ---------------------------------------------------------------------------------------------
 
 
 def pixels(split, index):
-    return np.asarray(open_image(split, index))
+    return np.asarray(read_image(split, index))
 
 
 def rows(split):
@@ -438,7 +438,7 @@ def processed(image, channels=3):
     features = Features(image=Image(decode=False), label=ClassLabel(names=["a", "b"]))
     split = Dataset.from_dict({"image": [image], "label": [0]}, features=features)
     processor = ConcatEnsembleImageProcessor([geometry | {"image_mode": {1: "L", 3: "RGB"}[channels]}])
-    return (processor([open_image(split, 0)])["pixel_values"][0] * 255).numpy()
+    return (processor([read_image(split, 0)])["pixel_values"][0] * 255).numpy()
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -487,7 +487,7 @@ def test_a_text_file_named_png_is_named_by_its_file(splits, tmp_path):
     split = load_data(folder)["test"]
     number = next(n for n, image in enumerate(split["image"]) if image["path"] == str(bad))
     with pytest.raises(ValueError, match=rf"image {number} \(.*001\.png\) cannot be read.*remove or repair it"):
-        open_image(split, number)
+        read_image(split, number)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

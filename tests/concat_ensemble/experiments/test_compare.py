@@ -40,14 +40,14 @@ def demo(script, tmp_path_factory):
     )
 
 
-def rows_of(folder: Path) -> dict[str, list[str]]:
+def format_rows(folder: Path) -> dict[str, list[str]]:
     lines = (folder / "table.md").read_text().splitlines()[2:]
     return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
 
 
 def test_the_table_has_every_system_and_control_once(demo):
     folder, printed = demo
-    rows = rows_of(folder)
+    rows = format_rows(folder)
     assert {name: (columns, steps) for name, (columns, steps, *_) in rows.items()} == STEPS
     accuracies = [float(cells[2].split(" ")[0]) for cells in rows.values()]
     assert accuracies == sorted(accuracies)
@@ -61,7 +61,7 @@ def test_the_table_is_that_of_the_results_on_disk(demo):
     results = Results.load(folder / "cat4" / "results" / "unseen.json")
     assert results.repeats == 2 and [run.seed for run in results["cat4"].runs] == [0, 1]
     assert results.dataset["classes"] == [5, 6, 7, 8, 9] and results.dataset["name"] == "scattered:digits"
-    for name, cells in rows_of(folder).items():
+    for name, cells in format_rows(folder).items():
         assert cells[2].startswith(f"{100 * results[name].mean:.1f} [")
     repeats = [Results.load(folder / f"seed-{seed}" / "unseen.json") for seed in (0, 1)]
     assert Results.merged(repeats).rows == results.rows
@@ -110,7 +110,7 @@ def test_every_repeat_has_networks_and_images_of_its_own(demo):
 def test_the_full_table_has_every_system_of_the_paper(script, tmp_path):
     words = [sys.executable, "training/compare.py", "scattered_digits", "--full", "--smoke", "--output", tmp_path]
     script(*words)
-    rows = rows_of(tmp_path / "smoke")
+    rows = format_rows(tmp_path / "smoke")
     assert {name: (columns, steps) for name, (columns, steps, *_) in rows.items()} == STEPS | MORE
     tuned = ("two-stage", "cat4, fine-tuned at once", "cat1, fine-tuned")
     assert all(bool(cells[4]) == (name not in tuned) for name, cells in rows.items()), (

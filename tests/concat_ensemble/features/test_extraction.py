@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
-from concat_ensemble.data.loading import open_image
+from concat_ensemble.data.loading import read_image
 
 SHAPES = [(1, 0), (7, 0), (64, 0), (7, 2)]  # batch size (30 images: 7 leaves two over), workers
 
@@ -17,7 +17,7 @@ def one_by_one(model, split):
     """The model's own forward on one image at a time."""
     processor = ConcatEnsembleImageProcessor.from_config(model.config)
     return np.concatenate(
-        [model(**processor([open_image(split, n)])).pooler_output.numpy() for n in range(len(split))]
+        [model(**processor([read_image(split, n)])).pooler_output.numpy() for n in range(len(split))]
     )
 
 
@@ -29,7 +29,7 @@ def test_rows_are_the_models_own_features_in_order(batch_size, num_workers, ense
     assert (
         list(table) == ["train", "validation", "test"]
         and table.class_names == ["0", "1", "2"]
-        and table.widths == [16, 16]
+        and table.feature_dims == [16, 16]
     )
     for kind in table:
         np.testing.assert_allclose(table[kind].features, one_by_one(ensemble, digits[kind]), atol=1e-5)
@@ -54,20 +54,20 @@ def test_members_are_columns_and_a_split_unpacks(table):
     assert table.members([1])["train"].features.tolist() == features[:, 16:].tolist()
     turned = table.members([1, 0])
     assert turned["train"].features.tolist() == np.hstack([features[:, 16:], features[:, :16]]).tolist()
-    assert turned.widths == [16, 16] and turned["train"].labels.tolist() == labels.tolist()
+    assert turned.feature_dims == [16, 16] and turned["train"].labels.tolist() == labels.tolist()
     with pytest.raises(KeyError, match="no split 'dev' in the table; it has train, validation, test"):
         table["dev"]
 
 
 def test_a_timm_model_is_a_table_of_one_block(backbone, digits, table):
     alone = extract_features(backbone(1), digits, quiet=True)
-    assert alone.widths == [16]
+    assert alone.feature_dims == [16]
     np.testing.assert_allclose(alone["test"].features, table.members([1])["test"].features, atol=1e-6)
 
 
 def test_a_timm_model_with_a_classifier_gives_pooled_features(backbone, digits):
     model = backbone(1, num_classes=3)
-    assert extract_features(model, digits, quiet=True).widths == [16]
+    assert extract_features(model, digits, quiet=True).feature_dims == [16]
     assert model.get_classifier().out_features == 3, "the given model stays as it was"
 
 
@@ -99,13 +99,13 @@ PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 
 @torch.no_grad()
 def transformers_features(model, split):
-    images = [open_image(split, n).convert("RGB") for n in range(len(split))]
+    images = [read_image(split, n).convert("RGB") for n in range(len(split))]
     return model(**PROCESSOR(images, return_tensors="pt")).pooler_output.flatten(1).numpy()
 
 
 def test_a_transformers_model_is_a_table_of_one_block(vit, colours):
     table = extract_features(vit, colours, PROCESSOR, batch_size=3, quiet=True)
-    assert table.widths == [16]
+    assert table.feature_dims == [16]
     np.testing.assert_allclose(table["test"].features, transformers_features(vit, colours["test"]), atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_pooled_maps_of_a_transformers_resnet_are_flattened(colours):
     """Its pooler_output is (B, C, 1, 1)."""
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic")).eval()
     table = extract_features(model, colours, PROCESSOR, quiet=True)
-    assert table.widths == [24]
+    assert table.feature_dims == [24]
     np.testing.assert_allclose(table["test"].features, transformers_features(model, colours["test"]), atol=1e-5)
 
 
@@ -180,7 +180,7 @@ def test_timms_own_forward_gives_the_same_numbers(backbone, digits, table):
     transform = timm.data.create_transform(
         input_size=(1, 32, 32), crop_pct=1.0, mean=(0.5,), std=(0.5,), interpolation="bicubic"
     )
-    pixels = torch.stack([transform(open_image(digits["test"], n)) for n in range(30)])
+    pixels = torch.stack([transform(read_image(digits["test"], n)) for n in range(30)])
     with torch.no_grad():
         expected = torch.cat([backbone(0)(pixels), backbone(1)(pixels)], dim=1)
     np.testing.assert_allclose(table["test"].features, expected.numpy(), atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import json, resource
 import psutil, torch
-from concat_ensemble.features.memory import freed_memory_kept
+from concat_ensemble.features.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -20,7 +20,7 @@ def faults():
 resident = psutil.Process().memory_info
 faults()
 alone, before = faults(), resident().rss
-with freed_memory_kept():
+with keep_freed_memory():
     faults()
     within = faults()
 print(json.dumps(dict(alone=alone, within=within, kept=resident().rss - before, after=faults())))

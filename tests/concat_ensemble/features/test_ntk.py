@@ -20,7 +20,7 @@ from concat_ensemble import (
     assemble,
     extract_features,
 )
-from concat_ensemble.data.loading import open_image
+from concat_ensemble.data.loading import read_image
 from concat_ensemble.features.ntk import NTK, exact_kernel, kernel_table
 
 ARCHITECTURES = {
@@ -121,14 +121,14 @@ def gradients(ensemble, digits):
 
 def pixels_of(model, split):
     return ConcatEnsembleImageProcessor.from_config(model.config)(
-        [open_image(split, n) for n in range(len(split))], return_tensors="pt"
+        [read_image(split, n) for n in range(len(split))], return_tensors="pt"
     )["pixel_values"]
 
 
 def test_a_table_has_a_block_of_gradients_per_member(ensemble, digits, gradients, table):
     pixels = pixels_of(ensemble, digits["test"])
     expected = [naive_hash(m, naive_gradients(m, pixels), 48) for m in ensemble.members.values()]
-    assert gradients.widths == [48, 48] and list(gradients) == list(table)
+    assert gradients.feature_dims == [48, 48] and list(gradients) == list(table)
     assert_near(gradients["test"].features, np.hstack(expected), 1e-5)
     assert gradients["test"].labels.tolist() == table["test"].labels.tolist()
     assert not set(gradients.keys) & set(table.keys)

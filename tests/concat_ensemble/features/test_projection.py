@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleImageProcessor, ConcatEnsembleModel, extract_features
-from concat_ensemble.data.loading import class_names, open_image
+from concat_ensemble.data.loading import class_names, read_image
 from concat_ensemble.features.projection import Projection, principal_projection, random_projection, with_projection
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.studies.probing import probe_ensemble, with_head
@@ -27,7 +27,11 @@ def test_principal_projection_is_pca_of_the_standardised_training_half(wide):
     standard = {kind: (wide[kind].features - fitted.mean(0)) / fitted.std(0) for kind in wide}
     directions = np.linalg.svd(np.vstack([standard["train"], standard["validation"]]), full_matrices=False)[2][:3]
     table = principal_projection(wide, 3)(wide)
-    assert table.widths == [3] and table.class_names == ["a", "b"] and list(table) == ["train", "validation", "test"]
+    assert (
+        table.feature_dims == [3]
+        and table.class_names == ["a", "b"]
+        and list(table) == ["train", "validation", "test"]
+    )
     for kind in table:
         # up to the sign of each direction
         np.testing.assert_allclose(
@@ -51,7 +55,7 @@ def test_principal_projection_to_its_own_width_keeps_all_distances(wide):
     standard = (wide["test"].features - fitted.mean(0)) / fitted.std(0)
     apart = [np.linalg.norm(rows[0] - rows[3]) for rows in (table["test"].features, standard)]
     assert apart[0] == pytest.approx(apart[1], rel=1e-4)
-    assert principal_projection(wide, 50)(wide).widths == [6], "no wider than the table"
+    assert principal_projection(wide, 50)(wide).feature_dims == [6], "no wider than the table"
 
 
 def test_random_projection_keeps_distances_on_average(wide):
@@ -59,7 +63,7 @@ def test_random_projection_keeps_distances_on_average(wide):
     fitted = np.vstack([wide["train"].features, wide["validation"].features])
     standard = (wide["test"].features - fitted.mean(0)) / fitted.std(0)
     table = random_projection(wide, 2000, seed=0)(wide)
-    assert table.widths == [2000]
+    assert table.feature_dims == [2000]
     apart = [np.linalg.norm(rows[0] - rows[3]) for rows in (table["test"].features, standard)]
     assert apart[0] == pytest.approx(apart[1], rel=0.1)
     again, other = (random_projection(wide, 3, seed)(wide)["test"].features for seed in (0, 1))
@@ -79,13 +83,13 @@ def test_a_projected_ensemble_gives_the_projected_columns(compressed, ensemble, 
     model, table = compressed
     assert model.config.num_features == 5 and model.config.num_member_features == 32
     processor = ConcatEnsembleImageProcessor.from_config(model.config)
-    pixels = processor([open_image(digits["test"], n) for n in range(4)], return_tensors="pt")
+    pixels = processor([read_image(digits["test"], n) for n in range(4)], return_tensors="pt")
     with torch.no_grad():
         output = model(**pixels, output_member_features=True)
     np.testing.assert_allclose(output.pooler_output.numpy(), table["test"].rows(slice(4)), atol=1e-3)
     assert [member.shape[1] for member in output.member_features] == [16, 16]
     again = extract_features(model, digits, quiet=True)
-    assert again.extracted == 0 and again.widths == [5], "the members' features are there already"
+    assert again.extracted == 0 and again.feature_dims == [5], "the members' features are there already"
     np.testing.assert_allclose(again["test"].features, table["test"].features, atol=1e-5)
     assert again.keys == table.keys != extract_features(ensemble, digits, quiet=True).keys
 
@@ -114,14 +118,14 @@ def test_a_projection_is_saved_and_loaded_with_the_ensemble(compressed, digits, 
 
 def test_a_head_goes_onto_a_projection(compressed, digits, tmp_path):
     model, _ = compressed
-    results, probe = probe_ensemble(model, digits, name="small", draws=0, quiet=True)
+    results, probe = probe_ensemble(model, digits, name="small", num_resamples=0, quiet=True)
     assert [row.name for row in results.rows][:2] == ["small", "small, not projected"]
-    assert [(row.width, row.num_members) for row in results.rows][:3] == [(5, 2), (32, 2), (5, 2)]
+    assert [(row.num_features, row.num_members) for row in results.rows][:3] == [(5, 2), (32, 2), (5, 2)]
     with_head(model, probe, class_names(digits["train"])).save_pretrained(tmp_path)
     classifier = AutoModelForImageClassification.from_pretrained(tmp_path)
     processor = ConcatEnsembleImageProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
-        output = classifier(**processor([open_image(digits["test"], n) for n in range(20)], return_tensors="pt"))
+        output = classifier(**processor([read_image(digits["test"], n) for n in range(20)], return_tensors="pt"))
     np.testing.assert_allclose(output.logits.numpy(), probe.logits(output.pooler_output.numpy()), atol=2e-3)
     assert AutoModel.from_pretrained(tmp_path).config.num_features == 5, "and without the head it is projected still"
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concat_ensemble import LinearProbe
-from concat_ensemble.features import standardized as design_module
-from concat_ensemble.features.standardized import Design, moments
+from concat_ensemble.features import standardized as standardized
+from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes import logistic
 
@@ -19,13 +19,13 @@ from concat_ensemble.probes import logistic
 def test_chunks_are_the_standardised_rows_in_order(lengths, dtype, seed):
     rng = np.random.default_rng(seed)
     arrays = [(rng.normal(size=(n, 5)) * 10.0 ** np.arange(-2, 3) + 3).astype(dtype) for n in lengths]
-    split = TableSplit.joined([TableSplit([a[:, :2], a[:, 2:]], np.zeros(len(a))) for a in arrays])
+    split = TableSplit.concatenate([TableSplit([a[:, :2], a[:, 2:]], np.zeros(len(a))) for a in arrays])
     mean, scale = moments(split)
     whole = np.vstack(arrays).astype(np.float64)
     np.testing.assert_allclose(mean, whole.mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(scale, np.where(whole.std(0) > 1e-6, whole.std(0), scale), rtol=1e-4)
     for kept in (True, False):
-        rows = Design(split, mean, scale, in_memory=kept)
+        rows = StandardizedFeatures(split, mean, scale, in_memory=kept)
         for _ in range(2):  # the second pass takes what was kept
             chunks = list(rows.chunks())
             found = torch.cat([chunk for _, chunk in chunks])
@@ -52,12 +52,12 @@ def test_the_row_that_holds_a_nan_is_named():
 
 def test_rows_that_do_not_fit_are_solved_from_a_sample_of_them(monkeypatch):
     """Chunks and sample made small, so that streaming is what it is for a million rows."""
-    monkeypatch.setattr(design_module, "CHUNK", 64)
+    monkeypatch.setattr(standardized, "CHUNK", 64)
     monkeypatch.setattr(logistic, "SAMPLE", 100)
     rng = np.random.default_rng(0)
     y = np.arange(700) % 4
     X = (rng.normal(size=(4, 10))[y] + 1.5 * rng.normal(size=(700, 10))).astype(np.float32)
-    settings = {"strengths": (1.0, 0.1, 0.01), "tol": 1e-8}
+    settings = {"l2_strengths": (1.0, 0.1, 0.01), "tol": 1e-8}
     streamed, kept = (LinearProbe(in_memory=way, **settings).fit(TableSplit([X], y)) for way in (False, True))
     assert streamed.path_ == kept.path_
     np.testing.assert_allclose(streamed.coef_, kept.coef_, atol=2e-3)
@@ -65,6 +65,6 @@ def test_rows_that_do_not_fit_are_solved_from_a_sample_of_them(monkeypatch):
 
 def test_products_and_gram_are_those_of_the_rows():
     X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    rows, matrix = Design.of(X), torch.ones(6, 2)
+    rows, matrix = StandardizedFeatures.from_tensor(X), torch.ones(6, 2)
     torch.testing.assert_close(rows @ matrix, X @ matrix)
     torch.testing.assert_close(rows.gram().float(), X.T @ X / 50)

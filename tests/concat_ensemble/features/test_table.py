@@ -11,16 +11,16 @@ from concat_ensemble.features.table import FeatureTable, TableSplit
 def test_joined_and_taken_rows_are_those_of_the_arrays(lengths, data):
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(n, 3)) for n in lengths]
-    split = TableSplit.joined([TableSplit([a[:, :1], a[:, 1:]], np.arange(len(a))) for a in arrays])
+    split = TableSplit.concatenate([TableSplit([a[:, :1], a[:, 1:]], np.arange(len(a))) for a in arrays])
     whole, labels = np.vstack(arrays), np.concatenate([np.arange(n) for n in lengths])
     numbers = np.array(
         data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=9)) if len(whole) else [], dtype=int
     )
-    part = split.take(numbers)
+    part = split.select(numbers)
     assert np.array_equal(part.features, whole[numbers]) and np.array_equal(part.labels, labels[numbers])
     start, stop = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
     assert np.array_equal(split.rows(slice(start, stop)), whole[start:stop])
-    assert split.width == part.width == 3
+    assert split.num_features == part.num_features == 3
 
 
 def tables(keys, width=4):
@@ -28,7 +28,7 @@ def tables(keys, width=4):
     return FeatureTable({"train": [X]}, {"train": y}, list("abc"), keys)
 
 
-@pytest.mark.parametrize("probe", [LinearProbe(strengths=(1.0,)), RidgeProbe()])
+@pytest.mark.parametrize("probe", [LinearProbe(l2_strengths=(1.0,)), RidgeProbe()])
 def test_the_table_of_another_ensemble_is_refused(probe):
     probe.fit(tables(("aaaaaaaaaa",))["train"])
     assert probe.score(tables(("aaaaaaaaaa",))["train"]) > 0
@@ -38,7 +38,7 @@ def test_the_table_of_another_ensemble_is_refused(probe):
         probe.score(tables(("aaaaaaaaaa",), width=5)["train"])
 
 
-@pytest.mark.parametrize("probe", [LinearProbe(strengths=(1.0,)), RidgeProbe()])
+@pytest.mark.parametrize("probe", [LinearProbe(l2_strengths=(1.0,)), RidgeProbe()])
 def test_labels_that_are_no_classes_are_refused(probe):
     X, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
     with pytest.raises(ValueError, match=r"labels have shape \(30, 3\), as one-hot ones do; .*argmax"):

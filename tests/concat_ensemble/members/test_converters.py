@@ -25,7 +25,7 @@ from concat_ensemble.members.converters import (
 )
 from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
 from concat_ensemble.modeling.configuration_concat_ensemble import timm_architectures
-from concat_ensemble.records import recipe_names
+from concat_ensemble.recipe_files import recipe_names
 
 PROVENANCE = {"pretraining_data", "objective", "steps", "seed", "license"}
 

@@ -17,10 +17,10 @@ def clouds(number, classes=3, columns=6, spread=1.5, seed=0):
     return (centres[labels] + spread * rng.normal(size=(number, columns))) * 10.0 ** np.arange(-2, columns - 2), labels
 
 
-def by_hand(X, y, strength, standardize=True):
-    """scikit-learn's own solution. It minimises C * sum(loss) + ||coef||^2 / 2, so that C = 1 / (N * strength)."""
+def by_hand(X, y, l2_strength, standardize=True):
+    """scikit-learn's own solution. It minimises C * sum(loss) + ||coef||^2 / 2, so that C = 1 / (N * l2_strength)."""
     mean, scale = (X.mean(0), np.where(X.std(0) > 0, X.std(0), 1)) if standardize else (0, 1)
-    model = LogisticRegression(C=1 / (len(X) * strength), max_iter=10_000, tol=1e-8).fit((X - mean) / scale, y)
+    model = LogisticRegression(C=1 / (len(X) * l2_strength), max_iter=10_000, tol=1e-8).fit((X - mean) / scale, y)
     return lambda new: model.predict_proba((new - mean) / scale), lambda new: model.predict((new - mean) / scale)
 
 
@@ -29,27 +29,27 @@ def objective(probe, X, y):
     losses = -log_softmax(rows @ probe.coef_.T + probe.intercept_, axis=1)[
         np.arange(len(y)), np.searchsorted(probe.classes_, y)
     ]
-    return losses.mean() + probe.strength_ / 2 * (probe.coef_**2).sum()
+    return losses.mean() + probe.l2_strength_ / 2 * (probe.coef_**2).sum()
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("l2_strength", [1.0, 0.1, 0.01])
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_equals_scikit_learn_on_train_and_validation_together(classes, standardize, strength):
+def test_equals_scikit_learn_on_train_and_validation_together(classes, standardize, l2_strength):
     X, y = clouds(90, classes)
     X = X if standardize else X / 10.0 ** np.arange(-2, 4)
     validation, new = (X[60:], y[60:]), X + 0.1
-    probe = LinearProbe(strengths=[strength], standardize=standardize).fit(X[:60], y[:60], validation=validation)
-    probabilities, predictions = by_hand(X, y, strength, standardize)
+    probe = LinearProbe(l2_strengths=[l2_strength], standardize=standardize).fit(X[:60], y[:60], validation=validation)
+    probabilities, predictions = by_hand(X, y, l2_strength, standardize)
     np.testing.assert_allclose(probe.predict_proba(new), probabilities(new), atol=2e-3)
     assert np.mean(probe.predict(new) == predictions(new)) >= 0.99
     assert probe.coef_.shape == (classes, 6) and probe.intercept_.shape == (classes,)
 
 
 def test_solves_what_its_docstring_says():
-    """Any small step from the coefficients makes mean loss + strength / 2 * ||coef||^2 larger."""
+    """Any small step from the coefficients makes mean loss + l2_strength / 2 * ||coef||^2 larger."""
     X, y = clouds(80)
-    probe = LinearProbe(strengths=[0.1]).fit(X[:60], y[:60], validation=(X[60:], y[60:]))
+    probe = LinearProbe(l2_strengths=[0.1]).fit(X[:60], y[:60], validation=(X[60:], y[60:]))
     least, solution = objective(probe, X, y), probe.coef_.copy()
     for step in np.random.default_rng(0).normal(size=(20, *solution.shape)):
         probe.coef_ = solution + 0.05 * step
@@ -59,10 +59,12 @@ def test_solves_what_its_docstring_says():
 def test_the_path_is_validation_accuracy_of_fits_on_the_training_rows_alone():
     X, y = clouds(60, spread=2.5)
     X_held, y_held = clouds(40, spread=2.5, seed=1)
-    probe = LinearProbe(strengths=[0.01, 1.0, 0.1]).fit(X, y, validation=(X_held, y_held))
-    expected = {strength: np.mean(by_hand(X, y, strength)[1](X_held) == y_held) for strength in (1.0, 0.1, 0.01)}
+    probe = LinearProbe(l2_strengths=[0.01, 1.0, 0.1]).fit(X, y, validation=(X_held, y_held))
+    expected = {
+        l2_strength: np.mean(by_hand(X, y, l2_strength)[1](X_held) == y_held) for l2_strength in (1.0, 0.1, 0.01)
+    }
     assert probe.path_ == pytest.approx(expected, abs=1 / 40 + 1e-9)
-    assert probe.strength_ == max(probe.path_, key=lambda strength: (probe.path_[strength], strength))
+    assert probe.l2_strength_ == max(probe.path_, key=lambda l2_strength: (probe.path_[l2_strength], l2_strength))
 
 
 def test_the_strength_is_chosen_on_validation_rows():
@@ -74,14 +76,14 @@ def test_the_strength_is_chosen_on_validation_rows():
     new = rng.integers(0, 2, 400)
     X_new = np.hstack([new[:, None] * 2.0 + rng.normal(size=(400, 1)), rng.normal(size=(400, 39))])
     by_heart, by_truth = (LinearProbe().fit(X, noisy, validation=held) for held in ((X, noisy), (X_new, new)))
-    assert by_heart.strength_ < by_truth.strength_
-    assert by_heart.path_[1e-4] == 1.0 and by_truth.path_[1e-4] < by_truth.path_[by_truth.strength_]
+    assert by_heart.l2_strength_ < by_truth.l2_strength_
+    assert by_heart.path_[1e-4] == 1.0 and by_truth.path_[1e-4] < by_truth.path_[by_truth.l2_strength_]
 
 
 def test_the_strongest_of_equals_is_chosen():
-    X, y = clouds(60, spread=0.01)  # every strength separates it
+    X, y = clouds(60, spread=0.01)  # every l2_strength separates it
     probe = LinearProbe().fit(X[:45], y[:45], validation=(X[45:], y[45:]))
-    assert set(probe.path_.values()) == {1.0} and probe.strength_ == 10.0
+    assert set(probe.path_.values()) == {1.0} and probe.l2_strength_ == 10.0
 
 
 def table_with(test):
@@ -119,7 +121,7 @@ def test_labels_may_be_anything(names):
 
 def test_two_classes_have_opposite_columns_that_softmax_to_the_logistic():
     X, y = clouds(60, 2)
-    probe = LinearProbe(strengths=[0.1]).fit(X[:40], y[:40], validation=(X[40:], y[40:]))
+    probe = LinearProbe(l2_strengths=[0.1]).fit(X[:40], y[:40], validation=(X[40:], y[40:]))
     np.testing.assert_allclose(probe.coef_[0], -probe.coef_[1], atol=1e-12)
     np.testing.assert_allclose(probe.predict_proba(X), by_hand(X, y, 0.1)[0](X), atol=2e-3)
 
@@ -149,7 +151,7 @@ def test_wide_float32_features_are_solved_as_scikit_learn_does(rows, in_memory):
     X = (0.3 * rng.normal(size=(3, 600))[y] + rng.normal(size=(rows, 600)) * np.linspace(5, 0.01, 600)).astype(
         np.float32
     )
-    probe = LinearProbe(strengths=[0.1], in_memory=in_memory, tol=1e-9).fit(X, y)
+    probe = LinearProbe(l2_strengths=[0.1], in_memory=in_memory, tol=1e-9).fit(X, y)
     probabilities, _ = by_hand(X.astype(np.float64), y, 0.1)
     np.testing.assert_allclose(probe.predict_proba(X), probabilities(X), atol=2e-3)
 
@@ -189,9 +191,9 @@ def test_nan_features_are_refused(where):
 
 
 def test_clone_and_parameters():
-    probe = LinearProbe(strengths=(0.5,), standardize=False, max_iter=7, seed=3)
+    probe = LinearProbe(l2_strengths=(0.5,), standardize=False, max_iter=7, seed=3)
     assert clone(probe).get_params() == {
-        "strengths": (0.5,),
+        "l2_strengths": (0.5,),
         "standardize": False,
         "max_iter": 7,
         "seed": 3,
@@ -202,6 +204,8 @@ def test_clone_and_parameters():
     assert not hasattr(clone(probe.fit(*clouds(30))), "coef_")
 
 
-@parametrize_with_checks([LinearProbe(strengths=(1.0, 0.01)), LinearProbe(strengths=(1.0, 0.01), cv=2), RidgeProbe()])
+@parametrize_with_checks(
+    [LinearProbe(l2_strengths=(1.0, 0.01)), LinearProbe(l2_strengths=(1.0, 0.01), cv=2), RidgeProbe()]
+)
 def test_keeps_scikit_learns_contract(estimator, check):
     check(estimator)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from concat_ensemble.features.standardized import Design
+from concat_ensemble.features.standardized import StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes import logistic
 from concat_ensemble.probes.logistic import logistic_path, objective
@@ -31,9 +31,9 @@ def problems(draw):
 @settings(max_examples=60)
 @given(problems())
 def test_equals_scikit_learn(problem):
-    X, y, classes, strength = problem
-    found = next(logistic_path(torch.from_numpy(X), torch.from_numpy(y), [strength], classes=classes, tol=1e-13))
-    naive = LogisticRegression(C=1 / (len(X) * strength), tol=1e-10, max_iter=10_000).fit(X, y)
+    X, y, classes, l2_strength = problem
+    found = next(logistic_path(torch.from_numpy(X), torch.from_numpy(y), [l2_strength], classes=classes, tol=1e-13))
+    naive = LogisticRegression(C=1 / (len(X) * l2_strength), tol=1e-10, max_iter=10_000).fit(X, y)
     size = np.linalg.norm(naive.coef_)
     assert np.linalg.norm(found.weight.numpy().T - naive.coef_) <= 1e-3 * size + 1e-6
     ours, theirs = X @ found.weight.numpy() + found.bias.numpy(), naive.decision_function(X)
@@ -56,10 +56,10 @@ def test_the_gradient_vanishes_at_every_strength_of_a_path():
     X, y = torch.from_numpy(rng.standard_normal((200, 30))), torch.from_numpy(rng.integers(0, 4, 200))
     for found in logistic_path(X - X.mean(0), y, [1.0, 0.1, 0.01, 1e-3], classes=4, tol=1e-12):
         weight = found.weight.clone().requires_grad_()
-        objective((X - X.mean(0)) @ weight + found.bias, y, weight, found.strength).backward()
+        objective((X - X.mean(0)) @ weight + found.bias, y, weight, found.l2_strength).backward()
         assert weight.grad.abs().max() < 1e-5
         assert found.objective == pytest.approx(
-            float(objective((X - X.mean(0)) @ found.weight + found.bias, y, found.weight, found.strength))
+            float(objective((X - X.mean(0)) @ found.weight + found.bias, y, found.weight, found.l2_strength))
         )
 
 
@@ -70,9 +70,9 @@ def test_a_loose_tolerance_is_kept(dtype):
     X = torch.randn(1_000, 100, dtype=dtype) * torch.arange(1, 101, dtype=dtype) ** -0.5
     y = (X @ torch.randn(100, 10, dtype=dtype) + torch.randn(1_000, 10)).argmax(1)
     X = (X - X.mean(0)) / X.std(0)
-    strengths = [1.0, 0.1, 0.01, 1e-3, 1e-4]
-    exact = list(logistic_path(X.double(), y, strengths, classes=10, tol=1e-12))
-    for loose, best in zip(logistic_path(X, y, strengths, classes=10, tol=1e-4), exact, strict=True):
+    l2_strengths = [1.0, 0.1, 0.01, 1e-3, 1e-4]
+    exact = list(logistic_path(X.double(), y, l2_strengths, classes=10, tol=1e-12))
+    for loose, best in zip(logistic_path(X, y, l2_strengths, classes=10, tol=1e-4), exact, strict=True):
         assert 0 <= loose.objective / best.objective - 1 + 1e-6 <= 1e-4
 
 
@@ -101,7 +101,7 @@ def test_many_columns_go_by_the_leading_eigenvectors(monkeypatch, in_memory):
     rng = np.random.default_rng(0)
     X = rng.standard_normal((400, 40)) * 10.0 ** np.linspace(1, -1, 40)
     y = np.argmax(X @ rng.standard_normal((40, 3)) + rng.gumbel(size=(400, 3)), axis=1)
-    design = Design(TableSplit([X - X.mean(0)], y), in_memory=in_memory)
-    found = next(logistic_path(design, torch.from_numpy(y), [0.01], classes=3, tol=1e-12))
+    standardized = StandardizedFeatures(TableSplit([X - X.mean(0)], y), in_memory=in_memory)
+    found = next(logistic_path(standardized, torch.from_numpy(y), [0.01], classes=3, tol=1e-12))
     naive = LogisticRegression(C=1 / (400 * 0.01), tol=1e-10, max_iter=10_000).fit(X - X.mean(0), y)
     np.testing.assert_allclose(found.weight.numpy().T, naive.coef_, atol=1e-3 * np.abs(naive.coef_).max())

@@ -92,7 +92,7 @@ def test_float16_and_mapped_table_splits_are_as_arrays(tmp_path):
     half = X.astype(np.float16)
     np.save(tmp_path / "block.npy", half)
     split, single = TableSplit([np.load(tmp_path / "block.npy", mmap_mode="r")], y), half.astype(np.float32)
-    probe = KNNProbe().fit(split.take(np.arange(50)), validation=split.take(np.arange(50, 80)))
+    probe = KNNProbe().fit(split.select(np.arange(50)), validation=split.select(np.arange(50, 80)))
     plain = KNNProbe().fit(single[:50], y[:50], validation=(single[50:], y[50:]))
     np.testing.assert_array_equal(probe.logits(split), plain.logits(single))
     assert probe.path_ == plain.path_ and probe.score(split) == plain.score(single, y)

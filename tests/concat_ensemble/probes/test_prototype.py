@@ -47,7 +47,7 @@ def test_float16_table_splits_of_several_chunks_are_as_arrays():
     X, y = clouds(CHUNK + 60)
     half = X.astype(np.float16)
     split, single = TableSplit([half], y), half.astype(np.float32)
-    probe = PrototypeProbe().fit(split.take(np.arange(CHUNK)), validation=split.take(np.arange(CHUNK, len(y))))
+    probe = PrototypeProbe().fit(split.select(np.arange(CHUNK)), validation=split.select(np.arange(CHUNK, len(y))))
     plain = PrototypeProbe().fit(single, y)
     np.testing.assert_allclose(probe.prototypes_, plain.prototypes_, atol=1e-7)
     assert probe.score(split) == plain.score(single, y)

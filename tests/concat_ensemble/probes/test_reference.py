@@ -42,14 +42,14 @@ def test_equals_torchs_modules_decay_by_decay(batch_size):
     probe = ReferenceProbe(decays, batch_size=batch_size).fit(X, y, validation=(X_held, y_held))
     path = {decay: np.mean(by_hand(X, y, decay, batch_size)(X_held).argmax(1) == y_held) for decay in decays}
     assert probe.path_ == pytest.approx(path)
-    assert probe.strength_ == max(path, key=path.get)
-    chosen = by_hand(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.strength_, batch_size)
+    assert probe.l2_strength_ == max(path, key=path.get)
+    chosen = by_hand(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.l2_strength_, batch_size)
     np.testing.assert_allclose(probe.logits(new), chosen(new), atol=2e-4)
 
 
 def test_the_defaults_are_the_papers():
     assert ReferenceProbe().get_params() == {
-        "strengths": pytest.approx((1e-2, 3.98e-3, 1.58e-3, 6.31e-4, 2.51e-4, 1e-4), rel=1e-2),
+        "l2_strengths": pytest.approx((1e-2, 3.98e-3, 1.58e-3, 6.31e-4, 2.51e-4, 1e-4), rel=1e-2),
         "epochs": 28,
         "milestones": (8, 16, 24),
         "lr": 0.01,
@@ -65,7 +65,7 @@ def test_float16_and_mapped_table_splits_stream_to_the_same(tmp_path):
     half = X.astype(np.float16)
     np.save(tmp_path / "block.npy", half[:, 4:])
     split = TableSplit([half[:, :4], np.load(tmp_path / "block.npy", mmap_mode="r")], y)
-    train, held = split.take(np.arange(60)), split.take(np.arange(60, 90))
+    train, held = split.select(np.arange(60)), split.select(np.arange(60, 90))
     kept, read = (ReferenceProbe(batch_size=16, in_memory=m).fit(train, validation=held) for m in (True, False))
     single = half.astype(np.float32)
     plain = ReferenceProbe(batch_size=16).fit(single[:60], y[:60], validation=(single[60:], y[60:]))
@@ -80,7 +80,7 @@ def test_the_seed_decides():
     with torch.no_grad():  # as a caller may have it
         first, again, other = (ReferenceProbe((1e-3,), seed=seed).fit(X, y) for seed in (0, 0, 1))
     assert np.array_equal(first.coef_, again.coef_) and not np.array_equal(first.coef_, other.coef_)
-    assert first.path_ == {} and first.strength_ == 1e-3  # one decay: nothing to choose
+    assert first.path_ == {} and first.l2_strength_ == 1e-3  # one decay: nothing to choose
 
 
 def test_a_class_of_the_validation_rows_alone_is_learnt():
@@ -90,7 +90,7 @@ def test_a_class_of_the_validation_rows_alone_is_learnt():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"batch_size": 1}, "batch_size=1"), ({"strengths": ()}, r"strengths=\(\)")]
+    ("settings", "message"), [({"batch_size": 1}, "batch_size=1"), ({"l2_strengths": ()}, r"l2_strengths=\(\)")]
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -8,45 +8,45 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from concat_ensemble import RidgeProbe
-from concat_ensemble.features.standardized import Design
+from concat_ensemble.features.standardized import StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.ridge import Gram
 from tests.concat_ensemble.probes.test_logistic import problems
 
 
-def naive(X, y, strength, standardize=True):
+def naive(X, y, l2_strength, standardize=True):
     mean, scale = X.mean(0), np.where(X.std(0) > 1e-12, X.std(0), 1) if standardize else 1.0
-    model = Ridge(alpha=strength * len(X), solver="svd").fit((X - mean) / scale, np.eye(y.max() + 1)[y])
+    model = Ridge(alpha=l2_strength * len(X), solver="svd").fit((X - mean) / scale, np.eye(y.max() + 1)[y])
     return lambda new: model.predict((new - mean) / scale)
 
 
 @settings(max_examples=60)
 @given(problems(), st.booleans())
 def test_equals_scikit_learn(problem, standardize):
-    X, y, _, strength = problem
-    probe = RidgeProbe(strengths=[strength], standardize=standardize).fit(X, y)
-    expected = naive(X, y, strength, standardize)(X)
+    X, y, _, l2_strength = problem
+    probe = RidgeProbe(l2_strengths=[l2_strength], standardize=standardize).fit(X, y)
+    expected = naive(X, y, l2_strength, standardize)(X)
     np.testing.assert_allclose(probe.logits(X), expected, atol=1e-5)
-    assert probe.strength_ == strength and probe.coef_.shape == (y.max() + 1, X.shape[1])
+    assert probe.l2_strength_ == l2_strength and probe.coef_.shape == (y.max() + 1, X.shape[1])
 
 
 @settings(max_examples=20)
 @given(problems())
 def test_leaving_one_out_in_closed_form_is_leaving_one_out(problem):
     """Scales are those of all rows, as the docstring says, so they are fixed before."""
-    X, y, classes, strength = problem
+    X, y, classes, l2_strength = problem
     X = (X - X.mean(0)) / np.where(X.std(0) > 1e-12, X.std(0), 1)
     right = 0.0
     for n in range(len(X)):
         kept = np.arange(len(X)) != n
-        # alpha stays N * strength: the row that is left out takes its loss along, not its share of the penalty
-        model = Ridge(alpha=strength * len(X), solver="svd").fit(X[kept], np.eye(classes)[y[kept]])
+        # alpha stays N * l2_strength: the row that is left out takes its loss along, not its share of the penalty
+        model = Ridge(alpha=l2_strength * len(X), solver="svd").fit(X[kept], np.eye(classes)[y[kept]])
         scores = np.sort(model.predict(X[n : n + 1])[0])
         if scores[-1] - scores[-2] < 1e-9:
             return  # a tie, which rounding decides
         right += model.predict(X[n : n + 1])[0].argmax() == y[n]
-    probe = RidgeProbe(strengths=[strength], standardize=False).fit(X, y)
-    assert probe.path_[strength] == pytest.approx(right / len(X), abs=1e-9)
+    probe = RidgeProbe(l2_strengths=[l2_strength], standardize=False).fit(X, y)
+    assert probe.path_[l2_strength] == pytest.approx(right / len(X), abs=1e-9)
 
 
 def clouds(number, seed=0, classes=3, columns=8):
@@ -57,10 +57,10 @@ def clouds(number, seed=0, classes=3, columns=8):
 
 def test_the_strength_is_chosen_on_validation_rows_and_fitted_on_all():
     (X, y), (X_held, y_held) = clouds(60), clouds(40, seed=1)
-    probe = RidgeProbe(strengths=[0.01, 1.0, 100.0]).fit(X, y, validation=(X_held, y_held))
+    probe = RidgeProbe(l2_strengths=[0.01, 1.0, 100.0]).fit(X, y, validation=(X_held, y_held))
     expected = {s: np.mean(naive(X, y, s)(X_held).argmax(1) == y_held) for s in (100.0, 1.0, 0.01)}
     assert probe.path_ == pytest.approx(expected)
-    together = naive(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.strength_)
+    together = naive(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.l2_strength_)
     np.testing.assert_allclose(probe.logits(X), together(X), atol=1e-8)
 
 
@@ -68,8 +68,8 @@ def test_a_part_of_a_gram_matrix_is_the_parts_own():
     X, y = clouds(50)
     X = torch.from_numpy(X - X.mean(0))
     columns = torch.tensor([1, 4, 5])
-    part = Gram.of(Design.of(X), torch.from_numpy(y), 3).columns(columns)
-    own = Gram.of(Design.of(X[:, columns].contiguous()), torch.from_numpy(y), 3)
+    part = Gram.from_rows(StandardizedFeatures.from_tensor(X), torch.from_numpy(y), 3).columns(columns)
+    own = Gram.from_rows(StandardizedFeatures.from_tensor(X[:, columns].contiguous()), torch.from_numpy(y), 3)
     for a, b in zip(part.solutions([1.0, 0.01]), own.solutions([1.0, 0.01]), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -29,7 +29,7 @@ def test_draws_any_accuracy_of_one_repeat(share, images, study, tmp_path):
     results = study(pair=[share], one=[share])
     for row in results.rows:
         row.runs[0].n_test = images
-    narrow = Row("pair, PCA to 16", "narrowed", 16, 2, 20, runs=[Run(0, {"top1": share}, 0.1, 50, images)])
+    narrow = Row("pair, PCA to 16", "projected", 16, 2, 20, runs=[Run(0, {"top1": share}, 0.1, 50, images)])
     results.rows.append(narrow)
     assert drawn(results, tmp_path / "x.png").size == (1050, 630)
 

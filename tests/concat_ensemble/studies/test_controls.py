@@ -41,7 +41,7 @@ def in_memory(*arrays):
 def test_small_images_are_their_pixels_as_shares_of_white():
     arrays = [np.full((2, 3), n, np.uint8) for n in range(20)]
     table = pixel_table(in_memory(*arrays), "L")
-    assert table.widths == [6] and table.class_names == ["a", "b"]
+    assert table.feature_dims == [6] and table.class_names == ["a", "b"]
     values = sorted(round(float(row[0]) * 255) for kind in table for row in table[kind].features)
     assert values == list(range(20))
     assert all((row == row[0]).all() for kind in table for row in table[kind].features)
@@ -53,7 +53,7 @@ def test_colour_goes_pixel_by_pixel():
     assert rows.shape[1] == 12
     np.testing.assert_allclose(rows[:, 1::3] * 255, 100, atol=1e-4)
     np.testing.assert_allclose(rows[:, 2::3] * 255, 200, atol=1e-4)
-    assert pixel_table(in_memory(*arrays), "L").widths == [4]
+    assert pixel_table(in_memory(*arrays), "L").feature_dims == [4]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_colour_goes_pixel_by_pixel():
 def test_other_images_are_brought_to_32_by_32(shapes):
     arrays = [np.full(shapes[n % len(shapes)], n, np.uint8) for n in range(20)]
     table = pixel_table(in_memory(*arrays), "L")
-    assert table.widths == [1024]
+    assert table.feature_dims == [1024]
     assert sorted(round(float(row.mean()) * 255) for kind in table for row in table[kind].features) == list(range(20))
 
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.reporting.figures import plot_overlap
-from concat_ensemble.studies.overlap import REST_STRENGTH, STRENGTHS, measure_overlap
+from concat_ensemble.studies.overlap import L2_STRENGTHS, REST_L2_STRENGTH, measure_overlap
 
 SIZES = {"train": 600, "validation": 300, "test": 800}
 NAMES = ["thirds", "copy", "linear", "rests", "noise"]
@@ -94,14 +94,14 @@ def test_equals_a_naive_reference(tables, found, relation):
         [(x.astype(float) - tables[0]["train"].blocks[k].mean(0)) / tables[0]["train"].blocks[k].std(0) for x in
          (tables[0][split].blocks[k] for split in SIZES)] for k in (0, 3)
     )  # fmt: skip
-    part, models = relation((0,), 3), [Ridge(len(a) * s, fit_intercept=False) for s in STRENGTHS]
+    part, models = relation((0,), 3), [Ridge(len(a) * s, fit_intercept=False) for s in L2_STRENGTHS]
     for j, r2 in enumerate(part.features):
         errors = [np.mean((model.fit(a, b[:, j]).predict(a_held) - b_held[:, j]) ** 2) for model in models]
         predicted = models[int(np.argmin(errors))].predict(a_test)
         assert r2 == pytest.approx(1 - np.mean((predicted - b_test[:, j]) ** 2) / np.mean(b_test[:, j] ** 2), abs=1e-4)
     assert part.r2 == pytest.approx(np.clip(part.features, 0, None).mean())
 
-    joined, own = (Ridge(len(x) * REST_STRENGTH, fit_intercept=False).fit(x, y) for x, y in
+    joined, own = (Ridge(len(x) * REST_L2_STRENGTH, fit_intercept=False).fit(x, y) for x, y in
                    ((np.vstack([a, a_held]), np.vstack([b, b_held])), (a_test, b_test)))  # fmt: skip
     rests = [b - joined.predict(a), b_held - joined.predict(a_held), b_test - own.predict(a_test)]
     labels = [tables[0][split].labels for split in SIZES]
@@ -147,7 +147,7 @@ def test_cka_and_rank_ignore_rotation_scale_and_shift(seed, scale, width, shift)
 def test_ensembles_are_compared_as_wholes(tables, relation):
     """Two of the members in one subject hold of a third what `relation` says that they hold together."""
     found = measure_overlap(*tables, {"pair": [0, 4], "rests": [3]})
-    assert [subject.width for subject in found.subjects] == [48, 24]
+    assert [subject.num_features for subject in found.subjects] == [48, 24]
     alone = relation((0,), 3)
     assert alone.r2 - 0.05 < found.relations[1].r2 < alone.r2 + 0.02, "noise beside it tells nothing more"
 
@@ -204,7 +204,7 @@ def test_compare_takes_whole_ensembles_and_prints_json_alone(run, folder):
         and err == ""
         and [one["name"] for one in content["subjects"]] == ["0: pair", "1: random:test_resnet"]
     )
-    assert content["subjects"][0]["width"] == 32 and content["dataset"]["limit"] == 60
+    assert content["subjects"][0]["num_features"] == 32 and content["dataset"]["limit"] == 60
     code, _, err = run(*words)
     assert code == 2 and "overlap/digits-limit-60.json is there already; add --overwrite" in err
 

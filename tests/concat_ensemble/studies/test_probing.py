@@ -12,7 +12,7 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.data.loading import class_names, open_image
+from concat_ensemble.data.loading import class_names, read_image
 from concat_ensemble.features.projection import principal_projection
 from concat_ensemble.studies.controls import pixel_table
 from concat_ensemble.studies.probing import probe_ensemble, with_head
@@ -30,14 +30,14 @@ def found(trio, digits, backbone):
 
 def test_rows_are_the_ensemble_its_parts_and_all_controls(found):
     results, _ = found
-    assert [(row.name, row.kind, row.width, row.num_members) for row in results.rows] == [
+    assert [(row.name, row.kind, row.num_features, row.num_members) for row in results.rows] == [
         ("trio", "ensemble", 56, 3),
-        ("trio, first 2", "prefix", 32, 2),
+        ("trio, first 2 members", "first_members", 32, 2),
         ("trio, member 0 alone", "member", 16, 1),
         ("trio, member 1 alone", "member", 16, 1),
         ("trio, member 2 alone", "member", 24, 1),
-        ("trio, PCA to 24", "narrowed", 24, 3),
-        ("trio, random projection to 24", "narrowed", 24, 3),
+        ("trio, PCA to 24", "projected", 24, 3),
+        ("trio, random projection to 24", "projected", 24, 3),
         ("one", "baseline", 16, 1),
         ("untrained members", "control", 56, 3),
         ("raw pixels", "control", 64, 0),
@@ -64,7 +64,7 @@ def test_every_accuracy_is_that_of_its_own_features(found, trio, digits):
     table = extract_features(trio, digits, quiet=True)
     tables = {
         "trio": (table, True),
-        "trio, first 2": (table.members([0, 1]), True),
+        "trio, first 2 members": (table.members([0, 1]), True),
         "trio, member 2 alone": (table.members([2]), True),
         "trio, PCA to 24": (principal_projection(table, 24)(table), False),
         "raw pixels": (pixel_table(digits, "L"), True),
@@ -98,7 +98,7 @@ def test_the_test_split_changes_nothing_that_is_learnt(ensemble, digits):
     other = DatasetDict(digits | {"test": blank})
     (results, probe), (changed, same) = (probe_ensemble(ensemble, data, quiet=True) for data in (digits, other))
     assert np.array_equal(probe.coef_, same.coef_) and np.array_equal(probe.mean_, same.mean_)
-    assert [row.runs[0].strength for row in results.rows] == [row.runs[0].strength for row in changed.rows]
+    assert [row.runs[0].l2_strength for row in results.rows] == [row.runs[0].l2_strength for row in changed.rows]
 
 
 def test_the_head_predicts_what_the_probe_does(found, trio, digits, tmp_path):
@@ -107,7 +107,7 @@ def test_the_head_predicts_what_the_probe_does(found, trio, digits, tmp_path):
     model = ConcatEnsembleForImageClassification.from_pretrained(tmp_path)
     processor = ConcatEnsembleImageProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
-        output = model(**processor([open_image(digits["test"], n) for n in range(30)]))
+        output = model(**processor([read_image(digits["test"], n) for n in range(30)]))
     expected = probe.logits(output.pooler_output.numpy())
     np.testing.assert_allclose(output.logits.numpy(), expected, atol=2e-3)
     assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
@@ -133,7 +133,7 @@ def test_a_head_has_a_row_for_every_class(ensemble, lacking):
     model = with_head(ensemble, probe, class_names(lacking["train"]))
     processor = ConcatEnsembleImageProcessor.from_config(ensemble.config)
     with torch.no_grad():
-        logits = model(**processor([open_image(lacking["test"], n) for n in range(30)])).logits
+        logits = model(**processor([read_image(lacking["test"], n) for n in range(30)])).logits
     assert logits.shape == (30, 3)
     assert set(logits.argmax(1).tolist()) <= {0, 2}, "the class that it never saw is not predicted"
 
@@ -154,4 +154,4 @@ def test_a_dataset_of_colour_gets_colour_pixels():
     arrays = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
     dataset = Dataset.from_dict({"image": [Image.fromarray(a) for a in arrays], "label": ["a", "b"] * 10})
     results, _ = probe_ensemble(assemble("random:test_vit"), load_data(dataset), quiet=True)
-    assert results["raw pixels"].width == 3 * 8 * 8
+    assert results["raw pixels"].num_features == 3 * 8 * 8

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from concat_ensemble.studies.results import Results, Row, Run, packed
+from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
 
 def test_mean_and_students_interval_by_hand(study):
@@ -28,7 +28,7 @@ def test_difference_is_paired(study):
 
 def test_one_repeat_is_paired_image_by_image():
     """Of ten images the first gets 0 to 7 right, the second 0, 1, 8: six won, one lost. McNemar: 2 * (1 + 7) / 2^7."""
-    runs = [Run(0, {"top1": n / 10}, 0.1, 50, 10, right=packed(np.isin(np.arange(10), which)))
+    runs = [Run(0, {"top1": n / 10}, 0.1, 50, 10, correct=pack_bits(np.isin(np.arange(10), which)))
             for n, which in ((8, range(8)), (3, [0, 1, 8]))]  # fmt: skip
     rows = [Row(name, "ensemble", 4, runs=[run]) for name, run in zip("ab", runs, strict=True)]
     results = Results("a", {}, {}, rows)
@@ -36,15 +36,15 @@ def test_one_repeat_is_paired_image_by_image():
     assert mean == pytest.approx(0.5) and p == pytest.approx(16 / 128)
     assert low <= 0.5 <= high and low in np.arange(-10, 11) / 10
     for row in rows:
-        row.runs[0].right = ""
+        row.runs[0].correct = ""
     assert results.difference("a", "b")[1:] == ((-np.inf, np.inf), 1.0), "an older file does not say which images"
 
 
 def test_the_deviation_over_draws_is_that_of_the_draws(study):
     results = study(pair=[0.5, 0.6])
-    assert results["pair"].draw_deviation is None
-    results["pair"].runs[0].draws, results["pair"].runs[1].draws = [0.4, 0.5, 0.6], [0.5, 0.5, 0.5]
-    assert results["pair"].draw_deviation == pytest.approx((0.01 / 2) ** 0.5), "variances 0.01 and 0"
+    assert results["pair"].resample_deviation is None
+    results["pair"].runs[0].resamples, results["pair"].runs[1].resamples = [0.4, 0.5, 0.6], [0.5, 0.5, 0.5]
+    assert results["pair"].resample_deviation == pytest.approx((0.01 / 2) ** 0.5), "variances 0.01 and 0"
 
 
 def test_comes_back_from_its_file_as_it_was(study, tmp_path):
@@ -94,7 +94,7 @@ def test_the_protocol_changes_with_the_data(changes, study):
 
 def test_the_protocol_changes_with_the_probe_but_not_with_seed_or_outcome(study):
     first, other = study(pair=[0.5]), study(pair=[0.5])
-    other.probe = other.probe | {"strengths": [1.0]}
+    other.probe = other.probe | {"l2_strengths": [1.0]}
     assert other.protocol != first.protocol
     assert study({"seed": 7}, pair=[0.9, 0.8], other=[0.1, 0.2]).protocol == first.protocol
     assert len(first.protocol) == 8 and int(first.protocol, 16) >= 0
@@ -132,9 +132,9 @@ def test_a_broken_file_is_named_with_the_way_out(content, tmp_path):
         Results.load(tmp_path / "x.json")
 
 
-def test_a_file_with_a_field_of_another_version_is_named(study, tmp_path):
+def test_a_file_of_a_newer_version_is_refused(study, tmp_path):
     study(pair=[0.5]).save(tmp_path / "x.json")
-    content = json.loads((tmp_path / "x.json").read_text()) | {"novelty": 1}
+    content = json.loads((tmp_path / "x.json").read_text()) | {"schema_version": 3}
     (tmp_path / "x.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"x\.json is not a results file .*novelty"):
+    with pytest.raises(ValueError, match=r"x\.json is not a results file .*schema_version=3"):
         Results.load(tmp_path / "x.json")

@@ -12,7 +12,7 @@ from concat_ensemble import RidgeProbe, assemble
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.studies.cost import member_costs
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection import FEW_IMAGES, STRENGTHS, select_members
+from concat_ensemble.studies.selection import FEW_IMAGES, L2_STRENGTHS, select_members
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_every_subset_has_the_accuracy_of_a_ridge_probe_of_its_own(found, table)
     assert len(found.subsets) == 15 and found.subsets == sorted(found.subsets, key=lambda s: -s.top1)
     for subset in found.subsets:
         part = table.members(subset.members)
-        alone = RidgeProbe(STRENGTHS).fit(part["train"], validation=part["validation"])
+        alone = RidgeProbe(L2_STRENGTHS).fit(part["train"], validation=part["validation"])
         assert subset.top1 == pytest.approx(max(alone.path_.values()), abs=1 / 500 + 1e-9)
         assert subset.cost == sum((COSTS[k] for k in subset.members), Cost(0.0, 0.0))
 
@@ -59,7 +59,7 @@ def test_few_rows_go_by_kernels_and_give_the_same(table):
     found = select_members(few, COSTS, NAMES)
     for subset in found.subsets:
         part = few.members(subset.members)
-        alone = RidgeProbe(STRENGTHS).fit(part["train"], validation=part["validation"])
+        alone = RidgeProbe(L2_STRENGTHS).fit(part["train"], validation=part["validation"])
         assert subset.top1 == pytest.approx(max(alone.path_.values()), abs=1 / 500 + 1e-9)
 
 

@@ -89,9 +89,9 @@ def test_the_global_generators_are_left_alone():
 def test_validation_images_are_trained_on_where_nobody_watches_them():
     settings = {"dataset": "digits", "limit": 100, "validation_size": 0.2}
     watched, unwatched = (Images(Settings(**settings, evaluate_every=n), GREY) for n in (5, 0))
-    assert unwatched.size == watched.size + len(watched.labels_of("validation"))
+    assert unwatched.size == watched.size + len(watched.labels("validation"))
     ((view,), labels), *_ = watched.held_out(16)
-    assert view.shape == (16, 1, 32, 32) and torch.equal(labels, torch.tensor(watched.labels_of("validation")[:16]))
+    assert view.shape == (16, 1, 32, 32) and torch.equal(labels, torch.tensor(watched.labels("validation")[:16]))
 
 
 def test_an_uneven_share_is_named():

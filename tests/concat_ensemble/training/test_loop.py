@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from concat_ensemble.training.images import Images, Pixels
-from concat_ensemble.training.loop import Loop, accelerator_of
+from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.recipe import Recipe
 from pretrain_members import Objective
 
@@ -69,7 +69,7 @@ def trained(tmp_path):
             set_seed(seed)
             networks.append(timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args))
         loop = Loop(
-            accelerator_of(recipe, cpu=True),
+            create_accelerator(recipe, cpu=True),
             recipe,
             networks,
             steps=recipe.total_steps,
@@ -129,7 +129,13 @@ def test_a_schedule_free_network_is_kept_with_its_average_and_statistics_under_i
     set_seed(0)
     network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
     loop = Loop(
-        accelerator_of(recipe, cpu=True), recipe, [network], steps=12, folder=tmp_path / "run", identity={}, name="run"
+        create_accelerator(recipe, cpu=True),
+        recipe,
+        [network],
+        steps=12,
+        folder=tmp_path / "run",
+        identity={},
+        name="run",
     )
     for _ in loop.run(lambda step: images.batches([0], step), Objective(recipe, 10)):
         trained = {key: value.detach().clone() for key, value in network.named_parameters()}
@@ -159,7 +165,7 @@ def test_cycles_end_low_and_begin_high(tmp_path):
     images, rates = Images(recipe, GREY), []
     network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
     loop = Loop(
-        accelerator_of(recipe, cpu=True),
+        create_accelerator(recipe, cpu=True),
         recipe,
         [network],
         steps=27,
