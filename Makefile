@@ -8,8 +8,8 @@ demo: .venv/installed    ## the paper's claim on real digits, with controls, in 
 	.venv/bin/python training/compare.py scattered_digits --output runs/demo $(if $(SMOKE),--smoke)
 test: .venv/installed    ## all tests but the slow ones, on all cores
 	.venv/bin/python -m pytest -n logical --dist loadfile $(PYTEST)
-check: .venv/installed   ## lint and formatting
-	.venv/bin/ruff check && .venv/bin/ruff format --check
+check: .venv/installed   ## lint, formatting, types, and pages written from docstrings
+	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/pyright && .venv/bin/python docs/make_api.py --check
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,export]'

@@ -1,8 +1,9 @@
-"""docs/api.md, from the docstrings of what `concat_ensemble` gives.
+"""Write docs/api.md and the list of files in CONTRIBUTING.md from docstrings.
 
 python docs/make_api.py
 """
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -12,50 +13,78 @@ from pathlib import Path
 import concat_ensemble
 from concat_ensemble.features.ntk import NTK
 
-PAGE = Path(__file__).with_name("api.md")
+ROOT = Path(__file__).parents[1]
 NOTE = "<!-- Written by `python docs/make_api.py`. -->"
-# In the order in which a reader meets them; what is not here is at the end.
-FIRST = ["assemble", "load_data", "extract_features", "ConcatEnsembleModel", "ConcatEnsembleForImageClassification", "ConcatEnsembleConfig", "ConcatEnsembleImageProcessor"]  # fmt: skip
+FIRST = ["assemble", "load_data", "extract_features"]  # in the order in which a reader meets them
+ROOMS = [
+    *("modeling", "members", "data", "features", "probes", "studies", "reporting"),
+    *("inference", "training", "experiments", "commands"),
+]
 
 
-def page() -> str:
+def api_page() -> str:
+    """docs/api.md."""
     names = [*FIRST, *(name for name in concat_ensemble.__all__ if name not in FIRST)]
-    found = {name: getattr(concat_ensemble, name) for name in names} | {"ntk.NTK": NTK}
-    parts, told = (
-        [f"{NOTE}\n\n# API\n\n`import concat_ensemble` gives these; `concat_ensemble.features.ntk` the last."],
-        set(),
-    )
-    for name, thing in found.items():
-        parts.append(f"## `{name}`\n\n{documented(name, thing)}")
-        for method, function in methods(thing).items():
-            if function not in told:  # two classes share some
-                parts.append(f"### `{name}.{method}`\n\n{documented(method, function)}")
-                told.add(function)
-    return "\n\n".join(parts) + "\n"
+    public = {name: getattr(concat_ensemble, name) for name in names} | {"features.ntk.NTK": NTK}
+    sections, documented = [f"{NOTE}\n\n# API\n\nImport these from `concat_ensemble`, and `NTK` from `concat_ensemble.features.ntk`."], set()
+    for name, item in public.items():
+        sections.append(f"## `{name}`\n\n{document(name, item)}")
+        for method, function in public_methods(item).items():
+            if function not in documented:  # two classes can share a method
+                sections.append(f"### `{name}.{method}`\n\n{document(method, function)}")
+                documented.add(function)
+    return "\n\n".join(sections) + "\n"
 
 
-def methods(thing) -> dict:
-    """Of ours, the public ones that say what they do."""
-    ours = (
-        [base for base in inspect.getmro(thing) if base.__module__.startswith("concat_ensemble")]
-        if inspect.isclass(thing)
-        else []
-    )
-    found = {name: value for base in reversed(ours) for name, value in vars(base).items() if not name.startswith("_")}
-    return {name: value for name, value in found.items() if inspect.isfunction(value) and value.__doc__}
+def public_methods(item) -> dict:
+    """The public methods with a docstring that a class of ours defines or inherits from a class of ours."""
+    if not inspect.isclass(item):
+        return {}
+    bases = [base for base in inspect.getmro(item) if base.__module__.startswith("concat_ensemble")]
+    methods = {name: value for base in reversed(bases) for name, value in vars(base).items() if not name.startswith("_")}
+    return {name: value for name, value in methods.items() if inspect.isfunction(value) and value.__doc__}
 
 
-def documented(name: str, thing) -> str:
-    shown = inspect.signature(thing)
-    if dataclasses.is_dataclass(thing):  # of a config, transformers' own fields are left out
-        own = [value for key, value in shown.parameters.items() if key in vars(thing)["__annotations__"]]
-        shown = shown.replace(parameters=own)
-    # Annotations that are text, and modules, look different from version to version.
-    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(shown))
-    signature = re.sub(r"\b(?:[A-Za-z_]+\.)+([A-Za-z])", r"\1", signature)
-    text = inspect.getdoc(thing) or ""
-    return f"```text\n{name}{signature}\n\n{text}\n```"
+def document(name: str, item) -> str:
+    """Signature and docstring as a block of text."""
+    signature = inspect.signature(item)
+    if dataclasses.is_dataclass(item):  # leave out the fields that a config inherits from transformers
+        own = [value for key, value in signature.parameters.items() if key in vars(item)["__annotations__"]]
+        signature = signature.replace(parameters=own)
+    # Annotations that are strings, and names of modules, differ between versions.
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(signature))
+    text = re.sub(r"\b(?:[A-Za-z_]+\.)+([A-Za-z])", r"\1", text)
+    return f"```text\n{name}{text}\n\n{inspect.getdoc(item) or ''}\n```"
+
+
+def file_list() -> str:
+    """The files of the package, room by room, each with the first line of its docstring."""
+    lines = ["```text", "concat_ensemble/"]
+    lines += [f"  {path.name:<36}{first_line(path)}" for path in sorted((ROOT / "concat_ensemble").glob("*.py"))]
+    for room in ROOMS:
+        folder = ROOT / "modeling" if room == "modeling" else ROOT / "concat_ensemble" / room
+        lines.append(f"  {room + '/':<36}{first_line(folder / '__init__.py')}")
+        files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+        lines += [f"    {path.name:<34}{first_line(path)}" for path in files]
+    return "\n".join([*lines, "```"])
+
+
+def first_line(path: Path) -> str:
+    """The first sentence of a module's docstring."""
+    return re.split(r"(?<=[.?])\s", " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split()))[0]
+
+
+def contributing_page() -> str:
+    """CONTRIBUTING.md with the list of files renewed."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    before, rest = text.split("<!-- files: begin -->")
+    return f"{before}<!-- files: begin -->\n{file_list()}\n<!-- files: end -->{rest.split('<!-- files: end -->')[1]}"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page()) if "--print" in sys.argv else PAGE.write_text(page())
+    pages = {"docs/api.md": api_page(), "CONTRIBUTING.md": contributing_page()}
+    outdated = [name for name, text in pages.items() if (ROOT / name).read_text() != text]
+    if "--check" in sys.argv:
+        sys.exit(f"run python docs/make_api.py: {', '.join(outdated)} would change" if outdated else 0)
+    for name in outdated:
+        (ROOT / name).write_text(pages[name])

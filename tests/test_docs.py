@@ -184,8 +184,5 @@ def test_what_training_says_to_type_is_there(line):
         assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml", ".sh")))
 
 
-def test_the_api_page_is_made_of_the_docstrings():
-    made = subprocess.run(
-        [sys.executable, "docs/make_api.py", "--print"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert (ROOT / "docs/api.md").read_text() == made.stdout, "write it anew with python docs/make_api.py"
+def test_pages_written_from_docstrings_are_current():
+    subprocess.run([sys.executable, "docs/make_api.py", "--check"], cwd=ROOT, check=True)
