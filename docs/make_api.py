@@ -26,7 +26,10 @@ def api_page() -> str:
     """docs/api.md."""
     names = [*FIRST, *(name for name in concat_ensemble.__all__ if name not in FIRST)]
     public = {name: getattr(concat_ensemble, name) for name in names} | {"features.ntk.NTK": NTK}
-    sections, documented = [f"{NOTE}\n\n# API\n\nImport these from `concat_ensemble`, and `NTK` from `concat_ensemble.features.ntk`."], set()
+    sections, documented = (
+        [f"{NOTE}\n\n# API\n\nImport these from `concat_ensemble`, and `NTK` from `concat_ensemble.features.ntk`."],
+        set(),
+    )
     for name, item in public.items():
         sections.append(f"## `{name}`\n\n{document(name, item)}")
         for method, function in public_methods(item).items():
@@ -41,7 +44,9 @@ def public_methods(item) -> dict:
     if not inspect.isclass(item):
         return {}
     bases = [base for base in inspect.getmro(item) if base.__module__.startswith("concat_ensemble")]
-    methods = {name: value for base in reversed(bases) for name, value in vars(base).items() if not name.startswith("_")}
+    methods = {
+        name: value for base in reversed(bases) for name, value in vars(base).items() if not name.startswith("_")
+    }
     return {name: value for name, value in methods.items() if inspect.isfunction(value) and value.__doc__}
 
 

@@ -1,5 +1,6 @@
 """What `pip install` brings: one top-level name, with the Hub payload, the card's template and the recipes in it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -98,3 +99,30 @@ def test_installed_it_builds_an_ensemble_that_loads_without_it(wheel, tmp_path):
     ]
     assert "Written by `concat-ensemble card`" in (tmp_path / "one" / "README.md").read_text()
     assert run(sys.executable, "-S", "-c", LOAD, cwd=tmp_path, env=without).split() == ["ConcatEnsembleModel", "64"]
+
+
+TYPED = """
+from concat_ensemble import ConcatEnsembleModel, LinearProbe, assemble, extract_features, load_data
+
+model: ConcatEnsembleModel = assemble(["random:resnet18"])
+table = extract_features(model, load_data("digits", limit=100))
+score: float = LinearProbe().fit(table["train"], validation=table["validation"]).score(table["test"])
+features: int = model.config.num_features
+wrong: str = score
+"""
+
+
+@pytest.mark.parametrize("install", ["wheel", "editable"])
+def test_a_file_outside_the_repository_type_checks(install, wheel, tmp_path):
+    """Type checkers see the package both installed and as an editable install: one error, in the wrong line."""
+    (tmp_path / "user.py").write_text(TYPED)
+    settings = {"typeCheckingMode": "basic"}
+    if install == "wheel":
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
+        settings["extraPaths"] = ["site"]
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    words = ["pyright", "--outputjson", "--pythonpath", sys.executable, "user.py"]
+    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
+    errors = [(one["range"]["start"]["line"], one["message"]) for one in json.loads(done.stdout)["generalDiagnostics"]]
+    assert [line for line, _ in errors] == [8], errors
+    assert '"float" is not assignable to' in errors[0][1]
