@@ -8,8 +8,8 @@ import pytest
 
 # In a process of its own, since what a heap returns to the system depends on what else lies in it. Inside the context,
 # pieces come from the heap. If something else was allocated above them, a hole of their size is left there afterwards:
-# its pages have gone back to the system, but malloc uses the hole for later pieces of the same size. Whether pieces are
-# returned at once again is therefore measured on larger ones, which do not fit into the hole.
+# its pages have gone back to the system, but malloc uses the hole for later pieces of the same size. Whether pieces
+# are returned at once again is therefore measured on larger ones, which do not fit into the hole.
 PROGRAM = """
 import json, resource
 import psutil, torch
