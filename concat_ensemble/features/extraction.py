@@ -82,9 +82,8 @@ def extract_features(
         model = assemble(model)
     extractor = NTKFeatures(ntk, model) if ntk else PooledFeatures()
     settings = {"compute": str(compute), "storage": str(STORAGE[storage])}
-    keys = block_keys(model, processor, extractor, settings)
-    names = [architecture + extractor.name_suffix for architecture in _architectures(model)]
-    blocks = [Block((store or default_store()) / key, name) for key, name in zip(keys, names, strict=True)]
+    names = block_names(model, processor, extractor, settings)
+    blocks = [Block((store or default_store()) / key, architecture) for key, architecture in names]
     hashes = {split: image_hashes(rows) for split, rows in dataset.items()}
     run = _Run(
         model=model,
@@ -107,7 +106,7 @@ def extract_features(
         {split: [block.rows(hashes[split]) for block in blocks] for split in dataset},
         {split: np.asarray(rows.with_format("numpy")["label"][:], dtype=np.int64) for split, rows in dataset.items()},
         class_names(next(iter(dataset.values()))),
-        tuple(keys),
+        tuple(key for key, _ in names),
         extracted,
         extracted / seconds if extracted else None,
     )
@@ -116,28 +115,25 @@ def extract_features(
     return table
 
 
-def block_keys(
+def block_names(
     model: nn.Module, processor: BaseImageProcessor | None, extractor: Extractor, settings: dict[str, str]
-) -> list[str]:
-    """The key of each built member's block. `settings`: what else decides the features, such as the dtypes."""
+) -> list[tuple[str, str]]:
+    """(key, architecture) of each built member's block; `settings` are the dtypes, which are part of the key."""
     shared = settings | {"processor": None if processor is None else processor.to_dict()}
     if not is_ensemble(model):
-        return [block_key(model, {"config": model.config.to_dict()} | shared | extractor.key_fields(0))]
-    keys = []
+        key = block_key(model, {"config": model.config.to_dict()} | shared | extractor.key_fields(0))
+        return [(key, type(model).__name__ + extractor.name_suffix)]
+    names = []
     for position, (number, member) in enumerate(model.members.items()):
         config = model.config.members[int(number)]
         own = {field: config[field] for field in ("architecture", "model_args", "preprocessing")}
-        keys.append(block_key(member, own | shared | extractor.key_fields(position)))
-    return keys
+        key = block_key(member, own | shared | extractor.key_fields(position))
+        names.append((key, config["architecture"] + extractor.name_suffix))
+    return names
 
 
 def plan_passes(missing: Sequence[set[bytes]], images: Iterable[bytes]) -> dict[tuple[int, ...], list[bytes]]:
-    """Positions of members -> the images that exactly these members miss. Usually one pass.
-
-    Args:
-        missing: The images that each member misses.
-        images: All images, in the order in which they are to run.
-    """
+    """Positions of members -> the images that exactly these members miss, in the order of `images`."""
     passes: dict[tuple[int, ...], list[bytes]] = {}
     for image in images:
         positions = tuple(position for position, own in enumerate(missing) if image in own)
@@ -197,15 +193,11 @@ class _Run:
         part, processor = self._select_members(positions)
         size = self.batch_size
         batches = [shard[start : start + size] for shard in shards for start in range(0, len(shard), size)]
-        loader = DataLoader(
-            _PixelDataset(self.dataset, self.places, processor),
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        images, pin_memory = _PixelDataset(self.dataset, self.places, processor), self.device.type == "cuda"
+        loader = DataLoader(images, batch_sampler=batches, num_workers=self.num_workers, pin_memory=pin_memory)
+        pixels = _load_batches(loader)
         with Progress(disable=self.quiet or not sys.stderr.isatty()) as progress:
             task = progress.add_task("features", total=len(batches))
-            pixels = _load_batches(loader)
             for shard in shards:
                 features = []
                 for _ in range(0, len(shard), size):
@@ -287,10 +279,9 @@ def _load_batches(loader: DataLoader) -> Iterator[torch.Tensor]:
 
 def _is_loaded(dataset: DatasetDict | Dataset) -> bool:
     """Whether `load_data` made it."""
-    encoded = Image(decode=False)
-    return isinstance(dataset, DatasetDict) and all(
-        split.features.get("image") == encoded for split in dataset.values()
-    )
+    if not isinstance(dataset, DatasetDict):
+        return False
+    return all(split.features.get("image") == Image(decode=False) for split in dataset.values())
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
@@ -307,10 +298,3 @@ def _first_places(hashes: dict[str, list[bytes]]) -> dict[bytes, tuple[str, int]
         for row, image in enumerate(images):
             places.setdefault(image, (split, row))
     return places
-
-
-def _architectures(model: nn.Module) -> list[str]:
-    """The architecture of each built member."""
-    if not is_ensemble(model):
-        return [type(model).__name__]
-    return [model.config.members[int(number)]["architecture"] for number in model.members]

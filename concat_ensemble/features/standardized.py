@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import psutil
@@ -31,8 +32,8 @@ class StandardizedFeatures:
     def __init__(
         self,
         split: TableSplit,
-        mean: np.ndarray | None = None,
-        scale: np.ndarray | None = None,
+        mean: np.ndarray | torch.Tensor | None = None,
+        scale: np.ndarray | torch.Tensor | None = None,
         *,
         device: str | torch.device | None = None,
         in_memory: bool | None = None,
@@ -42,9 +43,8 @@ class StandardizedFeatures:
         self.shape = split.blocks[0].shape[0], split.num_features
         self.fast_dtype = torch.bfloat16 if self.dtype == torch.float32 and _has_bfloat16(self.device) else self.dtype
         self._split = split
-        if mean is not None:
-            mean, scale = (torch.as_tensor(vector, dtype=self.dtype, device=self.device) for vector in (mean, scale))
-        self._mean, self._scale = mean, scale
+        to_tensor = partial(torch.as_tensor, dtype=self.dtype, device=self.device)
+        self._mean, self._scale = (None if vector is None else to_tensor(vector) for vector in (mean, scale))
         if in_memory is None:
             num_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
             in_memory = 1.5 * num_bytes <= MEMORY_SHARE * _free_memory(self.device)
@@ -122,7 +122,8 @@ def moments(split: TableSplit) -> tuple[np.ndarray, np.ndarray]:
 
     The sums of squares are about each chunk's own mean, which loses no digits (Chan, Golub and LeVeque 1979).
     """
-    count, mean, squares = 0, 0.0, 0.0
+    count = 0
+    mean = squares = torch.zeros(split.num_features, dtype=torch.float64)
     for start in range(0, split.blocks[0].shape[0], CHUNK):
         chunk = _read_rows(split, start).double()
         chunk_mean = chunk.mean(0)
@@ -139,7 +140,7 @@ def moments(split: TableSplit) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_rows(split: TableSplit, start: int) -> torch.Tensor:
     """The chunk (at most CHUNK, D) that starts at this row; torch needs a contiguous, writable array."""
-    return torch.from_numpy(np.require(split.rows(slice(start, start + CHUNK)), requirements="CW"))
+    return torch.from_numpy(np.require(split.rows(slice(start, start + CHUNK)), requirements=["C", "W"]))
 
 
 def _has_bfloat16(device: torch.device) -> bool:
