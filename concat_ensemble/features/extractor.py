@@ -22,14 +22,12 @@ class Extractor(Protocol):
 
     def key_fields(self, position: int) -> dict[str, Any]:
         """JSON values that decide a member's features beside the member itself, for the key of its block."""
-        ...
 
     def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """(B, D_k) for each member of `model`, whose members have these positions in the model to extract.
 
         `model` is in evaluation mode; `pixel_values` (B, ...) are from its processor.
         """
-        ...
 
 
 class PooledFeatures:

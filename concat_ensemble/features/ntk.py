@@ -81,9 +81,8 @@ class NTK:
         heads = np.split(np.asarray(self.head), np.cumsum(feature_dims)[:-1])
         return [dataclasses.replace(self, head=head) for head in heads]
 
-    def features(self, model: nn.Module, position: int, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, `dim`): hashed gradients of the built member at this position, for `pixel_values` of the model."""
-        member, pixels = _member_inputs(model, position, pixel_values)
+    def features(self, member: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, `dim`): hashed gradients of a backbone or a transformers model, for its own pixels (B, ...)."""
         return torch.cat([self._hash(chunk) for chunk in self._gradients(member, pixels)])
 
     @torch.no_grad()
@@ -162,21 +161,16 @@ class NTKFeatures:
         return {"ntk": {"dim": ntk.dim, "parameters": ntk.parameters, "seed": ntk.seed, "head": head}}
 
     def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        members = [self._members[position] for position in positions]
-        return [ntk.features(model, place, pixel_values) for place, ntk in enumerate(members)]
+        members = [(model, pixel_values)]
+        if is_ensemble(model):
+            members = [(member, model._member_pixels[k](pixel_values)) for k, member in model.members.items()]
+        settings = [self._members[position] for position in positions]
+        return [ntk.features(member, pixels) for ntk, (member, pixels) in zip(settings, members, strict=True)]
 
 
 def _check_head(weights: int, num_features: int) -> None:
     if weights != num_features:
         raise ValueError(f"NTK head has {weights} weights; it needs {num_features}, one for each pooled feature.")
-
-
-def _member_inputs(model: nn.Module, position: int, pixel_values: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    """The built member at this position, and its part of `pixel_values`."""
-    if not is_ensemble(model):
-        return model, pixel_values
-    number = list(model.members)[position]
-    return model.members[number], model._member_pixels[number](pixel_values)
 
 
 def _pool(member: nn.Module, parameters: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:

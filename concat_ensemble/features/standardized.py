@@ -150,6 +150,5 @@ def _has_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes."""
+def _free_memory(device: torch.device) -> int:  # bytes
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -126,12 +126,7 @@ class Block:
 
 
 class StoredRows(Rows):
-    """Rows of a block in the order of a dataset, memory-mapped.
-
-    Args:
-        shards: The features of each shard of the block.
-        shard, row: (n,) where each row is.
-    """
+    """Rows of a block in the order of a dataset, memory-mapped. Row i is `shards[shard[i]][row[i]]`."""
 
     def __init__(self, shards: list[np.ndarray], shard: np.ndarray, row: np.ndarray):
         super().__init__((len(row), shards[0].shape[1]), shards[0].dtype)

@@ -52,7 +52,7 @@ def measure(architecture: str, images: int, repeats: int, dim: int) -> str:
 
     def gradients():
         member.to(memory_format=torch.contiguous_format)
-        ntk.features(model, 0, pixels)
+        ntk.features(member, pixels)
 
     with keep_freed_memory():
         peaks = [peak()]

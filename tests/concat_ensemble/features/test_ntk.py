@@ -21,7 +21,8 @@ from concat_ensemble import (
     extract_features,
 )
 from concat_ensemble.data.loading import read_image
-from concat_ensemble.features.ntk import NTK, NTKFeatures, _member_inputs
+from concat_ensemble.features.extractor import is_ensemble
+from concat_ensemble.features.ntk import NTK, NTKFeatures
 from concat_ensemble.features.table import FeatureTable
 
 ARCHITECTURES = {
@@ -69,9 +70,10 @@ def naive_hash(member, rows, dim, seed=0):
 
 def exact_kernels(model, pixels, ntk=None):
     """(n, n) float64 of each member: inner products of the whole gradients, nothing hashed."""
+    members = list(model.members.values()) if is_ensemble(model) else [model]
     kernels = []
-    for position, own in enumerate((ntk or NTK()).for_members(model)):
-        chunks = own._gradients(*_member_inputs(model, position, pixels))
+    for member, own in zip(members, (ntk or NTK()).for_members(model), strict=True):
+        chunks = own._gradients(member, pixels)
         parts = [torch.cat(parts).flatten(1).double() for parts in zip(*chunks, strict=True)]
         kernels.append(sum(part @ part.T for part in parts).numpy())
     return kernels
@@ -120,14 +122,14 @@ def test_rows_equal_those_of_the_naive_loop(network, images_at_a_time):
     member = model.members["0"]
     ntk = NTK(dim=64, memory=1 if images_at_a_time == 1 else 4 << 30)
     expected = naive_hash(member, naive_gradients(member, pixels), 64)
-    assert_near(ntk.features(model, 0, pixels).numpy(), expected, 1e-5)
+    assert_near(ntk.features(member, pixels).numpy(), expected, 1e-5)
 
 
 def test_hashed_gradients_of_networks_keep_inner_products(network):
     """Johnson-Lindenstrauss: n points in dim >= 4 ln n / (e^2 / 2 - e^3 / 3) columns keep their geometry up to e
     (Dasgupta and Gupta 2003)."""
     model, pixels = network
-    kernel, rows = exact_kernel(model, pixels), NTK(dim=1024).features(model, 0, pixels).double().numpy()
+    kernel, rows = exact_kernel(model, pixels), NTK(dim=1024).features(model.members["0"], pixels).double().numpy()
     allowed = next(e for e in np.arange(0.01, 1, 0.001) if 4 * np.log(len(rows)) / (e**2 / 2 - e**3 / 3) <= 1024)
     assert allowed < 0.13
     norms = np.sqrt(np.diag(kernel))
@@ -136,10 +138,10 @@ def test_hashed_gradients_of_networks_keep_inner_products(network):
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(2, 2_000), st.sampled_from([1, 7, 64]), st.floats(0, 4))
-def test_hashing_has_the_documented_mean_and_variance(seed, width, dim, heavy):
+def test_hashing_has_the_documented_mean_and_variance(seed, num_parameters, dim, heavy):
     """For rows with few large numbers too (`heavy`), over 400 seeds of S."""
     rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(2, width)) * rng.random(width) ** heavy
+    rows = rng.normal(size=(2, num_parameters)) * rng.random(num_parameters) ** heavy
     x, y = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     hashed = [NTK(dim=dim, seed=s)._hash([torch.tensor(np.stack([x, y]))]) for s in range(400)]
     errors = np.array([float(a @ b) for a, b in hashed]) - x @ y
@@ -214,7 +216,7 @@ def test_a_kernel_table_has_the_kernels_inner_products(ensemble, digits, kernel_
 
 
 def test_the_head_of_a_probe_is_used(ensemble, digits, table):
-    """d logit / d theta, by the chain rule through standardisation."""
+    """d logit / d theta, by the chain rule through standardization."""
     probe = RidgeProbe().fit(table["train"], validation=table["validation"])
     pixels = pixels_of(ensemble, digits["test"])
     heads = np.split(probe.coef_[2] / probe.scale_, 2)
@@ -238,7 +240,7 @@ def test_a_transformers_model_has_gradients_too():
     pixels = torch.randn(4, 3, 16, 16)
     rows = naive_gradients(model, pixels)
     expected = naive_hash(model, rows, 32)
-    assert_near(NTK(dim=32).features(model, 0, pixels).numpy(), expected, 1e-5)
+    assert_near(NTK(dim=32).features(model, pixels).numpy(), expected, 1e-5)
     np.testing.assert_allclose(exact_kernel(model, pixels), rows @ rows.T, rtol=1e-5)
 
 
@@ -274,9 +276,10 @@ MEMORY = """
 import resource, tempfile, timm
 from pathlib import Path
 from concat_ensemble import assemble, extract_features, load_data
+from concat_ensemble.features.extractor import is_ensemble
 from concat_ensemble.features.ntk import NTK
-widths = (32, 64, 128, 256)
-model = timm.create_model("resnet10t", channels=widths, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+channels = (32, 64, 128, 256)
+model = timm.create_model("resnet10t", channels=channels, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
 for limit in (40, 400):
     store = tempfile.TemporaryDirectory()
     extract_features(model, load_data("digits", limit=limit), ntk=NTK(dim=8, memory=100 << 20), store=Path(store.name))

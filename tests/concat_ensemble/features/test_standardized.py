@@ -43,10 +43,10 @@ def test_a_constant_column_has_scale_one():
 def test_a_row_with_nan_or_infinity_is_named():
     X = np.ones((40, 3), np.float32)
     X[17, 2] = np.inf
-    with pytest.raises(ValueError, match="features of row 17 hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"row 17 .*NaN or inf"):
         LinearProbe().fit(TableSplit([X], np.arange(40) % 2))
     probe = LinearProbe().fit(TableSplit([np.ones((40, 3), np.float32)], np.arange(40) % 2))
-    with pytest.raises(ValueError, match="features of row 17 hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"row 17 .*NaN or inf"):
         probe.score(TableSplit([X], np.arange(40) % 2))
 
 
