@@ -39,7 +39,7 @@ class PooledFeatures:
     name_suffix = ""
 
     def key_fields(self, position: int) -> dict[str, Any]:
-        return {}
+        return {}  # keys as in version 0.1.0, so that what it stored is found
 
     def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
         if is_ensemble(model):
