@@ -12,7 +12,8 @@ import timm
 import torch
 
 from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor, assemble
-from concat_ensemble.features.extraction import _keys
+from concat_ensemble.features.extraction import block_names
+from concat_ensemble.features.extractor import PooledFeatures
 from concat_ensemble.features.store import Block
 from concat_ensemble.reporting.model_card import row_texts
 from concat_ensemble.studies.results import Results
@@ -38,8 +39,10 @@ def trio():
 
 
 def test_block_keys(trio):
-    keys = _keys(trio, None, torch.float32, torch.float32, [None] * 3)
-    assert dict(zip("012", keys, strict=True)) == json.loads((GOLDEN / "block-keys.json").read_text())
+    names = block_names(trio, None, PooledFeatures(), {"compute": "torch.float32", "storage": "torch.float32"})
+    assert dict(zip("012", [key for key, _ in names], strict=True)) == json.loads(
+        (GOLDEN / "block-keys.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])

@@ -30,7 +30,7 @@ def cache(
             shutil.rmtree(default_store() / block["key"])
         block["removed"] = removed
         note = " (removed)" if removed else f" ({block['damaged']} damaged shards removed)" if block["damaged"] else ""
-        size = (block["architecture"], f"{block['images']:,}", f"{block['width']:,}", f"{block['bytes'] / 1e6:,.1f}")
+        size = (block["architecture"], f"{block['images']:,}", f"{block['num_features']:,}", f"{block['bytes'] / 1e6:,.1f}")
         table.add_row(*size, f"{block['idle_days']:.0f}", block["key"] + note)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")

@@ -1,8 +1,9 @@
-"""The rows that a probe is fitted on, standardised, as tensors: in memory where they fit, else read again in each pass."""
+"""Standardized rows to fit a probe on, as tensors: kept in memory if they fit, else read again in each pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import psutil
@@ -11,28 +12,28 @@ import torch
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.table import TableSplit
 
-CHUNK = 8_192  # rows: large enough for full speed, small enough that a chunk of 8,192 columns is a quarter of a GB
-MEMORY_SHARE = 0.5  # of what is free, for the rows in full and in half precision
+CHUNK = 8_192  # rows: large enough for full speed; 8,192 float32 features of a chunk are a quarter of a GB
+MEMORY_SHARE = 0.5  # of the free memory, for the rows in full and in half precision
 
 
 class StandardizedFeatures:
-    """Rows (n, D) of a split, (x - mean) / scale, in chunks.
+    """Rows (n, D) of a split as (x - mean) / scale, in chunks.
+
+    Chunks are float32, or float64 if the split is. `fast=True` gives bfloat16 on processors that multiply it faster,
+    which is precise enough for products that an outer loop corrects.
 
     Args:
-        split: Its labels are not looked at.
-        mean, scale: (D,), from `moments`; None for rows as they are.
-        device: Where the chunks go; the GPU where there is one.
-        in_memory: Whether rows stay there between passes; decided by what is free when left out.
-
-    Chunks are float32, or float64 where the split is. `fast=True` asks for bfloat16 where the processor multiplies that
-    faster: good enough for products that an outer loop corrects.
+        split: Rows to standardize; its labels are not used.
+        mean, scale: (D,), from `moments`. None: the rows are used unchanged.
+        device: Where the chunks go. Default: the GPU if there is one, else the CPU.
+        in_memory: Whether the rows stay in memory between passes. Default: whether enough memory is free.
     """
 
     def __init__(
         self,
         split: TableSplit,
-        mean: np.ndarray | None = None,
-        scale: np.ndarray | None = None,
+        mean: np.ndarray | torch.Tensor | None = None,
+        scale: np.ndarray | torch.Tensor | None = None,
         *,
         device: str | torch.device | None = None,
         in_memory: bool | None = None,
@@ -42,12 +43,11 @@ class StandardizedFeatures:
         self.shape = split.blocks[0].shape[0], split.num_features
         self.fast_dtype = torch.bfloat16 if self.dtype == torch.float32 and _has_bfloat16(self.device) else self.dtype
         self._split = split
-        if mean is not None:
-            mean, scale = (torch.as_tensor(vector, dtype=self.dtype, device=self.device) for vector in (mean, scale))
-        self._mean, self._scale = mean, scale
+        to_tensor = partial(torch.as_tensor, dtype=self.dtype, device=self.device)
+        self._mean, self._scale = (None if vector is None else to_tensor(vector) for vector in (mean, scale))
         if in_memory is None:
-            size = 4 if self.dtype == torch.float32 else 8
-            in_memory = self.shape[0] * self.shape[1] * size * 1.5 <= MEMORY_SHARE * _free(self.device)
+            num_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
+            in_memory = 1.5 * num_bytes <= MEMORY_SHARE * _free_memory(self.device)
         self.in_memory = in_memory
         self._cached: dict[torch.dtype, list[tuple[slice, torch.Tensor]]] = {}
 
@@ -58,7 +58,7 @@ class StandardizedFeatures:
         standardized = cls(TableSplit([empty], empty), device=rows.device, in_memory=True)
         standardized.shape = tuple(rows.shape)
         starts = range(0, len(rows), CHUNK)
-        chunks = [(slice(n, min(n + CHUNK, len(rows))), rows[n : n + CHUNK]) for n in starts]
+        chunks = [(slice(start, min(start + CHUNK, len(rows))), rows[start : start + CHUNK]) for start in starts]
         standardized._cached[standardized.dtype] = chunks
         return standardized
 
@@ -66,22 +66,21 @@ class StandardizedFeatures:
         return self.shape[0]
 
     def chunks(self, *, fast: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(which rows, these rows) until all were there."""
+        """(which rows, these rows) for all rows in order."""
         dtype = self.fast_dtype if fast else self.dtype
         if dtype in self._cached:
             yield from self._cached[dtype]
-            return
-        if not self.in_memory:
+        elif not self.in_memory:
             with keep_freed_memory():  # each chunk takes the place of the one before
-                yield from self._made(dtype)
-            return
-        exact = dtype == self.dtype
-        source = self._made(dtype) if exact else ((rows, chunk.to(dtype)) for rows, chunk in self.chunks())
-        kept = []
-        for piece in source:
-            kept.append(piece)
-            yield piece
-        self._cached[dtype] = kept
+                yield from self._read_chunks(dtype)
+        else:
+            # The fast chunks are made from the exact ones, which are then in memory too.
+            exact = self._read_chunks(dtype) if dtype == self.dtype else self.chunks()
+            chunks = []
+            for rows, chunk in exact:
+                chunks.append((rows, chunk.to(dtype)))
+                yield chunks[-1]
+            self._cached[dtype] = chunks
 
     def __matmul__(self, matrix: torch.Tensor) -> torch.Tensor:
         """(n, D) @ (D, C)."""
@@ -91,57 +90,57 @@ class StandardizedFeatures:
         return out
 
     def gram(self) -> torch.Tensor:
-        """(D, D) X'X / n, summed in the rows' own precision within a chunk and in float64 over chunks."""
+        """X'X / n (D, D) in float64; within a chunk, summed in the precision of the rows."""
         total = torch.zeros(self.shape[1], self.shape[1], dtype=torch.float64, device=self.device)
         for _, chunk in self.chunks():
             total += chunk.T @ chunk
         return total / len(self)
 
     def gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        """X'X / n (D, D) @ (D, C), without the former, and roughly: in the fast precision."""
+        """X'X / n (D, D) @ (D, C) in the fast precision, without computing X'X."""
         total, matrix = torch.zeros_like(matrix), matrix.to(self.fast_dtype)
         for _, chunk in self.chunks(fast=True):
             total += chunk.T @ (chunk @ matrix)
         return total / len(self)
 
     def sample(self, number: int, seed: int = 0) -> tuple[np.ndarray, StandardizedFeatures]:
-        """`number` rows drawn at random, in memory, and which they are."""
-        drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:number])
-        few = StandardizedFeatures(
-            self._split.select(drawn), self._mean, self._scale, device=self.device, in_memory=True
-        )
-        return drawn, few
+        """The numbers of at most `number` random rows, in order, and these rows, kept in memory."""
+        rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:number])
+        part = self._split.select(rows)
+        return rows, StandardizedFeatures(part, self._mean, self._scale, device=self.device, in_memory=True)
 
-    def _made(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _read_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         for start in range(0, len(self), CHUNK):
-            chunk = _read(self._split, start).to(self.device, self.dtype)
+            chunk = _read_rows(self._split, start).to(self.device, self.dtype)
             if self._mean is not None:
                 chunk = (chunk - self._mean).div_(self._scale)
             yield slice(start, start + len(chunk)), chunk.to(dtype)
 
 
 def moments(split: TableSplit) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, 1 where it is constant, in one pass with sums in float64."""
-    count, mean, squares = 0, 0.0, 0.0
+    """Mean and standard deviation (D,) of each feature, in one pass with sums in float64; 1 for a constant feature.
+
+    The sums of squares are about each chunk's own mean, which loses no digits (Chan, Golub and LeVeque 1979).
+    """
+    count = 0
+    mean = squares = torch.zeros(split.num_features, dtype=torch.float64)
     for start in range(0, split.blocks[0].shape[0], CHUNK):
-        chunk = _read(split, start).double()
-        here = chunk.mean(0)
-        # Chan, Golub and LeVeque 1979: sums of squares about each chunk's own mean lose no digits.
-        shift, total = here - mean, count + len(chunk)
-        squares = squares + (chunk - here).square_().sum(0) + shift**2 * count * len(chunk) / total
+        chunk = _read_rows(split, start).double()
+        chunk_mean = chunk.mean(0)
+        shift, total = chunk_mean - mean, count + len(chunk)
+        squares = squares + (chunk - chunk_mean).square_().sum(0) + shift**2 * count * len(chunk) / total
         mean, count = mean + shift * len(chunk) / total, total
     mean, scale = mean.numpy(), (squares / count).sqrt().numpy()
     exact = split.dtype == np.float64
-    # A constant column differs from its rounded mean by rounding alone.
+    # A constant feature differs from its mean by rounding alone.
     scale[scale <= (1e-14 if exact else 1e-6) * np.abs(mean)] = 1.0
     dtype = np.float64 if exact else np.float32
     return mean.astype(dtype), scale.astype(dtype)
 
 
-def _read(part: TableSplit, start: int) -> torch.Tensor:
-    return torch.from_numpy(
-        np.require(part.rows(slice(start, start + CHUNK)), requirements="CW")
-    )  # torch wants its own
+def _read_rows(split: TableSplit, start: int) -> torch.Tensor:
+    """The chunk (at most CHUNK, D) that starts at this row; torch needs a contiguous, writable array."""
+    return torch.from_numpy(np.require(split.rows(slice(start, start + CHUNK)), requirements=["C", "W"]))
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -151,5 +150,5 @@ def _has_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 
-def _free(device: torch.device) -> int:
+def _free_memory(device: torch.device) -> int:  # bytes
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -23,7 +23,7 @@ from datasets import DatasetDict
 from rich.progress import track
 
 from concat_ensemble.features.extraction import extract_features
-from concat_ensemble.features.projection import standardised_projection
+from concat_ensemble.features.projection import standardized_projection
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.files import write_json
@@ -186,7 +186,7 @@ def measure_overlap(
             seen, alive = torch.cat([a, parts[k]]).cpu().numpy(), living[k]
             part = table.members([member for number in (*given, k) for member in groups[number]])
             directions = [torch.cat([-w, torch.eye(len(parts[k])).to(w)]).cpu().numpy() for w in weights]
-            rest, of_test = (standardised_projection(mean[seen], scale[seen], each)(part) for each in directions)
+            rest, of_test = (standardized_projection(mean[seen], scale[seen], each)(part) for each in directions)
             rest.blocks["test"] = of_test.blocks["test"]
             probe = LinearProbe(standardize=False)
             top1 = probe.fit(rest["train"], validation=rest["validation"]).score(rest["test"])

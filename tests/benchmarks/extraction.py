@@ -1,11 +1,11 @@
-"""Extraction of features against the bare loop over the same images, and the second run against the first.
+"""Speed of `extract_features` beside a bare loop over the same images, and of a second run beside the first.
 
     .venv/bin/python tests/benchmarks/extraction.py
 
-The images are real photographs' sizes made of noise on real digits (JPEG, 256 x 256), the model a ResNet-50 with random weights,
-which costs what a trained one does. Both sides decode, transform and run the model with --workers loading processes; ours also hashes, stores and
-checks. Printed: images per second of both (medians, taken in turn), the ratio, the ratio of the second run to the first, and the shares of decoding and
-transforming, forward, and the rest.
+The images are enlarged digits with noise (JPEG, 256 x 256), the model is a ResNet-50 with random weights, which costs
+as much as a trained one. Both sides decode, transform and run the model with --workers loading processes; ours also
+hashes, stores and checks. Prints images per second of both (medians of alternating runs), their ratio, the ratio of
+the second run to the first, and the shares of decoding and transforming, of the forward pass, and of hashing.
 """
 
 import argparse
@@ -43,15 +43,17 @@ def photographs(number: int) -> DatasetDict:
 
 
 def bare_loop(model, processor, dataset: DatasetDict, batch_size: int, workers: int) -> float:
-    """Seconds of the loop that one would write by hand."""
+    """Seconds of a loop as one writes it by hand."""
     backbone = model.members["0"].eval().to(memory_format=torch.channels_last)
-    split = [(name, n) for name, rows in dataset.items() for n in range(len(rows))]
+    places = [(split, row) for split, rows in dataset.items() for row in range(len(rows))]
 
-    def collate(places):
-        return processor([read_image(dataset[name], n) for name, n in places], return_tensors="pt")["pixel_values"]
+    def collate(batch):
+        return processor([read_image(dataset[split], row) for split, row in batch], return_tensors="pt")[
+            "pixel_values"
+        ]
 
     started = time.perf_counter()
-    loader = DataLoader(split, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(places, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     with torch.inference_mode():
         torch.cat([backbone(pixels) for pixels in loader])
     return time.perf_counter() - started
@@ -75,9 +77,8 @@ def main() -> None:
                 seconds.append(time.perf_counter() - started)
     speeds = {name: options.images / median(s) for name, s in (("bare loop", bare), ("first run", first))}
     print("; ".join(f"{name} {speed:.1f} images/s" for name, speed in speeds.items()))
-    print(
-        f"first run at {100 * speeds['first run'] / speeds['bare loop']:.0f}% of the bare loop (medians of {options.repeats})"
-    )
+    share = 100 * speeds["first run"] / speeds["bare loop"]
+    print(f"first run at {share:.0f}% of the bare loop (medians of {options.repeats})")
     print(f"second run {median(first) / median(second):.0f} times as fast as the first ({median(second):.2f} s)")
 
     split = dataset["train"]
@@ -94,11 +95,9 @@ def main() -> None:
         forward = (time.perf_counter() - started) / number
     total = reading + forward + hashing
     parts = {"decode and transform": reading, "forward": forward, "hash": hashing}
-    print(
-        "one after the other, per image: "
-        + ", ".join(f"{n} {1e3 * s:.2f} ms ({100 * s / total:.1f}%)" for n, s in parts.items())
-    )
-    print(f"ceiling of {torch.get_num_threads()} cores that do all of it: {1 / total:.1f} images/s")
+    shares = [f"{name} {1e3 * s:.2f} ms ({100 * s / total:.1f}%)" for name, s in parts.items()]
+    print(f"one after the other, per image: {', '.join(shares)}")
+    print(f"upper limit if {torch.get_num_threads()} cores do all of it: {1 / total:.1f} images/s")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Ridge and logistic probes of a million rows in half precision, streamed from disk, and the memory that they take.
+"""Time and memory of ridge and logistic probes on a million float16 rows that are streamed from disk.
 
     .venv/bin/python tests/benchmarks/larger_than_memory.py
 
-Makes a table of --rows x --width float16 in a temporary folder (4 GB), probes it with --classes classes and prints seconds, passes over the
-rows, held-out top-1, and the most memory of the process's own (RssAnon: mapped files are not counted).
+Writes a table of --rows x --num-features float16 to a temporary folder (4 GB), probes it with --classes classes, and
+prints seconds, passes over the rows, validation top-1, and the peak of the process's own memory (RssAnon, which does
+not count mapped files).
 """
 
 import argparse
@@ -21,24 +22,25 @@ from concat_ensemble.features.table import TableSplit
 PROBES = {"ridge": RidgeProbe, "linear": LinearProbe}
 
 
-def make(path: Path, rows: int, width: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy rows around their class's centre, written as they are made."""
+def write_table(path: Path, rows: int, num_features: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy rows around the centers of their classes, and labels; the rows are written as they are generated."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, rows)
-    centres = 0.1 * rng.standard_normal((classes, width), dtype=np.float32)
-    features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, width))
+    centers = 0.1 * rng.standard_normal((classes, num_features), dtype=np.float32)
+    features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, num_features))
     for start in range(0, rows, CHUNK):
         part = labels[start : start + CHUNK]
-        features[start : start + CHUNK] = centres[part] + rng.standard_normal((len(part), width), dtype=np.float32)
+        noise = rng.standard_normal((len(part), num_features), dtype=np.float32)
+        features[start : start + CHUNK] = centers[part] + noise
     features.flush()
     return np.load(path, mmap_mode="r"), labels
 
 
-class Memory:
-    """The most memory of this process's own while it is watched, in GB."""
+class PeakMemory:
+    """Context that records the peak of this process's own memory, in GB, as `peak`."""
 
     def __enter__(self):
-        self.most, self._stop = 0.0, threading.Event()
+        self.peak, self._stop = 0.0, threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
         return self
@@ -49,39 +51,40 @@ class Memory:
 
     def _watch(self):
         while not self._stop.wait(0.05):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            now = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            self.most = max(self.most, now / 1e6)
+            status = Path("/proc/self/status").read_text()
+            kilobytes = int(status.partition("RssAnon:")[2].split()[0])
+            self.peak = max(self.peak, kilobytes / 1e6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 1_000_000), ("width", 2_048), ("classes", 10)):
+    for name, default in (("rows", 1_000_000), ("num-features", 2_048), ("classes", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     options = parser.parse_args()
-    made = StandardizedFeatures._made
+    read_chunks = StandardizedFeatures._read_chunks
     passes = 0.0
 
-    def counted(self, dtype):
+    def count_chunks(self, dtype):
         nonlocal passes
-        for rows, chunk in made(self, dtype):
+        for rows, chunk in read_chunks(self, dtype):
             passes += len(chunk) / options.rows
             yield rows, chunk
 
-    StandardizedFeatures._made = counted
+    StandardizedFeatures._read_chunks = count_chunks
     with tempfile.TemporaryDirectory() as folder:
-        features, labels = make(Path(folder) / "features.npy", options.rows, options.width, options.classes)
-        held = options.rows // 20
-        train = TableSplit([features[held:]], labels[held:])
-        validation = TableSplit([features[:held]], labels[:held])
+        path = Path(folder) / "features.npy"
+        features, labels = write_table(path, options.rows, options.num_features, options.classes)
+        cut = options.rows // 20
+        train = TableSplit([features[cut:]], labels[cut:])
+        validation = TableSplit([features[:cut]], labels[:cut])
         for probe in (PROBES[name](in_memory=False) for name in options.probes):
             passes, started = 0.0, time.perf_counter()
-            with Memory() as memory:
+            with PeakMemory() as memory:
                 probe.fit(train, validation=validation)
             print(
                 f"{type(probe).__name__}: {time.perf_counter() - started:.0f} s, {passes:.0f} passes, "
-                f"held-out top-1 {100 * max(probe.path_.values()):.2f}, {memory.most:.2f} GB of its own",
+                f"validation top-1 {100 * max(probe.path_.values()):.2f}, {memory.peak:.2f} GB of its own memory",
                 flush=True,
             )
 

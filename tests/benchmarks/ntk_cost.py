@@ -1,11 +1,12 @@
-"""What a row of gradients costs beside a row of pooled features, and whether memory stays where it is as images come.
+"""Cost of a row of gradients beside a row of pooled features, and whether memory grows with the number of images.
 
     .venv/bin/python tests/benchmarks/ntk_cost.py resnet50 vit_small_patch16_224 efficientnet_b0
 
-Networks have random weights, which cost what trained ones do; images are noise of the network's own size. For each, in a process of its own and as
-`extract_features` runs them: milliseconds per image of the forward pass, of gradients hashed to --dim columns and of these by a loop over the images
-with plain autograd, as multiples of the forward pass (medians of --repeats, taken in turn); the share of hashing; how many images go through at a time;
-and the process' peak memory before, after --images and after five times as many.
+Networks have random weights, which cost as much as trained ones; images are noise of the network's input size. Each
+network runs in a process of its own, as in `extract_features`. Prints milliseconds per image of the forward pass; as
+multiples of it (medians of --repeats alternating runs), the gradients hashed to --dim columns, the hashing alone, and
+a loop over the images with plain autograd; how many images go through at a time; and the peak memory of the process
+before, after --images, and after five times as many.
 """
 
 import argparse
@@ -29,16 +30,16 @@ def seconds(function) -> float:
 
 
 def peak() -> int:
-    """MB that this process has had at most."""
+    """Most memory that this process has had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def measure(architecture: str, images: int, repeats: int, dim: int) -> str:
-    """One line about one network."""
+    """The line to print about one network."""
     model, ntk = assemble(f"random:{architecture}"), NTK(dim=dim)
     member = model.members["0"]
     pixels = torch.randn(images, *model._pixel_shape)
-    weights = dict(ntk._chosen(member))
+    weights = ntk._select_parameters(member)
 
     @torch.inference_mode()
     def forward():
@@ -51,7 +52,7 @@ def measure(architecture: str, images: int, repeats: int, dim: int) -> str:
 
     def gradients():
         member.to(memory_format=torch.contiguous_format)
-        ntk.features(model, 0, pixels)
+        ntk.features(member, pixels)
 
     with keep_freed_memory():
         peaks = [peak()]
@@ -59,15 +60,17 @@ def measure(architecture: str, images: int, repeats: int, dim: int) -> str:
             for _ in range(passes):
                 gradients()
             peaks.append(peak())
-        taken = [(seconds(forward), seconds(gradients), seconds(naive)) for _ in range(repeats)]
-        at_a_time = ntk._fitting(member, weights, pixels)
-        rows = [torch.randn(at_a_time, *weight.shape) for weight in weights.values()]
-        hashing = median(seconds(lambda: ntk._hashed(rows)) for _ in range(repeats)) / at_a_time
-    plain, hashed, loop = (1e3 * median(column) / images for column in zip(*taken, strict=True))
+        times = [(seconds(forward), seconds(gradients), seconds(naive)) for _ in range(repeats)]
+        chunk = ntk._chunk_size(member, weights, pixels)
+        rows = [torch.randn(chunk, *weight.shape) for weight in weights.values()]
+        hashing = 1e3 * median(seconds(lambda: ntk._hash(rows)) for _ in range(repeats)) / chunk
+    plain, hashed, loop = (1e3 * median(column) / images for column in zip(*times, strict=True))
+    parameters = sum(weight.numel() for weight in weights.values()) / 1e6
     return (
-        f"{architecture} ({sum(weight.numel() for weight in weights.values()) / 1e6:.1f} M parameters): forward {plain:.0f} ms an image, "
-        f"gradients x{hashed / plain:.1f} (of which hashing x{1e3 * hashing / plain:.1f}), a plain loop's x{loop / plain:.1f}; "
-        f"{at_a_time} at a time; peak {peaks[0]:,} MB before, {peaks[1]:,} MB after {images} images, {peaks[2]:,} MB after {5 * images}"
+        f"{architecture} ({parameters:.1f} M parameters): forward {plain:.0f} ms per image, gradients "
+        f"x{hashed / plain:.1f} (hashing alone x{hashing / plain:.1f}), in a plain loop x{loop / plain:.1f}; "
+        f"{chunk} images at a time; peak {peaks[0]:,} MB before, {peaks[1]:,} MB after {images} images, "
+        f"{peaks[2]:,} MB after {5 * images}"
     )
 
 

@@ -9,7 +9,7 @@ from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessor
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
 from concat_ensemble.data.loading import read_image
 
-SHAPES = [(1, 0), (7, 0), (64, 0), (7, 2)]  # batch size (30 images: 7 leaves two over), workers
+SHAPES = [(1, 0), (7, 0), (64, 0), (7, 2)]  # batch size (30 images: the last batch of 7 has two), workers
 
 
 @torch.no_grad()
@@ -48,13 +48,13 @@ def test_members_of_two_geometries_are_extracted_together(backbone, digits):
     )
 
 
-def test_members_are_columns_and_a_split_unpacks(table):
+def test_members_are_blocks_of_columns_and_a_split_unpacks(table):
     features, labels = table["train"]
     assert table.members([0])["train"].features.tolist() == features[:, :16].tolist()
     assert table.members([1])["train"].features.tolist() == features[:, 16:].tolist()
-    turned = table.members([1, 0])
-    assert turned["train"].features.tolist() == np.hstack([features[:, 16:], features[:, :16]]).tolist()
-    assert turned.feature_dims == [16, 16] and turned["train"].labels.tolist() == labels.tolist()
+    swapped = table.members([1, 0])
+    assert swapped["train"].features.tolist() == np.hstack([features[:, 16:], features[:, :16]]).tolist()
+    assert swapped.feature_dims == [16, 16] and swapped["train"].labels.tolist() == labels.tolist()
     with pytest.raises(KeyError, match="no split 'dev' in the table; it has train, validation, test"):
         table["dev"]
 
@@ -68,7 +68,7 @@ def test_a_timm_model_is_a_table_of_one_block(backbone, digits, table):
 def test_a_timm_model_with_a_classifier_gives_pooled_features(backbone, digits):
     model = backbone(1, num_classes=3)
     assert extract_features(model, digits, quiet=True).feature_dims == [16]
-    assert model.get_classifier().out_features == 3, "the given model stays as it was"
+    assert model.get_classifier().out_features == 3, "the model is not changed"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def vit():
 
 
 @pytest.fixture(scope="module")
-def colours():
+def colors():
     rng = np.random.default_rng(0)
     arrays = rng.integers(0, 256, (20, 20, 20, 3), dtype=np.uint8)
     dataset = Dataset.from_dict({"image": [Image.fromarray(a) for a in arrays], "label": ["a", "b"] * 10})
@@ -103,25 +103,25 @@ def transformers_features(model, split):
     return model(**PROCESSOR(images, return_tensors="pt")).pooler_output.flatten(1).numpy()
 
 
-def test_a_transformers_model_is_a_table_of_one_block(vit, colours):
-    table = extract_features(vit, colours, PROCESSOR, batch_size=3, quiet=True)
+def test_a_transformers_model_is_a_table_of_one_block(vit, colors):
+    table = extract_features(vit, colors, PROCESSOR, batch_size=3, quiet=True)
     assert table.feature_dims == [16]
-    np.testing.assert_allclose(table["test"].features, transformers_features(vit, colours["test"]), atol=1e-5)
+    np.testing.assert_allclose(table["test"].features, transformers_features(vit, colors["test"]), atol=1e-5)
 
 
-def test_a_saved_transformers_model_brings_its_own_processor(vit, colours, tmp_path):
+def test_a_saved_transformers_model_uses_the_processor_in_its_folder(vit, colors, tmp_path):
     vit.save_pretrained(tmp_path)
     PROCESSOR.save_pretrained(tmp_path)
-    table = extract_features(ViTModel.from_pretrained(tmp_path), colours, quiet=True)
-    np.testing.assert_allclose(table["test"].features, transformers_features(vit, colours["test"]), atol=1e-5)
+    table = extract_features(ViTModel.from_pretrained(tmp_path), colors, quiet=True)
+    np.testing.assert_allclose(table["test"].features, transformers_features(vit, colors["test"]), atol=1e-5)
 
 
-def test_pooled_maps_of_a_transformers_resnet_are_flattened(colours):
+def test_pooled_maps_of_a_transformers_resnet_are_flattened(colors):
     """Its pooler_output is (B, C, 1, 1)."""
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic")).eval()
-    table = extract_features(model, colours, PROCESSOR, quiet=True)
+    table = extract_features(model, colors, PROCESSOR, quiet=True)
     assert table.feature_dims == [24]
-    np.testing.assert_allclose(table["test"].features, transformers_features(model, colours["test"]), atol=1e-5)
+    np.testing.assert_allclose(table["test"].features, transformers_features(model, colors["test"]), atol=1e-5)
 
 
 def test_grey_images_are_made_rgb_for_a_transformers_model(vit, digits):
@@ -129,9 +129,9 @@ def test_grey_images_are_made_rgb_for_a_transformers_model(vit, digits):
     np.testing.assert_allclose(table["test"].features, transformers_features(vit, digits["test"]), atol=1e-5)
 
 
-def test_a_model_without_a_processor_is_named(vit, colours):
+def test_a_model_without_a_processor_is_refused(vit, colors):
     with pytest.raises((ValueError, OSError), match="processor"):
-        extract_features(vit, colours, quiet=True)
+        extract_features(vit, colors, quiet=True)
 
 
 def test_a_plain_dataset_is_loaded_with_the_defaults(backbone, splits):
@@ -140,7 +140,7 @@ def test_a_plain_dataset_is_loaded_with_the_defaults(backbone, splits):
     assert all(np.array_equal(table[kind].features, expected[kind].features) for kind in expected)
 
 
-def test_the_model_is_run_in_evaluation_mode_and_left_as_it_was(backbone, digits, table):
+def test_the_model_runs_in_evaluation_mode_and_is_not_changed(backbone, digits, table):
     model = assemble([backbone(0), backbone(1)]).train()
     mean = model.members["0"].bn1.running_mean.clone()
     again = extract_features(model, digits, quiet=True)
@@ -157,7 +157,7 @@ def test_frozen_members_stay_frozen_in_evaluation_mode(backbone, digits):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_features_that_are_no_numbers_are_named_with_their_member_and_image(value, backbone, digits):
+def test_features_that_are_not_finite_are_named_with_their_member_and_image(value, backbone, digits):
     model = assemble([backbone(0), backbone(1)])
     model.members["1"].bn1.bias.data[0] = float(value)
     with pytest.raises(ValueError, match=r"member 1 gives NaN or infinite features for image 0 of the train split"):
@@ -176,7 +176,7 @@ def test_an_unreadable_image_is_named_with_its_split_and_file(num_workers, ensem
 
 
 def test_timms_own_forward_gives_the_same_numbers(backbone, digits, table):
-    """End to end without any of our code but the reading of the file."""
+    """End to end, with none of our code but the reading of the file."""
     transform = timm.data.create_transform(
         input_size=(1, 32, 32), crop_pct=1.0, mean=(0.5,), std=(0.5,), interpolation="bicubic"
     )

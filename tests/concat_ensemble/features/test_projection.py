@@ -12,7 +12,7 @@ from concat_ensemble.studies.probing import probe_ensemble, with_head
 
 @pytest.fixture
 def wide():
-    """Ten training, five validation and four test rows of two blocks, the columns of very different sizes."""
+    """Ten training, five validation and four test rows of two blocks, whose features have very different scales."""
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(6, 6))
     blocks, labels = {}, {}
@@ -22,7 +22,7 @@ def wide():
     return FeatureTable(blocks, labels, ["a", "b"])
 
 
-def test_principal_projection_is_pca_of_the_standardised_training_half(wide):
+def test_principal_projection_is_pca_of_the_standardized_training_and_validation_rows(wide):
     fitted = np.vstack([wide["train"].features, wide["validation"].features]).astype(np.float64)
     standard = {kind: (wide[kind].features - fitted.mean(0)) / fitted.std(0) for kind in wide}
     directions = np.linalg.svd(np.vstack([standard["train"], standard["validation"]]), full_matrices=False)[2][:3]
@@ -49,17 +49,17 @@ def test_principal_projection_learns_nothing_from_the_test_rows(wide):
     )
 
 
-def test_principal_projection_to_its_own_width_keeps_all_distances(wide):
+def test_principal_projection_to_all_features_keeps_all_distances(wide):
     table = principal_projection(wide, 6)(wide)
     fitted = np.vstack([wide["train"].features, wide["validation"].features])
     standard = (wide["test"].features - fitted.mean(0)) / fitted.std(0)
     apart = [np.linalg.norm(rows[0] - rows[3]) for rows in (table["test"].features, standard)]
     assert apart[0] == pytest.approx(apart[1], rel=1e-4)
-    assert principal_projection(wide, 50)(wide).feature_dims == [6], "no wider than the table"
+    assert principal_projection(wide, 50)(wide).feature_dims == [6], "no more than the table has"
 
 
 def test_random_projection_keeps_distances_on_average(wide):
-    """Of standardised rows; 2,000 columns of variance 1 / 2,000 keep a length to a few per cent."""
+    """Of standardized rows; 2,000 directions of variance 1 / 2,000 keep a length to a few per cent."""
     fitted = np.vstack([wide["train"].features, wide["validation"].features])
     standard = (wide["test"].features - fitted.mean(0)) / fitted.std(0)
     table = random_projection(wide, 2000, seed=0)(wide)
@@ -79,7 +79,7 @@ def compressed(ensemble, digits):
     return with_projection(ensemble, projection), projection(table)
 
 
-def test_a_projected_ensemble_gives_the_projected_columns(compressed, ensemble, digits):
+def test_a_projected_ensemble_gives_the_projected_features(compressed, ensemble, digits):
     model, table = compressed
     assert model.config.num_features == 5 and model.config.num_member_features == 32
     processor = ConcatEnsembleImageProcessor.from_config(model.config)
@@ -89,7 +89,7 @@ def test_a_projected_ensemble_gives_the_projected_columns(compressed, ensemble, 
     np.testing.assert_allclose(output.pooler_output.numpy(), table["test"].rows(slice(4)), atol=1e-3)
     assert [member.shape[1] for member in output.member_features] == [16, 16]
     again = extract_features(model, digits, quiet=True)
-    assert again.extracted == 0 and again.feature_dims == [5], "the members' features are there already"
+    assert again.extracted == 0 and again.feature_dims == [5], "the members' features are stored already"
     np.testing.assert_allclose(again["test"].features, table["test"].features, atol=1e-5)
     assert again.keys == table.keys != extract_features(ensemble, digits, quiet=True).keys
 
@@ -97,9 +97,8 @@ def test_a_projected_ensemble_gives_the_projected_columns(compressed, ensemble, 
 def test_a_projection_is_saved_and_loaded_with_the_ensemble(compressed, digits, tmp_path):
     model, _ = compressed
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
-        "member-00.safetensors", "member-01.safetensors", "projection.safetensors",
-    ]  # fmt: skip
+    names = [f"{name}.safetensors" for name in ("member-00", "member-01", "projection")]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == names
     loaded = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.projection.weight, model.projection.weight)
     pixels = torch.rand(2, *model.config.pixel_shape, generator=torch.Generator().manual_seed(0))
@@ -127,22 +126,22 @@ def test_a_head_goes_onto_a_projection(compressed, digits, tmp_path):
     with torch.no_grad():
         output = classifier(**processor([read_image(digits["test"], n) for n in range(20)], return_tensors="pt"))
     np.testing.assert_allclose(output.logits.numpy(), probe.logits(output.pooler_output.numpy()), atol=2e-3)
-    assert AutoModel.from_pretrained(tmp_path).config.num_features == 5, "and without the head it is projected still"
+    assert AutoModel.from_pretrained(tmp_path).config.num_features == 5, "it is projected without the head too"
 
 
-def test_a_projection_of_another_width_is_refused(compressed, ensemble):
+def test_a_projection_that_does_not_fit_is_refused(compressed, ensemble):
     model, _ = compressed
-    with pytest.raises(ValueError, match="the projection takes 5 columns; the ensemble has 32"):
+    with pytest.raises(ValueError, match="takes 5 features; the ensemble has 32"):
         with_projection(ensemble, Projection(np.ones((5, 2), np.float32), np.zeros(2, np.float32)))
-    with pytest.raises(ValueError, match="goes onto a whole ensemble without one"):
+    with pytest.raises(ValueError, match="without one; use export_active"):
         with_projection(model, Projection(np.ones((5, 2), np.float32), np.zeros(2, np.float32)))
 
 
-def test_weights_in_half_precision_are_computed_with_in_full(ensemble, digits):
+def test_half_precision_weights_compute_in_float32(ensemble, digits):
     half = ConcatEnsembleModel(ensemble.config)
     half.load_state_dict(ensemble.state_dict())
     half = half.half().eval()
-    found, whole = (extract_features(model, digits, quiet=True)["test"].features for model in (half, ensemble))
-    assert next(half.parameters()).dtype == torch.float16, "the model stays as it was"
-    np.testing.assert_allclose(found, whole, atol=0.02)
-    assert not np.array_equal(found, whole)
+    rounded, full = (extract_features(model, digits, quiet=True)["test"].features for model in (half, ensemble))
+    assert next(half.parameters()).dtype == torch.float16, "the model is not changed"
+    np.testing.assert_allclose(rounded, full, atol=0.02)
+    assert not np.array_equal(rounded, full)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concat_ensemble import LinearProbe
-from concat_ensemble.features import standardized as standardized
+from concat_ensemble.features import standardized
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes import logistic
@@ -16,7 +16,7 @@ from concat_ensemble.probes import logistic
     st.sampled_from([np.float16, np.float32, np.float64]),
     st.integers(0, 10**6),
 )
-def test_chunks_are_the_standardised_rows_in_order(lengths, dtype, seed):
+def test_chunks_are_the_standardized_rows_in_order(lengths, dtype, seed):
     rng = np.random.default_rng(seed)
     arrays = [(rng.normal(size=(n, 5)) * 10.0 ** np.arange(-2, 3) + 3).astype(dtype) for n in lengths]
     split = TableSplit.concatenate([TableSplit([a[:, :2], a[:, 2:]], np.zeros(len(a))) for a in arrays])
@@ -24,12 +24,12 @@ def test_chunks_are_the_standardised_rows_in_order(lengths, dtype, seed):
     whole = np.vstack(arrays).astype(np.float64)
     np.testing.assert_allclose(mean, whole.mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(scale, np.where(whole.std(0) > 1e-6, whole.std(0), scale), rtol=1e-4)
-    for kept in (True, False):
-        rows = StandardizedFeatures(split, mean, scale, in_memory=kept)
-        for _ in range(2):  # the second pass takes what was kept
+    for in_memory in (True, False):
+        rows = StandardizedFeatures(split, mean, scale, in_memory=in_memory)
+        for _ in range(2):  # the second pass reads the cached chunks
             chunks = list(rows.chunks())
-            found = torch.cat([chunk for _, chunk in chunks])
-            np.testing.assert_allclose(found.numpy(), (whole - mean) / scale, rtol=2e-3, atol=1e-3)
+            result = torch.cat([chunk for _, chunk in chunks])
+            np.testing.assert_allclose(result.numpy(), (whole - mean) / scale, rtol=2e-3, atol=1e-3)
             assert chunks[0][0].start == 0 and chunks[-1][0].stop == len(whole)
     assert rows.dtype == (torch.float64 if dtype == np.float64 else torch.float32)
 
@@ -40,27 +40,27 @@ def test_a_constant_column_has_scale_one():
     assert scale.tolist() == [1.0, 1.0, 1.0] and mean == pytest.approx([0.1, 7e5, 0.0])
 
 
-def test_the_row_that_holds_a_nan_is_named():
+def test_a_row_with_nan_or_infinity_is_named():
     X = np.ones((40, 3), np.float32)
     X[17, 2] = np.inf
-    with pytest.raises(ValueError, match="features of row 17 hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"row 17 .*NaN or inf"):
         LinearProbe().fit(TableSplit([X], np.arange(40) % 2))
     probe = LinearProbe().fit(TableSplit([np.ones((40, 3), np.float32)], np.arange(40) % 2))
-    with pytest.raises(ValueError, match="features of row 17 hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"row 17 .*NaN or inf"):
         probe.score(TableSplit([X], np.arange(40) % 2))
 
 
-def test_rows_that_do_not_fit_are_solved_from_a_sample_of_them(monkeypatch):
-    """Chunks and sample made small, so that streaming is what it is for a million rows."""
+def test_streamed_rows_give_the_same_probe_as_rows_in_memory(monkeypatch):
+    """Small chunks and a small sample, so that 700 rows are streamed as a million rows are."""
     monkeypatch.setattr(standardized, "CHUNK", 64)
     monkeypatch.setattr(logistic, "SAMPLE", 100)
     rng = np.random.default_rng(0)
     y = np.arange(700) % 4
     X = (rng.normal(size=(4, 10))[y] + 1.5 * rng.normal(size=(700, 10))).astype(np.float32)
     settings = {"l2_strengths": (1.0, 0.1, 0.01), "tol": 1e-8}
-    streamed, kept = (LinearProbe(in_memory=way, **settings).fit(TableSplit([X], y)) for way in (False, True))
-    assert streamed.path_ == kept.path_
-    np.testing.assert_allclose(streamed.coef_, kept.coef_, atol=2e-3)
+    streamed, cached = (LinearProbe(in_memory=way, **settings).fit(TableSplit([X], y)) for way in (False, True))
+    assert streamed.path_ == cached.path_
+    np.testing.assert_allclose(streamed.coef_, cached.coef_, atol=2e-3)
 
 
 def test_products_and_gram_are_those_of_the_rows():

@@ -1,4 +1,4 @@
-"""Features are extracted once, survive kills and damage, and are never anybody else's."""
+"""Features are extracted once, survive kills and damage, and are never read for another member or image."""
 
 import os
 import random
@@ -29,13 +29,13 @@ def same(table, other) -> bool:
     return all(np.array_equal(table[kind].features, other[kind].features) for kind in table)
 
 
-def test_a_second_extraction_reads_what_is_there(extract, ensemble, digits):
+def test_a_second_extraction_reads_the_stored_features(extract, ensemble, digits):
     first, second = extract(ensemble, digits), extract(ensemble, digits)
     assert (first.extracted, second.extracted) == (sum(map(len, digits.values())), 0)
     assert same(first, second)
 
 
-def test_an_ensemble_with_one_more_member_extracts_that_one_alone(extract, ensemble, backbone, digits, tmp_path):
+def test_an_ensemble_with_one_more_member_extracts_only_that_member(extract, ensemble, backbone, digits, tmp_path):
     extract(ensemble, digits)
     before = set((tmp_path / "store").glob(SHARDS))
     more = assemble([ensemble, backbone(9)])
@@ -56,11 +56,11 @@ def test_a_limit_a_shuffle_and_another_split_find_their_rows(extract, ensemble):
     assert extract(ensemble, load_data("digits", test_size=0.2, seed=5)).extracted == 0
 
 
-def test_changed_weights_are_another_members(extract, backbone, digits):
+def test_changed_weights_are_extracted_again(extract, backbone, digits):
     model = assemble([backbone(1)])
     before = extract(model, digits)
     with torch.no_grad():
-        next(model.members["0"].parameters()).mul_(2)  # its provenance still says the old digest
+        next(model.members["0"].parameters()).mul_(2)  # its provenance still has the old hash
     after = extract(model, digits)
     assert after.extracted == before.extracted and not same(before, after)
 
@@ -74,7 +74,7 @@ def test_float16_and_bfloat16_are_kept_apart_from_float32(extract, ensemble, dig
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_a_damaged_shard_is_made_again(extract, ensemble, digits, tmp_path, damage):
+def test_a_damaged_shard_is_extracted_again(extract, ensemble, digits, tmp_path, damage):
     good = extract(ensemble, digits)
     shard = sorted((tmp_path / "store").glob(SHARDS))[0]
     content = bytearray(shard.read_bytes())
@@ -90,14 +90,14 @@ def test_identical_images_are_stored_once(extract, ensemble, digits):
     assert twice.extracted == 4
 
 
-def test_rows_come_in_any_slice(extract, ensemble, digits):
+def test_rows_can_be_read_in_slices(extract, ensemble, digits):
     split = extract(ensemble, digits)["train"]
     features, labels = split
     parts = [split.rows(slice(start, start + 7)) for start in range(0, len(split), 7)]
     assert np.array_equal(np.concatenate(parts), features) and len(labels) == len(split)
 
 
-def test_float16_overflow_is_refused_and_nothing_stored(extract, backbone, digits, tmp_path):
+def test_float16_overflow_is_refused_and_not_stored(extract, backbone, digits, tmp_path):
     model = assemble([backbone(1)])
     with torch.no_grad():
         for parameter in list(model.parameters())[-4:]:
@@ -107,8 +107,8 @@ def test_float16_overflow_is_refused_and_nothing_stored(extract, backbone, digit
     assert not list((tmp_path / "store").glob(SHARDS))
 
 
-def test_storage_of_another_kind_is_named(extract, ensemble, digits):
-    with pytest.raises(ValueError, match="storage='int8'"):
+def test_an_unknown_storage_is_refused(extract, ensemble, digits):
+    with pytest.raises(ValueError, match=r"storage='int8' .*float16"):
         extract(ensemble, digits, storage="int8")
 
 
@@ -116,9 +116,9 @@ CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-import concat_ensemble.features.extraction as features
+from concat_ensemble.features import extraction
 from concat_ensemble import ConcatEnsembleModel, extract_features, load_data
-features.SHARD_IMAGES = 64
+extraction.SHARD_IMAGES = 64
 print("ready", flush=True)
 extract_features(ConcatEnsembleModel.from_pretrained(sys.argv[1]), load_data("digits"), store=Path(sys.argv[2]),
                  batch_size=32, quiet=True)
@@ -144,28 +144,31 @@ def undisturbed(ensemble, tmp_path):
 
 
 def killed_until_done(folder, store, seed: int, kills: int, within: float = 1.5) -> int:
-    """Kill at random moments, `within` so many seconds after the child is ready, then let it finish; how many kills hit a running extraction."""
-    rng, hit = random.Random(seed), 0
+    """Kill the child at random moments, at most `within` seconds after it is ready, then let it finish.
+
+    Returns how many kills hit a running extraction.
+    """
+    rng, hits = random.Random(seed), 0
     for _ in range(kills):
         process = child(folder, store)
         assert process.stdout.readline() == "ready\n"
         time.sleep(rng.uniform(0, within))
-        hit += process.poll() is None
+        hits += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
     process = child(folder, store)
     assert process.wait(120) == 0, process.stderr.read()
-    return hit
+    return hits
 
 
-def test_a_killed_extraction_ends_in_the_same_files(undisturbed, tmp_path):
+def test_a_killed_extraction_continues_to_the_same_files(undisturbed, tmp_path):
     assert killed_until_done(tmp_path / "model", tmp_path / "store", seed=0, kills=2, within=0.5) > 0
     assert contents(tmp_path / "store") == undisturbed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
-def test_thirty_kills_each_end_in_the_same_files(undisturbed, tmp_path, seed):
+def test_thirty_kills_each_continue_to_the_same_files(undisturbed, tmp_path, seed):
     killed_until_done(tmp_path / "model", tmp_path / "store", seed=seed, kills=1)
     assert contents(tmp_path / "store") == undisturbed
 
@@ -182,19 +185,19 @@ def test_two_processes_share_one_extraction(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_extractions_at_once_end_in_the_same_files(undisturbed, tmp_path):
+def test_two_extractions_at_once_write_the_same_files(undisturbed, tmp_path):
     both = [child(tmp_path / "model", tmp_path / "store") for _ in range(2)]
     assert [process.wait(180) for process in both] == [0, 0]
     assert contents(tmp_path / "store") == undisturbed
 
 
-def test_a_full_disk_keeps_what_is_there(digits, tmp_path):
-    """On a file system of 64 KiB, where one can be mounted."""
+def test_a_full_disk_leaves_stored_features_untouched(digits, tmp_path):
+    """On a file system of 64 KiB, if this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
-        pytest.skip("no right to mount a small file system here")
+        pytest.skip("mounting a file system needs root")
     try:
         block = Block(disk / "block")
         images = image_hashes(digits["train"])
@@ -202,17 +205,18 @@ def test_a_full_disk_keeps_what_is_there(digits, tmp_path):
             block.write(images[:4], torch.ones(4, 16))
             with pytest.raises(OSError, match=r"free some space"):
                 block.write(images[4:20], torch.ones(16, 4096))
-        kept = Block(disk / "block").refresh()
-        assert kept.missing(images[:5]) == {images[4]} and np.array_equal(kept.rows(images[:4])[:], np.ones((4, 16)))
+        reopened = Block(disk / "block").refresh()
+        assert reopened.missing(images[:5]) == {images[4]}
+        assert np.array_equal(reopened.rows(images[:4])[:], np.ones((4, 16)))
         assert not list(disk.glob("block/*.tmp")) and not list(disk.glob("block/.*.tmp"))
     finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)  # lazily, for the rows are still mapped
+        subprocess.run(["umount", "--lazy", disk], check=True)  # lazily, since the rows are still mapped
 
 
-def test_the_cache_is_listed_verified_and_pruned(extract, ensemble, digits, tmp_path):
+def test_the_store_is_listed_and_verified(extract, ensemble, digits, tmp_path):
     extract(ensemble, digits)
     listed = stored_blocks(tmp_path / "store")
-    assert [(block["architecture"], block["images"], block["width"]) for block in listed] == [
+    assert [(block["architecture"], block["images"], block["num_features"]) for block in listed] == [
         ("resnet10t", sum(map(len, digits.values())), 16)
     ] * 2
     shard = sorted((tmp_path / "store").glob(SHARDS))[0]
@@ -222,7 +226,7 @@ def test_the_cache_is_listed_verified_and_pruned(extract, ensemble, digits, tmp_
     assert sorted(block["damaged"] for block in stored_blocks(tmp_path / "store", verify=True)) == [0, 1]
 
 
-def test_the_command_lists_what_is_stored(monkeypatch, capsys):
+def test_the_cache_command_lists_blocks(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["concat-ensemble", "cache", "--json"])
     with pytest.raises(SystemExit) as ended:
         main()
