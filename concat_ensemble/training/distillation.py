@@ -1,65 +1,61 @@
-"""Distil several networks into one backbone, so that what a concatenation knows costs one network to run.
+"""Distill several networks into one backbone, so that inference costs one network.
 
-    accelerate launch training/distill.py training/recipes/scattered_digits_distill.yaml --teachers "[runs/scattered_digits/members/cat4-0, ...]"
+    accelerate launch training/distill.py training/recipes/scattered_digits_distill.yaml --teachers "[FOLDER, FOLDER]"
 
-The teachers are frozen; no label is used. `target: features`: behind the student's pooled features one linear layer predicts all teachers'
-standardised features (least squares). `target: predictions`: one linear layer for each teacher predicts its classes (cross-entropy with its
-softened output), which wants teachers that still have their heads. Either way the layers are thrown away, and `output` is the student as an
-ensemble of one member (B's DISTILLn).
+Without a clone, start the installed module with `accelerate launch -m concat_ensemble.training.distillation`.
+
+The teachers are frozen, and no label is used. With `target: features`, a linear layer on the student's pooled features
+predicts the standardized features of all teachers (least squares). With `target: predictions`, a linear layer for each
+teacher predicts its classes (cross-entropy with its softened output); these teachers need their heads. Either way the
+layers are thrown away, and `output/distilled` is the student as an ensemble of one member (the paper's DISTILLn).
 """
 
 import dataclasses
 import itertools
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from msgspec import Meta
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from concat_ensemble import assemble
+from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
-from concat_ensemble.training.images import Images
+from concat_ensemble.studies.cost import count_flops
+from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import Size
-from concat_ensemble.training.loop import Loop, create_accelerator, matches_identity
-from concat_ensemble.training.pretraining import COMMAND, SMOKE_IMAGES, data_of, in_few_steps, pixels_of, save
-from concat_ensemble.training.recipe import Settings, read_options
+from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.options import exit_on_error, launch_command, read_options
+from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
+from concat_ensemble.training.saving import matches_identity, save_network
 
-STATISTICS_BATCHES = 20  # of the teachers' features
+STATISTICS_BATCHES = 20  # for the mean and scale of the teachers' features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation(Settings):
-    """How networks are distilled into one."""
+class Distillation(NetworkSettings):
+    """How to distill networks into a student of the settings' `architecture` and `model_args`."""
 
-    teachers: list[str]  # folders in timm's layout, or timm names; an ensemble's folder gives features alone
-    architecture: str  # of the student: one of timm.list_models()
-    input_size: list[int]  # C, H, W that student and teachers are fed
-    steps: int
-    model_args: dict = dataclasses.field(default_factory=dict)
-    mean: list[float] = dataclasses.field(default_factory=lambda: [0.5])
-    std: list[float] = dataclasses.field(default_factory=lambda: [0.5])
-    target: str = "features"
-    temperature: float = 2.0  # of the predictions
+    teachers: Annotated[list[str], Meta(min_length=1)]  # timm names, folders in timm's layout, or ensembles
+    steps: PositiveInt
+    target: Literal["features", "predictions"] = "features"
+    temperature: PositiveFloat = 2.0  # of the predictions
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._want("steps", self.steps >= 1, "at least 1")
-        self._want("teachers", bool(self.teachers), "at least one folder or timm name")
-        self._want("temperature", self.temperature > 0, "above zero")
-        self._one_of("target", ("features", "predictions"))
+    def shrink(self) -> Self:
+        return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
 
 
 class Student(nn.Module):
-    """A backbone under a linear layer that says what the teachers would."""
+    """A backbone under a linear layer that predicts the teachers' outputs."""
 
-    def __init__(self, backbone: nn.Module, width: int, told: int):
+    def __init__(self, backbone: nn.Module, num_features: int, num_outputs: int):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(width, told)
+        self.backbone, self.head = backbone, nn.Linear(num_features, num_outputs)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.head(self.backbone(pixels))
@@ -69,13 +65,13 @@ class Student(nn.Module):
 
 
 class Teachers(nn.Module):
-    """What the student is to say: the teachers' features, standardised, or their classes' logits, side by side."""
+    """The teachers, whose outputs the student learns: standardized features, or the logits of their classes."""
 
     def __init__(self, settings: Distillation):
         super().__init__()
         self.predicts = settings.target == "predictions"
         if self.predicts:
-            self.networks = nn.ModuleList(map(_with_head, settings.teachers))
+            self.networks = nn.ModuleList(map(load_with_head, settings.teachers))
             self.hashes = [weights_sha256(network.state_dict()) for network in self.networks]
         else:
             ensemble = assemble(settings.teachers)
@@ -86,112 +82,128 @@ class Teachers(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """(B, D) of each teacher."""
+        """Outputs (B, D) of each teacher."""
         return [network(pixels) for network in self.networks]
 
-    def standardise(self, pixels) -> None:
-        """Learn the features' mean and scale from some images."""
-        features = torch.cat([torch.cat(self(batch), 1) for batch in pixels])
+    def standardize(self, batches: Iterable[torch.Tensor]) -> None:
+        """Compute the features' mean and scale on some images."""
+        features = torch.cat([torch.cat(self(batch), 1) for batch in batches])
         self.mean, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
 
-    def loss(self, said: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
-        told = self(pixels)
+    def loss(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Loss of the student's outputs on images."""
+        targets = self(pixels)
         if not self.predicts:
-            return nn.functional.mse_loss(said, (torch.cat(told, 1) - self.mean) / self.scale)
-        parts = said.split([logits.shape[1] for logits in told], dim=1)
-        soft = [
-            nn.functional.cross_entropy(p / temperature, (t / temperature).softmax(1))
-            for p, t in zip(parts, told, strict=True)
+            return nn.functional.mse_loss(outputs, (torch.cat(targets, 1) - self.mean) / self.scale)
+        parts = outputs.split([logits.shape[1] for logits in targets], dim=1)
+        losses = [
+            nn.functional.cross_entropy(part / temperature, (logits / temperature).softmax(1))
+            for part, logits in zip(parts, targets, strict=True)
         ]
-        return torch.stack(soft).mean()
+        return torch.stack(losses).mean()
 
 
-def _with_head(source: str) -> nn.Module:
+def load_with_head(source: str) -> nn.Module:
+    """Load a network with its head from a folder in timm's layout, or by its timm name."""
     name = f"local-dir:{source}" if Path(source).is_dir() else source
     try:
         network = timm.create_model(name, pretrained=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"teachers: {source} is no network with a head ({error}); target=features takes ensembles."
+            f"teachers: {source} is not a network with a head ({error}); use target=features, which takes ensembles."
         ) from error
     if not network.num_classes:
         raise ValueError(f"teachers: {source} has no head; use target=features.")
     return network
 
 
-def run(settings: Distillation, *, cpu: bool = False, few: int | None = None) -> None:
-    output = Path(settings.output)
-    accelerator = create_accelerator(settings, cpu)
-    share = (accelerator.process_index, accelerator.num_processes)
-    images = Images(settings, pixels_of(settings), share, few)
-    teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
-    identity = settings.identity | {"teachers": teachers.hashes, "data": data_of(images)}
-    finished = output / "members" / "distilled-0"
-    if matches_identity(finished, identity):
-        accelerator.print(f"{finished} is finished, skipped")
-        return
-
-    def batches(first: int):
-        return images.batches([settings.seed], first)
-
-    views = [batch.views[0][0].to(accelerator.device) for batch in itertools.islice(batches(0), STATISTICS_BATCHES)]
+def create_loop(settings: Distillation, images: Images, teachers: Teachers, accelerator: Accelerator) -> Loop:
+    """Standardize the teachers' features, and create the student and the loop that trains it."""
+    batches = itertools.islice(images.batches([settings.seed]), STATISTICS_BATCHES)
+    pixels = [batch.views[0][0].to(accelerator.device) for batch in batches]
     if settings.target == "features":
-        teachers.standardise(views)
-    with FlopCounterMode(display=False) as teaching:
-        told = sum(part.shape[1] for part in teachers(views[0][:1]))
+        teachers.standardize(pixels)
+    num_outputs = sum(logits.shape[1] for logits in teachers(pixels[0][:1]))
     set_seed(settings.seed)
     backbone = timm.create_model(settings.architecture, num_classes=0, **settings.model_args)
-    width = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
-    student = Student(backbone, width, told)
+    num_features = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
+    student = Student(backbone, num_features, num_outputs)
     set_seed(settings.seed, device_specific=True)
-    loop = Loop(
+    return Loop(
         accelerator,
         settings,
         [student],
         steps=settings.steps,
-        folder=output / "checkpoints" / "distilled",
-        identity=identity,
+        folder=Path(settings.output) / "checkpoints" / "distilled",
+        identity=identify(settings, images, teachers),
         name="distilled",
     )
-    for _ in loop.run(
-        batches, lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature)
-    ):
-        (kept,) = loop.kept()
+
+
+def identify(settings: Distillation, images: Images, teachers: Teachers) -> dict:
+    """The identity of a distillation, for `matches_identity`."""
+    return settings.identity | {"teachers": teachers.hashes, "data": images.identity}
+
+
+def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = None) -> None:
+    """Distill the teachers and save the student, unless it is finished."""
+    output = Path(settings.output)
+    folder = output / "members" / "distilled-0"
+    accelerator = create_accelerator(settings, cpu)
+    shard = (accelerator.process_index, accelerator.num_processes)
+    images = Images(settings, Pixels.from_settings(settings), shard, max_images)
+    teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
+    if matches_identity(folder, identify(settings, images, teachers)):
+        accelerator.print(f"{folder} is finished, skipped")
+        return
+    loop = create_loop(settings, images, teachers, accelerator)
+    steps = loop.run(
+        lambda first: images.batches([settings.seed], first),
+        lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
+    )
+    for _ in steps:
+        (student,) = loop.networks_to_save()
     if accelerator.is_main_process:
-        seen = settings.steps * settings.batch_size
-        learning = Size.measure(settings.architecture, settings.model_args, settings.input_size, 0).spent(seen)
-        provenance = {
-            "source": "distilled by training/distill.py",
-            "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
-            "pretraining_data": f"{settings.dataset}, classes {', '.join(images.names)}",
-            "seed": settings.seed,
-            "steps": settings.steps,
-            "compute": {
-                "images": seen,
-                "gflops": round(
-                    (learning + teaching.get_total_flops() * seen) / 1e9, 3
-                ),  # not the teachers' own training
-                "seconds": round(loop.seconds, 1),
-            },
-            "command": COMMAND,
-        }
-        save(kept.backbone, finished, settings.architecture, settings.model_args, images, provenance, identity)
+        provenance = describe_distillation(settings, images, teachers)
+        provenance["compute"]["seconds"] = round(loop.seconds, 1)
+        save_network(
+            student.backbone,
+            folder,
+            architecture=settings.architecture,
+            model_args=settings.model_args,
+            images=images,
+            provenance=provenance,
+            identity=loop.identity,
+        )
         shutil.rmtree(output / "distilled", ignore_errors=True)
-        assemble(finished).save_pretrained(output / "distilled")
-        print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {width:,} features")
+        assemble(folder).save_pretrained(output / "distilled")
+        num_features = student.head.in_features
+        print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
     loop.finish()
 
 
+def describe_distillation(settings: Distillation, images: Images, teachers: Teachers) -> dict:
+    """Provenance of the student. Its compute includes the teachers' forward passes, but not their training."""
+    num_images = settings.steps * settings.batch_size
+    size = Size.measure(settings.architecture, settings.model_args, settings.input_size, 0)
+    device = next(teachers.parameters()).device
+    teacher_flops = count_flops(teachers, torch.zeros(1, *settings.input_size, device=device))
+    flops = size.training_flops(num_images) + teacher_flops * num_images
+    return {
+        "source": "distilled by training/distill.py",
+        "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
+        "pretraining_data": f"{settings.dataset}, classes {', '.join(images.class_names)}",
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},
+        "command": launch_command(),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
+    with exit_on_error():
         settings, options = read_options(Distillation, __doc__, arguments)
-        few = SMOKE_IMAGES if options.smoke else None
-        if options.smoke:
-            settings = in_few_steps(settings)
-        run(settings, cpu=options.cpu, few=few)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        run(settings, cpu=options.cpu, max_images=options.max_images)
 
 
 if __name__ == "__main__":

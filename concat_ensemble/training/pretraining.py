@@ -1,24 +1,22 @@
-"""Train the members of time-concatenated ensembles and what they are compared with, then assemble them.
+"""Train the members of time-concatenated ensembles and the networks they are compared with, then assemble them.
 
     accelerate launch training/pretrain_members.py training/recipes/scattered_digits_timecat.yaml
 
 writes `members/NAME-K` (timm's own layout) for each network and `cat1`, `cat2`, ..., `w2`, `cat4-s` (ensembles that
-`AutoModel.from_pretrained` loads). The same command goes on where it was stopped; a network that is finished is not
-trained again. `--plan` says what it would cost, and stops.
+`AutoModel.from_pretrained` loads). The same command continues a run that was stopped and skips finished networks.
+`--plan` prints what the run would cost, and stops. Without a clone, start the installed module:
 
-Over several processes, `--parallelism data` trains each network on all of them, and `--parallelism members` as many
-networks at a time as there are processes, which then exchange nothing.
+    accelerate launch -m concat_ensemble.training.pretraining RECIPE.yaml
+
+With several processes, `--parallelism data` trains each network on all of them; `--parallelism members` trains as many
+networks at a time as there are processes, which exchange nothing. Several processes on the CPU need `accelerate launch
+--multi_gpu --num_processes N` with this script's own `--cpu`, because accelerate's `--cpu` starts one process.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
-import shlex
-import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -27,34 +25,32 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import save_for_hf
 from torch import nn
 
-from concat_ensemble import assemble
 from concat_ensemble.errors import first_line
+from concat_ensemble.members.assemble import assemble
 from concat_ensemble.training.images import Images, Pixels
-from concat_ensemble.training.ledger import MEASURED, WARM_UP, Line, Size, print_plan, seconds_per_step
-from concat_ensemble.training.loop import TOLD, Loop, create_accelerator, matches_identity
-from concat_ensemble.training.recipe import Recipe, read_options
-from concat_ensemble.training.teams import PARALLELISMS, Team, processes_asked_for
+from concat_ensemble.training.ledger import (
+    TIMED_STEPS,
+    WARM_UP_STEPS,
+    PlannedEnsemble,
+    Size,
+    print_plan,
+    seconds_per_step,
+)
+from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
+from concat_ensemble.training.recipe import Recipe
+from concat_ensemble.training.saving import matches_identity, save_network
+from concat_ensemble.training.teams import Team
+
+SEEDS_PER_RUN = 1_000
+OTHER_ENSEMBLES = ("members", "wide_steps", "wide_model_args", "snapshots")  # fields that other networks depend on
 
 
-def launch_command() -> str:
-    """How this process was started, for provenance: the script, or the module of an installed package."""
-    program, *arguments = sys.argv
-    path = Path(program)
-    module = ["-m", f"concat_ensemble.training.{path.stem}"] if path.parent == Path(__file__).parent else [program]
-    return shlex.join(["accelerate", "launch", *module, *arguments])
-
-
-COMMAND = launch_command()
-SMOKE_STEPS, SMOKE_IMAGES, SMOKE_BATCH = 16, 200, 16
-SEEDS = 1_000  # that a run may use
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Network:
-    """One training: a member of the ensemble `name`, or with `snapshots` all of its members."""
+    """One training: of a member of the ensemble `name`, or of all its members if they are snapshots."""
 
     name: str
     number: int
@@ -65,73 +61,68 @@ class Network:
 
     @property
     def folders(self) -> list[str]:
-        """Of the members that come out of it."""
+        """Folders of the members that the training gives."""
         return [f"members/{self.name}-{self.number + k}" for k in range(self.snapshots)]
 
 
 def plan_networks(recipe: Recipe) -> list[Network]:
-    """Every network that the recipe asks for, each with a seed of its own."""
-    networks, first = [], recipe.seed * SEEDS
+    """All networks of a recipe. Seeds do not depend on which other ensembles the recipe has."""
+    networks, first = [], recipe.seed * SEEDS_PER_RUN
     for count in sorted(recipe.members):
         steps = recipe.total_steps // count if count > 1 else round(recipe.total_steps * (1 + recipe.baseline_extra))
-        # Its own, whichever other ensembles are trained beside it.
         seeds = recipe.seeds or [first + count * (count - 1) // 2 + k for k in range(count)]
         networks += [Network(f"cat{count}", k, steps, seed, recipe.model_args) for k, seed in enumerate(seeds)]
+    last = first + SEEDS_PER_RUN - 1
     if recipe.wide_steps:
-        networks.append(
-            Network("w2", 0, recipe.wide_steps, first + SEEDS - 1, recipe.model_args | recipe.wide_model_args)
-        )
+        networks.append(Network("w2", 0, recipe.wide_steps, last, recipe.model_args | recipe.wide_model_args))
     if recipe.snapshots:
         name = f"cat{recipe.snapshots}-s"
-        networks.append(Network(name, 0, recipe.total_steps, first + SEEDS - 2, recipe.model_args, recipe.snapshots))
+        networks.append(Network(name, 0, recipe.total_steps, last - 1, recipe.model_args, recipe.snapshots))
     return networks
 
 
-def plan_jobs(recipe: Recipe) -> list[list[Network]]:
-    """Networks that are trained in one pass over the images."""
+def plan_ensembles(recipe: Recipe) -> dict[str, list[Network]]:
+    """The networks of each ensemble."""
     groups = itertools.groupby(plan_networks(recipe), key=lambda network: network.name)
-    together = recipe.members_per_process
-    return [
-        networks[start : start + together]
-        for networks in (list(group) for _, group in groups)
-        for start in range(0, len(networks), together)
-    ]
+    return {name: list(networks) for name, networks in groups}
 
 
-def pixels_of(recipe: Recipe) -> Pixels:
-    channels = recipe.input_size[0]
-    mean, std = (tuple(values * (channels // len(values))) for values in (recipe.mean, recipe.std))
-    return Pixels(tuple(recipe.input_size), mean, std)
+def plan_jobs(recipe: Recipe) -> list[list[Network]]:
+    """Groups of networks that are trained in one pass over the images."""
+    size = recipe.members_per_process
+    ensembles = plan_ensembles(recipe).values()
+    return [networks[start : start + size] for networks in ensembles for start in range(0, len(networks), size)]
 
 
 class Objective:
     """Cross-entropy with the recipe's label smoothing, mixup and cutmix, all timm's."""
 
     def __init__(self, recipe: Recipe, num_classes: int):
-        self.mix = None
+        self.mixup = None
         if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes
-            )
-        self.loss = SoftTargetCrossEntropy() if self.mix else LabelSmoothingCrossEntropy(recipe.label_smoothing)
+            smoothing = recipe.label_smoothing
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+        self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(recipe.label_smoothing)
 
     def __call__(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.mix:
-            images, labels = self.mix(images, labels)
+        if self.mixup:
+            images, labels = self.mixup(images, labels)
         return self.loss(network(images), labels)
 
 
 def create_loop(job: list[Network], recipe: Recipe, images: Images, accelerator: Accelerator, folder: Path) -> Loop:
-    """A job's networks as they are at the beginning, or as a checkpoint has them."""
-    made = []
+    """Create a job's networks, each from its own seed, and the loop that trains them."""
+    networks = []
     for network in job:
         set_seed(network.seed)
-        made.append(timm.create_model(recipe.architecture, num_classes=len(images.names), **network.model_args))
+        networks.append(
+            timm.create_model(recipe.architecture, num_classes=len(images.class_names), **network.model_args)
+        )
     set_seed(job[0].seed, device_specific=True)
     return Loop(
         accelerator,
         recipe,
-        made,
+        networks,
         steps=job[0].steps,
         folder=folder,
         identity=job_identity(job, recipe, images),
@@ -141,250 +132,186 @@ def create_loop(job: list[Network], recipe: Recipe, images: Images, accelerator:
 
 
 def train(job: list[Network], recipe: Recipe, images: Images, output: Path, cpu: bool) -> None:
-    """Train a job's networks and save them, each written aside and renamed."""
+    """Train a job's networks and save them."""
     accelerator = create_accelerator(recipe, cpu)
     loop = create_loop(job, recipe, images, accelerator, output / "checkpoints" / f"{job[0].name}-{job[0].number}")
-    seeds = [network.seed for network in job]
+    seeds, size = [network.seed for network in job], measure_size(job[0], recipe, images)
     steps = loop.run(
         lambda first: images.batches(seeds, first),
-        Objective(recipe, len(images.names)),
+        Objective(recipe, len(images.class_names)),
         stops=loop.cycle_ends,
-        evaluate=lambda network: top1(network, images, accelerator),
+        evaluate=lambda network: compute_top1(network, images, accelerator),
     )
     for step in steps:
-        kept, cut = loop.kept(), loop.cycle_ends.index(step)
+        models, cycle = loop.networks_to_save(), loop.cycle_ends.index(step)
         if not accelerator.is_main_process:
             continue
-        cost = step - (loop.cycle_ends[cut - 1] if cut else 0)
-        for network, model in zip(job, kept, strict=True):
-            size = Size.measure(recipe.architecture, network.model_args, recipe.input_size, len(images.names))
-            seen = cost * recipe.batch_size
-            spent = {
-                "images": seen,
-                "gflops": round(size.spent(seen) / 1e9, 3),
-                "seconds": round(loop.seconds / len(job), 1),
-                "device": str(accelerator.device.type),
-                "processes": accelerator.num_processes,
-                "networks_together": len(job),
-            }
-            provenance = describe_provenance(network, recipe, images) | {
-                "steps": cost,
-                "compute": spent,
-                "command": COMMAND,
-            }
-            save(
+        cycle_steps = step - (loop.cycle_ends[cycle - 1] if cycle else 0)
+        cost = {"steps": cycle_steps, "compute": describe_compute(job, size, cycle_steps * recipe.batch_size, loop)}
+        for network, model in zip(job, models, strict=True):
+            save_network(
                 model,
-                output / network.folders[cut],
-                recipe.architecture,
-                network.model_args,
-                images,
-                provenance,
-                loop.identity,
+                output / network.folders[cycle],
+                architecture=recipe.architecture,
+                model_args=network.model_args,
+                images=images,
+                provenance=describe_training(network, recipe, images) | cost | {"command": launch_command()},
+                identity=loop.identity,
             )
     loop.finish()
 
 
 @torch.no_grad()
-def top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Share of the held-out images that are recognised; each process looks at its part."""
-    right = []
+def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
+    """Top-1 accuracy on the held-out images. Each process predicts its part."""
+    correct = []
     for (view,), labels in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size)):
-        found = network(view).argmax(1) == labels
-        right.append(accelerator.gather_for_metrics(found))
-    return torch.cat(right).float().mean().item()
+        correct.append(accelerator.gather_for_metrics(network(view).argmax(1) == labels))
+    return torch.cat(correct).float().mean().item()
 
 
-def save(
-    model: nn.Module,
-    folder: Path,
-    architecture: str,
-    model_args: dict,
-    images: Images,
-    provenance: dict,
-    identity: dict,
-) -> None:
-    """A network in timm's own layout, with a head or without, written aside and renamed."""
-    pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
-    config = {
-        "pretrained_cfg": {**pixels, "license": "apache-2.0"},
-        "provenance": provenance,
-        "label_names": images.names,
+def measure_size(network: Network, recipe: Recipe, images: Images) -> Size:
+    return Size.measure(recipe.architecture, network.model_args, recipe.input_size, len(images.class_names))
+
+
+def describe_compute(job: list[Network], size: Size, num_images: int, loop: Loop) -> dict:
+    """Cost of each network of a job."""
+    accelerator = loop.accelerator
+    return {
+        "images": num_images,
+        "gflops": round(size.training_flops(num_images) / 1e9, 3),
+        "seconds": round(loop.seconds / len(job), 1),
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "networks_together": len(job),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    with torch.device("meta"):
-        plain = timm.create_model(architecture, num_classes=model.num_classes, **model_args)
-    plain.load_state_dict(weights, assign=True)
-    save_for_hf(plain, aside, model_config=config, model_args=model_args, safe_serialization=True, data_config=pixels)
-    (aside / TOLD).write_text(json.dumps({"identity": identity}, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
 
 
-def data_of(images: Images) -> dict:
-    """What tells one training set from another: its classes and every image's label."""
-    if images.settings.streaming:
-        return {"classes": images.names, "streamed": True}
-    digest = hashlib.sha256(images.train_labels.numpy().tobytes()).hexdigest()[:16]
-    return {"classes": images.names, "images": images.size, "labels_sha256": digest}
-
-
-def describe_provenance(network: Network, recipe: Recipe, images: Images) -> dict:
-    classes = recipe.classes or "all" if recipe.turned else ", ".join(images.names)
+def describe_training(network: Network, recipe: Recipe, images: Images) -> dict:
+    """Provenance of a network that is known before it is trained."""
+    classes = recipe.classes or "all" if recipe.turned else ", ".join(images.class_names)
+    scattered = " (scattered)" if recipe.augmentation == "scatter" else ""
     return {
         "source": "trained by training/pretrain_members.py",
         "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
-        "pretraining_data": f"{recipe.dataset}, classes {classes}"
-        + (" (scattered)" if recipe.augmentation == "scatter" else ""),
+        "pretraining_data": f"{recipe.dataset}, classes {classes}{scattered}",
         "seed": network.seed,
         "recipe": recipe.identity,
     }
 
 
 def job_identity(job: list[Network], recipe: Recipe, images: Images) -> dict:
-    """What must be the same for a training to be this one, whichever others the recipe has besides."""
-    others = ("members", "wide_steps", "wide_model_args", "snapshots")
-    kept = {key: value for key, value in recipe.identity.items() if key not in others}
-    return kept | {"networks": [dataclasses.asdict(network) for network in job], "data": data_of(images)}
+    """Identity of a job, which does not depend on the recipe's other ensembles."""
+    fields = {key: value for key, value in recipe.identity.items() if key not in OTHER_ENSEMBLES}
+    return fields | {"networks": [dataclasses.asdict(network) for network in job], "data": images.identity}
 
 
 def check_buildable(network: Network, recipe: Recipe) -> None:
-    """Raise ValueError, before anything is written, where timm cannot build a network or it cannot take an image."""
+    """Raise ValueError if timm cannot create a network, or the network cannot take an image."""
     try:
         with torch.device("meta"):
-            timm.create_model(recipe.architecture, num_classes=2, **network.model_args)(
-                torch.zeros(2, *recipe.input_size)
-            )
+            model = timm.create_model(recipe.architecture, num_classes=2, **network.model_args)
+            model(torch.zeros(2, *recipe.input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{recipe.architecture} with {network.model_args} and images of {recipe.input_size}: {first_line(error)}."
+            f"architecture={recipe.architecture} with model_args={network.model_args} must be a network for images of "
+            f"input_size={recipe.input_size}; timm says: {first_line(error)}."
         ) from error
 
 
-def holds(folder: Path, ensemble) -> bool:
-    """Whether the folder holds an ensemble of the same weights already."""
-    if not (folder / "config.json").is_file():
-        return False
-    there = json.loads((folder / "config.json").read_text())["members"]
-    return [m["provenance"]["weights_sha256"] for m in there] == [
-        m["provenance"]["weights_sha256"] for m in ensemble.config.members
-    ]
-
-
-def plan(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
-    """Print what everything will cost, from a few steps of each kind of network."""
-    lines, speeds = [], {}
-    for name, group in itertools.groupby(plan_networks(recipe), key=lambda network: network.name):
-        networks = list(group)
+def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
+    """Print the cost of each ensemble, estimated from a few steps of each kind of network."""
+    ensembles, speeds = [], {}
+    recipe = dataclasses.replace(recipe, checkpoint_every=WARM_UP_STEPS + TIMED_STEPS, evaluate_every=0, log_with=None)
+    for name, networks in plan_ensembles(recipe).items():
         kind = json.dumps(networks[0].model_args)
         if kind not in speeds:
-            short = dataclasses.replace(networks[0], steps=WARM_UP + MEASURED, snapshots=1)
-            recipe = dataclasses.replace(recipe, checkpoint_every=short.steps, evaluate_every=0, log_with=None)
-            accelerator = create_accelerator(recipe, cpu)
-            loop = create_loop([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
-            steps = loop.run(
-                lambda first, s=short: images.batches([s.seed], first),
-                Objective(recipe, len(images.names)),
-                stops=range(1, short.steps),
-            )
-            speeds[kind] = seconds_per_step(steps)
-        size = Size.measure(recipe.architecture, networks[0].model_args, recipe.input_size, len(images.names))
+            speeds[kind] = measure_speed(networks[0], recipe, images, cpu)
         steps = sum(network.steps for network in networks)
-        seen, kept = steps * recipe.batch_size, sum(network.snapshots for network in networks)
-        lines.append(
-            Line(name, kept, steps, seen, size.spent(seen), kept * size.parameters, steps * speeds[kind] / 3600)
-        )
-    print_plan(lines, processes, accelerator.device)
+        count = sum(network.snapshots for network in networks)
+        size = measure_size(networks[0], recipe, images)
+        num_images = steps * recipe.batch_size
+        hours, flops = steps * speeds[kind] / 3600, size.training_flops(num_images)
+        ensembles.append(PlannedEnsemble(name, count, steps, num_images, flops, count * size.parameters, hours))
+    print_plan(ensembles, processes, create_accelerator(recipe, cpu).device)
+
+
+def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -> float:
+    """Seconds of a training step."""
+    short = dataclasses.replace(network, steps=WARM_UP_STEPS + TIMED_STEPS, snapshots=1)
+    accelerator = create_accelerator(recipe, cpu)
+    loop = create_loop([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
+    objective = Objective(recipe, len(images.class_names))
+    return seconds_per_step(
+        loop.run(lambda first: images.batches([short.seed], first), objective, stops=range(1, short.steps))
+    )
 
 
 def assemble_all(recipe: Recipe, output: Path) -> None:
-    for name, group in itertools.groupby(plan_networks(recipe), key=lambda network: network.name):
-        folders = [output / folder for network in group for folder in network.folders]
+    """Assemble each ensemble from its members. One that has the same weights already stays, since it may have a head."""
+    for name, networks in plan_ensembles(recipe).items():
+        folders = [output / folder for network in networks for folder in network.folders]
         ensemble = assemble(folders)
-        if not holds(output / name, ensemble):  # else it may have a head by now, which is to stay
+        hashes = [member["provenance"]["weights_sha256"] for member in ensemble.config.members]
+        if read_hashes(output / name) != hashes:
             ensemble.save_pretrained(output / name)
         print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}")
 
 
+def read_hashes(folder: Path) -> list[str] | None:
+    """The sha256 of each member's weights in an ensemble's folder, None without one."""
+    if not (folder / "config.json").is_file():
+        return None
+    members = json.loads((folder / "config.json").read_text())["members"]
+    return [member["provenance"]["weights_sha256"] for member in members]
+
+
 def run(
-    recipe: Recipe, *, parallelism: str = "data", cpu: bool = False, smoke: bool = False, only_plan: bool = False
+    recipe: Recipe,
+    *,
+    parallelism: str = "data",
+    cpu: bool = False,
+    max_images: int | None = None,
+    only_plan: bool = False,
 ) -> None:
-    output = Path(recipe.output)
+    """Train all networks of a recipe that are not finished, and assemble them."""
+    output, jobs = Path(recipe.output), plan_jobs(recipe)
     if output.is_file():
         raise ValueError(f"output={recipe.output} is a file; name a folder.")
-    jobs = plan_jobs(recipe)
-    for job in {job[0].name: job for job in jobs}.values():
-        check_buildable(job[0], recipe)
+    for networks in plan_ensembles(recipe).values():
+        check_buildable(networks[0], recipe)
     team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
-    if team.leads_all:
-        asked = processes_asked_for()
+    if team.is_main_process:
         print(f"{team}, parallelism={parallelism}", flush=True)
-        if asked not in (None, team.world):
-            print(
-                f"warning: accelerate was asked for {asked} processes and started {team.world}. On the CPU give it --multi_gpu and this script "
-                "--cpu: accelerate's own --cpu starts one.",
-                file=sys.stderr,
-            )
-    share = (team.ranks.index(team.rank), len(team.ranks))
-    images = Images(recipe, pixels_of(recipe), share, few=SMOKE_IMAGES if smoke else None)
+    images = Images(recipe, Pixels.from_settings(recipe), team.shard, max_images)
     if only_plan:
-        plan(recipe, images, team.world, cpu)
+        print_costs(recipe, images, team.num_processes, cpu)
         return
     for number in team.jobs():
         job = jobs[number]
         folders = [output / folder for network in job for folder in network.folders]
         identity = job_identity(job, recipe, images)
-        found = [matches_identity(folder, identity) for folder in folders]  # none may be another's
-        if all(found):
-            if share[0] == 0:
-                print(*(f"{folder} is finished, skipped" for folder in folders), sep="\n", flush=True)
-            continue
-        train(job, recipe, images, output, cpu)
+        finished = [matches_identity(folder, identity) for folder in folders]  # raises for any folder of another run
+        if not all(finished):
+            train(job, recipe, images, output, cpu)
+        elif team.rank == 0:
+            print(*(f"{folder} is finished, skipped" for folder in folders), sep="\n", flush=True)
     team.wait_for_all()
-    if team.leads_all:
+    if team.is_main_process:
         assemble_all(recipe, output)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        recipe, options = read_options(
-            Recipe,
-            __doc__,
-            arguments,
-            parallelism={
-                "choices": PARALLELISMS,
-                "default": "data",
-                "help": "what several processes share: each network's images, or the networks",
-            },
-            plan={"action": "store_true", "help": "print what it will cost, and stop"},
+    with exit_on_error():
+        flags = {"parallelism": PARALLELISM, "plan": {"action": "store_true", "help": "print the costs, and stop"}}
+        recipe, options = read_options(Recipe, __doc__, arguments, **flags)
+        run(
+            recipe,
+            parallelism=options.parallelism,
+            cpu=options.cpu,
+            max_images=options.max_images,
+            only_plan=options.plan,
         )
-        if options.smoke:
-            recipe = smoked(recipe)
-        run(recipe, parallelism=options.parallelism, cpu=options.cpu, smoke=options.smoke, only_plan=options.plan)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
-def in_few_steps(settings):
-    """What has `steps` of its own, fine-tuning or distillation, for a look at whether it runs."""
-    return dataclasses.replace(
-        settings, steps=min(settings.steps, SMOKE_STEPS), batch_size=min(settings.batch_size, SMOKE_BATCH)
-    )
-
-
-def smoked(recipe: Recipe) -> Recipe:
-    """The same path in a few steps."""
-    steps = max(SMOKE_STEPS, *recipe.members, recipe.snapshots)
-    return dataclasses.replace(
-        recipe,
-        total_steps=steps,
-        wide_steps=min(recipe.wide_steps, 4),
-        batch_size=min(recipe.batch_size, SMOKE_BATCH),
-        num_workers=0,
-    )
 
 
 if __name__ == "__main__":

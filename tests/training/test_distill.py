@@ -9,8 +9,7 @@ from transformers import AutoModel
 from concat_ensemble import assemble
 from concat_ensemble.training import pretraining
 from concat_ensemble.training.distillation import Distillation, Student, Teachers, main, run
-from concat_ensemble.training.images import Images
-from concat_ensemble.training.pretraining import pixels_of
+from concat_ensemble.training.images import Images, Pixels
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))
@@ -73,12 +72,12 @@ def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
     """On images of another order and scatter, a linear readout of the trained student leaves less of their variance unsaid than one of the
     untrained student does."""
     settings = Distillation(**SETTINGS | {"teachers": teachers, "target": target})
-    images = Images(settings, pixels_of(settings))
+    images = Images(settings, Pixels.from_settings(settings))
     told = Teachers(settings)
     views = [next(images.batches([99])).views[0][0] for _ in range(1)]
     many = [batch.views[0][0] for _, batch in zip(range(10), images.batches([98]), strict=False)]
     if target == "features":
-        told.standardise(many)
+        told.standardize(many)
     backbones = {}
     for steps in (1, 120):
         folder = distilled(output=f"{target}-{steps}", target=target, steps=steps, learning_rate=0.003)

@@ -87,7 +87,9 @@ def trained(tmp_path):
 
         found = []
         for _ in loop.run(batches, Objective(recipe, 10), stops=loop.cycle_ends):
-            found += [{k: v.detach().clone() for k, v in network.state_dict().items()} for network in loop.kept()]
+            found += [
+                {k: v.detach().clone() for k, v in network.state_dict().items()} for network in loop.networks_to_save()
+            ]
         loop.finish()
         return found
 
@@ -140,7 +142,7 @@ def test_a_schedule_free_network_is_kept_with_its_average_and_statistics_under_i
     for _ in loop.run(lambda step: images.batches([0], step), Objective(recipe, 10)):
         trained = {key: value.detach().clone() for key, value in network.named_parameters()}
         moving = network.bn1.running_mean.clone()
-        (kept,) = loop.kept()
+        (kept,) = loop.networks_to_save()
     assert not kept.training
     averaged = dict(kept.named_parameters())
     assert not torch.equal(trained["conv1.0.weight"], averaged["conv1.0.weight"]), (

@@ -9,6 +9,7 @@ import timm
 
 from concat_ensemble.training.distillation import Distillation
 from concat_ensemble.training.finetuning import FineTuning
+from concat_ensemble.training.options import add_field_options
 from concat_ensemble.training.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "training" / "recipes").glob("*.yaml"))
@@ -41,7 +42,7 @@ def test_a_file_is_read_and_the_rest_has_defaults(read):
 
 def test_what_is_changed_on_the_command_line_wins(read):
     parser = argparse.ArgumentParser()
-    Recipe.add_options(parser)
+    add_field_options(parser, Recipe)
     words = [
         "--total-steps",
         "80",
@@ -66,7 +67,7 @@ def test_no_is_a_word_where_a_word_is_wanted(read):
 
 def test_every_field_is_an_option():
     parser = argparse.ArgumentParser()
-    Recipe.add_options(parser)
+    add_field_options(parser, Recipe)
     options = {
         name.removeprefix("--").replace("-", "_") for action in parser._actions for name in action.option_strings
     }
@@ -79,19 +80,22 @@ BAD = {
         GOOD + "leraning_rate: 0.1\n",
         r"mine\.yaml: no field 'leraning_rate'; did you mean learning_rate\?",
     ),
-    "unlike any field": (GOOD + "zzz: 1\n", r"no field 'zzz'; there are dataset, dataset_config"),
+    "unlike any field": (GOOD + "zzz: 1\n", r"no field 'zzz'; the fields are dataset, dataset_config"),
     "field that is no name": (GOOD + "3: 1\n", "no field 3"),
     "text for a number": (GOOD + "seed: zero\n", "seed='zero' must be int"),
     "share for a number of steps": (GOOD.replace("40", "40.5"), r"total_steps=40\.5 must be int"),
     "yes for a number": (GOOD + "seed: yes\n", "seed=True must be int"),
     "text for a float": (GOOD + "learning_rate: fast\n", "learning_rate='fast' must be float"),
-    "number for a list": (GOOD + "members: 4\n", r"members=4 must be list\[int\]"),
-    "list of something else": (GOOD + "members: [1, two]\n", r"members=\[1, 'two'\] must be list\[int\]"),
-    "number for a mapping": (GOOD + "model_args: 1\n", "model_args=1 must be dict"),
+    "number for a list": (GOOD + "members: 4\n", r"members=4 must be list, got int"),
+    "list of something else": (
+        GOOD + "members: [1, two]\n",
+        r"members=\[1, 'two'\] must be int, got str - at \$\[1\]",
+    ),
+    "number for a mapping": (GOOD + "model_args: 1\n", "model_args=1 must be mapping"),
     "null where none may be": (GOOD + "dataset: null\n", "dataset=None must be str"),
     "missing fields": ("dataset: digits\ntotal_steps: 40\n", r"mine\.yaml lacks architecture, input_size\."),
-    "no steps": (GOOD.replace("40", "0"), "total_steps=0 must be at least 1"),
-    "no images in a batch": (GOOD + "batch_size: 0\n", "batch_size=0 must be at least 1"),
+    "no steps": (GOOD.replace("40", "0"), "total_steps=0 must be int >= 1"),
+    "no images in a batch": (GOOD + "batch_size: 0\n", "batch_size=0 must be int >= 1"),
     "no members": (GOOD + "members: []\n", r"members=\[\] must be numbers of networks from 1 to total_steps=40"),
     "more members than steps": (GOOD + "members: [41]\n", r"members=\[41\] must be numbers"),
     "unknown augmentation": (
@@ -104,13 +108,13 @@ BAD = {
     ),
     "two numbers of size": (GOOD.replace("[1, 32, 32]", "[32, 32]"), r"input_size=\[32, 32\] must be \[C, H, W\]"),
     "no pixels": (GOOD.replace("[1, 32, 32]", "[1, 0, 32]"), r"input_size=\[1, 0, 32\]"),
-    "negative wide steps": (GOOD + "wide_steps: -1\n", "wide_steps=-1"),
-    "test share of nothing": (GOOD + "test_size: 0.0\n", r"test_size=0\.0"),
-    "learning rate of nothing": (GOOD + "learning_rate: -0.1\n", r"learning_rate=-0\.1"),
+    "negative wide steps": (GOOD + "wide_steps: -1\n", "wide_steps=-1 must be int >= 0"),
+    "test share of nothing": (GOOD + "test_size: 0.0\n", r"test_size=0\.0 must be float > 0\.0"),
+    "learning rate of nothing": (GOOD + "learning_rate: -0.1\n", r"learning_rate=-0\.1 must be float > 0\.0"),
     "a mean too many": (GOOD + "mean: [0.5, 0.5, 0.5]\n", r"mean=\[0\.5, 0\.5, 0\.5\]"),
     "broken YAML": ("dataset: [digits\n", r"mine\.yaml is not YAML: "),
-    "a list": ("- digits\n", r"mine\.yaml must hold fields, as in 'dataset: digits'; it holds list"),
-    "nothing": ("", r"mine\.yaml must hold fields.*NoneType"),
+    "a list": ("- digits\n", r"mine\.yaml holds list; write one 'field: value'"),
+    "nothing": ("", r"mine\.yaml holds NoneType; write one 'field: value'"),
     "bytes": ("\0", r"mine\.yaml is not YAML"),
 }
 
@@ -141,7 +145,7 @@ def test_every_recipe_opens_with_its_command_hardware_and_expectation(path):
     assert words[:2] == ["accelerate", "launch"] and words[3] == f"training/recipes/{path.name}"
     parser = argparse.ArgumentParser()
     parser.add_argument("--parallelism")
-    kind.add_options(parser)
+    add_field_options(parser, kind)
     given = vars(parser.parse_args(words[4:]))
     del given["parallelism"]
     settings = kind.from_file(path, **given)
