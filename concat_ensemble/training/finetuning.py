@@ -6,8 +6,8 @@ Without a clone, start the installed module with `accelerate launch -m concat_en
 
 With `stages: two` (best in the paper), each member learns the target alone, and `output/two-stage` is an ensemble of
 the tuned members to probe. With `stages: one`, all members learn at once under a head, and `output/whole` is a
-classifier. Either way, training starts from the head of a linear probe, the test split is used once, at the end, and each
-classifier has its results in `results`.
+classifier. Either way, training starts from the head of a linear probe, the test split is used once, at the end, and
+each classifier has its results in `results`.
 """
 
 import copy
@@ -59,8 +59,8 @@ class FineTuning(Settings):
         super().__post_init__()
         if self.streaming:
             raise ValueError(
-                "streaming=True must be false for fine-tuning, which starts from a linear probe and so reads the images "
-                "more than once."
+                "streaming=True must be false for fine-tuning, which starts from a linear probe and reads the images more "
+                "than once."
             )
 
     def shrink(self) -> Self:

@@ -1,5 +1,5 @@
-"""Training images in an order that depends on the seed and the step alone, so that a run that was killed continues with
-the same images, crops and noise.
+"""Training images in an order that depends on the seed and the step alone: a run that was killed continues with the
+same images, crops and noise.
 """
 
 from __future__ import annotations

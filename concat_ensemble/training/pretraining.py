@@ -248,7 +248,7 @@ def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -
 
 
 def assemble_all(recipe: Recipe, output: Path) -> None:
-    """Assemble each ensemble from its members. One that has the same weights already stays, since it may have a head."""
+    """Assemble each ensemble, unless it exists with the same weights: then it may have a head by now."""
     for name, networks in plan_ensembles(recipe).items():
         folders = [output / folder for network in networks for folder in network.folders]
         ensemble = assemble(folders)

@@ -98,7 +98,7 @@ def test_an_ensemble_can_teach_its_features_but_no_classes(teachers, distilled, 
     assemble(teachers).save_pretrained(tmp_path / "pair")
     distilled(teachers=[str(tmp_path / "pair")])
     with pytest.raises(
-        ValueError, match=r"teachers: .*pair is no network with a head .*target=features takes ensembles"
+        ValueError, match=r"teachers: .*pair is not a network with a head .*target=features"
     ):
         distilled(output="other", teachers=[str(tmp_path / "pair")], target="predictions")
 

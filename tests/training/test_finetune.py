@@ -1,5 +1,6 @@
 """Fine-tuning on tiny ensembles and real digits: where it begins, what it writes, and that it can be cut."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.data.loading import read_image
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.results import Results
-from concat_ensemble.training.finetuning import FineTuning, main, parameter_groups, run
+from concat_ensemble.training.finetuning import (
+    FineTuning,
+    create_classifier,
+    main,
+    parameter_groups,
+    read_pixels,
+    run,
+    save_classifier,
+)
+from concat_ensemble.training.images import Images
 
 RECIPE = str(Path(__file__).parents[2] / "training" / "recipes" / "scattered_digits_finetune.yaml")
 SETTINGS = {
@@ -136,7 +146,7 @@ def test_different_pixels_are_for_two_stages(tmp_path):
     sizes = [timm.create_model("resnet10t", in_chans=1, channels=(4, 4, 8, 8), stem_width=4, pretrained_cfg_overlay=other | {"input_size": (1, s, s)}) for s in (32, 40)]  # fmt: skip
     assemble(sizes).save_pretrained(tmp_path / "mixed")
     settings = SETTINGS | {"model": str(tmp_path / "mixed"), "output": str(tmp_path / "out"), "steps": 1}
-    with pytest.raises(ValueError, match=r"images of different sizes or crops; fine-tune with stages=two"):
+    with pytest.raises(ValueError, match=r"stages=one needs .*; fine-tune with stages=two"):
         run(FineTuning(**settings, stages="one"), cpu=True)
     run(FineTuning(**settings, stages="two"), cpu=True)
     assert len(json.loads((tmp_path / "out" / "two-stage" / "config.json").read_text())["members"]) == 2
@@ -166,3 +176,24 @@ def test_the_command_is_the_same(ensemble, tmp_path, capsys):
         main([*words[:-2], "--stages", "three"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: stages='three' must be one of one, two")
+
+
+def test_saving_twice_gives_the_same_files(ensemble, tmp_path):
+    """Saving builds a new config, so a second call must not count the cost of the training again."""
+    settings = FineTuning(**SETTINGS | {"model": str(ensemble), "stages": "one"})
+    model = assemble(ensemble)
+    model.config.members[0]["provenance"] |= {"steps": 10, "compute": {"images": 160, "gflops": 1.0}}
+    images = Images(settings, read_pixels(model.config))
+    classifier = create_classifier(model, images, settings)
+    before = copy.deepcopy(classifier.config.to_dict())
+    logits = np.random.default_rng(0).normal(size=(len(images.labels("test")), 3))
+    for parent in ("first", "second"):
+        save_classifier(classifier, tmp_path / parent / "whole", logits, images=images, identity={}, seconds=1.0)
+    assert classifier.config.to_dict() == before
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "first", tmp_path / "second")
+    ]
+    assert files[0] == files[1]
+    provenance = json.loads((tmp_path / "second" / "whole" / "config.json").read_text())["members"][0]["provenance"]
+    assert provenance["steps"] == 16 and provenance["compute"]["images"] == 160 + 6 * 16
