@@ -19,7 +19,6 @@ from typing import Annotated, Literal, Self
 
 import timm
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from msgspec import Meta
 from torch import nn
@@ -117,32 +116,18 @@ def load_with_head(source: str) -> nn.Module:
     return network
 
 
-def create_loop(settings: Distillation, images: Images, teachers: Teachers, accelerator: Accelerator) -> Loop:
-    """Standardize the teachers' features, and create the student and the loop that trains it."""
+def create_student(settings: Distillation, images: Images, teachers: Teachers) -> Student:
+    """Standardize the teachers' features if they are the target, and create a student of as many outputs."""
+    device = next(teachers.parameters()).device
     batches = itertools.islice(images.batches([settings.seed]), STATISTICS_BATCHES)
-    pixels = [batch.views[0][0].to(accelerator.device) for batch in batches]
+    pixels = [batch.views[0][0].to(device) for batch in batches]
     if settings.target == "features":
         teachers.standardize(pixels)
-    num_outputs = sum(logits.shape[1] for logits in teachers(pixels[0][:1]))
+    num_outputs = sum(outputs.shape[1] for outputs in teachers(pixels[0][:1]))
     set_seed(settings.seed)
     backbone = timm.create_model(settings.architecture, num_classes=0, **settings.model_args)
     num_features = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
-    student = Student(backbone, num_features, num_outputs)
-    set_seed(settings.seed, device_specific=True)
-    return Loop(
-        accelerator,
-        settings,
-        [student],
-        steps=settings.steps,
-        folder=Path(settings.output) / "checkpoints" / "distilled",
-        identity=identify(settings, images, teachers),
-        name="distilled",
-    )
-
-
-def identify(settings: Distillation, images: Images, teachers: Teachers) -> dict:
-    """The identity of a distillation, for `matches_identity`."""
-    return settings.identity | {"teachers": teachers.hashes, "data": images.identity}
+    return Student(backbone, num_features, num_outputs)
 
 
 def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = None) -> None:
@@ -153,31 +138,37 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     shard = (accelerator.process_index, accelerator.num_processes)
     images = Images(settings, Pixels.from_settings(settings), shard, max_images)
     teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
-    if matches_identity(folder, identify(settings, images, teachers)):
+    identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
+    if matches_identity(folder, identity):
         accelerator.print(f"{folder} is finished, skipped")
         return
-    loop = create_loop(settings, images, teachers, accelerator)
+    student = create_student(settings, images, teachers)
+    set_seed(settings.seed, device_specific=True)
+    checkpoints = output / "checkpoints" / "distilled"
+    loop = Loop(
+        accelerator, settings, [student], steps=settings.steps, folder=checkpoints, identity=identity, name="distilled"
+    )
     steps = loop.run(
         lambda first: images.batches([settings.seed], first),
         lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
     )
     for _ in steps:
-        (student,) = loop.networks_to_save()
+        (trained,) = loop.networks_to_save()
     if accelerator.is_main_process:
         provenance = describe_distillation(settings, images, teachers)
         provenance["compute"]["seconds"] = round(loop.seconds, 1)
         save_network(
-            student.backbone,
+            trained.backbone,
             folder,
             architecture=settings.architecture,
             model_args=settings.model_args,
             images=images,
             provenance=provenance,
-            identity=loop.identity,
+            identity=identity,
         )
         shutil.rmtree(output / "distilled", ignore_errors=True)
         assemble(folder).save_pretrained(output / "distilled")
-        num_features = student.head.in_features
+        num_features = trained.head.in_features
         print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
     loop.finish()
 

@@ -12,7 +12,8 @@ each classifier has its results in `results`.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -59,8 +60,7 @@ class FineTuning(Settings):
         super().__post_init__()
         if self.streaming:
             raise ValueError(
-                "streaming=True must be false for fine-tuning, which starts from a linear probe and reads the images more "
-                "than once."
+                "streaming=True must be false: fine-tuning starts from a linear probe, which reads images repeatedly."
             )
 
     def shrink(self) -> Self:
@@ -79,19 +79,15 @@ def read_pixels(config: ConcatEnsembleConfig) -> Pixels:
     return Pixels(size, mean, std, source["interpolation"], source["crop_pct"])
 
 
-def parameter_groups(settings: FineTuning) -> Callable[[nn.Module], list[dict]]:
-    """A function that makes the parameter groups of a classifier: timm's layers of each member, and the head."""
-
-    def create_groups(model: nn.Module) -> list[dict]:
-        weight_decay = settings.weight_decay
-        if settings.layer_decay is None:
-            return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-        groups = []
-        for member in model.members.values():
-            groups += param_groups_layer_decay(member, weight_decay=weight_decay, layer_decay=settings.layer_decay)
-        return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
-
-    return create_groups
+def parameter_groups(model: nn.Module, settings: FineTuning) -> list[dict]:
+    """The optimizer's parameter groups of a classifier: timm's groups by layers for each member, and the head."""
+    weight_decay = settings.weight_decay
+    if settings.layer_decay is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+    groups = []
+    for member in model.members.values():
+        groups += param_groups_layer_decay(member, weight_decay=weight_decay, layer_decay=settings.layer_decay)
+    return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
 
 
 def create_classifier(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
@@ -135,7 +131,7 @@ def fine_tune(
         folder=folder.parent / "checkpoints" / folder.name,
         identity=identity,
         name=folder.name,
-        param_groups=parameter_groups(settings),
+        param_groups=partial(parameter_groups, settings=settings),
     )
     loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps = loop.run(
@@ -170,15 +166,8 @@ def predict_logits(network: nn.Module, images: Images, split: str, accelerator: 
 def save_classifier(
     model: nn.Module, folder: Path, logits: np.ndarray, *, images: Images, identity: dict, seconds: float
 ) -> None:
-    """Save a classifier with its results and its card. It replaces `folder` as a whole; the model does not change.
-
-    Args:
-        model: A fine-tuned classifier.
-        folder: Where to.
-        logits: (N, classes) logits of the test images.
-        images: Of the run.
-        identity: As for `matches_identity`.
-        seconds: Duration of the training.
+    """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
+    replaces `folder` as a whole; the model does not change.
     """
     saved = copy.copy(model)  # the same weights under another config
     saved.config = describe_fine_tuning(model, images)
@@ -199,11 +188,7 @@ def describe_fine_tuning(model: nn.Module, images: Images) -> ConcatEnsembleConf
         spec = config.members[int(k)]
         provenance = spec["provenance"]
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
-        provenance["fine_tuned"] = {
-            "dataset": settings.dataset,
-            "steps": settings.steps,
-            "command": launch_command(),
-        }
+        provenance["fine_tuned"] = {"dataset": settings.dataset, "steps": settings.steps, "command": launch_command()}
         if "steps" in provenance:  # else the cost of pretraining is not known
             provenance["steps"] += settings.steps
         if "compute" in provenance:

@@ -151,14 +151,7 @@ class Images:
         if settings.streaming:
             yield from self._stream_batches(seeds, first_step)
             return
-        order = _BatchOrder(
-            self.size,
-            batch=settings.batch_size,
-            accumulation=settings.gradient_accumulation,
-            shard=self.shard,
-            seed=seeds[0],
-            first_step=first_step,
-        )
+        order = _BatchOrder(self.size, settings, shard=self.shard, seed=seeds[0], first_step=first_step)
         if settings.augmentation == "scatter":
             for part in order:
                 yield self._scatter(part, seeds)
@@ -231,12 +224,10 @@ class _BatchOrder:
     permutation; the images at its end that do not fill a batch are left out.
     """
 
-    def __init__(
-        self, size: int, *, batch: int, accumulation: int, shard: tuple[int, int], seed: int, first_step: int
-    ):
-        self.size, self.batch, self.seed, self.first_step = size, min(batch, size), seed, first_step
-        self.own_parts = range(shard[0], accumulation * shard[1], shard[1])
-        self.parts = accumulation * shard[1]
+    def __init__(self, size: int, settings: Settings, *, shard: tuple[int, int], seed: int, first_step: int):
+        self.size, self.batch, self.seed, self.first_step = size, min(settings.batch_size, size), seed, first_step
+        self.parts = settings.gradient_accumulation * shard[1]
+        self.own_parts = range(shard[0], self.parts, shard[1])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = self.size // self.batch

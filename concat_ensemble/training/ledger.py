@@ -13,7 +13,7 @@ from rich.table import Table
 from concat_ensemble.studies.cost import count_flops
 
 PASSES = 3  # a training step costs as much as three forward passes, since the backward pass takes about two
-WARM_UP_STEPS, TIMED_STEPS = 2, 5
+WARM_UP_STEPS, MEASURED_STEPS = 2, 7  # the first two of seven steps are not timed
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,6 @@ def seconds_per_step(steps: Iterable[int]) -> float:
     for number, _ in enumerate(steps, 1):
         if number == WARM_UP_STEPS:
             started = time.perf_counter()
-        if number == WARM_UP_STEPS + TIMED_STEPS:
-            return (time.perf_counter() - started) / TIMED_STEPS
-    raise ValueError(f"a measurement needs {WARM_UP_STEPS + TIMED_STEPS} steps.")
+        if number == MEASURED_STEPS:
+            return (time.perf_counter() - started) / (MEASURED_STEPS - WARM_UP_STEPS)
+    raise ValueError(f"a measurement needs {MEASURED_STEPS} steps.")

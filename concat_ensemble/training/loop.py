@@ -329,29 +329,12 @@ def _create_optimizer(network: nn.Module, settings: Settings, warmup: int, param
     # One fused call for all tensors, if torch has it, saves a tenth of a small network's step on a CPU.
     kind = get_optimizer_class(settings.optimizer, bind_defaults=False)
     fused = {"fused": True} if "fused" in signature(kind).parameters else {}
-    return create_optimizer_v2(
-        network,
-        settings.optimizer,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        param_group_fn=param_groups,
-        **betas,
-        **fused,
-    )
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return create_optimizer_v2(network, settings.optimizer, param_group_fn=param_groups, **rates, **betas, **fused)
 
 
 def _create_schedule(optimizer, settings: Settings, warmup: int, length: int, cycles: int):
     """timm's schedule, by steps: `warmup` steps, then `cycles` of `length` steps each."""
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        settings.schedule,
-        num_epochs=length,
-        warmup_epochs=warmup,
-        warmup_lr=settings.learning_rate / max(warmup, 1),
-        warmup_prefix=True,
-        cycle_limit=cycles,
-        cycle_decay=1.0,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    return schedule
+    steps = {"num_epochs": length, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
+    steps |= {"warmup_lr": settings.learning_rate / max(warmup, 1), "warmup_prefix": True}
+    return create_scheduler_v2(optimizer, settings.schedule, cycle_limit=cycles, cycle_decay=1.0, **steps)[0]

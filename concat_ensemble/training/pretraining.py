@@ -30,14 +30,7 @@ from torch import nn
 from concat_ensemble.errors import first_line
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.training.images import Images, Pixels
-from concat_ensemble.training.ledger import (
-    TIMED_STEPS,
-    WARM_UP_STEPS,
-    PlannedEnsemble,
-    Size,
-    print_plan,
-    seconds_per_step,
-)
+from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
@@ -222,7 +215,7 @@ def check_buildable(network: Network, recipe: Recipe) -> None:
 def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
     """Print the cost of each ensemble, estimated from a few steps of each kind of network."""
     ensembles, speeds = [], {}
-    recipe = dataclasses.replace(recipe, checkpoint_every=WARM_UP_STEPS + TIMED_STEPS, evaluate_every=0, log_with=None)
+    recipe = dataclasses.replace(recipe, checkpoint_every=MEASURED_STEPS, evaluate_every=0, log_with=None)
     for name, networks in plan_ensembles(recipe).items():
         kind = json.dumps(networks[0].model_args)
         if kind not in speeds:
@@ -238,7 +231,7 @@ def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> No
 
 def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -> float:
     """Seconds of a training step."""
-    short = dataclasses.replace(network, steps=WARM_UP_STEPS + TIMED_STEPS, snapshots=1)
+    short = dataclasses.replace(network, steps=MEASURED_STEPS, snapshots=1)
     accelerator = create_accelerator(recipe, cpu)
     loop = create_loop([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
     objective = Objective(recipe, len(images.class_names))

@@ -33,10 +33,7 @@ def save_network(
 
     Args:
         model: A network that `timm.create_model(architecture, **model_args)` can create.
-        folder: Where to.
-        images: What it was trained on: its preprocessing and class names are saved.
-        provenance: For the config.
-        identity: As for `matches_identity`.
+        images: What it was trained on, for its preprocessing and class names.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
     config = {

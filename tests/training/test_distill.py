@@ -69,8 +69,9 @@ def test_a_student_comes_out_as_an_ensemble_of_one(target, distilled):
 
 @pytest.mark.parametrize("target", ["features", "predictions"])
 def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
-    """On images of another order and scatter, a linear readout of the trained student leaves less of their variance unsaid than one of the
-    untrained student does."""
+    """On other images, a linear layer explains more of the teachers' outputs from the features of the trained student
+    than from those of the untrained one.
+    """
     settings = Distillation(**SETTINGS | {"teachers": teachers, "target": target})
     images = Images(settings, Pixels.from_settings(settings))
     told = Teachers(settings)
@@ -97,9 +98,7 @@ def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
 def test_an_ensemble_can_teach_its_features_but_no_classes(teachers, distilled, tmp_path):
     assemble(teachers).save_pretrained(tmp_path / "pair")
     distilled(teachers=[str(tmp_path / "pair")])
-    with pytest.raises(
-        ValueError, match=r"teachers: .*pair is not a network with a head .*target=features"
-    ):
+    with pytest.raises(ValueError, match=r"teachers: .*pair is not a network with a head .*target=features"):
         distilled(output="other", teachers=[str(tmp_path / "pair")], target="predictions")
 
 

@@ -52,7 +52,8 @@ def ensemble(tmp_path_factory) -> Path:
     seen = load_data("scattered:digits", limit=120)["train"]
     images = torch.stack([pil_to_tensor(read_image(seen, number)) for number in range(120)])
     update_bn([images / 127.5 - 1], resnet)  # as training leaves it
-    vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, pretrained_cfg_overlay=pixels)  # fmt: skip
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, pretrained_cfg_overlay=pixels, **shape)
     folder = tmp_path_factory.mktemp("ensemble") / "pair"
     assemble([resnet, vit]).save_pretrained(folder)
     return folder
@@ -142,9 +143,12 @@ def test_another_training_in_its_place_is_refused(tuned):
 
 
 def test_different_pixels_are_for_two_stages(tmp_path):
-    other = {"input_size": (1, 40, 40), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
-    sizes = [timm.create_model("resnet10t", in_chans=1, channels=(4, 4, 8, 8), stem_width=4, pretrained_cfg_overlay=other | {"input_size": (1, s, s)}) for s in (32, 40)]  # fmt: skip
-    assemble(sizes).save_pretrained(tmp_path / "mixed")
+    shape = {"in_chans": 1, "channels": (4, 4, 8, 8), "stem_width": 4}
+    members = []
+    for size in (32, 40):
+        pixels = {"input_size": (1, size, size), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+        members.append(timm.create_model("resnet10t", pretrained_cfg_overlay=pixels, **shape))
+    assemble(members).save_pretrained(tmp_path / "mixed")
     settings = SETTINGS | {"model": str(tmp_path / "mixed"), "output": str(tmp_path / "out"), "steps": 1}
     with pytest.raises(ValueError, match=r"stages=one needs .*; fine-tune with stages=two"):
         run(FineTuning(**settings, stages="one"), cpu=True)
@@ -157,7 +161,7 @@ def test_lower_layers_learn_slower(ensemble, optimizer, tuned):
     model = assemble(ensemble)
     model.classifier = torch.nn.Linear(model.config.num_features, 3)
     settings = FineTuning(**SETTINGS | {"model": str(ensemble), "layer_decay": 0.5})
-    groups = parameter_groups(settings)(model)
+    groups = parameter_groups(model, settings)
     scale = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert scale[id(named["members.0.conv1.0.weight"])] < scale[id(named["members.0.layer4.0.conv1.weight"])] < 1.01

@@ -95,7 +95,7 @@ def test_every_network_has_its_own_seed_and_weights(trained):
 
 
 def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(script, copied):
-    """One member was lost, another was cut off while it was being written; the ensemble cat1 has got a head meanwhile."""
+    """One member is lost, another was killed while it was saved; the ensemble cat1 has a head by now."""
     before = hashes(copied)
     shutil.rmtree(copied / "members" / "cat2-1")
     (copied / "members" / ".cat2-1.tmp").mkdir()
@@ -184,7 +184,7 @@ def members_in(folder: Path) -> dict[str, bytes]:
 
 
 def killed_until_done(folder: Path, seed: int, kills: int, within: float = 6) -> list[int]:
-    """Start the run again and again and end it after a random while, `within` so many seconds; the signals that hit."""
+    """Run until it is done, killed `kills` times after up to `within` seconds; the signals that arrived in time."""
     rng, hits, started = random.Random(seed), [], 0
     while True:
         process = subprocess.Popen(

@@ -39,8 +39,10 @@ def same(one, other) -> bool:
     start=st.integers(0, 30),
 )
 def test_the_order_is_a_function_of_seed_and_step(size, batch, accumulation, processes, seed, start):
+    settings = Settings(dataset="digits", batch_size=batch, gradient_accumulation=accumulation)
+
     def order(shard, first_step):
-        return _BatchOrder(size, batch=batch, accumulation=accumulation, shard=shard, seed=seed, first_step=first_step)
+        return _BatchOrder(size, settings, shard=shard, seed=seed, first_step=first_step)
 
     orders = [order((rank, processes), 0) for rank in range(processes)]
     per_epoch = size // min(batch, size)

@@ -58,7 +58,7 @@ def cut() -> None:
 
 @pytest.fixture
 def trained(tmp_path):
-    """`trained(cut_at=None, **changes)`: the kept networks' weights at each stop; cut after so many parts of batches."""
+    """`trained(cut_at=None, **changes)`: the weights at each stop; interrupted before the part `cut_at` of a batch."""
 
     def trained(cut_at=None, by=cut, folder="run", **changes) -> list[dict[str, torch.Tensor]]:
         recipe = Recipe(**BASE | changes)
