@@ -103,14 +103,12 @@ class Objective:
         return self.loss(network(images), labels)
 
 
-def create_loop(job: list[Network], recipe: Recipe, images: Images, accelerator: Accelerator, folder: Path) -> Loop:
+def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: Path, cpu: bool) -> Loop:
     """Create a job's networks, each from its own seed, and the loop that trains them."""
-    networks = []
+    accelerator, networks, num_classes = create_accelerator(recipe, cpu), [], len(images.class_names)
     for network in job:
         set_seed(network.seed)
-        networks.append(
-            timm.create_model(recipe.architecture, num_classes=len(images.class_names), **network.model_args)
-        )
+        networks.append(timm.create_model(recipe.architecture, num_classes=num_classes, **network.model_args))
     set_seed(job[0].seed, device_specific=True)
     return Loop(
         accelerator,
@@ -124,20 +122,21 @@ def create_loop(job: list[Network], recipe: Recipe, images: Images, accelerator:
     )
 
 
-def train(job: list[Network], recipe: Recipe, images: Images, output: Path, cpu: bool) -> None:
+def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> None:
     """Train a job's networks and save them."""
-    accelerator = create_accelerator(recipe, cpu)
-    loop = create_loop(job, recipe, images, accelerator, output / "checkpoints" / f"{job[0].name}-{job[0].number}")
+    output = Path(recipe.output)
+    checkpoints = output / "checkpoints" / f"{job[0].name}-{job[0].number}"
+    loop = create_loop(job, recipe, images, folder=checkpoints, cpu=cpu)
     seeds, size = [network.seed for network in job], measure_size(job[0], recipe, images)
     steps = loop.run(
         lambda first: images.batches(seeds, first),
         Objective(recipe, len(images.class_names)),
         stops=loop.cycle_ends,
-        evaluate=lambda network: compute_top1(network, images, accelerator),
+        evaluate=lambda network: compute_top1(network, images, loop.accelerator),
     )
     for step in steps:
         models, cycle = loop.networks_to_save(), loop.cycle_ends.index(step)
-        if not accelerator.is_main_process:
+        if not loop.accelerator.is_main_process:
             continue
         cycle_steps = step - (loop.cycle_ends[cycle - 1] if cycle else 0)
         cost = {"steps": cycle_steps, "compute": describe_compute(job, size, cycle_steps * recipe.batch_size, loop)}
@@ -232,12 +231,10 @@ def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> No
 def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -> float:
     """Seconds of a training step."""
     short = dataclasses.replace(network, steps=MEASURED_STEPS, snapshots=1)
-    accelerator = create_accelerator(recipe, cpu)
-    loop = create_loop([short], recipe, images, accelerator, Path(recipe.output) / "checkpoints" / "none")
+    loop = create_loop([short], recipe, images, folder=Path(recipe.output) / "checkpoints" / "none", cpu=cpu)
     objective = Objective(recipe, len(images.class_names))
-    return seconds_per_step(
-        loop.run(lambda first: images.batches([short.seed], first), objective, stops=range(1, short.steps))
-    )
+    steps = loop.run(lambda first: images.batches([short.seed], first), objective, stops=range(1, short.steps))
+    return seconds_per_step(steps)
 
 
 def assemble_all(recipe: Recipe, output: Path) -> None:
@@ -286,7 +283,7 @@ def run(
         identity = job_identity(job, recipe, images)
         finished = [matches_identity(folder, identity) for folder in folders]  # raises for any folder of another run
         if not all(finished):
-            train(job, recipe, images, output, cpu)
+            train(job, recipe, images, cpu=cpu)
         elif team.rank == 0:
             print(*(f"{folder} is finished, skipped" for folder in folders), sep="\n", flush=True)
     team.wait_for_all()
