@@ -1,4 +1,4 @@
-"""Fine-tuning on tiny ensembles and real digits: where it begins, what it writes, and that it can be cut."""
+"""Fine-tuning of tiny ensembles on real digits: where it starts, what it writes, and what a second run does."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def ensemble(tmp_path_factory) -> Path:
     )
     seen = load_data("scattered:digits", limit=120)["train"]
     images = torch.stack([pil_to_tensor(read_image(seen, number)) for number in range(120)])
-    update_bn([images / 127.5 - 1], resnet)  # as training leaves it
+    update_bn([images / 127.5 - 1], resnet)  # as after training
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, pretrained_cfg_overlay=pixels, **shape)
     folder = tmp_path_factory.mktemp("ensemble") / "pair"
@@ -72,9 +72,9 @@ def tuned(ensemble, tmp_path):
 
 
 def probed(ensemble, members=None) -> tuple[LinearProbe, dict]:
-    asked = {key: SETTINGS[key] for key in ("classes", "test_size", "validation_size", "limit")}
+    options = {key: SETTINGS[key] for key in ("classes", "test_size", "validation_size", "limit")}
     model = assemble(ensemble)
-    table = extract_features(model, load_data("scattered:digits", **asked))
+    table = extract_features(model, load_data("scattered:digits", **options))
     table = table if members is None else table.members(members)
     return LinearProbe().fit(table["train"], validation=table["validation"]), table
 
@@ -83,24 +83,24 @@ def result_of(folder: Path) -> Results:
     return Results.load(folder / "results" / "fine-tuned.json")
 
 
-def test_it_begins_with_the_probe(ensemble, tuned):
+def test_training_starts_from_the_probe(ensemble, tuned):
     """A step that moves nothing leaves the probe's predictions, image by image."""
     folder = tuned(stages="one", steps=1, learning_rate=1e-12)
     probe, table = probed(ensemble)
     (run_,) = result_of(folder / "whole").rows[0].runs
-    wanted = probe.predict(table["test"]) == table["test"].labels
-    assert run_.n_test == len(wanted) and np.mean(run_.correct_images != wanted) < 0.1, "BatchNorm saw one batch"
+    expected = probe.predict(table["test"]) == table["test"].labels
+    assert run_.n_test == len(expected) and np.mean(run_.correct_images != expected) < 0.1, "BatchNorm saw one batch"
 
 
-def test_at_once_a_classifier_comes_out(ensemble, tuned):
+def test_one_stage_gives_a_classifier(ensemble, tuned):
     folder = tuned(stages="one") / "whole"
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == ["5", "6", "7"]
     before = assemble(ensemble)
     for k, spec in enumerate(model.config.members):
-        found = weights_sha256(model.members[str(k)].state_dict())
+        digest = weights_sha256(model.members[str(k)].state_dict())
         assert (
-            spec["provenance"]["weights_sha256"] == found != before.config.members[k]["provenance"]["weights_sha256"]
+            spec["provenance"]["weights_sha256"] == digest != before.config.members[k]["provenance"]["weights_sha256"]
         )
         assert spec["provenance"]["fine_tuned"]["steps"] == 6
     assert result_of(folder).probe["kind"] == "fine-tuning" and (folder / "README.md").is_file()
@@ -117,8 +117,8 @@ def test_two_stages_give_an_ensemble_of_the_tuned_members(tuned):
         assert spec["provenance"]["weights_sha256"] == weights_sha256(together.members[str(k)].state_dict())
 
 
-def test_training_fits(tuned):
-    """More steps fit the training images better: what is watched here is that gradients reach the members."""
+def test_more_steps_fit_better(tuned):
+    """Gradients reach the members."""
     accuracies = [
         result_of(tuned(output=str(n), stages="one", head="zero", steps=n, learning_rate=0.003) / "whole").rows[0].mean
         for n in (1, 60)
@@ -136,13 +136,13 @@ def test_a_second_run_skips_what_is_finished(stages, tuned, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_another_training_in_its_place_is_refused(tuned):
+def test_the_folder_of_another_training_is_refused(tuned):
     tuned(stages="one")
     with pytest.raises(ValueError, match=r"whole is of another training: its learning_rate is"):
         tuned(stages="one", learning_rate=0.5)
 
 
-def test_different_pixels_are_for_two_stages(tmp_path):
+def test_different_image_sizes_need_two_stages(tmp_path):
     shape = {"in_chans": 1, "channels": (4, 4, 8, 8), "stem_width": 4}
     members = []
     for size in (32, 40):
@@ -172,14 +172,14 @@ def test_lower_layers_learn_slower(ensemble, optimizer, tuned):
     tuned(stages="one", steps=2, optimizer=optimizer, layer_decay=0.5)
 
 
-def test_the_command_is_the_same(ensemble, tmp_path, capsys):
+def test_the_command_line_does_the_same(ensemble, tmp_path, capsys):
     words = [RECIPE, "--cpu", "--smoke", "--model", str(ensemble), "--output", str(tmp_path / "out"), "--steps", "2"]
     main(words)
     assert "two-stage: 2 members; probe it with" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main([*words[:-2], "--stages", "three"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: stages='three' must be one of one, two")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: stages='three' must be one of one, two")
 
 
 def test_saving_twice_gives_the_same_files(ensemble, tmp_path):

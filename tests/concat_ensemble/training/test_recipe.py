@@ -1,6 +1,5 @@
 import argparse
 import dataclasses
-import re
 import shlex
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def test_a_file_is_read_and_the_rest_has_defaults(read):
         recipe.seed = 1
 
 
-def test_what_is_changed_on_the_command_line_wins(read):
+def test_the_command_line_replaces_the_file(read):
     parser = argparse.ArgumentParser()
     add_field_options(parser, Recipe)
     words = [
@@ -58,10 +57,10 @@ def test_what_is_changed_on_the_command_line_wins(read):
     recipe = read(GOOD + "seed: 3\n", **vars(parser.parse_args(words)))
     assert (recipe.total_steps, recipe.members, recipe.seed) == (80, [1, 4], 7)
     assert recipe.model_args == {"in_chans": 1} and recipe.dataset_config is None and recipe.dataset == "digits"
-    assert vars(parser.parse_args([])) == {}, "what is not given changes nothing"
+    assert vars(parser.parse_args([])) == {}, "an option that is left out changes nothing"
 
 
-def test_no_is_a_word_where_a_word_is_wanted(read):
+def test_no_is_text_for_a_text_field(read):
     assert read(GOOD + "mixed_precision: no\n").mixed_precision == "no", "YAML takes it for false"
 
 
@@ -74,7 +73,7 @@ def test_every_field_is_an_option():
     assert {field.name for field in dataclasses.fields(Recipe)} <= options
 
 
-# Text, and what the one-line answer must say: the file, the field, the value, the way out.
+# Text of the file, and what the one-line error must contain: the field, its value, the remedy.
 BAD = {
     "unknown field": (
         GOOD + "leraning_rate: 0.1\n",
@@ -120,14 +119,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_recipe_is_named_with_the_way_out(case, read):
+def test_the_error_for_a_bad_recipe_names_the_remedy(case, read):
     text, message = BAD[case]
     with pytest.raises(ValueError, match=message) as error:
         read(text)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         Recipe.from_file(tmp_path / "none.yaml")
 
@@ -146,12 +145,12 @@ def test_every_recipe_opens_with_its_command_hardware_and_expectation(path):
     parser = argparse.ArgumentParser()
     parser.add_argument("--parallelism")
     add_field_options(parser, kind)
-    given = vars(parser.parse_args(words[4:]))
-    del given["parallelism"]
-    settings = kind.from_file(path, **given)
+    changes = vars(parser.parse_args(words[4:]))
+    del changes["parallelism"]
+    settings = kind.from_file(path, **changes)
     assert kind is FineTuning or settings.architecture in timm.list_models()
-    told = " ".join(head)
-    assert "Hardware: " in told and ("Not run here" in told or re.search(r"Expected", told))
+    text = " ".join(head)
+    assert "Hardware: " in text and ("Not run here" in text or "Expected" in text)
 
 
 def test_there_is_a_recipe():
