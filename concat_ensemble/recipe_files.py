@@ -1,12 +1,13 @@
-"""Recipes as YAML files: finding them by name, and reading them into dataclasses."""
+"""Recipes as YAML files: finding them by name, and reading them into dataclasses with checked fields."""
 
 import dataclasses
 import difflib
 from importlib.resources.abc import Traversable
-from typing import TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from concat_ensemble.errors import suggest
 from concat_ensemble.files import read_yaml
 
 T = TypeVar("T")
@@ -32,25 +33,62 @@ def find_recipe(name: str, folder: Traversable) -> Traversable:
 
 
 def read_recipe(cls: type[T], path: Traversable) -> T:
-    """A dataclass from a recipe's file, whose keys are the fields of the dataclass; its field `recipe` is the file's name.
+    """Read a dataclass from a recipe's file, whose keys are its fields. The field `recipe` gets the file's name.
 
     Raises:
-        ValueError: naming the file and the key that is unknown, missing, or of another type.
+        ValueError: naming the file and the field that is unknown, missing or not valid.
+    """
+    fields = read_fields(cls, path, recipe=path.name.removesuffix(".yaml"))
+    try:
+        check_fields(cls, fields)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return cls(**fields)
+
+
+def read_fields(cls: type, path: Traversable, **changes: Any) -> dict[str, Any]:
+    """Read the fields of a dataclass from a YAML file, for `check_fields`. `changes` replace the file's values.
+
+    Raises:
+        ValueError: naming the file and the field that is unknown or missing.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} has no keys.")
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "recipe"}
-    for key in content:
-        if key not in fields:
-            raise ValueError(f"{path.name}: {key!r} is not a key of a recipe; these are {', '.join(fields)}.")
-    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in content]
-    if missing:
+        raise ValueError(f"{path.name} holds {type(content).__name__}; write one 'field: value' on each line.")
+    content |= changes
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in content:
+        if name not in fields:
+            hint = suggest(name, fields, limit=1)
+            hint = f"; the fields are {', '.join(fields)}." if hint == "." else hint
+            raise ValueError(f"{path.name}: no field {name!r}{hint}")
+    required = (f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
+    if missing := [name for name in required if name not in content]:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}.")
-    hints = get_type_hints(cls)
-    for key, value in content.items():
+    return content
+
+
+def check_fields(cls: type, values: dict[str, Any]) -> None:
+    """Check values against a dataclass's annotations, among them `Literal` and `Annotated[..., msgspec.Meta(...)]`.
+
+    Raises:
+        ValueError: naming the first field that does not fit, its value, and what is valid.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    for name, value in values.items():
         try:
-            msgspec.convert(value, hints[key])
+            msgspec.convert(value, hints[name])
         except msgspec.ValidationError as error:
-            raise ValueError(f"{path.name}: {key}={value!r}: {error}.") from error
-    return cls(recipe=path.name.removesuffix(".yaml"), **content)
+            raise ValueError(f"{name}={value!r} must be {_describe(hints[name], error)}.") from error
+
+
+def _describe(hint: Any, error: msgspec.ValidationError) -> str:
+    """What a field must be: msgspec's message in the words of YAML."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    expected = (
+        str(error).removeprefix("Expected ").replace("`", "").replace("array", "list").replace("object", "mapping")
+    )
+    if "float" in expected and "got str" in expected:
+        return f"{expected} (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)"
+    return "a smaller number" if expected == "Number out of range" else expected

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Pretrain members on several machines of a SLURM cluster; requeued at the time limit, it goes on where it was.
+# Pretrain members on several machines of a SLURM cluster. The job is requeued at its time limit and continues where it stopped.
 #   sbatch --nodes 4 training/slurm.sh training/recipes/imagenet_resnet50_cat4.yaml --parallelism members
-# The output folder must be one that all machines see.
+# All machines must see the output folder.
 #SBATCH --job-name=members
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,13 +13,13 @@
 #SBATCH --open-mode=append
 set -u
 
-# Five minutes before the limit: ask the training to save and end, then queue the same job again.
-again() {
+# Five minutes before the time limit: let the training save and exit, then queue the same job again.
+requeue() {
     scancel --signal=TERM --steps "$SLURM_JOB_ID"
     wait
     scontrol requeue "$SLURM_JOB_ID"
 }
-trap again USR1
+trap requeue USR1
 
 main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun bash -c 'exec accelerate launch --multi_gpu --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \

@@ -1,12 +1,13 @@
-"""Training images, in an order that is a function of the seed and the step alone: a run that was killed goes on with the very images, crops
-and noise that it would have seen.
+"""Training images in an order that depends on the seed and the step alone: a run that was killed continues with the
+same images, crops and noise.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,32 +24,39 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from concat_ensemble.data.loading import Scatter, class_names, decode_image, load_data, load_stream, read_image
 from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
-from concat_ensemble.training.recipe import Settings
+from concat_ensemble.training.recipe import NetworkSettings, Settings
 
-BUFFER = 10_000  # images of a stream that are shuffled among each other
+BUFFER = 10_000  # a stream is shuffled within a buffer of this many images
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a network takes."""
+    """The input of a network."""
 
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, int, int]  # C, H, W
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
 
+    @classmethod
+    def from_settings(cls, settings: NetworkSettings) -> Pixels:
+        channels = settings.input_size[0]
+        mean, std = (tuple(values * (channels // len(values))) for values in (settings.mean, settings.std))
+        return cls(tuple(settings.input_size), mean, std)
+
     @property
     def mode(self) -> str:
+        """The image mode, such as RGB."""
         return IMAGE_MODES[self.input_size[0]]
 
-    def transform(self, settings: Settings, training: bool):
-        """timm's, from a PIL image to (C, H, W)."""
+    def create_transform(self, settings: Settings, training: bool) -> Callable[[PIL.Image.Image], torch.Tensor]:
+        """timm's transform from a PIL image to a (C, H, W) tensor."""
         common = {
             "input_size": self.input_size,
+            "interpolation": self.interpolation,
             "mean": self.mean,
             "std": self.std,
-            "interpolation": self.interpolation,
         }
         if not training or settings.augmentation != "timm":
             return create_transform(**common, crop_pct=self.crop_pct)
@@ -65,10 +73,10 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Batch:
-    """A part of a batch: which images they are, and these as each network sees them."""
+    """A part of a batch: indices of its images, and the images as each network sees them."""
 
-    numbers: list[int]
-    views: list[tuple[torch.Tensor, torch.Tensor]]  # (B, C, H, W) and (B,) for each network that trains on it
+    indices: list[int]
+    views: list[tuple[torch.Tensor, torch.Tensor]]  # images (B, C, H, W) and labels (B,) for each network
 
 
 class Images:
@@ -76,90 +84,97 @@ class Images:
 
     Args:
         settings: Of the run.
-        pixels: What the networks take.
-        share: (rank, processes) of this process's team: each gets its part of every batch.
-        few: Keep so many at most, for a trial.
+        pixels: The input of the networks.
+        shard: (rank, number of processes) of this process in its team. Each process gets its part of every batch.
+        max_images: A further limit for each split, for a trial.
+
+    Raises:
+        ValueError: if a batch cannot be shared evenly.
     """
 
-    def __init__(self, settings: Settings, pixels: Pixels, share: tuple[int, int] = (0, 1), few: int | None = None):
-        self.settings, self.pixels, self.share = settings, pixels, share
-        parts = share[1] * settings.gradient_accumulation
-        if settings.batch_size % parts:
+    def __init__(
+        self, settings: Settings, pixels: Pixels, shard: tuple[int, int] = (0, 1), max_images: int | None = None
+    ):
+        self.settings, self.pixels, self.shard = settings, pixels, shard
+        if settings.batch_size % (shard[1] * settings.gradient_accumulation):
             raise ValueError(
-                f"batch_size={settings.batch_size} cannot be shared evenly by {share[1]} processes x "
-                f"gradient_accumulation={settings.gradient_accumulation}."
+                f"batch_size={settings.batch_size} must be a multiple of {shard[1]} processes x "
+                f"gradient_accumulation={settings.gradient_accumulation}; change one of them."
             )
+        source = {
+            "config": settings.dataset_config,
+            "revision": settings.dataset_revision,
+            "image_column": settings.image_column,
+            "label_column": settings.label_column,
+        }
         if settings.streaming:
-            self.stream = load_stream(
-                settings.dataset,
-                config=settings.dataset_config,
-                revision=settings.dataset_revision,
-                image_column=settings.image_column,
-                label_column=settings.label_column,
-                split=settings.train_split,
-            )
-            self.names, self.data = class_names(self.stream), {}
+            self.stream = load_stream(settings.dataset, split=settings.train_split, **source)
+            self.class_names, self.data = class_names(self.stream), {}
             return
-        data = load_data(
+        self.data = load_data(
             settings.dataset,
-            config=settings.dataset_config,
-            revision=settings.dataset_revision,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
+            **source,
             train_split=settings.train_split,
             classes=settings.classes,
-            limit=min(filter(None, (settings.limit, few)), default=None),
+            limit=min(filter(None, (settings.limit, max_images)), default=None),
             test_size=settings.test_size,
             validation_size=settings.validation_size,
             seed=settings.seed,
         )
-        self.data, self.split = data, data["train"]
-        if not settings.evaluate_every:  # nobody looks at the validation images: they are trained on, too
-            self.split = concatenate_datasets([data["train"], data["validation"]])
-        self.names, self.size = class_names(self.split), len(self.split)
-        self.labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
+        self.split = self.data["train"]
+        if not settings.evaluate_every:  # then the validation images are training images too
+            self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
+        self.class_names, self.size = class_names(self.split), len(self.split)
+        self.train_labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
         if settings.augmentation == "scatter":
-            self._grey = torch.stack([self._placeable(n) for n in range(self.size)])
+            self._images = torch.stack([self._read(index) for index in range(self.size)])
         if settings.turned:
-            self.names = [f"turned by {90 * quarters} degrees" for quarters in range(4)]
+            self.class_names = [f"turned by {90 * quarters} degrees" for quarters in range(4)]
+
+    @property
+    def identity(self) -> dict:
+        """What distinguishes one training set from another: its classes and the label of every image."""
+        if self.settings.streaming:
+            return {"classes": self.class_names, "streamed": True}
+        digest = hashlib.sha256(self.train_labels.numpy().tobytes()).hexdigest()[:16]
+        return {"classes": self.class_names, "images": self.size, "labels_sha256": digest}
 
     def batches(self, seeds: Sequence[int], first_step: int = 0) -> Iterator[Batch]:
-        """Parts of batches without end, from that of step `first_step` on: `gradient_accumulation` of them for each step.
+        """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step.
 
-        The first seed draws the order of the images, which all networks share; each network's own seed draws its augmentation
-        and its order within the batch.
+        Args:
+            seeds: One for each network, for its augmentation. The first one also determines the order of the images,
+                which all networks share.
+            first_step: Number of steps to skip.
         """
-        if self.settings.streaming:
-            yield from self._streamed(seeds, first_step)
+        settings = self.settings
+        if settings.streaming:
+            yield from self._stream_batches(seeds, first_step)
             return
-        order = _Order(
-            self.size, self.settings.batch_size, self.settings.gradient_accumulation, self.share, seeds[0], first_step
-        )
-        if self.settings.augmentation == "scatter":
+        order = _BatchOrder(self.size, settings, shard=self.shard, seed=seeds[0], first_step=first_step)
+        if settings.augmentation == "scatter":
             for part in order:
-                yield self._scattered(part, seeds)
+                yield self._scatter(part, seeds)
             return
         loader = DataLoader(
-            _Views(self.split, self.pixels, self.pixels.transform(self.settings, training=True), seeds),
+            _Views(self.split, self.pixels, self.pixels.create_transform(settings, training=True), seeds),
             batch_sampler=order,
-            num_workers=self.settings.num_workers,
+            num_workers=settings.num_workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.settings.num_workers > 0,
-            generator=torch.Generator(),  # its own: the global one belongs to the networks
+            persistent_workers=settings.num_workers > 0,
+            generator=torch.Generator(),  # the global generator is for the networks
         )
-        for numbers, views, labels in loader:
-            yield Batch(numbers, [(view, labels) for view in views])
+        for indices, views, labels in loader:
+            yield Batch(indices, [(view, labels) for view in views])
 
     def held_out(self, batch_size: int, split: str = "validation") -> DataLoader:
-        """([images], labels) of the validation or test split, as networks see them when they are used."""
+        """([images], labels) of the validation or test split, with the transform for evaluation."""
         if split not in self.data:
-            raise ValueError(
-                f"there is no {split} split to evaluate on: a streamed dataset has images for training alone; set evaluate_every=0."
-            )
-        views = _Views(self.data[split], self.pixels, self.pixels.transform(self.settings, training=False), [0])
+            raise ValueError(f"a streamed dataset has no {split} split to evaluate on; set evaluate_every=0.")
+        views = _Views(self.data[split], self.pixels, self.pixels.create_transform(self.settings, training=False), [0])
         return DataLoader(
-            [(0, number) for number in range(len(self.data[split]))],
+            [(0, index) for index in range(len(self.data[split]))],
             batch_size,
             collate_fn=lambda places: _collate([views[place] for place in places])[1:],
         )
@@ -167,49 +182,52 @@ class Images:
     def labels(self, split: str) -> np.ndarray:
         return np.asarray(self.data[split].with_format("numpy")["label"][:])
 
-    def _placeable(self, number: int) -> torch.Tensor:
-        return pil_to_tensor(convert_image(read_image(self.split, number), self.pixels.mode)).float() / 255
+    def _read(self, index: int) -> torch.Tensor:
+        """A training image with values in [0, 1]."""
+        return pil_to_tensor(convert_image(read_image(self.split, index), self.pixels.mode)).float() / 255
 
-    def _scattered(self, part: list[tuple[int, int]], seeds: Sequence[int]) -> Batch:
-        numbers = [number for _, number in part]
+    def _scatter(self, part: list[tuple[int, int]], seeds: Sequence[int]) -> Batch:
+        indices = [index for _, index in part]
         generator, views = torch.Generator(), []
         for seed in seeds:
-            generator.manual_seed(_mixed(seed, *part[0]))
-            grey, labels = self._grey[numbers], self.labels[numbers]
+            generator.manual_seed(_derive_seed(seed, *part[0]))
+            images, labels = self._images[indices], self.train_labels[indices]
             if self.settings.turned:
-                labels = torch.randint(4, (len(numbers),), generator=generator)
-                grey = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(grey, labels.tolist(), strict=True)])
-            placed = Scatter(size=self.pixels.input_size[1], generator=generator)(grey)
+                labels = torch.randint(4, (len(indices),), generator=generator)
+                turned = [image.rot90(k, (1, 2)) for image, k in zip(images, labels.tolist(), strict=True)]
+                images = torch.stack(turned)
+            placed = Scatter(size=self.pixels.input_size[1], generator=generator)(images)
             views.append(((placed - self.pixels.mean[0]) / self.pixels.std[0], labels))
-        return Batch(numbers, views)
+        return Batch(indices, views)
 
-    def _streamed(self, seeds: Sequence[int], first_step: int) -> Iterator[Batch]:
-        rank, processes = self.share
+    def _stream_batches(self, seeds: Sequence[int], first_step: int) -> Iterator[Batch]:
+        rank, processes = self.shard
         stream = split_dataset_by_node(self.stream.shuffle(seed=seeds[0], buffer_size=BUFFER), rank, processes)
         workers = max(self.settings.num_workers, 1)
         if stream.num_shards < workers:
             raise ValueError(
-                f"num_workers={workers}: this process's part of the stream has {stream.num_shards} files; lower it."
+                f"num_workers={workers} must be at most {stream.num_shards}, the number of files that this process "
+                "streams."
             )
         size = self.settings.batch_size // (processes * self.settings.gradient_accumulation)
-        transform = self.pixels.transform(self.settings, training=True)
-        # Parts come from the workers in turn, beginning with the first one.
-        rounds, done = divmod(first_step * self.settings.gradient_accumulation, workers)
-        parts = _Stream(stream, size, rounds, self.pixels, transform, seeds)
+        transform = self.pixels.create_transform(self.settings, training=True)
+        # The loader takes a part from each worker in turn, beginning with the first one.
+        rounds, rest = divmod(first_step * self.settings.gradient_accumulation, workers)
+        parts = _Stream(stream, self.pixels, transform, seeds, size=size, skip=rounds)
         loader = DataLoader(parts, batch_size=None, num_workers=self.settings.num_workers, generator=torch.Generator())
-        for numbers, views, labels in itertools.islice(loader, done, None):
-            yield Batch(numbers, [(view, labels) for view in views])
+        for indices, views, labels in itertools.islice(loader, rest, None):
+            yield Batch(indices, [(view, labels) for view in views])
 
 
-class _Order:
-    """Lists of (epoch, image): this process's parts of every batch, from that of step `first_step` on. Each epoch is a permutation of its own;
-    what does not fill a batch is left out of it.
+class _BatchOrder:
+    """Lists of (epoch, image): this process's parts of every batch, from step `first_step` on. Each epoch is another
+    permutation; the images at its end that do not fill a batch are left out.
     """
 
-    def __init__(self, size: int, batch: int, accumulation: int, share: tuple[int, int], seed: int, first_step: int):
-        self.size, self.batch, self.seed, self.first_step = size, min(batch, size), seed, first_step
-        self.mine = range(share[0], accumulation * share[1], share[1])
-        self.parts = accumulation * share[1]
+    def __init__(self, size: int, settings: Settings, *, shard: tuple[int, int], seed: int, first_step: int):
+        self.size, self.batch, self.seed, self.first_step = size, min(settings.batch_size, size), seed, first_step
+        self.parts = settings.gradient_accumulation * shard[1]
+        self.own_parts = range(shard[0], self.parts, shard[1])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = self.size // self.batch
@@ -220,28 +238,28 @@ class _Order:
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
             start = step % per_epoch * self.batch
             parts = np.array_split(order[start : start + self.batch], self.parts)
-            for number in self.mine:
-                yield [(epoch, int(image)) for image in parts[number]]
+            for number in self.own_parts:
+                yield [(epoch, int(index)) for index in parts[number]]
 
 
 class _Views(TorchDataset):
-    """An image as each of the networks sees it in an epoch: decode_image once, augmented for each anew."""
+    """An image as each network sees it in an epoch: decoded once, then augmented separately."""
 
     def __init__(self, split, pixels: Pixels, transform, seeds: Sequence[int]):
         self.split, self.pixels, self.transform, self.seeds = split, pixels, transform, seeds
 
     def __getitem__(self, place: tuple[int, int]):
-        epoch, number = place
-        image = convert_image(read_image(self.split, number), self.pixels.mode)
-        return number, _seen(image, self.transform, self.seeds, epoch, number), self.split[number]["label"]
+        epoch, index = place
+        image = convert_image(read_image(self.split, index), self.pixels.mode)
+        return index, _augment(image, self.transform, self.seeds, epoch, index), self.split[index]["label"]
 
 
 class _Stream(IterableDataset):
-    """Parts of batches from a stream, the first `skip` of each worker left out: these images are read past, not decode_image."""
+    """Parts of `size` images from a stream. Each worker leaves out its first `skip` parts without decoding them."""
 
-    def __init__(self, stream, size: int, skip: int, pixels: Pixels, transform, seeds: Sequence[int]):
-        self.stream, self.size, self.skip, self.pixels = stream, size, skip, pixels
-        self.transform, self.seeds = transform, seeds
+    def __init__(self, stream, pixels: Pixels, transform, seeds: Sequence[int], *, size: int, skip: int):
+        self.stream, self.pixels, self.transform, self.seeds = stream, pixels, transform, seeds
+        self.size, self.skip = size, skip
 
     def __iter__(self):
         examples = self._examples()
@@ -249,36 +267,36 @@ class _Stream(IterableDataset):
             yield _collate(list(itertools.islice(examples, self.size)))
 
     def _examples(self):
-        worker = get_worker_info()  # datasets itself gives each worker files of its own
+        worker = get_worker_info()  # datasets gives each worker its own files
+        worker_id = worker.id if worker else 0
         number = 0
         for epoch in itertools.count():
             self.stream.set_epoch(epoch)
             for example in self.stream:
                 if number >= self.skip * self.size:
-                    image = convert_image(
-                        decode_image(example["image"], f"image {number} of the stream"), self.pixels.mode
-                    )
-                    drawn = (worker.id if worker else 0, number)
-                    yield number, _seen(image, self.transform, self.seeds, *drawn), example["label"]
+                    image = decode_image(example["image"], f"image {number} of the stream")
+                    image = convert_image(image, self.pixels.mode)
+                    yield number, _augment(image, self.transform, self.seeds, worker_id, number), example["label"]
                 number += 1
 
 
-def _seen(image: PIL.Image.Image, transform, seeds: Sequence[int], *drawn: int) -> list[torch.Tensor]:
+def _augment(image: PIL.Image.Image, transform, seeds: Sequence[int], *numbers: int) -> list[torch.Tensor]:
+    """The image once for each seed; `numbers` distinguish the random draws of different images."""
     views = []
     for seed in seeds:
-        with _randomness(_mixed(seed, *drawn)):
+        with _seed_all(_derive_seed(seed, *numbers)):
             views.append(transform(image))
     return views
 
 
 def _collate(examples) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
-    numbers, views, labels = zip(*examples, strict=True)
-    return list(numbers), [torch.stack(view) for view in zip(*views, strict=True)], torch.tensor(labels)
+    indices, views, labels = zip(*examples, strict=True)
+    return list(indices), [torch.stack(view) for view in zip(*views, strict=True)], torch.tensor(labels)
 
 
 @contextmanager
-def _randomness(seed: int):
-    """All the generators that timm's transforms draw from, seeded; afterwards as they were."""
+def _seed_all(seed: int) -> Iterator[None]:
+    """Seed every generator that timm's transforms use, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -291,6 +309,6 @@ def _randomness(seed: int):
         torch.set_rng_state(states[2])
 
 
-def _mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
+def _derive_seed(*numbers: int) -> int:
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

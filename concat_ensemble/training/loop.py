@@ -1,9 +1,10 @@
-"""The training loop of all scripts: it goes on where it was killed, saves before it is ended, and stops at a loss that is no number."""
+"""The training loop of all scripts. It continues a run that was killed, saves before it is terminated, and stops at a
+loss that is not finite.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import signal
 import sys
@@ -26,19 +27,20 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import write_json
 from concat_ensemble.training.images import Batch
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
+from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
 
-TOLD = "training.json"  # beside each checkpoint and each result: what it is of
-CHECK_EVERY = 10  # steps: looking at a loss waits for the device
-STATISTICS_BATCHES = 50  # for BatchNorm under weights that were averaged, and never trained with
+CHECK_EVERY = 10  # steps; reading a loss waits for the device
+STATISTICS_BATCHES = 50  # for BatchNorm under averaged weights
 
-# (network, images, labels) -> loss of a part of a batch, a scalar
+# (network, images, labels) -> scalar loss of a part of a batch
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
-    """A new one for each training, so that nothing of the one before is left in it."""
+    """Create a new accelerator; each training gets its own, so that it keeps no state of the one before."""
     return Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
@@ -50,21 +52,21 @@ def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
 
 
 class Loop:
-    """The training of some networks in step: on the same images, each with its own view of them and its own optimizer.
+    """Training of several networks in step: on the same images, each with its own augmentation and optimizer.
 
     Args:
         accelerator: From `create_accelerator`.
-        settings: How they are trained.
-        networks: Newly made.
+        settings: How to train.
+        networks: With their initial weights.
         steps: Updates of each network.
-        folder: For checkpoints, gone when `finish` is called.
-        identity: What a checkpoint must have been made with to be continued, as plain JSON values.
+        folder: Where to keep checkpoints; `finish` deletes it.
+        identity: Plain JSON values that a checkpoint must have been saved with to be continued.
         name: For messages and trackers.
-        cycles: Of the learning rate, the last of which ends with the last step.
-        param_groups: Of a network's parameters, for the optimizer; timm's own when left out.
+        cycles: Number of learning-rate cycles. The last one ends with the last step.
+        param_groups: Makes the optimizer's parameter groups of a network; timm's own when left out.
 
     Raises:
-        ValueError: when the folder holds checkpoints of another training.
+        ValueError: if the folder holds checkpoints of another training.
     """
 
     def __init__(
@@ -80,24 +82,19 @@ class Loop:
         cycles: int = 1,
         param_groups: Callable[[nn.Module], list[dict]] | None = None,
     ):
-        self.accelerator, self.settings, self.steps, self.folder, self.name = (
-            accelerator,
-            settings,
-            steps,
-            folder,
-            name,
-        )
-        self.identity = identity
-        last = self._last_checkpoint()
+        self.accelerator, self.settings, self.steps = accelerator, settings, steps
+        self.folder, self.identity, self.name = folder, identity, name
+        checkpoint = self._last_checkpoint()
         length = (steps - round(settings.warmup * steps)) // cycles
-        warmup = steps - cycles * length  # with what a division leaves over
+        warmup = steps - cycles * length  # with the remainder of the division
         self.cycle_ends = [warmup + (k + 1) * length for k in range(cycles)]
         self.networks, self.optimizers, self._schedules, self._averages = [], [], [], []
         for network in networks:
             if settings.gradient_checkpointing:
                 (getattr(network, "gradient_checkpointing_enable", None) or network.set_grad_checkpointing)()
-            optimizer = _optimizer(network, settings, warmup, param_groups)
-            self._schedules.append(_schedule(optimizer, settings, warmup, length, cycles))
+            optimizer = _create_optimizer(network, settings, warmup, param_groups)
+            if settings.optimizer != SCHEDULE_FREE:
+                self._schedules.append(_create_schedule(optimizer, settings, warmup, length, cycles))
             network = network.to(accelerator.device, memory_format=torch.channels_last)
             if settings.ema_decay:
                 self._averages.append(ModelEmaV3(network, decay=settings.ema_decay, use_warmup=True))
@@ -106,10 +103,12 @@ class Loop:
             self.optimizers.append(optimizer)
         accelerator.register_for_checkpointing(*self._averages)
         self.step, self.seconds = 0, 0.0
-        if last is not None:
-            accelerator.load_state(last)
-            self.step, self.seconds = (read_training_state(last)[key] for key in ("step", "seconds"))
-            for schedule in filter(None, self._schedules):
+        self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
+        if checkpoint is not None:
+            accelerator.load_state(checkpoint)
+            state = read_state(checkpoint)
+            self.step, self.seconds = state["step"], state["seconds"]
+            for schedule in self._schedules:
                 schedule.step_update(self.step)
 
     def run(
@@ -120,105 +119,81 @@ class Loop:
         stops: Sequence[int] = (),
         evaluate: Callable[[nn.Module], float] | None = None,
     ) -> Iterator[int]:
-        """Train to the end, and yield each step of `stops` and the last one as it is reached.
+        """Train to the end. Yield each step in `stops` and the last step, when it is reached.
 
         Args:
-            batches: From a step on, parts of batches without end.
-            loss: Of a network on a part of a batch.
-            evaluate: A network's top-1, asked for every `evaluate_every` steps.
+            batches: Gives parts of batches without end, from a step on.
+            loss: The loss of a network on a part of a batch.
+            stops: Steps to stop after.
+            evaluate: Top-1 accuracy of a network, computed every `evaluate_every` steps.
 
         Raises:
-            ValueError: naming the step and the images, when a loss is not finite.
-            OSError: when a checkpoint cannot be written; the last one is intact.
+            ValueError: naming the step and the images, if a loss is not finite.
+            OSError: if a checkpoint cannot be written; the one before it is intact.
             SystemExit: after SIGTERM or SIGINT, when the state is saved.
         """
         self._batches = batches
         parts, started = batches(self.step), time.perf_counter() - self.seconds
-        bar = tqdm(
-            total=self.steps,
-            initial=self.step,
-            desc=f"{self.name} ({self.steps} steps)",
-            disable=not sys.stderr.isatty(),
-        )
-        unchecked: list[tuple[int, list[int], torch.Tensor]] = []
+        interval = self.settings.evaluate_every
+        title = f"{self.name} ({self.steps} steps)"
+        bar = tqdm(total=self.steps, initial=self.step, desc=title, disable=not sys.stderr.isatty())
         if self.settings.log_with:
             self.accelerator.init_trackers(self.name.replace("/", "-"))
-        with _signals() as ended_by, bar:
-            self._mode(training=True)
+        with _record_signals() as signals, bar:
+            self._train_mode(True)
             while self.step < self.steps:
-                self.step += 1
-                unchecked.append(
-                    self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
-                )
-                for schedule in filter(None, self._schedules):
-                    schedule.step_update(self.step)
-                for average, network in zip(self._averages, self.networks, strict=bool(self._averages)):
-                    average.update(self.accelerator.unwrap_model(network), step=self.step)
+                self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
                 bar.update()
                 self.seconds = time.perf_counter() - started
-                last = self.step == self.steps
-                saving = self.step % self.settings.checkpoint_every == 0 and not last
-                asked = self._anyone(bool(ended_by))
-                if saving or asked or last or self.step % CHECK_EVERY == 0:
-                    values = self._finite(unchecked)
-                    bar.set_postfix(loss=f"{values.mean():.3f}")
-                    self.accelerator.log({"loss": values.mean().item(), "learning_rate": self._rate()}, step=self.step)
-                    unchecked = []
-                if (
-                    evaluate
-                    and self.settings.evaluate_every
-                    and (last or self.step % self.settings.evaluate_every == 0)
-                ):
-                    top1 = [evaluate(network) for network in self.kept()]
-                    self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
-                    told = ", ".join(f"{100 * value:.1f}" for value in top1)
-                    self.accelerator.print(f"{self.name}, step {self.step:,}: held-out top-1 {told}", flush=True)
-                    self._mode(training=True)
-                if (saving or asked) and not last:
+                is_last = self.step == self.steps
+                terminates = self._any_process(bool(signals)) and not is_last
+                saves = terminates or (self._is_due(self.settings.checkpoint_every) and not is_last)
+                if saves or is_last or self._is_due(CHECK_EVERY):
+                    bar.set_postfix(loss=f"{self._log_losses():.3f}")
+                if evaluate and interval and (is_last or self._is_due(interval)):
+                    self._evaluate(evaluate)
+                if saves:
                     self._save()
-                if asked and not last:
-                    what = signal.Signals(ended_by[0]).name if ended_by else "another process"
-                    self.accelerator.print(
-                        f"{self.name}: ended by {what} after step {self.step:,}, which is saved; the same command goes on.",
-                        flush=True,
-                    )
-                    raise SystemExit(128 + (ended_by[0] if ended_by else signal.SIGTERM))
-                if last or self.step in stops:
+                if terminates:
+                    self._terminate(signals)
+                if is_last or self.step in stops:
                     yield self.step
-                    if not last:  # at the end they stay as they were kept
-                        self._mode(training=True)
+                    if not is_last:  # at the end the networks stay as they were saved
+                        self._train_mode(True)
 
-    def kept(self) -> list[nn.Module]:
-        """The networks as they would be kept now, in evaluation mode: their averages where there are any, and for a schedule-free optimizer
-        with BatchNorm's statistics under the weights that it averages (Defazio et al. 2024, section on BatchNorm).
+    def networks_to_save(self) -> list[nn.Module]:
+        """The networks in evaluation mode, as they would be saved now: the moving averages of their weights if there
+        are any, and with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are
+        computed again (Defazio et al. 2024, section on BatchNorm).
         """
-        self._mode(training=False)
+        self._train_mode(False)
         plain = [self.accelerator.unwrap_model(network, keep_torch_compile=False) for network in self.networks]
         if self._averages:
             return [average.module for average in self._averages]
         if self.settings.optimizer == SCHEDULE_FREE:
-            for number, network in enumerate(plain):
-                seen = itertools.islice(self._batches(self.step), STATISTICS_BATCHES)
-                update_bn((self._placed(batch.views[number])[0] for batch in seen), network)
+            for k, network in enumerate(plain):
+                batches = itertools.islice(self._batches(self.step), STATISTICS_BATCHES)
+                update_bn((self._to_device(batch.views[k])[0] for batch in batches), network)
                 network.eval()
         return plain
 
     def finish(self) -> None:
-        """What was kept is saved elsewhere: the checkpoints go."""
+        """Delete the checkpoints. Call it when the networks are saved."""
         self.accelerator.wait_for_everyone()
         if self.settings.log_with:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _update(self, parts: list[Batch], loss: Loss) -> tuple[int, list[int], torch.Tensor]:
-        """One step of each network, and what its losses were."""
+    def _update(self, parts: list[Batch], loss: Loss) -> None:
+        """One step of each network, its schedule and its moving average."""
+        self.step += 1
         total = torch.zeros(len(self.networks), device=self.accelerator.device)
         for number, part in enumerate(parts):
-            apart = number < len(parts) - 1  # gradients are averaged over processes with the last part only
+            synchronizes = number == len(parts) - 1  # processes average their gradients with the last part only
             for k, network in enumerate(self.networks):
-                images, labels = self._placed(part.views[k])
-                with self.accelerator.no_sync(network) if apart else nullcontext():
+                images, labels = self._to_device(part.views[k])
+                with nullcontext() if synchronizes else self.accelerator.no_sync(network):
                     value = loss(network, images, labels) / len(parts)
                     self.accelerator.backward(value)
                 total[k] += value.detach()
@@ -227,67 +202,94 @@ class Loop:
                 self.accelerator.clip_grad_norm_(network.parameters(), self.settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        return self.step, [number for part in parts for number in part.numbers], total
+        for schedule in self._schedules:
+            schedule.step_update(self.step)
+        for average, network in zip(self._averages, self.networks, strict=bool(self._averages)):
+            average.update(self.accelerator.unwrap_model(network), step=self.step)
+        self._unchecked.append((self.step, [index for part in parts for index in part.indices], total))
 
-    def _placed(self, view: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _to_device(self, view: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in view)
         return images.contiguous(memory_format=torch.channels_last), labels
 
-    def _mode(self, training: bool) -> None:
+    def _train_mode(self, training: bool) -> None:
         for network, optimizer in zip(self.networks, self.optimizers, strict=True):
             network.train(training)
-            optimizer.train() if training else optimizer.eval()  # schedule-free ones have other weights then
+            optimizer.train() if training else optimizer.eval()  # a schedule-free optimizer swaps the weights
 
-    def _rate(self) -> float:
-        return self.optimizers[0].param_groups[0]["lr"]
+    def _is_due(self, interval: int) -> bool:
+        return self.step % interval == 0
 
-    def _anyone(self, asked: bool) -> bool:
-        """Whether any process was told to end; with several, they ask each other every `CHECK_EVERY` steps."""
+    def _any_process(self, signaled: bool) -> bool:
+        """Whether any process got a signal. Several processes compare every `CHECK_EVERY` steps."""
         if self.accelerator.num_processes == 1:
-            return asked
-        if self.step % CHECK_EVERY:
+            return signaled
+        if not self._is_due(CHECK_EVERY):
             return False
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)) > 0)
+        return bool(self.accelerator.reduce(torch.tensor(float(signaled), device=self.accelerator.device)) > 0)
 
-    def _finite(self, unchecked: list[tuple[int, list[int], torch.Tensor]]) -> torch.Tensor:
-        """The last losses, once all are looked at."""
-        values = torch.stack([losses for *_, losses in unchecked]).cpu()
+    def _log_losses(self) -> float:
+        """Check the losses since the last call, and log and return the mean of the last step's over the networks.
+
+        Raises:
+            ValueError: naming the step and the images of a loss that is not finite.
+        """
+        values = torch.stack([losses for *_, losses in self._unchecked]).cpu()
         bad = torch.nonzero(~torch.isfinite(values)).tolist()
         if bad:
-            row, network = bad[0]
-            step, numbers, _ = unchecked[row]
+            row, k = bad[0]
+            step, indices, _ = self._unchecked[row]
             raise ValueError(
-                f"{self.name}: the loss of network {network} is {values[row, network]:g} at step {step}, images {', '.join(map(str, numbers))}; "
-                f"lower learning_rate={self.settings.learning_rate:g}, or set clip_norm. The checkpoints before it are kept."
+                f"{self.name}: the loss of network {k} is {values[row, k]:g} at step {step}, images "
+                f"{', '.join(map(str, indices))}; lower learning_rate={self.settings.learning_rate:g}, or set "
+                "clip_norm. The checkpoints before it are intact."
             )
-        return values[-1]
+        self._unchecked = []
+        mean = values[-1].mean().item()
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        self.accelerator.log({"loss": mean, "learning_rate": rate}, step=self.step)
+        return mean
+
+    def _evaluate(self, evaluate: Callable[[nn.Module], float]) -> None:
+        """Log and print each network's top-1 accuracy on the held-out images."""
+        top1 = [evaluate(network) for network in self.networks_to_save()]
+        self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
+        percent = ", ".join(f"{100 * value:.1f}" for value in top1)
+        self.accelerator.print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}", flush=True)
+        self._train_mode(True)
+
+    def _terminate(self, signals: list[int]) -> None:
+        sender = signal.Signals(signals[0]).name if signals else "another process"
+        self.accelerator.print(
+            f"{self.name}: ended by {sender} after step {self.step:,}, which is saved; the same command continues.",
+            flush=True,
+        )
+        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
     def _save(self) -> None:
-        """The state, written aside and renamed; older ones go."""
-        self._mode(training=True)
-        place, aside = self.folder / f"step-{self.step:08d}", self.folder / ".aside"
-        main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
-        if place.is_dir():
+        """Write a checkpoint aside and rename it, then delete old ones."""
+        self._train_mode(True)
+        folder, aside = self.folder / f"step-{self.step:08d}", self.folder / ".aside"
+        is_main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
+        if folder.is_dir():
             return
-        if main:
+        if is_main:
             shutil.rmtree(aside, ignore_errors=True)
         wait()
         try:
             self.accelerator.save_state(str(aside))
-            if main:
+            if is_main:
                 state = {"step": self.step, "seconds": self.seconds, "identity": self.identity}
-                (aside / TOLD).write_text(json.dumps(state, indent=1) + "\n")
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when a disk is full
-            if main:
+                write_json(aside / STATE_FILE, state)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
+            if is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             last = self._last_checkpoint()
-            raise OSError(
-                f"cannot write a checkpoint into {self.folder}: {first_line(error)}; "
-                + (f"{last.name} is there and intact." if last else "none was written before it.")
-            ) from error
+            rest = f"{last.name} is there and intact." if last else "none was written before it."
+            raise OSError(f"cannot write a checkpoint into {self.folder}: {first_line(error)}; {rest}") from error
         wait()
-        if main:
-            aside.rename(place)
+        if is_main:
+            aside.rename(folder)
             for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(older)
         wait()
@@ -296,95 +298,43 @@ class Loop:
         return sorted(self.folder.glob("step-*"))
 
     def _last_checkpoint(self) -> Path | None:
-        found = self._checkpoints()
-        return found[-1] if found and matches_identity(found[-1], self.identity) else None
-
-
-def matches_identity(folder: Path, identity: dict) -> bool:
-    """Whether a checkpoint, or what a training left, is there and is of this very training.
-
-    Raises:
-        ValueError: when it is of another one, or of none.
-    """
-    if not folder.exists():
-        return False
-    there, here = read_training_state(folder).get("identity", {}), json.loads(json.dumps(identity))
-    for key in here.keys() | there.keys():
-        if there.get(key) != here.get(key):
-            raise ValueError(
-                f"{folder} is of another training: its {key} is {_brief(there.get(key))}, here {_brief(here.get(key))}. Go on with that one, name "
-                "another output=, or delete it."
-            )
-    return True
-
-
-def read_training_state(folder: Path) -> dict:
-    """What was written beside a checkpoint, or beside what a training left."""
-    try:
-        return json.loads((folder / TOLD).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} was not left by a training of ours ({first_line(error)}); name another output=, or delete it."
-        ) from error
+        checkpoints = self._checkpoints()
+        return checkpoints[-1] if checkpoints and matches_identity(checkpoints[-1], self.identity) else None
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked this process to end, instead of its end. A second Ctrl-C is heeded at once."""
-    told: list[int] = []
+def _record_signals() -> Iterator[list[int]]:
+    """Record SIGTERM and SIGINT in the list instead of exiting at once. A second Ctrl-C exits at once."""
+    signals: list[int] = []
 
-    def note(number, _frame):
-        if told and number == signal.SIGINT:
+    def record(number, _frame):
+        if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        told.append(number)
+        signals.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield told
+        yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _optimizer(network: nn.Module, settings: Settings, warmup: int, param_groups) -> torch.optim.Optimizer:
+def _create_optimizer(network: nn.Module, settings: Settings, warmup: int, param_groups) -> torch.optim.Optimizer:
     betas = {} if settings.betas is None else {"betas": tuple(settings.betas)}
     if settings.optimizer == SCHEDULE_FREE:
         groups = (param_groups or partial(param_groups_weight_decay, weight_decay=settings.weight_decay))(network)
         groups = [{"lr": settings.learning_rate * group.pop("lr_scale", 1.0)} | group for group in groups]
         return schedulefree.AdamWScheduleFree(groups, lr=settings.learning_rate, warmup_steps=warmup, **betas)
-    # One call for all tensors, where torch has it: of a small network's step on a CPU it saves a tenth.
+    # One fused call for all tensors, if torch has it, saves a tenth of a small network's step on a CPU.
     kind = get_optimizer_class(settings.optimizer, bind_defaults=False)
     fused = {"fused": True} if "fused" in signature(kind).parameters else {}
-    return create_optimizer_v2(
-        network,
-        settings.optimizer,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        param_group_fn=param_groups,
-        **betas,
-        **fused,
-    )
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return create_optimizer_v2(network, settings.optimizer, param_group_fn=param_groups, **rates, **betas, **fused)
 
 
-def _schedule(optimizer, settings: Settings, warmup: int, length: int, cycles: int):
-    """timm's, by steps: `warmup` of them, then `cycles` of `length`; None for a schedule-free optimizer."""
-    if settings.optimizer == SCHEDULE_FREE:
-        return None
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        settings.schedule,
-        num_epochs=length,
-        warmup_epochs=warmup,
-        warmup_lr=settings.learning_rate / max(warmup, 1),
-        warmup_prefix=True,
-        cycle_limit=cycles,
-        cycle_decay=1.0,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    return schedule
-
-
-def _brief(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _create_schedule(optimizer, settings: Settings, warmup: int, length: int, cycles: int):
+    """timm's schedule, by steps: `warmup` steps, then `cycles` of `length` steps each."""
+    steps = {"num_epochs": length, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
+    steps |= {"warmup_lr": settings.learning_rate / max(warmup, 1), "warmup_prefix": True}
+    return create_scheduler_v2(optimizer, settings.schedule, cycle_limit=cycles, cycle_decay=1.0, **steps)[0]

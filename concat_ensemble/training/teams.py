@@ -1,110 +1,117 @@
-"""How several processes share out several trainings.
+"""How several processes share several trainings.
 
-One team of all processes trains each in turn and averages its gradients (`--parallelism data`); or as many teams as there are trainings, of
-one process each where these suffice, take what is next until none is left (`--parallelism members`). A team is a world of its own: no process
-group reaches beyond it, so no gradient can. Teams meet at a key-value store only, the one that the launcher keeps for its rendezvous.
+With `--parallelism data`, all processes form one team, which runs one training after the other and averages the
+gradients of its processes. With `--parallelism members`, there are as many teams as trainings, or one for each process
+if there are fewer processes; each team takes the next training until none is left. No process group reaches beyond a
+team, so no gradient can. Teams share a key-value store only, that of the launcher's rendezvous.
 """
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
-import psutil
 import torch
 from torch import distributed
 
-PARALLELISMS = ("data", "members")
-
 
 class Team:
-    """This process's team. To be made before any `Accelerator`, which then takes the team for the whole world.
+    """The team of this process. Create it before any `Accelerator`, which then takes the team for all processes.
 
     Args:
         parallelism: "data" or "members".
-        jobs: How many trainings there are.
+        num_jobs: Number of trainings.
         cpu: Whether they run on the CPU.
     """
 
-    def __init__(self, parallelism: str, jobs: int, cpu: bool):
-        self.world, self.rank = (
-            int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0))
-        )
-        self.teams = max(min(jobs, self.world), 1) if parallelism == "members" else 1
-        self.number = self.rank * self.teams // self.world
-        self.ranks = [rank for rank in range(self.world) if rank * self.teams // self.world == self.number]
-        self._jobs, self._store = jobs, None
-        if self.teams > 1:
-            self._store = self._meet()
-            self._secede(cpu)
+    def __init__(self, parallelism: str, num_jobs: int, cpu: bool):
+        _warn_if_single()
+        self.num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ.get("RANK", 0))
+        teams = split_processes(self.num_processes, num_jobs if parallelism == "members" else 1)
+        self.num_teams, self.num_jobs = len(teams), num_jobs
+        self.number = next(number for number, ranks in enumerate(teams) if rank in ranks)
+        self.rank, self.size = teams[self.number].index(rank), len(teams[self.number])
+        self.is_main_process = rank == 0
+        self._store = None
+        if self.num_teams > 1:
+            self._store = _open_store()
+            self._form_group(cpu)
 
     def __str__(self) -> str:
-        if self.world == 1:
+        if self.num_processes == 1:
             return "one process"
-        return f"{self.world} processes in {self.teams} team{'s' if self.teams > 1 else ''}"
+        return f"{self.num_processes} processes in {self.num_teams} team{'s' if self.num_teams > 1 else ''}"
 
     @property
-    def leads_all(self) -> bool:
-        return self.rank == 0
+    def shard(self) -> tuple[int, int]:
+        """(rank, number of processes) within the team."""
+        return self.rank, self.size
 
     def jobs(self) -> Iterator[int]:
-        """The numbers of the trainings that fall to this team; each begins with one of its own, and whichever is free takes the next."""
+        """Numbers of the trainings that this team runs. Its first one is fixed; then it takes whichever is next."""
         if self._store is None:
-            yield from range(self._jobs)
+            yield from range(self.num_jobs)
             return
-        for turn in range(self._jobs):
-            told = f"team {self.number}, turn {turn}"
-            if self.rank == self.ranks[0]:
-                # The first one is fixed, or a team that is sooner there would leave a larger one without any.
-                number = self.teams + self._store.add("taken", 1) - 1 if turn else self.number
-                self._store.set(told, str(number))
-            number = int(self._store.get(told))  # the others of the team wait here
-            if number >= self._jobs:
+        for turn in range(self.num_jobs):
+            key = f"team {self.number}, turn {turn}"
+            if self.rank == 0:
+                # Were the first one not fixed, a fast team could leave a larger team without any.
+                number = self.num_teams + self._store.add("taken", 1) - 1 if turn else self.number
+                self._store.set(key, str(number))
+            number = int(self._store.get(key))  # the other processes of the team wait here
+            if number >= self.num_jobs:
                 return
             yield number
-            if self.rank == self.ranks[0]:
+            if self.rank == 0:
                 self._store.set(f"job {number} is done", "yes")
 
     def wait_for_all(self) -> None:
-        """On the process that leads all: until every team's trainings are done."""
-        if self._store is not None and self.leads_all:
-            self._store.wait([f"job {number} is done" for number in range(self._jobs)])
+        """Wait in the main process until the trainings of all teams are done."""
+        if self._store is not None and self.is_main_process:
+            self._store.wait([f"job {number} is done" for number in range(self.num_jobs)])
 
-    def _meet(self):
-        store, *_ = next(distributed.rendezvous("env://"))
-        store.set_timeout(timedelta(days=365))  # a team waits as long as another trains
-        return distributed.PrefixStore(f"teams, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-    def _secede(self, cpu: bool) -> None:
-        local = os.environ.get("LOCAL_RANK", "0")
-        if not cpu and torch.cuda.is_available():
-            os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{local}"
-            torch.cuda.set_device(int(local))
-        if len(self.ranks) == 1:
+    def _form_group(self, cpu: bool) -> None:
+        """Make the team all that accelerate sees: by its environment variables, and by a process group if needed."""
+        use_gpu = not cpu and torch.cuda.is_available()
+        if use_gpu:
+            local_rank = os.environ.get("LOCAL_RANK", "0")
+            os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{local_rank}"
+            torch.cuda.set_device(int(local_rank))
+        if self.size == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
             return
-        os.environ |= {"RANK": str(self.ranks.index(self.rank)), "WORLD_SIZE": str(len(self.ranks))}
-        distributed.init_process_group(
-            "gloo" if cpu or not torch.cuda.is_available() else "nccl",
-            store=distributed.PrefixStore(f"team {self.number}", self._store),
-            rank=self.ranks.index(self.rank),
-            world_size=len(self.ranks),
+        os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size)}
+        store = distributed.PrefixStore(f"team {self.number}", self._store)
+        backend = "nccl" if use_gpu else "gloo"
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+
+
+def split_processes(num_processes: int, num_jobs: int) -> list[list[int]]:
+    """Ranks of each team: at most one team for each job, of sizes that differ by one at most."""
+    num_teams = max(min(num_jobs, num_processes), 1)
+    teams: list[list[int]] = [[] for _ in range(num_teams)]
+    for rank in range(num_processes):
+        teams[rank * num_teams // num_processes].append(rank)
+    return teams
+
+
+def _warn_if_single() -> None:
+    """Warn if `accelerate launch` was asked for several processes and started this one alone, as with its own `--cpu`.
+
+    It then exports the address for a rendezvous, but no number of processes, which torchrun would.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        print(
+            "warning: accelerate launch was asked for several processes and started one. For several processes on the "
+            "CPU, pass --multi_gpu to accelerate launch and --cpu to this script.",
+            file=sys.stderr,
         )
 
 
-def processes_asked_for() -> int | None:
-    """The --num_processes of the `accelerate launch` that started this process; None where none did, or it did not say. accelerate
-    1.15 starts a single one for `--cpu`, and for a configuration of MULTI_CPU, without a word.
-    """
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    with suppress(psutil.Error, OSError):
-        words = psutil.Process().parent().cmdline()
-        if "launch" in words and any("accelerate" in word for word in words[: words.index("launch")]):
-            given, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
-            config = given.config_file or (default_config_file if Path(default_config_file).is_file() else None)
-            return given.num_processes or (load_config_from_file(config).num_processes if config else None)
-    return None
+def _open_store() -> distributed.Store:
+    store, *_ = next(distributed.rendezvous("env://"))
+    store.set_timeout(timedelta(days=365))  # a team waits as long as another one trains
+    return distributed.PrefixStore(f"teams, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -1,16 +1,17 @@
 """Distillation of tiny networks on real digits."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModel
 
-import pretrain_members
 from concat_ensemble import assemble
-from concat_ensemble.training.images import Images
-from distill import Distillation, Student, Teachers, main, run
-from pretrain_members import pixels_of
+from concat_ensemble.training import pretraining
+from concat_ensemble.training.distillation import Distillation, Student, Teachers, main, run
+from concat_ensemble.training.images import Images, Pixels
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))
@@ -46,7 +47,7 @@ def teachers(tmp_path_factory) -> list[str]:
         "--total-steps",
         "400",
     ]
-    pretrain_members.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
+    pretraining.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
     return [str(folder / "members" / f"cat2-{k}") for k in range(2)]
 
 
@@ -69,42 +70,40 @@ def test_a_student_comes_out_as_an_ensemble_of_one(target, distilled):
 
 
 @pytest.mark.parametrize("target", ["features", "predictions"])
-def test_the_student_learns_what_the_teachers_say(target, teachers, distilled):
-    """On images of another order and scatter, a linear readout of the trained student leaves less of their variance unsaid than one of the
-    untrained student does."""
+def test_the_student_learns_the_outputs_of_the_teachers(target, teachers, distilled):
+    """On other images, a linear layer explains more of the teachers' outputs from the features of the trained student
+    than from those of the untrained one.
+    """
     settings = Distillation(**SETTINGS | {"teachers": teachers, "target": target})
-    images = Images(settings, pixels_of(settings))
-    told = Teachers(settings)
-    views = [next(images.batches([99])).views[0][0] for _ in range(1)]
-    many = [batch.views[0][0] for _, batch in zip(range(10), images.batches([98]), strict=False)]
+    images = Images(settings, Pixels.from_settings(settings))
+    teaching = Teachers(settings)
+    held_out = next(images.batches([99])).views[0][0]
+    batches = [batch.views[0][0] for batch in itertools.islice(images.batches([98]), 10)]
     if target == "features":
-        told.standardise(many)
-    backbones = {}
+        teaching.standardize(batches)
+    targets = torch.cat([torch.cat(teaching(batch), 1) for batch in batches])
+    held_out_targets = torch.cat(teaching(held_out), 1)
+    unexplained = {}
     for steps in (1, 120):
         folder = distilled(output=f"{target}-{steps}", target=target, steps=steps, learning_rate=0.003)
-        backbones[steps] = next(iter(assemble(folder / "distilled").members.values()))
-    losses = {}
-    for steps, backbone in backbones.items():
+        backbone = next(iter(assemble(folder / "distilled").members.values()))
         with torch.no_grad():
-            features, wanted = backbone(torch.cat(many)), torch.cat([torch.cat(told(view), 1) for view in many])
-            held, held_wanted = backbone(views[0]), torch.cat(told(views[0]), 1)
-        ones = torch.ones(len(features), 1)
-        readout = torch.linalg.lstsq(torch.cat([features, ones], 1), wanted).solution
-        residual = held_wanted - torch.cat([held, torch.ones(len(held), 1)], 1) @ readout
-        losses[steps] = float((residual.var(0) / held_wanted.var(0)).median())
-    assert losses[120] < losses[1], "a linear readout of the student says more of what the teachers do"
+            features, held_out_features = (
+                nn.functional.pad(backbone(pixels), (0, 1), value=1.0) for pixels in (torch.cat(batches), held_out)
+            )
+        residual = held_out_targets - held_out_features @ torch.linalg.lstsq(features, targets).solution
+        unexplained[steps] = float((residual.var(0) / held_out_targets.var(0)).median())
+    assert unexplained[120] < unexplained[1]
 
 
-def test_an_ensemble_can_teach_its_features_but_no_classes(teachers, distilled, tmp_path):
+def test_an_ensemble_can_teach_its_features_but_not_classes(teachers, distilled, tmp_path):
     assemble(teachers).save_pretrained(tmp_path / "pair")
     distilled(teachers=[str(tmp_path / "pair")])
-    with pytest.raises(
-        ValueError, match=r"teachers: .*pair is no network with a head .*target=features takes ensembles"
-    ):
+    with pytest.raises(ValueError, match=r"teachers: .*pair is not a network with a head .*target=features"):
         distilled(output="other", teachers=[str(tmp_path / "pair")], target="predictions")
 
 
-def test_a_second_run_skips_and_another_is_refused(distilled, capsys):
+def test_a_second_run_skips_and_another_distillation_is_refused(distilled, capsys):
     distilled()
     distilled()
     assert "is finished, skipped" in capsys.readouterr().out
@@ -112,11 +111,11 @@ def test_a_second_run_skips_and_another_is_refused(distilled, capsys):
         distilled(temperature=3.0)
 
 
-def test_what_is_said_is_told_apart_by_teacher():
+def test_a_student_has_one_output_for_each_of_the_teachers():
     assert Student(torch.nn.Identity(), 4, 6)(torch.zeros(2, 4)).shape == (2, 6)
 
 
-def test_the_command_is_the_same(teachers, tmp_path, capsys):
+def test_the_command_line_does_the_same(teachers, tmp_path, capsys):
     words = [RECIPE, "--cpu", "--smoke", "--output", str(tmp_path / "out"), "--steps", "2"]
     main([*words, "--teachers", f"[{', '.join(teachers)}]"])
     assert "2 networks in one, 64 features" in capsys.readouterr().out

@@ -1,5 +1,6 @@
-"""Fine-tuning on tiny ensembles and real digits: where it begins, what it writes, and that it can be cut."""
+"""Fine-tuning of tiny ensembles on real digits: where it starts, what it writes, and what a second run does."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.data.loading import read_image
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.results import Results
-from finetune import FineTuning, main, parameter_groups, run
+from concat_ensemble.training.finetuning import (
+    FineTuning,
+    create_classifier,
+    main,
+    parameter_groups,
+    read_pixels,
+    run,
+    save_classifier,
+)
+from concat_ensemble.training.images import Images
 
 RECIPE = str(Path(__file__).parents[2] / "training" / "recipes" / "scattered_digits_finetune.yaml")
 SETTINGS = {
@@ -41,8 +51,9 @@ def ensemble(tmp_path_factory) -> Path:
     )
     seen = load_data("scattered:digits", limit=120)["train"]
     images = torch.stack([pil_to_tensor(read_image(seen, number)) for number in range(120)])
-    update_bn([images / 127.5 - 1], resnet)  # as training leaves it
-    vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, pretrained_cfg_overlay=pixels)  # fmt: skip
+    update_bn([images / 127.5 - 1], resnet)  # as after training
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, pretrained_cfg_overlay=pixels, **shape)
     folder = tmp_path_factory.mktemp("ensemble") / "pair"
     assemble([resnet, vit]).save_pretrained(folder)
     return folder
@@ -61,9 +72,9 @@ def tuned(ensemble, tmp_path):
 
 
 def probed(ensemble, members=None) -> tuple[LinearProbe, dict]:
-    asked = {key: SETTINGS[key] for key in ("classes", "test_size", "validation_size", "limit")}
+    options = {key: SETTINGS[key] for key in ("classes", "test_size", "validation_size", "limit")}
     model = assemble(ensemble)
-    table = extract_features(model, load_data("scattered:digits", **asked))
+    table = extract_features(model, load_data("scattered:digits", **options))
     table = table if members is None else table.members(members)
     return LinearProbe().fit(table["train"], validation=table["validation"]), table
 
@@ -72,24 +83,24 @@ def result_of(folder: Path) -> Results:
     return Results.load(folder / "results" / "fine-tuned.json")
 
 
-def test_it_begins_with_the_probe(ensemble, tuned):
+def test_training_starts_from_the_probe(ensemble, tuned):
     """A step that moves nothing leaves the probe's predictions, image by image."""
     folder = tuned(stages="one", steps=1, learning_rate=1e-12)
     probe, table = probed(ensemble)
     (run_,) = result_of(folder / "whole").rows[0].runs
-    wanted = probe.predict(table["test"]) == table["test"].labels
-    assert run_.n_test == len(wanted) and np.mean(run_.correct_images != wanted) < 0.1, "BatchNorm saw one batch"
+    expected = probe.predict(table["test"]) == table["test"].labels
+    assert run_.n_test == len(expected) and np.mean(run_.correct_images != expected) < 0.1, "BatchNorm saw one batch"
 
 
-def test_at_once_a_classifier_comes_out(ensemble, tuned):
+def test_one_stage_gives_a_classifier(ensemble, tuned):
     folder = tuned(stages="one") / "whole"
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == ["5", "6", "7"]
     before = assemble(ensemble)
     for k, spec in enumerate(model.config.members):
-        found = weights_sha256(model.members[str(k)].state_dict())
+        digest = weights_sha256(model.members[str(k)].state_dict())
         assert (
-            spec["provenance"]["weights_sha256"] == found != before.config.members[k]["provenance"]["weights_sha256"]
+            spec["provenance"]["weights_sha256"] == digest != before.config.members[k]["provenance"]["weights_sha256"]
         )
         assert spec["provenance"]["fine_tuned"]["steps"] == 6
     assert result_of(folder).probe["kind"] == "fine-tuning" and (folder / "README.md").is_file()
@@ -106,8 +117,8 @@ def test_two_stages_give_an_ensemble_of_the_tuned_members(tuned):
         assert spec["provenance"]["weights_sha256"] == weights_sha256(together.members[str(k)].state_dict())
 
 
-def test_training_fits(tuned):
-    """More steps fit the training images better: what is watched here is that gradients reach the members."""
+def test_more_steps_fit_better(tuned):
+    """Gradients reach the members."""
     accuracies = [
         result_of(tuned(output=str(n), stages="one", head="zero", steps=n, learning_rate=0.003) / "whole").rows[0].mean
         for n in (1, 60)
@@ -125,18 +136,21 @@ def test_a_second_run_skips_what_is_finished(stages, tuned, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_another_training_in_its_place_is_refused(tuned):
+def test_the_folder_of_another_training_is_refused(tuned):
     tuned(stages="one")
     with pytest.raises(ValueError, match=r"whole is of another training: its learning_rate is"):
         tuned(stages="one", learning_rate=0.5)
 
 
-def test_different_pixels_are_for_two_stages(tmp_path):
-    other = {"input_size": (1, 40, 40), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
-    sizes = [timm.create_model("resnet10t", in_chans=1, channels=(4, 4, 8, 8), stem_width=4, pretrained_cfg_overlay=other | {"input_size": (1, s, s)}) for s in (32, 40)]  # fmt: skip
-    assemble(sizes).save_pretrained(tmp_path / "mixed")
+def test_different_image_sizes_need_two_stages(tmp_path):
+    shape = {"in_chans": 1, "channels": (4, 4, 8, 8), "stem_width": 4}
+    members = []
+    for size in (32, 40):
+        pixels = {"input_size": (1, size, size), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+        members.append(timm.create_model("resnet10t", pretrained_cfg_overlay=pixels, **shape))
+    assemble(members).save_pretrained(tmp_path / "mixed")
     settings = SETTINGS | {"model": str(tmp_path / "mixed"), "output": str(tmp_path / "out"), "steps": 1}
-    with pytest.raises(ValueError, match=r"images of different sizes or crops; fine-tune with stages=two"):
+    with pytest.raises(ValueError, match=r"stages=one needs .*; fine-tune with stages=two"):
         run(FineTuning(**settings, stages="one"), cpu=True)
     run(FineTuning(**settings, stages="two"), cpu=True)
     assert len(json.loads((tmp_path / "out" / "two-stage" / "config.json").read_text())["members"]) == 2
@@ -147,7 +161,7 @@ def test_lower_layers_learn_slower(ensemble, optimizer, tuned):
     model = assemble(ensemble)
     model.classifier = torch.nn.Linear(model.config.num_features, 3)
     settings = FineTuning(**SETTINGS | {"model": str(ensemble), "layer_decay": 0.5})
-    groups = parameter_groups(settings)(model)
+    groups = parameter_groups(model, settings)
     scale = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert scale[id(named["members.0.conv1.0.weight"])] < scale[id(named["members.0.layer4.0.conv1.weight"])] < 1.01
@@ -158,11 +172,32 @@ def test_lower_layers_learn_slower(ensemble, optimizer, tuned):
     tuned(stages="one", steps=2, optimizer=optimizer, layer_decay=0.5)
 
 
-def test_the_command_is_the_same(ensemble, tmp_path, capsys):
+def test_the_command_line_does_the_same(ensemble, tmp_path, capsys):
     words = [RECIPE, "--cpu", "--smoke", "--model", str(ensemble), "--output", str(tmp_path / "out"), "--steps", "2"]
     main(words)
     assert "two-stage: 2 members; probe it with" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main([*words[:-2], "--stages", "three"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: stages='three' must be one of one, two")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: stages='three' must be one of one, two")
+
+
+def test_saving_twice_gives_the_same_files(ensemble, tmp_path):
+    """Saving builds a new config, so a second call must not count the cost of the training again."""
+    settings = FineTuning(**SETTINGS | {"model": str(ensemble), "stages": "one"})
+    model = assemble(ensemble)
+    model.config.members[0]["provenance"] |= {"steps": 10, "compute": {"images": 160, "gflops": 1.0}}
+    images = Images(settings, read_pixels(model.config))
+    classifier = create_classifier(model, images, settings)
+    before = copy.deepcopy(classifier.config.to_dict())
+    logits = np.random.default_rng(0).normal(size=(len(images.labels("test")), 3))
+    for parent in ("first", "second"):
+        save_classifier(classifier, tmp_path / parent / "whole", logits, images=images, identity={}, seconds=1.0)
+    assert classifier.config.to_dict() == before
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "first", tmp_path / "second")
+    ]
+    assert files[0] == files[1]
+    provenance = json.loads((tmp_path / "second" / "whole" / "config.json").read_text())["members"][0]["provenance"]
+    assert provenance["steps"] == 16 and provenance["compute"]["images"] == 160 + 6 * 16

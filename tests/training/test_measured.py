@@ -1,4 +1,4 @@
-"""The figures of training/README.md are those of the results that are kept beside it."""
+"""The numbers in training/README.md are those of the results in training/measured."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ README = (MEASURED.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("study", ["scattered_digits", "scattered_mnist"])
-def test_the_curve_is_that_of_its_points(study):
+def test_the_curve_shows_its_points(study):
     folder = MEASURED / f"{study}_budget"
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     points = [Point(*content["point"], folder, smoke=False) for content in contents]
@@ -25,5 +25,5 @@ def test_the_curve_is_that_of_its_points(study):
 @pytest.mark.parametrize(
     "study", ["scattered_digits", "scattered_mnist", "scattered_digits_ntk", "scattered_mnist_ntk"]
 )
-def test_the_table_is_the_one_that_was_printed(study):
+def test_the_table_is_in_the_readme(study):
     assert (MEASURED / f"{study}.md").read_text() in README

@@ -1,4 +1,4 @@
-"""The script, launched as a user would, on a few steps; what only needs its functions calls them."""
+"""The script, launched as a user would, for a few steps; and the functions behind it."""
 
 import itertools
 import json
@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble.training.pretraining import main, plan_jobs, plan_networks
 from concat_ensemble.training.recipe import Recipe
-from pretrain_members import main, plan_jobs, plan_networks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "training/pretrain_members.py"
@@ -56,7 +56,7 @@ def written(folder) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_members_lie_in_timms_layout_and_load_in_timm(trained):
+def test_members_have_timms_layout_and_load_in_timm(trained):
     assert {path.name for path in (trained / "members").iterdir()} == set(MEMBERS)
     for name, steps in MEMBERS.items():
         folder = trained / "members" / name
@@ -68,12 +68,12 @@ def test_members_lie_in_timms_layout_and_load_in_timm(trained):
         weights = load_file(folder / "model.safetensors")
         assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
         seen = 16 if name == "cat2-s-1" else steps  # the second one goes on from the first
-        assert model.num_classes == 5 and model.bn1.num_batches_tracked == seen, "so many batches it has seen"
+        assert model.num_classes == 5 and model.bn1.num_batches_tracked == seen, "one for each step"
         compute = config["provenance"]["compute"]
         assert compute["images"] == 16 * steps and compute["processes"] == 1 and compute["gflops"] > 0
 
 
-def test_ensembles_load_with_automodel_and_hold_these_members(trained):
+def test_ensembles_load_with_automodel_and_have_these_members(trained):
     for name, count, width in (("cat1", 1, 64), ("cat2", 2, 128), ("w2", 1, 128), ("cat2-s", 2, 128)):
         model = AutoModel.from_pretrained(trained / name)
         assert len(model.members) == count and model.config.num_features == width
@@ -84,8 +84,7 @@ def test_ensembles_load_with_automodel_and_hold_these_members(trained):
 
 
 def test_every_network_has_its_own_seed_and_weights(trained):
-    found = hashes(trained)
-    assert len({digest for group in found.values() for digest in group}) == 4
+    assert len({digest for group in hashes(trained).values() for digest in group}) == 4
     provenances = [
         json.loads((trained / "members" / name / "config.json").read_text())["provenance"] for name in MEMBERS
     ]
@@ -95,7 +94,7 @@ def test_every_network_has_its_own_seed_and_weights(trained):
 
 
 def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(script, copied):
-    """One member was lost, another was cut off while it was being written; the ensemble cat1 has got a head meanwhile."""
+    """One member is lost, another was killed while it was saved; the ensemble cat1 has a head by now."""
     before = hashes(copied)
     shutil.rmtree(copied / "members" / "cat2-1")
     (copied / "members" / ".cat2-1.tmp").mkdir()
@@ -108,7 +107,7 @@ def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(script, copied)
     }
     printed = script(sys.executable, *SMOKE, "--output", copied)
     assert printed.count("is finished, skipped") == 5 and "cat2-1 is finished" not in printed
-    assert hashes(copied) == before, "the lost one has come back as it was"
+    assert hashes(copied) == before, "the lost member is trained again, to the same weights"
     assert not (copied / "members" / ".cat2-1.tmp").exists()
     after = written(copied)
     assert [name for name, content in untouched.items() if after.get(name) != content] == []
@@ -118,18 +117,17 @@ def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(script, copied)
     )
 
 
-def test_another_recipe_in_its_place_is_refused(trained, capsys):
-    """With what differs, and before anything is written."""
+def test_the_folder_of_another_recipe_is_refused(trained, capsys):
+    """The message says what differs, and nothing is written."""
     before = written(trained)
     with pytest.raises(SystemExit) as stop:
         main(
             [str(Path(__file__).parents[2] / RECIPE), *SMOKE[2:], "--output", str(trained), "--learning-rate", "0.01"]
         )
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and len(said.splitlines()) == 1
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1
     assert (
-        "cat1-0 is of another training: its learning_rate is 0.002, here 0.01" in said
-        and "name another output=" in said
+        "cat1-0 is of another training: its learning_rate is 0.002, here 0.01" in err and "name another output=" in err
     )
     assert written(trained) == before
 
@@ -149,7 +147,7 @@ def test_other_labels_are_refused(trained, capsys):
     assert "is of another training: its " in capsys.readouterr().err
 
 
-def test_a_member_more_leaves_the_others(script, copied):
+def test_another_ensemble_leaves_the_others(script, copied):
     """Seeds do not depend on which other ensembles are trained."""
     printed = script(sys.executable, *SMOKE[:4], "--members", "[1, 2, 3]", "--snapshots", "0", "--output", copied)
     assert printed.count("is finished, skipped") == 4 and (copied / "members" / "cat3-2").is_dir()
@@ -184,7 +182,7 @@ def members_in(folder: Path) -> dict[str, bytes]:
 
 
 def killed_until_done(folder: Path, seed: int, kills: int, within: float = 6) -> list[int]:
-    """Start the run again and again and end it after a random while, `within` so many seconds; the signals that hit."""
+    """Run until it is done, killed `kills` times after up to `within` seconds; the signals that arrived in time."""
     rng, hits, started = random.Random(seed), [], 0
     while True:
         process = subprocess.Popen(
@@ -229,14 +227,14 @@ def test_twenty_kills_end_in_the_same_weights(undisturbed, tmp_path):
     assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= set(hits)
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_weights(undisturbed, tmp_path):
+def test_a_killed_run_continues_and_ends_in_the_same_weights(undisturbed, tmp_path):
     assert killed_until_done(tmp_path, seed=0, kills=2, within=0.5), (
         "where the machine is free, the run is over in seconds"
     )
     assert members_in(tmp_path) == undisturbed
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(undisturbed, tmp_path):
     """On a file system that takes two checkpoints, where one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -273,12 +271,12 @@ def test_accelerate_launch_gives_the_same_weights(script, trained, tmp_path):
     assert hashes(tmp_path / "again") == hashes(trained)
 
 
-def recipe_of(**changes) -> Recipe:
+def load_recipe(**changes) -> Recipe:
     return Recipe(**yaml.safe_load(Path(__file__).parents[2].joinpath(RECIPE).read_text()) | changes)
 
 
 def plan(**changes):
-    return plan_networks(recipe_of(**changes))
+    return plan_networks(load_recipe(**changes))
 
 
 def test_the_plan_spends_equal_steps():
@@ -303,20 +301,20 @@ def test_seeds_can_be_named():
 
 
 def test_networks_of_one_kind_go_together():
-    jobs = plan_jobs(recipe_of(members=[1, 5], members_per_process=2, wide_steps=0, snapshots=0))
+    jobs = plan_jobs(load_recipe(members=[1, 5], members_per_process=2, wide_steps=0, snapshots=0))
     assert [[network.number for network in job] for job in jobs] == [[0], [0, 1], [2, 3], [4]]
 
 
-def test_seeds_of_two_runs_do_not_meet():
+def test_runs_of_two_seeds_share_no_seed():
     assert not {n.seed for n in plan(seed=0)} & {n.seed for n in plan(seed=1)}
     assert [n.seed for n in plan(seed=1)] == [n.seed for n in plan(seed=1)]
 
 
-def test_no_wide_network_where_none_is_asked_for():
+def test_no_wide_network_without_wide_steps():
     assert [network.name for network in plan(wide_steps=0, snapshots=0, members=[2])] == ["cat2", "cat2"]
 
 
-# Words after the recipe, and what the one line must say. In-process: importing takes seconds.
+# Arguments after the recipe, and what the one line on stderr must contain. In-process, since imports take seconds.
 BAD = {
     "unknown field in the file": (["{typo}"], ["typo.yaml", "no field 'leraning_rate'; did you mean learning_rate?"]),
     "wrong type on the command line": (["--total-steps", "many"], ["total_steps='many' must be int"]),
@@ -328,8 +326,8 @@ BAD = {
     "unknown dataset": (["--dataset", "nonesuch"], ["no dataset 'nonesuch'"]),
     "unknown class": (["--classes", "[0, 11]"], ["classes=[11]"]),
     "one class": (["--classes", "[3]"], ["one class '3'"]),
-    "unknown optimizer": (["--optimizer", "adamv"], ["optimizer='adamv' must be like adam,"]),
-    "unknown augmentation policy": (["--auto-augment", "rnd-m9"], ["auto_augment='rnd-m9' is none of timm's"]),
+    "unknown optimizer": (["--optimizer", "adamv"], ["optimizer='adamv' must be ", "did you mean adam"]),
+    "unknown augmentation policy": (["--auto-augment", "rnd-m9"], ["auto_augment='rnd-m9' must be a policy of timm"]),
     "more snapshots than steps": (
         ["--snapshots", "9999"],
         ["snapshots=9999 must be 0, or from 2 to total_steps=1600"],
@@ -341,7 +339,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_run_ends_with_2_and_one_line(case, tmp_path, capsys):
-    words, said = BAD[case]
+    words, expected = BAD[case]
     (tmp_path / "file").write_text("mine")
     (tmp_path / "typo.yaml").write_text("leraning_rate: 1\n")
     places = {"{file}": tmp_path / "file", "{typo}": tmp_path / "typo.yaml", "{none}": tmp_path / "none.yaml"}
@@ -352,5 +350,5 @@ def test_a_bad_run_ends_with_2_and_one_line(case, tmp_path, capsys):
         main([*recipe, *words, "--cpu", "--smoke", *output])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in err
-    assert all(text in err.splitlines()[-1] for text in said), err
+    assert all(text in err.splitlines()[-1] for text in expected), err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "typo.yaml"], "something was written"

@@ -1,4 +1,4 @@
-"""Every recipe, run for a few steps: those of ImageNet on real digits in its place, and small."""
+"""Every recipe, run for a few steps; those for ImageNet with small images of digits."""
 
 import sys
 from pathlib import Path
@@ -100,10 +100,10 @@ def test_the_wide_network_is_as_wide_and_as_large_as_the_papers():
 
 
 def test_the_papers_steps_and_seeds():
-    known = [yaml.safe_load(path.read_text()) for path in IMAGENET if "cat" in path.stem and "resnet" in path.stem]
-    found = {
-        recipe["members"][0]: (recipe["total_steps"] // recipe["members"][0], recipe["seeds"]) for recipe in known
+    recipes = [yaml.safe_load(path.read_text()) for path in IMAGENET if "cat" in path.stem and "resnet" in path.stem]
+    plans = {
+        recipe["members"][0]: (recipe["total_steps"] // recipe["members"][0], recipe["seeds"]) for recipe in recipes
     }
     seeds = [2, 550, 23, 477, 8529]
-    assert found == {1: (450_000, seeds[:1]), 2: (200_000, seeds[:2]), 4: (100_000, seeds[:4]), 5: (80_000, seeds)}
-    assert {recipe["optimizer"] for recipe in known} == {"schedulefree_adamw"}
+    assert plans == {1: (450_000, seeds[:1]), 2: (200_000, seeds[:2]), 4: (100_000, seeds[:4]), 5: (80_000, seeds)}
+    assert {recipe["optimizer"] for recipe in recipes} == {"schedulefree_adamw"}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concat_ensemble import load_data
-from concat_ensemble.training.images import Images, Pixels, _Order
+from concat_ensemble.training.images import Images, Pixels, _BatchOrder
 from concat_ensemble.training.recipe import Settings
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
@@ -24,7 +24,7 @@ def first(batches, count: int) -> list:
 def same(one, other) -> bool:
     pairs = zip(one, other, strict=True)
     return all(
-        a.numbers == b.numbers
+        a.indices == b.indices
         and all(torch.equal(v, w) and torch.equal(x, y) for (v, x), (w, y) in zip(a.views, b.views, strict=True))
         for a, b in pairs
     )
@@ -38,21 +38,26 @@ def same(one, other) -> bool:
     seed=st.integers(0, 99),
     start=st.integers(0, 30),
 )
-def test_the_order_is_a_function_of_seed_and_step(size, batch, accumulation, processes, seed, start):
-    orders = [_Order(size, batch, accumulation, (rank, processes), seed, 0) for rank in range(processes)]
+def test_the_order_depends_on_seed_and_step_alone(size, batch, accumulation, processes, seed, start):
+    settings = Settings(dataset="digits", batch_size=batch, gradient_accumulation=accumulation)
+
+    def order(shard, first_step):
+        return _BatchOrder(size, settings, shard=shard, seed=seed, first_step=first_step)
+
+    orders = [order((rank, processes), 0) for rank in range(processes)]
     per_epoch = size // min(batch, size)
     parts = [first(order, per_epoch * accumulation) for order in orders]
     seen = [place for mine in parts for part in mine for place in part]
     assert {epoch for epoch, _ in seen} == {0}
     assert len(seen) == len(set(seen)) == per_epoch * min(batch, size), (
-        "each image of a batch is with one process, once"
+        "each image of a batch goes to one process, once"
     )
-    later = first(_Order(size, batch, accumulation, (0, processes), seed, start), accumulation)
+    later = first(order((0, processes), start), accumulation)
     assert later == first(orders[0], (start + 1) * accumulation)[start * accumulation :]
 
 
 @pytest.mark.parametrize("settings", [CROPPED, CROPPED | {"num_workers": 2}, CROPPED | {"augmentation": "scatter"}])
-def test_what_is_seen_is_a_function_of_seed_and_step(settings):
+def test_images_and_crops_depend_on_seed_and_step_alone(settings):
     images = Images(Settings(**settings), GREY)
     whole = first(images.batches([3, 4]), 7)
     torch.rand(5), np.random.rand(5)  # whatever else draws from the global generators
@@ -72,9 +77,9 @@ def test_each_network_has_its_own_view_of_the_same_images(augmentation):
     (one, labels), (other, same_labels) = batch.views
     assert one.shape == other.shape == (8, 1, 32, 32) and torch.equal(labels, same_labels)
     assert not torch.equal(one, other)
-    assert torch.equal(labels, images.labels[batch.numbers])
+    assert torch.equal(labels, images.train_labels[batch.indices])
     ((alone, _),) = first(images.batches([1]), 1)[0].views
-    assert torch.equal(alone, one), "the first one's view does not depend on who else looks"
+    assert torch.equal(alone, one), "the first network's view does not depend on the other networks"
 
 
 def test_the_global_generators_are_left_alone():
@@ -86,7 +91,7 @@ def test_the_global_generators_are_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_validation_images_are_trained_on_where_nobody_watches_them():
+def test_validation_images_are_training_images_without_evaluation():
     settings = {"dataset": "digits", "limit": 100, "validation_size": 0.2}
     watched, unwatched = (Images(Settings(**settings, evaluate_every=n), GREY) for n in (5, 0))
     assert unwatched.size == watched.size + len(watched.labels("validation"))
@@ -94,16 +99,14 @@ def test_validation_images_are_trained_on_where_nobody_watches_them():
     assert view.shape == (16, 1, 32, 32) and torch.equal(labels, torch.tensor(watched.labels("validation")[:16]))
 
 
-def test_an_uneven_share_is_named():
-    with pytest.raises(
-        ValueError, match=r"batch_size=8 cannot be shared evenly by 3 processes x gradient_accumulation=1"
-    ):
+def test_the_error_for_a_batch_that_cannot_be_shared_evenly_names_it():
+    with pytest.raises(ValueError, match=r"batch_size=8 must be a multiple of 3 processes x gradient_accumulation=1"):
         Images(Settings(**CROPPED), GREY, (0, 3))
 
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    """Two files of 30 images, which a stream gives to two workers."""
+    """Two files of 30 images, one for each of two workers."""
     folder = tmp_path_factory.mktemp("stream")
     split = load_data("digits", limit=60)["train"].cast(
         Features(image=Image(), label=ClassLabel(names=list("0123456789")))
@@ -114,27 +117,27 @@ def parquet(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_stream_goes_on_where_it_was(parquet, workers):
+def test_a_stream_continues_where_it_stopped(parquet, workers):
     settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": workers}
     whole = first(Images(Settings(**settings), GREY).batches([1, 2]), 9)  # 72 images: into the second epoch
     assert same(first(Images(Settings(**settings), GREY).batches([1, 2], 5), 4), whole[5:])
-    assert len({tuple(batch.numbers) for batch in whole}) > 1 and whole[0].views[0][0].shape == (8, 1, 32, 32)
+    assert len({tuple(batch.indices) for batch in whole}) > 1 and whole[0].views[0][0].shape == (8, 1, 32, 32)
 
 
-def test_a_stream_of_fewer_files_than_workers_is_named(parquet):
+def test_the_error_for_a_stream_of_fewer_files_than_workers_names_both(parquet):
     settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": 3}
-    with pytest.raises(ValueError, match=r"num_workers=3: .* has 2 files"):
+    with pytest.raises(ValueError, match=r"num_workers=3 must be at most 2"):
         next(Images(Settings(**settings), GREY).batches([1]))
 
 
-def test_turns_are_told_by_their_labels_and_drawn_for_each_network():
+def test_labels_are_the_turns_which_differ_between_networks():
     images = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80, turned=True), GREY)
-    assert len(images.names) == 4
+    assert len(images.class_names) == 4
     (batch,) = first(images.batches([3, 4]), 1)
     (one, turns), (_, others) = batch.views
     assert set(turns.tolist()) == {0, 1, 2, 3} and not torch.equal(turns, others)
     plain = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80), GREY)
-    grey = plain._grey[batch.numbers]
+    grey = plain._images[batch.indices]
     for quarters in range(4):  # placed upright again, an image is most like itself as it was
         turned_back = one[turns == quarters].rot90(-quarters, (2, 3)).flatten(1)
         upright = torch.nn.functional.interpolate(grey[turns == quarters], 32).flatten(1)
@@ -142,6 +145,6 @@ def test_turns_are_told_by_their_labels_and_drawn_for_each_network():
 
 
 @pytest.mark.parametrize("other", [{"augmentation": "none"}, {"augmentation": "scatter", "evaluate_every": 5}])
-def test_turns_need_scattered_images_and_nothing_held_out(other):
-    with pytest.raises(ValueError, match=r"turned=True goes with augmentation=scatter"):
+def test_turns_need_scattered_images_and_no_evaluation(other):
+    with pytest.raises(ValueError, match=r"turned=True needs augmentation=scatter"):
         Settings(dataset="digits", turned=True, **other)

@@ -1,4 +1,4 @@
-"""The loop, on real digits and tiny networks: what a cut costs, and what is kept."""
+"""The loop, on real digits and tiny networks: interruptions, and what is saved."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ from torch import nn
 
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.pretraining import Objective
 from concat_ensemble.training.recipe import Recipe
-from pretrain_members import Objective
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
 BASE = {
@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 class Cut(Exception):
-    """What a kill is, for one process's memory."""
+    """Stands for a kill within one process."""
 
 
 def cut() -> None:
@@ -58,7 +58,7 @@ def cut() -> None:
 
 @pytest.fixture
 def trained(tmp_path):
-    """`trained(cut_at=None, **changes)`: the kept networks' weights at each stop; cut after so many parts of batches."""
+    """`trained(cut_at=None, **changes)`: the weights at each stop; interrupted before the part `cut_at` of a batch."""
 
     def trained(cut_at=None, by=cut, folder="run", **changes) -> list[dict[str, torch.Tensor]]:
         recipe = Recipe(**BASE | changes)
@@ -85,11 +85,13 @@ def trained(tmp_path):
                     by()
                 yield part
 
-        found = []
+        weights = []
         for _ in loop.run(batches, Objective(recipe, 10), stops=loop.cycle_ends):
-            found += [{k: v.detach().clone() for k, v in network.state_dict().items()} for network in loop.kept()]
+            weights += [
+                {k: v.detach().clone() for k, v in network.state_dict().items()} for network in loop.networks_to_save()
+            ]
         loop.finish()
-        return found
+        return weights
 
     return trained
 
@@ -101,14 +103,14 @@ def equal(one, other) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_cut_changes_nothing(variant, trained, tmp_path):
+def test_an_interruption_changes_nothing(variant, trained, tmp_path):
     changes = VARIANTS[variant]
     whole = trained(folder="whole", **changes)
     parts = changes.get("gradient_accumulation", 1)
     with pytest.raises(Cut):
         trained(cut_at=8 * parts, **changes)
-    kept = [path.name for path in sorted((tmp_path / "run").iterdir())]
-    assert kept == ["step-00000003", "step-00000006"], "as many as are to be kept"
+    saved = [path.name for path in sorted((tmp_path / "run").iterdir())]
+    assert saved == ["step-00000003", "step-00000006"], "the last two"
     with pytest.raises(Cut):
         trained(cut_at=5 * parts, **changes)  # counted from step 6: the second cut
     again = trained(**changes)
@@ -117,13 +119,13 @@ def test_a_cut_changes_nothing(variant, trained, tmp_path):
         assert equal(again, whole)
 
 
-def test_networks_together_are_the_ones_that_are_trained_alone_but_for_the_order(trained):
+def test_the_first_of_two_networks_is_the_one_that_is_trained_alone(trained):
     one, other = trained(members_per_process=2, members=[2])
     assert not torch.equal(one["conv1.0.weight"], other["conv1.0.weight"])
-    assert equal([one], trained(folder="alone")), "the first one's images, views and order are its own"
+    assert equal([one], trained(folder="alone")), "its images, their augmentation and order"
 
 
-def test_a_schedule_free_network_is_kept_with_its_average_and_statistics_under_it(tmp_path):
+def test_a_schedule_free_network_is_saved_with_averaged_weights_and_their_statistics(tmp_path):
     recipe = Recipe(**BASE | {"optimizer": "schedulefree_adamw", "learning_rate": 0.05})
     images = Images(recipe, GREY)
     set_seed(0)
@@ -140,15 +142,15 @@ def test_a_schedule_free_network_is_kept_with_its_average_and_statistics_under_i
     for _ in loop.run(lambda step: images.batches([0], step), Objective(recipe, 10)):
         trained = {key: value.detach().clone() for key, value in network.named_parameters()}
         moving = network.bn1.running_mean.clone()
-        (kept,) = loop.kept()
-    assert not kept.training
-    averaged = dict(kept.named_parameters())
+        (saved,) = loop.networks_to_save()
+    assert not saved.training
+    averaged = dict(saved.named_parameters())
     assert not torch.equal(trained["conv1.0.weight"], averaged["conv1.0.weight"]), (
         "the average, not where the steps are taken"
     )
-    assert not torch.equal(moving, kept.bn1.running_mean)
+    assert not torch.equal(moving, saved.bn1.running_mean)
     copy = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
-    copy.load_state_dict(kept.state_dict())
+    copy.load_state_dict(saved.state_dict())
     for module in copy.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -157,10 +159,10 @@ def test_a_schedule_free_network_is_kept_with_its_average_and_statistics_under_i
     with torch.no_grad():
         for _, batch in zip(range(50), images.batches([0], 12), strict=False):
             copy(batch.views[0][0].contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(copy.bn1.running_mean, kept.bn1.running_mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(copy.bn1.running_mean, saved.bn1.running_mean, rtol=1e-4, atol=1e-6)
 
 
-def test_cycles_end_low_and_begin_high(tmp_path):
+def test_cycles_start_at_the_peak_and_end_near_zero(tmp_path):
     recipe = Recipe(**BASE | {"total_steps": 27, "snapshots": 4, "warmup": 0.1})
     images, rates = Images(recipe, GREY), []
     network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
@@ -179,12 +181,12 @@ def test_cycles_end_low_and_begin_high(tmp_path):
         rates.append(loop.optimizers[0].param_groups[0]["lr"])  # of the step after this one
         assert step == len(rates)
     peak = recipe.learning_rate
-    assert rates[2] == peak and [rates[end - 1] for end in (9, 15, 21)] == [peak] * 3, "each cycle begins at the peak"
+    assert rates[2] == peak and [rates[end - 1] for end in (9, 15, 21)] == [peak] * 3, "each cycle starts at the peak"
     assert all(rates[end - 2] < 0.1 * peak for end in (9, 15, 21)), "and ends near zero"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_before_the_end(number, trained, tmp_path, capsys):
+def test_a_signal_saves_before_the_exit(number, trained, tmp_path, capsys):
     whole = trained(folder="whole")
     with pytest.raises(SystemExit) as ended:
         trained(cut_at=4, by=lambda: signal.raise_signal(number))
@@ -194,16 +196,16 @@ def test_a_signal_saves_before_the_end(number, trained, tmp_path, capsys):
     assert equal(trained(), whole)
 
 
-def test_a_loss_that_is_no_number_names_the_step_and_its_images(trained, tmp_path):
+def test_the_error_for_a_loss_that_is_not_finite_names_the_step_and_its_images(trained, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"run: the loss of network 0 is (nan|inf) at step \d+, images \d+.*lower learning_rate=1e\+30",
     ):
         trained(learning_rate=1e30, warmup=0.0)
-    assert not list((tmp_path / "run").glob("step-00000006")), "nothing is saved after it"
+    assert not list((tmp_path / "run").glob("step-00000006")), "no checkpoint after it"
 
 
-def test_a_checkpoint_of_another_training_is_refused_and_left(trained, tmp_path):
+def test_a_checkpoint_of_another_training_is_refused_and_stays(trained, tmp_path):
     with pytest.raises(Cut):
         trained(cut_at=4)
     before = sorted(path.name for path in tmp_path.rglob("*"))
@@ -220,7 +222,7 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
         trained(cut_at=4)
     (tmp_path / "run" / "step-00000003" / "training.json").write_text("{")
     with pytest.raises(
-        ValueError, match=r"step-00000003 was not left by a training of ours .*; name another output=, or delete it"
+        ValueError, match=r"step-00000003 has no readable training.json.*name another output=, or delete"
     ):
         trained()
 

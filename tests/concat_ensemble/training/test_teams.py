@@ -1,4 +1,4 @@
-"""Several processes, launched as a user would, on 2 cores: how many there really are, and what they share."""
+"""Several processes, launched as a user would: how many there are, and what they share."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import distributed
 
-from concat_ensemble.training.teams import Team, processes_asked_for
+from concat_ensemble.training.teams import Team, split_processes
 
 ROOT = Path(__file__).parents[3]
 ACCELERATE = Path(sys.executable).with_name("accelerate")
@@ -21,11 +21,21 @@ SMOKE += ["--members", "[2]", "--snapshots", "0", "--wide-steps", "0"]
 
 @pytest.fixture(scope="module")
 def launched(script, tmp_path_factory):
-    """`launched(processes, *words)`: the output folder, and what was printed."""
+    """`launched(processes, *arguments)`: launch a run; the output folder and the printed text."""
 
-    def launched(processes: int, *words: str, by: tuple[str, ...] = ("--multi_gpu",)) -> tuple[Path, str]:
+    def launched(processes: int, *words: str, launcher: tuple[str, ...] = ("--multi_gpu",)) -> tuple[Path, str]:
         output = tmp_path_factory.mktemp("launched")
-        many = [ACCELERATE, "launch", *by, "--num_processes", processes, "--num_machines", 1, "--main_process_port", 0]
+        many = [
+            ACCELERATE,
+            "launch",
+            *launcher,
+            "--num_processes",
+            processes,
+            "--num_machines",
+            1,
+            "--main_process_port",
+            0,
+        ]
         return output, script(*many, *ONE_PROCESS, *SMOKE, *words, "--output", output)
 
     return launched
@@ -42,46 +52,46 @@ def weights(output: Path) -> list[bytes]:
     return [(output / "members" / f"cat2-{k}" / "model.safetensors").read_bytes() for k in range(2)]
 
 
-def spent(output: Path) -> list[dict]:
+def read_compute(output: Path) -> list[dict]:
     configs = (output / "members" / f"cat2-{k}" / "config.json" for k in range(2))
     return [json.loads(config.read_text())["provenance"]["compute"] for config in configs]
 
 
-def test_members_apart_are_those_of_single_runs(launched, alone):
+def test_members_in_separate_teams_are_those_of_single_runs(launched, alone):
     output, printed = launched(2, "--parallelism", "members")
     assert "2 processes in 2 teams, parallelism=members" in printed
     assert weights(output) == weights(alone), "bit for bit"
-    assert [compute["processes"] for compute in spent(output)] == [1, 1], "each trained in a world of one"
+    assert [compute["processes"] for compute in read_compute(output)] == [1, 1], "each trained by one process"
     assert len(json.loads((output / "cat2" / "config.json").read_text())["members"]) == 2
 
 
-def test_a_network_on_two_processes_sees_the_same_images(launched, alone):
+def test_a_network_on_two_processes_sees_as_many_images(launched, alone):
     output, printed = launched(2, "--parallelism", "data")
     assert "2 processes in 1 team, parallelism=data" in printed
-    assert [compute["processes"] for compute in spent(output)] == [2, 2]
-    assert [compute["images"] for compute in spent(output)] == [compute["images"] for compute in spent(alone)]
-    assert weights(output) != weights(alone), "BatchNorm and noise see the batch in two parts"
+    assert [compute["processes"] for compute in read_compute(output)] == [2, 2]
+    assert [compute["images"] for compute in read_compute(output)] == [
+        compute["images"] for compute in read_compute(alone)
+    ]
+    assert weights(output) != weights(alone), "BatchNorm and augmentation see the batch in two parts"
 
 
 @pytest.mark.slow
 def test_three_processes_share_two_networks(launched, alone):
     output, printed = launched(3, "--parallelism", "members", "--batch-size", "16")
     assert "3 processes in 2 teams" in printed
-    assert sorted(compute["processes"] for compute in spent(output)) == [1, 2]
+    assert sorted(compute["processes"] for compute in read_compute(output)) == [1, 2]
     single = weights(output)
-    assert any(a == b for a, b in zip(single, weights(alone), strict=True)), "the one that was trained alone"
+    assert any(a == b for a, b in zip(single, weights(alone), strict=True)), "the network that one process trained"
 
 
-def test_accelerates_own_cpu_option_is_warned_of(tmp_path):
+def test_accelerates_own_cpu_option_gives_a_warning(tmp_path):
     launch = [ACCELERATE, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", *ONE_PROCESS]
     done = subprocess.run(
         [*launch, *SMOKE, "--plan", "--output", tmp_path / "none"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "one process, parallelism=data" in done.stdout
-    assert re.search(
-        r"warning: accelerate was asked for 2 processes and started 1\. On the CPU give it --multi_gpu", done.stderr
-    )
+    assert re.search("warning: accelerate launch was asked for several processes.*--multi_gpu", done.stderr)
     assert not (tmp_path / "none").exists(), "a plan writes nothing"
 
 
@@ -117,28 +127,32 @@ def test_two_machines_on_loopback(parallelism, alone, tmp_path):
     assert (weights(tmp_path / "out") == weights(alone)) == (parallelism == "members")
 
 
-def test_a_process_alone_has_all_jobs_and_no_group(monkeypatch):
+def test_a_single_process_has_all_jobs_and_no_process_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for parallelism in ("data", "members"):
         team = Team(parallelism, 3, cpu=True)
-        assert list(team.jobs()) == [0, 1, 2] and team.leads_all and str(team) == "one process"
+        assert list(team.jobs()) == [0, 1, 2] and team.is_main_process and str(team) == "one process"
         team.wait_for_all()
     assert not distributed.is_initialized()
 
 
-@pytest.mark.parametrize(("world", "jobs", "sizes"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (2, 5, [1, 1]), (8, 4, [2] * 4)])
-def test_teams_are_as_even_as_can_be(world, jobs, sizes, monkeypatch):
-    monkeypatch.setattr(Team, "_meet", lambda self: None)
-    monkeypatch.setattr(Team, "_secede", lambda self, cpu: None)
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    teams = []
-    for rank in range(world):
-        monkeypatch.setenv("RANK", str(rank))
-        teams.append(Team("members", jobs, cpu=True))
-    assert [len(ranks) for ranks in {team.number: team.ranks for team in teams}.values()] == sizes
-    assert all(team.rank in team.ranks for team in teams)
+@pytest.mark.parametrize(
+    ("processes", "jobs", "teams"),
+    [
+        (4, 2, [[0, 1], [2, 3]]),
+        (5, 2, [[0, 1, 2], [3, 4]]),
+        (2, 5, [[0], [1]]),
+        (8, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (3, 1, [[0, 1, 2]]),
+    ],
+)
+def test_team_sizes_differ_by_one_at_most(processes, jobs, teams):
+    assert split_processes(processes, jobs) == teams
 
 
-def test_nobody_was_asked_without_a_launcher():
-    assert processes_asked_for() is None
+def test_no_warning_without_a_launcher(monkeypatch, capsys):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    Team("data", 1, cpu=True)
+    assert not capsys.readouterr().err

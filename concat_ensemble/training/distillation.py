@@ -1,0 +1,201 @@
+"""Distill several networks into one backbone, so that inference costs one network.
+
+    accelerate launch training/distill.py training/recipes/scattered_digits_distill.yaml --teachers "[FOLDER, FOLDER]"
+
+Without a clone, start the installed module with `accelerate launch -m concat_ensemble.training.distillation`.
+
+The teachers are frozen, and no label is used. With `target: features`, a linear layer on the student's pooled features
+predicts the standardized features of all teachers (least squares). With `target: predictions`, a linear layer for each
+teacher predicts its classes (cross-entropy with its softened output); these teachers need their heads. Either way the
+layers are thrown away, and `output/distilled` is the student as an ensemble of one member (the paper's DISTILLn).
+"""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import timm
+import torch
+from accelerate.utils import set_seed
+from msgspec import Meta
+from torch import nn
+
+from concat_ensemble.members.assemble import assemble
+from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.studies.cost import count_flops
+from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.options import exit_on_error, launch_command, read_options
+from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
+from concat_ensemble.training.saving import matches_identity, save_network
+
+STATISTICS_BATCHES = 20  # for the mean and scale of the teachers' features
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation(NetworkSettings):
+    """How to distill networks into a student of the settings' `architecture` and `model_args`."""
+
+    teachers: Annotated[list[str], Meta(min_length=1)]  # timm names, folders in timm's layout, or ensembles
+    steps: PositiveInt
+    target: Literal["features", "predictions"] = "features"
+    temperature: PositiveFloat = 2.0  # of the predictions
+
+    def shrink(self) -> Self:
+        return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
+
+
+class Student(nn.Module):
+    """A backbone under a linear layer that predicts the teachers' outputs."""
+
+    def __init__(self, backbone: nn.Module, num_features: int, num_outputs: int):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(num_features, num_outputs)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(pixels))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+
+class Teachers(nn.Module):
+    """The teachers, whose outputs the student learns: standardized features, or the logits of their classes."""
+
+    def __init__(self, settings: Distillation):
+        super().__init__()
+        self.predicts = settings.target == "predictions"
+        if self.predicts:
+            self.networks = nn.ModuleList(map(load_with_head, settings.teachers))
+            self.hashes = [weights_sha256(network.state_dict()) for network in self.networks]
+        else:
+            ensemble = assemble(settings.teachers)
+            self.networks = nn.ModuleList(ensemble.members.values())
+            self.hashes = [member["provenance"]["weights_sha256"] for member in ensemble.config.members]
+        self.requires_grad_(False).eval()
+        self.mean, self.scale = 0.0, 1.0
+
+    @torch.no_grad()
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs (B, D) of each teacher."""
+        return [network(pixels) for network in self.networks]
+
+    def standardize(self, batches: Iterable[torch.Tensor]) -> None:
+        """Compute the features' mean and scale on some images."""
+        features = torch.cat([torch.cat(self(batch), 1) for batch in batches])
+        self.mean, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
+
+    def loss(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Loss of the student's outputs on images."""
+        targets = self(pixels)
+        if not self.predicts:
+            return nn.functional.mse_loss(outputs, (torch.cat(targets, 1) - self.mean) / self.scale)
+        parts = outputs.split([logits.shape[1] for logits in targets], dim=1)
+        losses = [
+            nn.functional.cross_entropy(part / temperature, (logits / temperature).softmax(1))
+            for part, logits in zip(parts, targets, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
+def load_with_head(source: str) -> nn.Module:
+    """Load a network with its head from a folder in timm's layout, or by its timm name."""
+    name = f"local-dir:{source}" if Path(source).is_dir() else source
+    try:
+        network = timm.create_model(name, pretrained=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"teachers: {source} is not a network with a head ({error}); use target=features, which takes ensembles."
+        ) from error
+    if not network.num_classes:
+        raise ValueError(f"teachers: {source} has no head; use target=features.")
+    return network
+
+
+def create_student(settings: Distillation, images: Images, teachers: Teachers) -> Student:
+    """Standardize the teachers' features if they are the target, and create a student of as many outputs."""
+    device = next(teachers.parameters()).device
+    batches = itertools.islice(images.batches([settings.seed]), STATISTICS_BATCHES)
+    pixels = [batch.views[0][0].to(device) for batch in batches]
+    if settings.target == "features":
+        teachers.standardize(pixels)
+    num_outputs = sum(outputs.shape[1] for outputs in teachers(pixels[0][:1]))
+    set_seed(settings.seed)
+    backbone = timm.create_model(settings.architecture, num_classes=0, **settings.model_args)
+    num_features = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
+    return Student(backbone, num_features, num_outputs)
+
+
+def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = None) -> None:
+    """Distill the teachers and save the student, unless it is finished."""
+    output = Path(settings.output)
+    folder = output / "members" / "distilled-0"
+    accelerator = create_accelerator(settings, cpu)
+    shard = (accelerator.process_index, accelerator.num_processes)
+    images = Images(settings, Pixels.from_settings(settings), shard, max_images)
+    teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
+    identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
+    if matches_identity(folder, identity):
+        accelerator.print(f"{folder} is finished, skipped")
+        return
+    student = create_student(settings, images, teachers)
+    set_seed(settings.seed, device_specific=True)
+    checkpoints = output / "checkpoints" / "distilled"
+    loop = Loop(
+        accelerator, settings, [student], steps=settings.steps, folder=checkpoints, identity=identity, name="distilled"
+    )
+    steps = loop.run(
+        lambda first: images.batches([settings.seed], first),
+        lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
+    )
+    for _ in steps:
+        (trained,) = loop.networks_to_save()
+    if accelerator.is_main_process:
+        provenance = describe_distillation(settings, images, teachers)
+        provenance["compute"]["seconds"] = round(loop.seconds, 1)
+        save_network(
+            trained.backbone,
+            folder,
+            architecture=settings.architecture,
+            model_args=settings.model_args,
+            images=images,
+            provenance=provenance,
+            identity=identity,
+        )
+        shutil.rmtree(output / "distilled", ignore_errors=True)
+        assemble(folder).save_pretrained(output / "distilled")
+        num_features = trained.head.in_features
+        print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
+    loop.finish()
+
+
+def describe_distillation(settings: Distillation, images: Images, teachers: Teachers) -> dict:
+    """Provenance of the student. Its compute includes the teachers' forward passes, but not their training."""
+    num_images = settings.steps * settings.batch_size
+    size = Size.measure(settings.architecture, settings.model_args, settings.input_size, 0)
+    device = next(teachers.parameters()).device
+    teacher_flops = count_flops(teachers, torch.zeros(1, *settings.input_size, device=device))
+    flops = size.training_flops(num_images) + teacher_flops * num_images
+    return {
+        "source": "distilled by training/distill.py",
+        "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
+        "pretraining_data": f"{settings.dataset}, classes {', '.join(images.class_names)}",
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},
+        "command": launch_command(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with exit_on_error():
+        settings, options = read_options(Distillation, __doc__, arguments)
+        run(settings, cpu=options.cpu, max_images=options.max_images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Fine-tune an ensemble on a dataset, each member alone or all members at once.
+
+    accelerate launch training/finetune.py training/recipes/scattered_digits_finetune.yaml --model FOLDER
+
+Without a clone, start the installed module with `accelerate launch -m concat_ensemble.training.finetuning`.
+
+With `stages: two` (best in the paper), each member learns the target alone, and `output/two-stage` is an ensemble of
+the tuned members to probe. With `stages: one`, all members learn at once under a head, and `output/whole` is a
+classifier. Either way, training starts from the head of a linear probe, the test split is used once, at the end, and
+each classifier has its results in `results`.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from msgspec import Meta
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from concat_ensemble.features.extraction import extract_features
+from concat_ensemble.members.assemble import assemble
+from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.probes.intervals import bootstrap_intervals
+from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.probes.metrics import ProbeMetrics
+from concat_ensemble.reporting.model_card import write_card
+from concat_ensemble.studies.probing import members_sha256, training_cost, versions, with_head
+from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
+from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
+from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
+from concat_ensemble.training.saving import matches_identity, replace_result
+from concat_ensemble.training.teams import Team
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning(Settings):
+    """How to fine-tune an ensemble."""
+
+    model: str  # an ensemble's folder, or another source that concat-ensemble build takes
+    steps: PositiveInt  # of the whole ensemble, or of each member
+    stages: Literal["one", "two"] = "two"
+    head: Literal["probe", "zero"] = "probe"  # initial head: that of a linear probe, or zeros
+    layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = (
+        0.75  # timm's decay of the learning rate towards the input
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.streaming:
+            raise ValueError(
+                "streaming=True must be false: fine-tuning starts from a linear probe, which reads images repeatedly."
+            )
+
+    def shrink(self) -> Self:
+        return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
+
+
+def read_pixels(config: ConcatEnsembleConfig) -> Pixels:
+    """The input of an ensemble, which must be the same for all its members."""
+    if len(config.geometries) > 1:
+        raise ValueError(
+            "stages=one needs members with images of the same size and crop; fine-tune with stages=two, or build with "
+            "--preprocessing shared."
+        )
+    source = config.geometries[0]
+    size, mean, std = (tuple(source[key]) for key in ("input_size", "mean", "std"))
+    return Pixels(size, mean, std, source["interpolation"], source["crop_pct"])
+
+
+def parameter_groups(model: nn.Module, settings: FineTuning) -> list[dict]:
+    """The optimizer's parameter groups of a classifier: timm's groups by layers for each member, and the head."""
+    weight_decay = settings.weight_decay
+    if settings.layer_decay is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+    groups = []
+    for member in model.members.values():
+        groups += param_groups_layer_decay(member, weight_decay=weight_decay, layer_decay=settings.layer_decay)
+    return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
+
+
+def create_classifier(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
+    """The ensemble with its initial head."""
+    table = extract_features(model, images.data, quiet=True)
+    # While training is evaluated on the validation images, the initial head must not have seen them.
+    validation = None if settings.evaluate_every else table["validation"]
+    probe = LinearProbe(seed=settings.seed).fit(table["train"], validation=validation)
+    classifier = with_head(model, probe, images.class_names)
+    if settings.head == "zero":
+        nn.init.zeros_(classifier.classifier.weight)
+        nn.init.zeros_(classifier.classifier.bias)
+    return classifier
+
+
+def fine_tune(
+    model: nn.Module,
+    folder: Path,
+    settings: FineTuning,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    max_images: int | None = None,
+    cpu: bool = False,
+) -> None:
+    """Train one classifier from an ensemble and save it with its results to `folder`, unless it is finished."""
+    images = Images(settings, read_pixels(model.config), shard, max_images)
+    accelerator = create_accelerator(settings, cpu)
+    identity = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
+    identity = settings.identity | identity
+    if matches_identity(folder, identity):
+        accelerator.print(f"{folder} is finished, skipped")
+        return
+    set_seed(settings.seed)
+    classifier = create_classifier(copy.deepcopy(model), images, settings)
+    set_seed(settings.seed, device_specific=True)
+    loop = Loop(
+        accelerator,
+        settings,
+        [classifier],
+        steps=settings.steps,
+        folder=folder.parent / "checkpoints" / folder.name,
+        identity=identity,
+        name=folder.name,
+        param_groups=partial(parameter_groups, settings=settings),
+    )
+    loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    steps = loop.run(
+        lambda first: images.batches([settings.seed], first),
+        lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
+        evaluate=lambda network: compute_top1(network, images, accelerator),
+    )
+    for _ in steps:
+        (tuned,) = loop.networks_to_save()
+    logits = predict_logits(tuned, images, "test", accelerator)
+    if accelerator.is_main_process:
+        save_classifier(tuned.float(), folder, logits, images=images, identity=identity, seconds=loop.seconds)
+    loop.finish()
+
+
+def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
+    """Top-1 accuracy on the held-out images."""
+    predictions = predict_logits(network, images, "validation", accelerator).argmax(1)
+    return float((predictions == images.labels("validation")).mean())
+
+
+@torch.no_grad()
+def predict_logits(network: nn.Module, images: Images, split: str, accelerator: Accelerator) -> np.ndarray:
+    """(N, classes) logits of a split's images. Each process predicts its part."""
+    network.eval()
+    logits = []
+    for (pixels,), _ in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size, split)):
+        logits.append(accelerator.gather_for_metrics(network(pixel_values=pixels).logits.float()))
+    return torch.cat(logits).cpu().numpy()
+
+
+def save_classifier(
+    model: nn.Module, folder: Path, logits: np.ndarray, *, images: Images, identity: dict, seconds: float
+) -> None:
+    """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
+    replaces `folder` as a whole; the model does not change.
+    """
+    saved = copy.copy(model)  # the same weights under another config
+    saved.config = describe_fine_tuning(model, images)
+    results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
+    with replace_result(folder, identity) as aside:
+        saved.save_pretrained(aside)
+        results.save(aside / RESULTS / "fine-tuned.json")
+        write_card(aside, title=folder.name)
+    top1, steps = 100 * results.rows[0].mean, images.settings.steps
+    print(f"{folder}: top-1 {top1:.1f} on {len(logits):,} test images, {steps:,} steps", flush=True)
+
+
+def describe_fine_tuning(model: nn.Module, images: Images) -> ConcatEnsembleConfig:
+    """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
+    config, settings = copy.deepcopy(model.config), images.settings
+    num_images = settings.steps * settings.batch_size
+    for k, member in model.members.items():
+        spec = config.members[int(k)]
+        provenance = spec["provenance"]
+        provenance["weights_sha256"] = weights_sha256(member.state_dict())
+        provenance["fine_tuned"] = {"dataset": settings.dataset, "steps": settings.steps, "command": launch_command()}
+        if "steps" in provenance:  # else the cost of pretraining is not known
+            provenance["steps"] += settings.steps
+        if "compute" in provenance:
+            size = Size.measure(spec["architecture"], spec["model_args"], images.pixels.input_size, 0)
+            provenance["compute"]["images"] += num_images
+            provenance["compute"]["gflops"] += round(size.training_flops(num_images) / 1e9, 3)
+    return config
+
+
+def describe_results(model: nn.Module, name: str, logits: np.ndarray, *, images: Images, seconds: float) -> Results:
+    """Results of a classifier on the test images."""
+    settings, labels = images.settings, images.labels("test")
+    predictions = logits.argmax(1)
+    intervals = bootstrap_intervals(predictions, labels, settings.seed)
+    run = Run(
+        seed=settings.seed,
+        metrics=ProbeMetrics().compute(predictions=logits, references=labels),
+        l2_strength=settings.weight_decay,
+        n_train=images.size,
+        n_test=len(labels),
+        intervals={metric: list(bounds) for metric, bounds in intervals.items()},
+        correct=pack_bits(predictions == labels),
+    )
+    row = Row(name, "ensemble", model.config.num_features, len(model.members), *training_cost(model), [run])
+    recorded_elsewhere = ("model", "seed", "dataset")
+    return Results(
+        name,
+        {"name": settings.dataset, "classes": settings.classes, "seed": settings.seed, "test_images": len(labels)},
+        {"kind": "fine-tuning"} | {k: v for k, v in settings.identity.items() if k not in recorded_elsewhere},
+        [row],
+        members_sha256(model.config),
+        launch_command(),
+        versions(),
+        {"training": seconds},
+    )
+
+
+def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, max_images: int | None = None) -> None:
+    """Fine-tune the whole ensemble, or each member and then assemble them."""
+    output = Path(settings.output)
+    model = assemble(settings.model)
+    parts = {"whole": model}
+    if settings.stages == "two":
+        parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
+    team = Team(parallelism, len(parts), cpu)
+    names = list(parts)
+    for number in team.jobs():
+        part, folder = parts[names[number]], output / names[number]
+        fine_tune(part, folder, settings, shard=team.shard, max_images=max_images, cpu=cpu)
+    team.wait_for_all()
+    if team.is_main_process and settings.stages == "two":
+        folder = output / "two-stage"
+        assemble([output / name for name in names]).save_pretrained(folder)
+        print(f"{folder}: {len(names)} members; probe it with concat-ensemble probe {folder} --dataset ...")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with exit_on_error():
+        settings, options = read_options(FineTuning, __doc__, arguments, parallelism=PARALLELISM)
+        run(settings, parallelism=options.parallelism, cpu=options.cpu, max_images=options.max_images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a training leaves behind: networks in timm's layout, and beside each result the identity of its training."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from concat_ensemble.errors import first_line
+from concat_ensemble.files import replace_folder, write_json
+from concat_ensemble.training.images import Images
+
+STATE_FILE = "training.json"  # in each checkpoint and each result
+
+
+def save_network(
+    model: nn.Module,
+    folder: Path,
+    *,
+    architecture: str,
+    model_args: dict,
+    images: Images,
+    provenance: dict,
+    identity: dict,
+) -> None:
+    """Save a network in timm's own layout, with or without its head. It replaces `folder` as a whole.
+
+    Args:
+        model: A network that `timm.create_model(architecture, **model_args)` can create.
+        images: What it was trained on, for its preprocessing and class names.
+    """
+    pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
+    config = {
+        "pretrained_cfg": {**pixels, "license": "apache-2.0"},
+        "provenance": provenance,
+        "label_names": images.class_names,
+    }
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        plain = timm.create_model(architecture, num_classes=model.num_classes, **model_args)
+    plain.load_state_dict(weights, assign=True)
+    layout = {"model_config": config, "model_args": model_args, "data_config": pixels}
+    with replace_result(folder, identity) as aside:
+        save_for_hf(plain, aside, safe_serialization=True, **layout)
+
+
+@contextmanager
+def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
+    """Yield an empty folder that replaces `folder`, with its state file, when the block ends without an error."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a run that was killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
+    with replace_folder(folder) as aside:
+        yield aside
+        write_json(aside / STATE_FILE, {"identity": identity})
+
+
+def matches_identity(folder: Path, identity: dict) -> bool:
+    """Whether a checkpoint or a result exists. It must be from the training with this identity.
+
+    Raises:
+        ValueError: if it is from another training, or from none.
+    """
+    if not folder.exists():
+        return False
+    there, here = read_state(folder).get("identity", {}), json.loads(json.dumps(identity))
+    for key in sorted(here.keys() | there.keys()):
+        if there.get(key) != here.get(key):
+            raise ValueError(
+                f"{folder} is of another training: its {key} is {_shorten(there.get(key))}, here "
+                f"{_shorten(here.get(key))}. Continue that training, name another output=, or delete the folder."
+            )
+    return True
+
+
+def read_state(folder: Path) -> dict:
+    """Read the training's state file in a checkpoint or a result."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no readable {STATE_FILE} of a training ({first_line(error)}); name another output=, or "
+            "delete the folder."
+        ) from error
+
+
+def _shorten(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
