@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor, ConcatEnsembleModel
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     AUTO_MAP,
+    MAX_NUMBER,
     PLAIN_NAME,
     REFUSED_MODEL_ARGS,
-    WIDEST,
 )
 
 RGB = {
@@ -165,7 +165,7 @@ def test_members_share_a_geometry_whatever_their_mean_and_std():
 def test_in_border_mode_the_mean_is_part_of_the_geometry_as_it_fills_the_border():
     border = [pixels(crop_mode="border", mean=[m] * 3) for m in (0.0, 1.0, 0.0)]
     config = ConcatEnsembleConfig(members=border)
-    assert [config.geometry_of(k) for k in range(3)] == [0, 1, 0]
+    assert [config.geometry_index(k) for k in range(3)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_in_border_mode_the_mean_is_part_of_the_geometry_as_it_fills_the_border(
 )
 def test_another_size_crop_or_interpolation_is_another_geometry(other):
     config = ConcatEnsembleConfig(members=[pixels(), pixels(**other), pixels()])
-    assert [config.geometry_of(k) for k in range(3)] == [0, 1, 0]
+    assert [config.geometry_index(k) for k in range(3)] == [0, 1, 0]
     assert config.pixel_shape == (2, 3, 32, 64 if "input_size" in other else 32)
 
 
@@ -181,7 +181,7 @@ def test_geometries_are_numbered_over_all_members_whichever_are_active():
     grey = member(model_args={"in_chans": 1}, preprocessing=GREY)
     members = [member(), grey, pixels(input_size=[3, 48, 16])]
     config = ConcatEnsembleConfig(members=members, active_members=[2])
-    assert config.geometry_of(2) == 2 and config.pixel_shape == (3, 3, 48, 32)
+    assert config.geometry_index(2) == 2 and config.pixel_shape == (3, 3, 48, 32)
 
 
 def test_a_configuration_without_a_head_has_no_labels(tmp_path):
@@ -222,7 +222,7 @@ def nested(numbers, texts, names):
 
 
 plain = nested(st.integers() | numbers, st.text(max_size=5), keys)
-arguments = nested(st.integers(-WIDEST, WIDEST) | st.floats(-WIDEST, WIDEST), words, keys)
+arguments = nested(st.integers(-MAX_NUMBER, MAX_NUMBER) | st.floats(-MAX_NUMBER, MAX_NUMBER), words, keys)
 
 
 @st.composite

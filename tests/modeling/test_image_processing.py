@@ -288,7 +288,7 @@ def test_its_file_holds_the_geometries_and_nothing_computed(build, tmp_path):
     processor_of(model).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["geometries"] == model.config.geometries and not any(key.startswith("_") for key in saved)
-    assert len(list(tmp_path.glob("*.py"))) == 3
+    assert len(list(tmp_path.glob("*.py"))) == 4
 
 
 def test_the_payload_is_not_copied_over_itself():

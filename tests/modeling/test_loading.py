@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
-from concat_ensemble.modeling.configuration_concat_ensemble import AUTO_MAP
+from concat_ensemble.modeling.configuration_concat_ensemble import AUTO_MAP, PAYLOAD_FILES
 
 INDEX = "model.safetensors.index.json"
-PAYLOAD = {f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()}
 KINDS = ("resnet18", "eva02", "grey")  # 64, 192 and 64 columns
 
 
@@ -72,7 +71,7 @@ def edit_index(folder, edit):
 
 def test_a_folder_holds_a_file_per_member_index_config_processor_and_code(folder, whole):
     members = {"member-00.safetensors", "member-01.safetensors", "member-02.safetensors"}
-    assert {path.name for path in folder.iterdir()} == members | PAYLOAD | {
+    assert {path.name for path in folder.iterdir()} == members | PAYLOAD_FILES | {
         INDEX,
         "config.json",
         "preprocessor_config.json",
@@ -92,7 +91,7 @@ def test_a_freshly_built_model_writes_all_four_auto_classes_and_their_code(build
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP and len(AUTO_MAP) == 4
     assert config["architectures"] == [cls.__name__] and config["dtype"] == "float32"
-    assert {path.name for path in tmp_path.glob("*.py")} == PAYLOAD
+    assert {path.name for path in tmp_path.glob("*.py")} == PAYLOAD_FILES
 
 
 def test_a_members_file_has_the_same_bytes_with_and_without_a_head(folder, headed, tmp_path):
@@ -311,7 +310,7 @@ def test_a_part_keeps_its_numbers_on_disk_and_loads_again_as_that_part(saved, wh
     assert shards(tmp_path) == {"member-00.safetensors", "member-02.safetensors"}
     wanted = features(whole, noise(whole))[:, [*range(256, 320), *range(64)]]
     assert torch.equal(features(AutoModel.from_pretrained(tmp_path), noise(whole)), wanted)
-    with pytest.raises(ValueError, match=r"member\D*1"):
+    with pytest.raises(ValueError, match=r"member-01"):
         AutoModel.from_pretrained(tmp_path, active_members=[1])
 
 
