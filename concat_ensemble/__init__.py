@@ -96,7 +96,7 @@ def _register_image_processor(auto) -> None:
 
 @wrapt.when_imported("concat_ensemble.modeling.modeling_concat_ensemble")
 def _attach_methods(modeling) -> None:
-    """What the Hub payload does without (a card for a pushed model) or cannot do (folding), the package does."""
+    """Give the classes what the Hub payload alone cannot do: a push that writes a card, and BatchNorm folding."""
     base = modeling.ConcatEnsemblePreTrainedModel
 
     @functools.wraps(base.push_to_hub)

@@ -28,8 +28,8 @@ ROWS = 1024  # read from the table at a time
 
 
 def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
-    """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit. A
-    folder without a card gets one.
+    """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
+    A folder without a card gets one.
 
     Args:
         folder: As `concat-ensemble build` leaves it.
@@ -50,9 +50,9 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
 
 
 def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", **options) -> CommitInfo:
-    """Publish a model in one commit with the image processor and the card. While the weights are those of the folder
-    that the model was loaded from, that folder's card, results and figures go along; while they are those that the repo
-    has, the repo's stay. Else a new card is written.
+    """Publish a model in one commit, with the image processor and the card. While the weights are those of the folder
+    that the model was loaded from, that folder's card, results and figures go along. While they are those of the repo,
+    the repo's card stays. Else a new card is written.
 
     Args:
         model: An ensemble with or without a head, also of a class that was loaded from a repo.
@@ -81,10 +81,10 @@ def push_folder(
 ) -> CommitInfo:
     """Make a Hub repo hold an ensemble's folder, in one commit, or none if nothing changed.
 
-    Weights that the repo has already are not sent again, so an upload that was cut off goes on with the files that are
-    missing. Weights that the folder does not have are removed in the same commit, and so are results and figures if the
-    folder has a card. The repo's other files stay. If the folder has no card and its weights are new to the repo, a
-    card is written into the folder, on top of the repo's if it has one.
+    Weights that the repo has are not sent again, so pushing again after an interruption sends only the missing files.
+    Weights that the folder does not have are removed in the same commit, and so are results and figures if the folder
+    has a card. The repo's other files stay. If the folder has no card and its weights are new to the repo, a card is
+    written into the folder, on top of the repo's if it has one.
 
     Args:
         folder: As `save_pretrained` leaves it, with or without a card, results and figures. Hidden files stay behind.
@@ -165,7 +165,7 @@ def _read_remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
 
 
 def _plan_commit(api: HfApi, folder: Path, remote: _Remote) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Upload the shards that changed and all other files, and delete what is stale; first write a card if one is due."""
+    """Upload the shards that changed and all other files; delete what is stale. A missing card is written first."""
     files = list_files(folder)
     shards = {name: CommitOperationAdd(name, path) for name, path in files.items() if SHARD_NAME.fullmatch(name)}
     digests = {name: shard.upload_info.sha256.hex() for name, shard in shards.items()}
@@ -178,7 +178,7 @@ def _plan_commit(api: HfApi, folder: Path, remote: _Remote) -> list[CommitOperat
 
 
 def _find_stale(files: dict[str, Path], remote_paths: list[str]) -> list[str]:
-    """The repo's weights that the folder does not have, and, if it has a card, the repo's other results and figures."""
+    """The repo's weights that the folder does not have and, if it has a card, the repo's other results and figures."""
     owned = CARD_PARTS[2:] if "README.md" in files else ()
 
     def belongs_to_ensemble(path: str) -> bool:
@@ -231,8 +231,8 @@ def _advise_to_push_again(repo_id: str) -> Iterator[None]:
 
 
 def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo:
-    """Publish a table as a Hub dataset: a row per image, a column of lists per member (`member_00`, ...), and the label.
-    The table is never in memory as a whole.
+    """Publish a table as a Hub dataset: a row per image, with a column of lists per member (`member_00`, ...) and the
+    label. The table is never in memory as a whole.
 
     Args:
         table: From `extract_features`.

@@ -32,16 +32,14 @@ CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 MEMBER_KEYS = ("architecture", "model_args", "num_features", "preprocessing", "provenance")
 PREPROCESSING_KEYS = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "image_mode")
-# Arguments with which timm would read files, reach the network or return something other than pooled features: those
-# that it takes beside the arguments of a model's constructor.
+# timm's arguments that would read files, reach the network or return something other than pooled features.
 _TIMM_ARGS = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
 _OUTPUT_ARGS = {"device", "dtype", "features_only", "num_classes", "out_indices", "pruned"}
 REFUSED_MODEL_ARGS = sorted(_TIMM_ARGS | _OUTPUT_ARGS)
 PLAIN_NAME = re.compile(r"[\w.-]{0,64}")  # no path, no URL
 # Keys of a config with which transformers would load files or code from elsewhere.
 REFUSED_KEYS = {"adapter_config", "per_layer_config", "quantization_config", "sub_configs", "transformers_weights"}
-# A config may come from a stranger, so its numbers are bounded before anything is allocated. No timm model comes near
-# these bounds; `MAX_NUMBER` holds for features, labels and arguments.
+# Bounds for a stranger's numbers, before anything is allocated; MAX_NUMBER is for features, labels and arguments.
 MAX_MEMBERS, MAX_NUMBER, MAX_IMAGE_SIDE, MAX_NESTING = 256, 65_536, 4_096, 16
 
 
@@ -68,12 +66,11 @@ def error_prefix(prefix: str) -> Iterator[None]:
 
 
 def refuse_links(folder: str | os.PathLike, *subfolders: str) -> None:
-    """Raise OSError if a file in `folder` or in one of these subfolders, or a subfolder itself, is a symbolic link:
-    writing to it would change what it points to."""
+    """Raise OSError for a link among the files in `folder`, these subfolders and the files in them."""
     inside = [Path(folder, name) for name in subfolders]
     files = [path for parent in (Path(folder), *inside) for path in parent.glob("*") if not path.is_dir()]
     for path in inside + files:
-        if path.is_symlink():
+        if path.is_symlink():  # what it points to would be overwritten
             raise OSError(f"{path} is a link to {os.readlink(path)}; remove it, or write to another folder.")
 
 
@@ -119,8 +116,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if kwargs.get("num_labels", 0) is None:
             del kwargs["num_labels"]
-        # Both before transformers makes attributes and labels of them.
-        _check_other_keys(type(self), kwargs)
+        _check_other_keys(type(self), kwargs)  # before transformers makes attributes of them
         self._check_values(kwargs)
         has_head = self.id2label is not None or "num_labels" in kwargs
         super().__post_init__(**{**kwargs, "auto_map": dict(AUTO_MAP)})
@@ -140,8 +136,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         return settings
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # transformers leaves out values that equal its defaults, among them two labels with its own names: such a head
-        # would not be loaded again.
+        # transformers leaves out its defaults; a head with two labels of its own naming would be lost.
         return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
 
     def _check_values(self, others: dict[str, Any]) -> None:
@@ -157,9 +152,8 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         is_dtype = dtype is None or isinstance(torch_dtype, torch.dtype)
         require(is_dtype, "dtype", dtype, "one of torch's, such as 'float32'")
-        attention = others.get("attn_implementation")
-        is_usual = attention in (None, "eager", "sdpa")
-        require(is_usual, "attn_implementation", attention, "left out: timm's layers choose it themselves")
+        kind = others.get("attn_implementation")
+        require(kind in (None, "eager", "sdpa"), "attn_implementation", kind, "left out: timm's layers choose it")
 
     def _check_labels(self, num_labels: Any) -> None:
         names, numbers = self.id2label, self.label2id
@@ -170,8 +164,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         require(numbers is None or is_dict, "label2id", numbers, "numbers by name")
 
     def check_active_members(self) -> None:
-        """Raise ValueError unless `active_members` holds numbers of members, each once. The model calls this again,
-        since `from_pretrained` sets the field after the config is made."""
+        """Raise ValueError unless `active_members` is valid; for models, too, as `from_pretrained` sets it later."""
         active, count = self.active_members, len(self.members)
         if active is None:
             return
@@ -259,17 +252,15 @@ def _validate_member(k: int, member: Any) -> dict[str, Any]:
 
 
 def validate_model_args(model_args: Any) -> dict[str, Any]:
-    """A copy of arguments for a timm model's constructor, with lists in place of tuples. Raises ValueError for an argument
-    or a value with which timm could do more than construct a network."""
+    """A copy of arguments for a timm model's constructor, with lists in place of tuples. Raises ValueError for those
+    with which timm could do more than construct a network."""
     model_args = _copy_json(model_args, "model_args")
     require(isinstance(model_args, dict), "model_args", model_args, "a dict")
     for name in model_args:
         if not PLAIN_NAME.fullmatch(name):
             raise ValueError(f"model_args has the key {_short(name)}, which is no argument's name.")
     for name in sorted(set(model_args) & set(REFUSED_MODEL_ARGS)):
-        raise ValueError(
-            f"model_args may not hold {name!r}; weights come from the checkpoint and features are pooled."
-        )
+        raise ValueError(f"model_args may not hold {name!r}; weights come from the checkpoint, features are pooled.")
     for value in _list_leaves(model_args):
         if isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
             raise ValueError(f"model_args holds {_short(value)}; use plain names only, no paths and no addresses.")

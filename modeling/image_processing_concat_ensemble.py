@@ -8,6 +8,7 @@ import PIL.Image
 import PIL.ImageOps
 import timm.data
 import torch
+from torch.nn.functional import pad
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
@@ -59,7 +60,8 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             raise ValueError(f"geometries={geometries!r} must be a list of at least one geometry; {remedy}.")
         with error_prefix("geometries"):
             self.geometries = [validate_preprocessing(geometry) for geometry in geometries]
-        self._transforms = [_create_transform(geometry) for geometry in geometries]
+        settings = [{key: geometry[key] for key in geometry if key != "image_mode"} for geometry in geometries]
+        self._transforms = [timm.data.create_transform(**each, is_training=False) for each in settings]
 
     @classmethod
     def from_config(cls, config: ConcatEnsembleConfig) -> "ConcatEnsembleImageProcessor":
@@ -74,10 +76,8 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             return_tensors: `"pt"` or `"np"`.
 
         Returns:
-            `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several.
-
-        Raises:
-            ValueError: for an image that cannot be read, has only one pixel or holds NaN; it names the image's number.
+            `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several. ValueError with the
+            image's number in the batch if it cannot be read, has only one pixel or holds NaN.
         """
         if kwargs:
             raise ValueError(f"unknown arguments {sorted(kwargs)}; leave them out: the config fixes what members see.")
@@ -97,13 +97,10 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL's for a bad image
             path = f" ({image})" if isinstance(image, str | os.PathLike) else ""
             raise ValueError(f"image {number} of the batch{path}: {error}") from error
-        if len(slices) == 1:
-            return slices[0]
         channels, height, width = (max(axis) for axis in zip(*(s.shape for s in slices), strict=True))
-        stacked = slices[0].new_zeros(len(slices), channels, height, width)
-        for n, pixels in enumerate(slices):
-            stacked[n, :, : pixels.shape[1], : pixels.shape[2]] = pixels  # a gray slice fills all channels
-        return stacked
+        # A gray slice fills all channels.
+        padded = [pad(s.expand(channels, -1, -1), (0, width - s.shape[2], 0, height - s.shape[1])) for s in slices]
+        return padded[0] if len(padded) == 1 else torch.stack(padded)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         refuse_links(save_directory)
@@ -112,15 +109,10 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         return files
 
     def to_dict(self) -> dict[str, Any]:
-        # Only config.json names the class: with an `auto_map` here, transformers' `pipeline` takes it for a video
-        # processor as well, and asks whether to trust its code even if this package is installed.
+        # Only config.json names the class: transformers' `pipeline` takes an `auto_map` here for a video processor's,
+        # and asks whether to trust its code even if this package is installed.
         left_out = ("_transforms", "image_processor_type", "auto_map")
         return {key: value for key, value in super().to_dict().items() if key not in left_out}
-
-
-def _create_transform(geometry: dict[str, Any]):
-    settings = {key: value for key, value in geometry.items() if key != "image_mode"}
-    return timm.data.create_transform(**settings, is_training=False)
 
 
 def _flatten(images) -> list:

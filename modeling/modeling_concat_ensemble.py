@@ -38,10 +38,8 @@ SHARD_PATTERNS = ["member-*.safetensors", "projection*.safetensors", "head*.safe
 class ConcatEnsembleOutput(ModelOutput):
     """
     Args:
-        loss: Scalar, from a model with a head and with `labels`.
-        logits: (B, `num_labels`), from a model with a head.
-        pooler_output: (B, `config.num_features`): the built members' pooled features side by side, in member order, or
-            their projection if the ensemble has one.
+        loss: Scalar, from a model with a head and with `labels`. `logits`: (B, `num_labels`), with a head.
+        pooler_output: (B, `config.num_features`), the built members' features side by side, or their projection.
         member_features: One (B, `num_features`) tensor per built member, with `output_member_features=True`.
     """
 
@@ -68,15 +66,20 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         config.check_active_members()
         if not config.members:
             raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
-        self.members = nn.ModuleDict({str(k): _create_member(config, k) for k in config.built_members})
+        self.members, self._member_pixels, geometries = nn.ModuleDict(), {}, config.geometries
+        for k in config.built_members:
+            spec, index = config.members[k], config.geometry_index(k)
+            with error_prefix(f"members[{k}]"):
+                self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
+            number = index if len(geometries) > 1 else None
+            select = functools.partial(_select_pixels, number, geometries[index], spec["preprocessing"])
+            self._member_pixels[str(k)] = select  # not a closure, since models are pickled
         dim = config.projection_dim
         self.projection = None if dim is None else nn.Linear(config.num_member_features, dim)
         self.members_frozen = False
         self._pixel_shape = config.pixel_shape
-        self._member_pixels = {str(k): _create_pixel_selector(config, k) for k in config.built_members}
         self.supports_gradient_checkpointing = any(map(_can_checkpoint, self.members.values()))
-        # `device_map="auto"` places whole members: timm's blocks hold views across submodules that accelerate would
-        # separate.
+        # `device_map="auto"` places whole members: accelerate would separate views that timm's blocks share.
         self._no_split_modules = {type(member).__name__ for member in self.members.values()}
         inactive = [k for k in range(len(config.members)) if k not in config.built_members]
         self._keys_to_ignore_on_load_unexpected = {rf"^members\.{k}\." for k in inactive}
@@ -86,10 +89,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         ValueError for pixels of another shape than (B, *`config.pixel_shape`)."""
         expected = self._pixel_shape
         if pixel_values.ndim != len(expected) + 1 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; this ensemble wants "
-                f"(B, {', '.join(map(str, expected))}), as its own image processor makes them."
-            )
+            shape = f"(B, {', '.join(map(str, expected))}); use the ensemble's own image processor"
+            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)} must be of shape {shape}.")
         features = []
         for name, member in self.members.items():
             weight = next(member.parameters())
@@ -113,9 +114,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         self.members.requires_grad_(not frozen)
         self.train(self.training)
 
-    def fold_batchnorm(self):
-        """Fold BatchNorm into the convolutions, for faster inference. The installed package provides this method; for
-        a class loaded from a repo it has `concat_ensemble.inference.folding.fold_batchnorm(model)`."""
+    def fold_batchnorm(self) -> "ConcatEnsemblePreTrainedModel":
+        """Fold BatchNorm into the convolutions, in place: see `concat_ensemble.inference.folding`, which does it."""
         remedy = "pip install concat-ensemble, then call concat_ensemble.inference.folding.fold_batchnorm(model)"
         raise NotImplementedError(f"fold_batchnorm() needs the package; {remedy}.")
 
@@ -140,27 +140,24 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # `from_pretrained` builds on the meta device and leaves non-persistent buffers as uninitialized memory
-        # (transformers #48892): Swin crashes on it, EVA02 is silently wrong. Nothing else in timm's networks is
-        # touched: missing weights of a member are an error.
+        # `from_pretrained` leaves timm's non-persistent buffers as uninitialized memory (transformers #48892): Swin
+        # crashes on it, EVA02 is silently wrong. Nothing else in a member is touched: missing weights are an error.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, and strict: a missing or unexpected key of a built member raises.
-
-        Args:
-            active_members (`list[int]`, *optional*): Build these members only; only their files are read or fetched.
+        """As `PreTrainedModel.from_pretrained`, and strict: a missing or unexpected weight of a member raises. With
+        `active_members=[...]`, only these members are built, and only their files read or fetched.
 
         Raises:
-            ValueError: for missing, unexpected or misshapen weights of a member before they take memory, for bad
-                `active_members` and for a `device_map` that offloads to disk.
-            OSError: for a file that is missing, broken, named outside the folder, or not safetensors (pickles are read,
+            ValueError: for missing, unexpected or misshapen weights of a member, before memory is allocated; for bad
+                `active_members`; for a `device_map` that offloads to disk.
+            OSError: for a file that is missing, broken, named outside the folder or not safetensors (pickles are read,
                 tensors only, with `use_safetensors=False`).
         """
-        kwargs.setdefault("use_safetensors", True)
-        return_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.get("output_loading_info", False)
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         name = pretrained_model_name_or_path
         config = name if config is None else config
@@ -168,8 +165,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict()
         with_head = not issubclass(cls, ConcatEnsembleModel)
         with open_checkpoint(name, expected, with_head, hub_arguments) as source:
-            loaded = super().from_pretrained(source, *model_args, config=config, output_loading_info=True, **kwargs)
-        model, info = loaded
+            model, info = super().from_pretrained(source, *model_args, config=config, **kwargs)
         model.name_or_path = model.config.name_or_path = str(name)
         _check_loaded(model, info, name)
         for parameter in model.members.parameters():
@@ -186,9 +182,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         `active_members`, the members keep their numbers.
 
         Raises:
-            ValueError: when only some members are built and the folder holds the weights of others, which would be
-                lost; and after `fold_batchnorm()`.
-            OSError: when the folder is a file, cannot be written, or holds a symbolic link.
+            ValueError: after `fold_batchnorm()`, and if the folder has weights of members that are not built here.
+            OSError: if the folder is a file, cannot be written, or holds a symbolic link.
         """
         self._check_not_folded("saved")
         folder, config = Path(save_directory), copy.deepcopy(self.config)
@@ -214,10 +209,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     ) -> CommitInfo:
         """As `PreTrainedModel.push_to_hub`, with the image processor and the card. While the weights are those of the
         folder that the model was loaded from, that folder's card, results and figures go along; else the repo's card
-        stays or, with the package installed, a new one is written if the repo has other weights.
-
-        Args:
-            commit: `commit_message`, `commit_description` and `create_pr`.
+        stays or, with the package installed, a new one is written if the repo has other weights. `commit` may hold
+        `commit_message`, `commit_description` and `create_pr`.
 
         Raises:
             ValueError: for arguments that do not go together, and with `private=True` for a repo that is public.
@@ -233,17 +226,12 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             copy_card(Path(self.name_or_path), Path(folder))
-            where = {"repo_id": repo_id, "folder_path": folder, "revision": revision}
-            commit = {"commit_message": "Upload ensemble"} | {key: value for key, value in commit.items() if value}
-            return api.upload_folder(**where, **commit, delete_patterns=SHARD_PATTERNS)
+            options = {"revision": revision, "delete_patterns": SHARD_PATTERNS, "commit_message": "Upload ensemble"}
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options | commit)
 
     def export_active(self, members: list[int] | None = None) -> "ConcatEnsembleModel":
-        """A whole ensemble of the built members, numbered from 0, without a head. It shares their weights.
-
-        Args:
-            members: Numbers of the built members to take, in this order; all by default. If given, a projection, which
-                needs all members in their own order, is left out.
-        """
+        """A whole ensemble of the built members, or of those with these numbers, in this order. It numbers them from 0
+        and shares their weights. It has no head, and with `members` no projection either, which needs all of them."""
         chosen = self.config.built_members if members is None else list(members)
         config = ConcatEnsembleConfig(
             members=[self.config.members[k] for k in chosen],
@@ -300,11 +288,8 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, output_member_features: bool = False, **kwargs
     ) -> ConcatEnsembleOutput:
-        """
-        Args:
-            pixel_values, output_member_features: As in `ConcatEnsembleModel`.
-            labels: (B,) int64 class numbers; (B,) floats for regression; (B, `num_labels`) floats for multi-label.
-        """
+        """As `ConcatEnsembleModel.forward`, with `labels`: (B,) int64 class numbers, (B,) floats for regression, or
+        (B, `num_labels`) floats for several labels an image."""
         features = self.forward_members(pixel_values)
         pooled = self.pool(features)
         inputs = (pooled - self.feature_mean) / self.feature_scale if self.config.standardize else pooled
@@ -344,16 +329,11 @@ def _check_loaded(model: ConcatEnsemblePreTrainedModel, info: dict, name) -> Non
     refuse_misfit(missing, unexpected, name)
 
 
-def _create_member(config: ConcatEnsembleConfig, k: int) -> nn.Module:
-    spec = config.members[k]
-    with error_prefix(f"members[{k}]"):
-        return create_backbone(spec["architecture"], **{key: _as_tuples(v) for key, v in spec["model_args"].items()})
-
-
 def create_backbone(architecture: str, **model_args) -> nn.Module:
     """timm's network without a head, with fresh weights, built on the meta device first, where its size costs nothing.
     Raises ValueError when timm cannot build it, and when it is larger than any of timm's own."""
-    create = functools.partial(timm.create_model, architecture, pretrained=False, num_classes=0, **model_args)
+    arguments = {name: _as_tuples(value) for name, value in model_args.items()}
+    create = functools.partial(timm.create_model, architecture, pretrained=False, num_classes=0, **arguments)
     try:
         with torch.device("meta"), _limit_size():
             network = create()
@@ -407,10 +387,3 @@ def _select_pixels(index: int | None, source: dict, target: dict, pixel_values: 
     scale = [s / t for s, t in zip(source["std"], target["std"], strict=True)]
     shift = [(m - n) / t for m, n, t in zip(source["mean"], target["mean"], target["std"], strict=True)]
     return pixels * pixels.new_tensor(scale)[:, None, None] + pixels.new_tensor(shift)[:, None, None]
-
-
-def _create_pixel_selector(config: ConcatEnsembleConfig, k: int):
-    """The function from `pixel_values` to what member `k` sees; a partial one, since models are pickled."""
-    index, geometries = config.geometry_index(k), config.geometries
-    slice_index = index if len(geometries) > 1 else None
-    return functools.partial(_select_pixels, slice_index, geometries[index], config.members[k]["preprocessing"])

@@ -1,7 +1,5 @@
-"""Weights of an ensemble on disk: one safetensors file per member, one for a head or projection, and an index.
-
-A checkpoint may come from a stranger, so its names, files and shapes are checked before any weight takes memory.
-"""
+"""Weights on disk: one safetensors file per member, one for a head or projection, and an index. Since a checkpoint
+may come from a stranger, its names, files and shapes are checked before any weight takes memory."""
 
 import filecmp
 import json
@@ -9,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +19,11 @@ from transformers.utils.hub import cached_file, cached_files
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
-SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
 
 
 def part_name(key: str) -> str:
-    """The part of an ensemble that a weight belongs to, such as `member-00`, `projection` or `head`: its file's name."""
+    """The part of an ensemble that has this weight, and its file's name: `member-00`, ..., `projection` or `head`."""
     if member := re.match(r"members\.(\d+)\.", key):
         return f"member-{int(member[1]):02d}"
     return "projection" if key.startswith("projection.") else "head"
@@ -56,19 +52,14 @@ def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hu
         return
     parts = {part_name(key) for key in expected} | ({"head"} if with_head else set())
     shards = _select_shards(index_path, parts)
-    if not shards:
-        raise ValueError(
-            f"{name} holds no weights of {', '.join(sorted(parts))}; give active_members=[...] that it has."
-        )
     names = sorted(set(shards.values()))
     files = dict(zip(names, map(os.path.abspath, cached_files(name, names, **hub_arguments)), strict=True))
     _check_shapes(list(files.values()), expected, name)
+    index = {"metadata": {}, "weight_map": {key: files[shard] for key, shard in shards.items()}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, hub_arguments.get("subfolder", ""), INDEX_NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"metadata": {}, "weight_map": {key: files[shard] for key, shard in shards.items()}})
-        )
+        path.write_text(json.dumps(index))
         yield folder
 
 
@@ -76,20 +67,22 @@ def _select_shards(index_path: str, parts: set[str]) -> dict[str, str]:
     """Name of the file by key of the weight, for the files that hold these parts."""
     try:
         weight_map = json.loads(Path(index_path).read_text())["weight_map"]
-        unsafe = sorted(shard for shard in set(weight_map.values()) if not SAFE_NAME.fullmatch(shard))
+        unsafe = sorted(shard for shard in set(weight_map.values()) if not re.fullmatch(r"[A-Za-z0-9._-]+", shard))
         needed = {shard for key, shard in weight_map.items() if part_name(key) in parts}
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise OSError(f"{index_path} is not an index of weights ({error!r}); fetch or save it again.") from error
     if unsafe:
-        raise OSError(
-            f"{index_path}: the index names {unsafe[0]!r}, which must match {SAFE_NAME.pattern}; save it again."
+        raise OSError(f"{index_path} is an index with the bad file name {unsafe[0]!r}; fetch or save it again.")
+    if not needed:
+        members = ", ".join(sorted(parts))
+        raise ValueError(
+            f"{index_path} is an index without weights of {members}; give active_members=[...] that it has."
         )
     return {key: shard for key, shard in weight_map.items() if shard in needed}
 
 
 def _check_shapes(files: list[str], expected: dict[str, torch.Tensor], name) -> None:
-    """Raise ValueError unless the files hold the expected weights in their shapes, and no others of the same parts.
-    transformers allocates a whole model before it sees that the files do not hold it."""
+    """Raise ValueError unless the files hold the expected weights and no others, before a model is allocated."""
     shapes = {}
     for file in files:
         try:
@@ -110,11 +103,10 @@ def refuse_misfit(missing: list[str], unexpected: list[str], name) -> None:
 
 
 def save_weights(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
-    """Write a file per part, or several for one larger than `max_shard_size`, and the index; then remove the shards of
-    an earlier save."""
-    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    """Write a file or more per part, then the index; then remove what an earlier save left."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        parts[part_name(key)][key] = tensor
+        parts.setdefault(part_name(key), {})[key] = tensor
     weight_map = {}
     for part, tensors in parts.items():
         pattern = f"{part}{{suffix}}.safetensors"
