@@ -64,7 +64,7 @@ def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", **opt
         folder, source = Path(name), Path(model.name_or_path)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if copy_card(source, folder) and not filecmp.cmp(source / INDEX_NAME, folder / INDEX_NAME):
-            _write_card(folder, None)  # the source has a head, and its card speaks of it
+            _write_card(folder, None)  # its card describes a head that this model does not have
         return push_folder(folder, repo_id, **options)
 
 
@@ -98,7 +98,7 @@ def push_folder(
         ValueError: for arguments that do not go together, and, before anything is sent, with `private=True` for a repo
             that is public.
         OSError: for an incomplete folder, a symbolic link in it, a repo that somebody else has changed meanwhile, and
-            an upload that the Hub refuses or that cannot reach it.
+            if the Hub refuses the upload or cannot be reached.
     """
     if create_pr and revision is not None:
         raise ValueError(f"a pull request is made against main; leave out revision={revision!r} or create_pr.")
@@ -188,7 +188,7 @@ def _find_stale(files: dict[str, Path], remote_paths: list[str]) -> list[str]:
 
 
 def _add_card(api: HfApi, folder: Path, remote: _Remote) -> None:
-    if "README.md" in remote.paths:  # what was written by hand there is kept
+    if "README.md" in remote.paths:  # so that text written by hand stays
         shutil.copy(api.hf_hub_download(remote.repo_id, "README.md", revision=remote.commit), folder / "README.md")
     _write_card(folder, remote.repo_id)
 
