@@ -150,8 +150,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         self._check_labels(others.get("num_labels", 0))
         dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
         torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        is_dtype = dtype is None or isinstance(torch_dtype, torch.dtype)
-        require(is_dtype, "dtype", dtype, "one of torch's, such as 'float32'")
+        require(dtype is None or isinstance(torch_dtype, torch.dtype), "dtype", dtype, "a torch dtype like 'float32'")
         kind = others.get("attn_implementation")
         require(kind in (None, "eager", "sdpa"), "attn_implementation", kind, "left out: timm's layers choose it")
 
@@ -204,6 +203,8 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         """Index in `geometries` of the member's geometry."""
         keys = [_geometry_key(geometry) for geometry in self.geometries]
         return keys.index(_geometry_key(self.members[member]["preprocessing"]))
+
+    geometry_of = geometry_index  # deprecated: the name in 0.1
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
@@ -259,8 +260,8 @@ def validate_model_args(model_args: Any) -> dict[str, Any]:
     for name in model_args:
         if not PLAIN_NAME.fullmatch(name):
             raise ValueError(f"model_args has the key {_short(name)}, which is no argument's name.")
-    for name in sorted(set(model_args) & set(REFUSED_MODEL_ARGS)):
-        raise ValueError(f"model_args may not hold {name!r}; weights come from the checkpoint, features are pooled.")
+        if name in REFUSED_MODEL_ARGS:
+            raise ValueError(f"model_args may not hold {name!r}; it does more than construct a network, so remove it.")
     for value in _list_leaves(model_args):
         if isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
             raise ValueError(f"model_args holds {_short(value)}; use plain names only, no paths and no addresses.")

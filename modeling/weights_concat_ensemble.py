@@ -74,10 +74,7 @@ def _select_shards(index_path: str, parts: set[str]) -> dict[str, str]:
     if unsafe:
         raise OSError(f"{index_path} is an index with the bad file name {unsafe[0]!r}; fetch or save it again.")
     if not needed:
-        members = ", ".join(sorted(parts))
-        raise ValueError(
-            f"{index_path} is an index without weights of {members}; give active_members=[...] that it has."
-        )
+        raise ValueError(f"{index_path} has no weights of {', '.join(sorted(parts))}; choose other active_members.")
     return {key: shard for key, shard in weight_map.items() if shard in needed}
 
 

@@ -1,13 +1,16 @@
 """Which files are saved, what is loaded from them, and which folders are refused."""
 
+import inspect
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
 from concat_ensemble.modeling.configuration_concat_ensemble import AUTO_MAP, PAYLOAD_FILES
@@ -92,6 +95,13 @@ def test_a_freshly_built_model_writes_all_four_auto_classes_and_their_code(build
     assert config["auto_map"] == AUTO_MAP and len(AUTO_MAP) == 4
     assert config["architectures"] == [cls.__name__] and config["dtype"] == "float32"
     assert {path.name for path in tmp_path.glob("*.py")} == PAYLOAD_FILES
+
+
+def test_transformers_finds_every_file_of_the_payload():
+    folder = Path(inspect.getfile(ConcatEnsembleModel)).parent
+    imported = get_relative_import_files(folder / "modeling_concat_ensemble.py")
+    files = {Path(path).name for path in imported} | {"modeling_concat_ensemble.py"}
+    assert files == PAYLOAD_FILES == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
 
 
 def test_a_members_file_has_the_same_bytes_with_and_without_a_head(folder, headed, tmp_path):
