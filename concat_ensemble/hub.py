@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.modeling.weights_concat_ensemble import CARD_PARTS, INDEX_NAME, SHARD_NAME, copy_card
@@ -151,7 +151,7 @@ class _Remote:
     """A repo at the commit that the push is based on."""
 
     repo_id: str
-    commit: str
+    commit: str | None
     paths: list[str]
     shards: dict[str, str]  # SHA-256 by name
 
@@ -230,7 +230,7 @@ def _advise_to_push_again(repo_id: str) -> Iterator[None]:
         raise OSError(f"{repo_id}: {error} Push again: what has arrived is not sent a second time.") from error
 
 
-def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo:
+def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo | None:
     """Publish a table as a Hub dataset: a row per image, with a column of lists per member (`member_00`, ...) and the
     label. The table is never in memory as a whole.
 

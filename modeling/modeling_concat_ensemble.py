@@ -225,7 +225,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            copy_card(Path(self.name_or_path), Path(folder))
+            copy_card(Path(str(self.name_or_path)), Path(folder))
             options = {"revision": revision, "delete_patterns": SHARD_PATTERNS, "commit_message": "Upload ensemble"}
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **options | commit)
 
@@ -269,7 +269,7 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
     linear probe finds."""
 
     def __init__(self, config: ConcatEnsembleConfig):
-        active, num_labels = config.active_members, config.num_labels
+        active, num_labels = config.active_members, config.num_labels or 0
         expected = "None for a head; load some members with ConcatEnsembleModel, or export_active() first"
         require(active is None, "active_members", active, expected)
         expected = "above 0, since a classifier needs classes; pass num_labels=10 or id2label={0: 'cat', ...}"

@@ -53,7 +53,8 @@ def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hu
     parts = {part_name(key) for key in expected} | ({"head"} if with_head else set())
     shards = _select_shards(index_path, parts)
     names = sorted(set(shards.values()))
-    files = dict(zip(names, map(os.path.abspath, cached_files(name, names, **hub_arguments)), strict=True))
+    paths = map(os.path.abspath, cached_files(name, names, **hub_arguments) or ())
+    files = dict(zip(names, paths, strict=True))
     _check_shapes(list(files.values()), expected, name)
     index = {"metadata": {}, "weight_map": {key: files[shard] for key, shard in shards.items()}}
     with tempfile.TemporaryDirectory() as folder:

@@ -8,13 +8,18 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from concat_ensemble.errors import first_line
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleForImageClassification,
+    ConcatEnsembleModel,
+    ConcatEnsemblePreTrainedModel,
+)
 
 TOLERANCE = 1e-4  # relative to the largest output, or to 1 if that is smaller
 TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)  # numbers of images
@@ -23,7 +28,7 @@ DYNAMIC_SHAPES = {"pixel_values": {0: torch.export.Dim("batch")}}
 Run = Callable[[torch.Tensor], "list[torch.Tensor] | tuple[torch.Tensor, ...]"]
 
 
-def load_for_export(folder: str | os.PathLike) -> nn.Module:
+def load_for_export(folder: str | os.PathLike) -> ConcatEnsemblePreTrainedModel:
     """The ensemble that was saved in `folder`, in float32, with its head if it has one.
 
     Raises:
@@ -39,7 +44,7 @@ def load_for_export(folder: str | os.PathLike) -> nn.Module:
     return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike, *, check: bool = True) -> Path:
+def export_onnx(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *, check: bool = True) -> Path:
     """Write an ensemble as an ONNX file, with its weights inside or, from 1.5 GB on, beside it as `<name>.data`. The
     file's metadata hold the configuration as JSON, with each member's preprocessing and the names of the classes.
 
@@ -60,12 +65,10 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, check: bool = True
         raise ValueError(f"ONNX needs more ({error}); pip install 'concat-ensemble[export]'.") from error
 
     def write(module: _TupleModel, pixels: torch.Tensor, file: Path) -> None:
-        options = {
-            "input_names": ["pixel_values"],
-            "output_names": ["logits", "pooler_output"][-len(module(pixels)) :],
-        }
+        names = ["logits", "pooler_output"][-len(module(pixels)) :]
+        options: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": names, "verbose": False}
         try:
-            program = torch.onnx.export(module, (pixels,), dynamic_shapes=DYNAMIC_SHAPES, verbose=False, **options)
+            program: Any = torch.onnx.export(module, (pixels,), dynamic_shapes=DYNAMIC_SHAPES, **options)
         except torch.onnx.errors.OnnxExporterError as error:
             raise ValueError(f"this ensemble has no ONNX form: {first_line(error)}") from error
         program.model.metadata_props["config"] = model.config.to_json_string(use_diff=False)
@@ -78,7 +81,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, check: bool = True
     return _export(model, Path(path), write, load, check=check)
 
 
-def export_program(model: nn.Module, path: str | os.PathLike, *, check: bool = True) -> Path:
+def export_program(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *, check: bool = True) -> Path:
     """Write an ensemble as a program that `torch.export.load(path).module()` runs, with PyTorch alone. AOTInductor can
     compile it further. Arguments and errors are those of `export_onnx`, without the extra.
     """
@@ -107,7 +110,7 @@ class _TupleModel(nn.Module):
 
 @torch.no_grad()
 def _export(
-    model: nn.Module,
+    model: ConcatEnsemblePreTrainedModel,
     path: Path,
     write: Callable[[_TupleModel, torch.Tensor, Path], None],
     load: Callable[[Path], Run],
@@ -133,7 +136,7 @@ def _export(
     return path
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: ConcatEnsemblePreTrainedModel) -> None:
     if model.training:
         raise ValueError("the model is in training mode; call eval() before exporting it.")
     if model.dtype != torch.float32 or model.device.type != "cpu":

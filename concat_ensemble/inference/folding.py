@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -10,7 +10,9 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
-Ensemble = TypeVar("Ensemble", bound=nn.Module)
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
+
+Ensemble = TypeVar("Ensemble", bound=ConcatEnsemblePreTrainedModel)
 
 
 class FoldedBatchNorm(nn.Sequential):
@@ -97,7 +99,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-def _find_pairs(network: nn.Module, recorder: _Recorder) -> list[tuple[str, nn.Module, nn.Module]]:
+def _find_pairs(network: nn.Module, recorder: _Recorder) -> list[tuple[str, Any, Any]]:
     """Name of each BatchNorm that can be folded, the BatchNorm, and the convolution before it: the statistics, the
     tensor between the two and the weight must each have been used once."""
     kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -105,8 +107,8 @@ def _find_pairs(network: nn.Module, recorder: _Recorder) -> list[tuple[str, nn.M
     pairs = []
     for name, norm in network.named_modules():
         mean = id(getattr(norm, "running_mean", None))
-        between = recorder.input_by_mean.get(mean)
-        weight = recorder.weight_by_output.get(between)
+        between = recorder.input_by_mean.get(mean, 0)  # 0 is no tensor's id
+        weight = recorder.weight_by_output.get(between, 0)
         if weight in convolutions and recorder.uses[mean] == recorder.uses[between] == recorder.uses[weight] == 1:
             pairs.append((name, norm, convolutions[weight]))
     return pairs
