@@ -4,6 +4,7 @@ Importing the package costs next to nothing. Its names are imported when they ar
 registered with transformers' Auto classes as soon as those are imported, before or after this package.
 """
 
+import functools
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -94,10 +95,20 @@ def _register_image_processor(auto) -> None:
 
 
 @wrapt.when_imported("concat_ensemble.modeling.modeling_concat_ensemble")
-def _give_pushed_models_a_card(modeling) -> None:
-    def write_card(folder, title):
-        from concat_ensemble.hub import write_new_card
+def _attach_methods(modeling) -> None:
+    """Give the classes what the Hub payload alone cannot do: a push that writes a card, and BatchNorm folding."""
+    base = modeling.ConcatEnsemblePreTrainedModel
 
-        write_new_card(folder, title)
+    @functools.wraps(base.push_to_hub)
+    def push_to_hub(self, repo_id, **options):
+        from concat_ensemble.hub import push_model
 
-    modeling.ConcatEnsemblePreTrainedModel.card_writer = staticmethod(write_card)
+        return push_model(self, repo_id, **options)
+
+    @functools.wraps(base.fold_batchnorm)
+    def fold_batchnorm(self):
+        from concat_ensemble.inference.folding import fold_batchnorm
+
+        return fold_batchnorm(self)
+
+    base.push_to_hub, base.fold_batchnorm = push_to_hub, fold_batchnorm

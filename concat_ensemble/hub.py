@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.hf_api import RepoFile
 
-from concat_ensemble.modeling.modeling_concat_ensemble import push_folder
+from concat_ensemble.modeling.weights_concat_ensemble import CARD_PARTS, INDEX_NAME, SHARD_NAME, copy_card
 
 if TYPE_CHECKING:
-    from concat_ensemble.features.table import FeatureTable
+    from concat_ensemble.features.table import FeatureTable, TableSplit
 
 ROWS = 1024  # read from the table at a time
 
 
 def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
-    """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit. A
-    folder without a card is given one.
+    """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
+    A folder without a card gets one.
 
     Args:
         folder: As `concat-ensemble build` leaves it.
-        repo_id: `namespace/name` of a model repo, made where there is none.
+        repo_id: `namespace/name` of a model repo, made if there is none.
         **options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`, as in
-            `ConcatEnsembleModel.push_to_hub`.
+            `push_folder`.
 
     Raises:
-        ValueError, OSError: as `concat_ensemble.modeling.modeling_concat_ensemble.push_folder`.
+        ValueError, OSError: as `push_folder`, and ValueError if the folder holds no ensemble.
     """
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -38,47 +46,225 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
         raise ValueError(f"{folder} holds no ensemble ({error}); make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
-    return push_folder(folder, repo_id, card_writer=write_new_card, **options)
+    return push_folder(folder, repo_id, **options)
 
 
-def write_new_card(folder: Path, title: str | None) -> None:
-    from concat_ensemble.reporting.model_card import (
-        write_card,  # with matplotlib, which loading a model has no use for
-    )
+def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", **options) -> CommitInfo:
+    """Publish a model in one commit, with the image processor and the card. While the weights are those of the folder
+    that the model was loaded from, that folder's card, results and figures go along. While they are those of the repo,
+    the repo's card stays. Else a new card is written.
+
+    Args:
+        model: An ensemble with or without a head, also of a class that was loaded from a repo.
+        repo_id: `namespace/name` of a model repo, made if there is none.
+        max_shard_size: As in `save_pretrained`.
+        **options: As in `push_folder`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, source = Path(name), Path(model.name_or_path)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if copy_card(source, folder) and not filecmp.cmp(source / INDEX_NAME, folder / INDEX_NAME):
+            _write_card(folder, None)  # its card describes a head that this model does not have
+        return push_folder(folder, repo_id, **options)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Make a Hub repo hold an ensemble's folder, in one commit, or none if nothing changed.
+
+    Weights that the repo has are not sent again, so pushing again after an interruption sends only the missing files.
+    Weights that the folder does not have are removed in the same commit, and so are results and figures if the folder
+    has a card. The repo's other files stay. If the folder has no card and its weights are new to the repo, a card is
+    written into the folder, on top of the repo's if it has one.
+
+    Args:
+        folder: As `save_pretrained` leaves it, with or without a card, results and figures. Hidden files stay behind.
+        repo_id: `namespace/name`, made if there is none.
+        private: Make the repo private. `revision`: A branch, made if there is none. `create_pr`: Open a pull request.
+
+    Returns:
+        The commit: the last one of the repo if nothing changed.
+
+    Raises:
+        ValueError: for arguments that do not go together, and, before anything is sent, with `private=True` for a repo
+            that is public.
+        OSError: for an incomplete folder, a symbolic link in it, a repo that somebody else has changed meanwhile, and
+            if the Hub refuses the upload or cannot be reached.
+    """
+    if create_pr and revision is not None:
+        raise ValueError(f"a pull request is made against main; leave out revision={revision!r} or create_pr.")
+    _check_token(token)
+    list_files(folder)  # an incomplete one is refused before a repo is made
+    api = HfApi(token=token, library_name="concat-ensemble")
+    with _advise_to_push_again(repo_id):
+        repo_id = _prepare_repo(api, repo_id, private, revision)
+        remote = _read_remote(api, repo_id, revision)
+        return api.create_commit(
+            repo_id,
+            _plan_commit(api, folder, remote),
+            commit_message=commit_message or "Upload ensemble",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=remote.commit,
+        )
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """The files of an ensemble's folder to publish: path by name in the repo.
+
+    Raises:
+        OSError: if the folder is incomplete or holds a symbolic link.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") and part not in CARD_PARTS for part in name.parts)
+        if hidden or path.suffix == ".tmp":
+            continue
+        if path.is_symlink():
+            raise OSError(f"{path} is a link, and what it points to would be published; put the file in its place.")
+        if path.is_file():
+            files[name.as_posix()] = path
+    try:
+        shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        reason = f"{INDEX_NAME}: {error!r}"
+        raise OSError(f"{folder} holds no whole ensemble ({reason}); save or build it again.") from error
+    missing = sorted({"config.json", "preprocessor_config.json", *shards} - set(files))
+    if missing:
+        raise OSError(f"{folder} lacks {', '.join(missing)}; save or build the ensemble again.")
+    return files
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A repo at the commit that the push is based on."""
+
+    repo_id: str
+    commit: str | None
+    paths: list[str]
+    shards: dict[str, str]  # SHA-256 by name
+
+
+def _read_remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
+    commit = api.model_info(repo_id, revision=revision).sha
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    shards = {file.path: file.lfs.sha256 for file in files if file.lfs and SHARD_NAME.fullmatch(file.path)}
+    return _Remote(repo_id, commit, [file.path for file in files], shards)
+
+
+def _plan_commit(api: HfApi, folder: Path, remote: _Remote) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Upload the shards that changed and all other files; delete what is stale. A missing card is written first."""
+    files = list_files(folder)
+    shards = {name: CommitOperationAdd(name, path) for name, path in files.items() if SHARD_NAME.fullmatch(name)}
+    digests = {name: shard.upload_info.sha256.hex() for name, shard in shards.items()}
+    if "README.md" not in files and digests != remote.shards:
+        _add_card(api, folder, remote)
+        files = list_files(folder)
+    changed = [shard for name, shard in shards.items() if digests[name] != remote.shards.get(name)]
+    others = [CommitOperationAdd(name, path) for name, path in files.items() if name not in shards]
+    return [*changed, *others, *map(CommitOperationDelete, _find_stale(files, remote.paths))]
+
+
+def _find_stale(files: dict[str, Path], remote_paths: list[str]) -> list[str]:
+    """The repo's weights that the folder does not have and, if it has a card, the repo's other results and figures."""
+    owned = CARD_PARTS[2:] if "README.md" in files else ()
+
+    def belongs_to_ensemble(path: str) -> bool:
+        return bool(SHARD_NAME.fullmatch(path)) or path.split("/")[0] in owned
+
+    return [path for path in remote_paths if path not in files and belongs_to_ensemble(path)]
+
+
+def _add_card(api: HfApi, folder: Path, remote: _Remote) -> None:
+    if "README.md" in remote.paths:  # so that text written by hand stays
+        shutil.copy(api.hf_hub_download(remote.repo_id, "README.md", revision=remote.commit), folder / "README.md")
+    _write_card(folder, remote.repo_id)
+
+
+def _write_card(folder: Path, title: str | None) -> None:
+    from concat_ensemble.reporting.model_card import write_card  # loads matplotlib
 
     write_card(folder, title)
 
 
-def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo:
-    """Publish a table as a Hub dataset: a row per image, a column of lists per member (`member_00`, ...), and the label.
-    The table is never in memory as a whole.
+def _check_token(token: str | bool | None) -> None:
+    value = get_token() if token is None or token is True else token
+    if value and not re.fullmatch(r"[!-~]+", value):  # the client would print it in its error
+        raise ValueError("the token holds characters that no token has; copy it again, or log in with hf auth login.")
+
+
+def _prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Make the repo and the branch if they are not there. Returns the repo's full name."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:  # create_repo ignores `private` for a repo that is there
+        raise ValueError(_describe_public(repo_id))
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def _describe_public(repo_id: str) -> str:
+    return f"private=True: {repo_id} is public already; make it private on the Hub, or leave this out."
+
+
+@contextmanager
+def _advise_to_push_again(repo_id: str) -> Iterator[None]:
+    """Turn an error of the connection into an OSError that says to push again; answers of the Hub stay as they are."""
+    try:
+        yield
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, RuntimeError) as error:
+        raise OSError(f"{repo_id}: {error} Push again: what has arrived is not sent a second time.") from error
+
+
+def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo | None:
+    """Publish a table as a Hub dataset: a row per image, with a column of lists per member (`member_00`, ...) and the
+    label. The table is never in memory as a whole.
 
     Args:
         table: From `extract_features`.
-        repo_id: `namespace/name` of a dataset repo, made where there is none.
+        repo_id: `namespace/name` of a dataset repo, made if there is none.
         **options: `private`, `token`, `revision`, `create_pr` and more, as in `datasets.DatasetDict.push_to_hub`.
+
+    Raises:
+        ValueError: with `private=True` for a repo that is public.
     """
     if options.get("private"):  # which is ignored for a repo that is there already
         api = HfApi(token=options.get("token"), library_name="concat-ensemble")
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True).repo_id
         if not api.dataset_info(repo_id).private:
-            raise ValueError(
-                f"{repo_id} is public already, and private was asked for; make it so on the Hub or leave it out."
-            )
+            raise ValueError(_describe_public(repo_id))
+    blocks = table[next(iter(table))].blocks
     columns = {
-        f"member_{k:02d}": List(Value(str(block.dtype)), length=block.shape[1])
-        for k, block in enumerate(table[next(iter(table))].blocks)
+        f"member_{k:02d}": List(Value(str(block.dtype)), length=block.shape[1]) for k, block in enumerate(blocks)
     }
     features = Features(columns | {"label": ClassLabel(names=list(map(str, table.class_names)))})
     with tempfile.TemporaryDirectory() as folder:
         splits = DatasetDict()
         for name in table:
-            split, path = table[name], f"{folder}/{name}.arrow"
-            with ArrowWriter(path=path, features=features) as writer:
-                for start in range(0, len(split), ROWS):
-                    part = slice(start, start + ROWS)
-                    rows = {column: list(block[part]) for column, block in zip(columns, split.blocks, strict=True)}
-                    writer.write_batch(rows | {"label": split.labels[part]})
-                writer.finalize()
-            splits[name] = Dataset.from_file(path)
+            path = Path(folder, f"{name}.arrow")
+            _write_split(path, table[name], features)
+            splits[name] = Dataset.from_file(str(path))
         return splits.push_to_hub(repo_id, **options)
+
+
+def _write_split(path: Path, split: TableSplit, features: Features) -> None:
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for start in range(0, len(split), ROWS):
+            part = slice(start, start + ROWS)
+            columns = [*(list(block[part]) for block in split.blocks), split.labels[part]]
+            writer.write_batch(dict(zip(features, columns, strict=True)))
+        writer.finalize()

@@ -8,14 +8,16 @@ import PIL.Image
 import PIL.ImageOps
 import timm.data
 import torch
+from torch.nn.functional import pad
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
 from .configuration_concat_ensemble import ConcatEnsembleConfig
-from .configuration_concat_ensemble import checked_preprocessing
 from .configuration_concat_ensemble import copy_payload
+from .configuration_concat_ensemble import error_prefix
 from .configuration_concat_ensemble import refuse_links
+from .configuration_concat_ensemble import validate_preprocessing
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -41,8 +43,8 @@ def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
 
 class ConcatEnsembleImageProcessor(BaseImageProcessor):
     """
-    Every member sees what `timm.data.create_transform(..., is_training=False)` makes of an image. Members that cut and
-    resize alike share one slice; with several geometries the slices are stacked, each zero-padded on the right and
+    Every member sees what `timm.data.create_transform(..., is_training=False)` makes of an image. Members that resize
+    and crop alike share one slice; with several geometries the slices are stacked, each zero-padded on the right and
     below to the largest.
 
     Args:
@@ -53,14 +55,13 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
 
     def __init__(self, geometries: list[dict[str, Any]] | None = None, **kwargs):
         super().__init__(**kwargs)
-        if not geometries:
-            raise ValueError(
-                "geometries is empty; use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)."
-            )
-        if not isinstance(geometries, list | tuple):
-            raise ValueError(f"geometries={geometries!r} must be a list.")
-        self.geometries = [checked_preprocessing(geometry, _refuse_geometry) for geometry in geometries]
-        self._transforms = [_eval_transform(geometry) for geometry in geometries]
+        if not geometries or not isinstance(geometries, list | tuple):
+            remedy = "use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)"
+            raise ValueError(f"geometries={geometries!r} must be a list of at least one geometry; {remedy}.")
+        with error_prefix("geometries"):
+            self.geometries = [validate_preprocessing(geometry) for geometry in geometries]
+        settings = [{key: geometry[key] for key in geometry if key != "image_mode"} for geometry in geometries]
+        self._transforms = [timm.data.create_transform(**each, is_training=False) for each in settings]
 
     @classmethod
     def from_config(cls, config: ConcatEnsembleConfig) -> "ConcatEnsembleImageProcessor":
@@ -75,39 +76,31 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             return_tensors: `"pt"` or `"np"`.
 
         Returns:
-            `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several.
-
-        Raises:
-            ValueError: naming the image's place in the batch, when it has no more than one pixel or holds NaN.
+            `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several. ValueError with the
+            image's number in the batch if it cannot be read, has only one pixel or holds NaN.
         """
         if kwargs:
-            raise ValueError(f"unknown arguments {sorted(kwargs)}: what a member sees is fixed by its configuration.")
-        images = _flat(images)
+            raise ValueError(f"unknown arguments {sorted(kwargs)}; leave them out: the config fixes what members see.")
+        images = _flatten(images)
         if not images:
             raise ValueError("images is empty; give at least one.")
-        return BatchFeature(
-            {"pixel_values": torch.stack([self._pixels(n, image) for n, image in enumerate(images)])},
-            tensor_type=return_tensors,
-        )
+        pixels = [self._create_pixels(number, image) for number, image in enumerate(images)]
+        return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
 
-    def _pixels(self, number: int, image) -> torch.Tensor:
-        given = image
+    def _create_pixels(self, number: int, image) -> torch.Tensor:
         try:
-            image = _to_pil(image)
+            pil_image = _to_pil(image)
             slices = [
-                transform(convert_image(image, geometry["image_mode"]))
+                transform(convert_image(pil_image, geometry["image_mode"]))
                 for transform, geometry in zip(self._transforms, self.geometries, strict=True)
             ]
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL's for a bad image
-            where = f" ({given})" if isinstance(given, str | os.PathLike) else ""
-            raise ValueError(f"image {number} of the batch{where}: {error}") from error
-        if len(slices) == 1:
-            return slices[0]
+            path = f" ({image})" if isinstance(image, str | os.PathLike) else ""
+            raise ValueError(f"image {number} of the batch{path}: {error}") from error
         channels, height, width = (max(axis) for axis in zip(*(s.shape for s in slices), strict=True))
-        stacked = slices[0].new_zeros(len(slices), channels, height, width)
-        for n, pixels in enumerate(slices):
-            stacked[n, :, : pixels.shape[1], : pixels.shape[2]] = pixels  # a grey slice fills all channels
-        return stacked
+        # A gray slice fills all channels.
+        padded = [pad(s.expand(channels, -1, -1), (0, width - s.shape[2], 0, height - s.shape[1])) for s in slices]
+        return padded[0] if len(padded) == 1 else torch.stack(padded)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         refuse_links(save_directory)
@@ -116,43 +109,30 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         return files
 
     def to_dict(self) -> dict[str, Any]:
-        # Which class this is stands in config.json alone: transformers' `pipeline` takes an `auto_map` here for a
-        # video processor's, too, and asks whether to trust it, even where this package is installed.
-        return {
-            key: value
-            for key, value in super().to_dict().items()
-            if key not in ("_transforms", "image_processor_type", "auto_map")
-        }
+        # Only config.json names the class: transformers' `pipeline` takes an `auto_map` here for a video processor's,
+        # and asks whether to trust its code even if this package is installed.
+        left_out = ("_transforms", "image_processor_type", "auto_map")
+        return {key: value for key, value in super().to_dict().items() if key not in left_out}
 
 
-def _refuse_geometry(problem: str):
-    raise ValueError(f"geometries: {problem}")
-
-
-def _eval_transform(geometry: dict[str, Any]):
-    settings = {key: value for key, value in geometry.items() if key != "image_mode"}
-    return timm.data.create_transform(**settings, is_training=False)
-
-
-def _flat(images) -> list:
+def _flatten(images) -> list:
     """One image, a batch, or a list of them, as a list of single images."""
     if isinstance(images, list | tuple):
-        return [image for item in images for image in _flat(item)]
+        return [image for item in images for image in _flatten(item)]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
 def _to_pil(image) -> PIL.Image.Image:
     if isinstance(image, str | os.PathLike):
-        image = os.fspath(image)
-        # Not `load_image` alone: it converts to RGB before a 16-bit image could be scaled.
-        return load_image(image) if image.startswith(("http://", "https://", "data:")) else PIL.Image.open(image)
+        path = os.fspath(image)
+        # `load_image` converts files to RGB before a 16-bit image can be scaled.
+        return load_image(path) if path.startswith(("http://", "https://", "data:")) else PIL.Image.open(path)
     if isinstance(image, PIL.Image.Image):
         return image
     array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3):
-        raise ValueError(
-            f"{type(image).__name__} is no image; give a PIL image, a path, or an array of 2 or 3 dimensions."
-        )
+        expected = "a PIL image, a path, or an array of 2 or 3 dimensions"
+        raise ValueError(f"{type(image).__name__} is not an image; give {expected}.")
     if array.dtype == np.uint16:
         array = (array / 257.0).round().astype(np.uint8)
     if not np.isfinite(array).all():

@@ -1,4 +1,4 @@
-"""Processes that run what a test sends them, as users of the package or of what was published with it."""
+"""Processes that run code which a test sends, as a user with the package or without it would."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.hub_server import HubServer
 
-# Runs what it is sent, in one namespace, and answers with what that printed, or with its error.
+# Runs the code that it receives, in one namespace, and answers with the output and the error.
 CLIENT = """
 import contextlib, io, json, sys, traceback
 names, answers = {"json": json}, sys.stdout
@@ -27,7 +27,7 @@ COMMAND = "import sys; from concat_ensemble.commands.app import main; sys.argv =
 
 
 class Client:
-    """A process that knows the Hub by `HF_ENDPOINT` alone, with an empty cache."""
+    """A process with an empty cache that finds the Hub by `HF_ENDPOINT`."""
 
     def __init__(self, hub: HubServer, home: Path, token: str | None, package: bool):
         home.mkdir()
@@ -41,7 +41,7 @@ class Client:
             options = ["-S"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, *options, "-c", CLIENT], cwd=home, env=environment, **pipes)
-        self.heard = ""
+        self.transcript = ""
 
     def send(self, code: str) -> None:
         self.process.stdin.write(json.dumps(code) + "\n")
@@ -54,11 +54,11 @@ class Client:
 
     def answer(self) -> tuple[str, str, str | int | None]:
         answer = json.loads(self.process.stdout.readline())
-        self.heard += "".join(map(str, answer))
+        self.transcript += "".join(map(str, answer))
         return answer
 
     def __call__(self, *lines: str) -> str:
-        """What it prints; it must not fail."""
+        """Run code that must not fail, and return what it prints."""
         out, err, failed = self.run("\n".join(lines))
         assert failed is None, f"{err}{failed}"
         return out

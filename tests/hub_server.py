@@ -1,11 +1,13 @@
-"""A Hub on loopback, for tests that go through the real `huggingface_hub` client by `HF_ENDPOINT`.
+"""A Hub on loopback, for tests that use the real `huggingface_hub` client by way of `HF_ENDPOINT`.
 
-It keeps repos on disk and speaks what the client speaks: create a repo, validate a card, preupload, LFS batch with one part or several, commit, tree,
-info, refs and branches, pull requests, and resolve with a redirect to another origin, as a CDN is one. What the Hub refuses is refused: writing without a
-token, reading a private repo, bytes that are not those of their digest, a parent commit that is no longer the last.
+It stores repos on disk and implements what the client calls: create a repo, validate a card, preupload, LFS batch with
+one part or several, commit, tree, info, refs and branches, pull requests, and resolve with a redirect to another
+origin, as to a CDN. It refuses what the Hub refuses: writing without a token, reading a private repo, bytes that do
+not match their digest, and a parent commit that is not the last one.
 
-Xet, which the client prefers where `hf_xet` is installed, is a protocol of its own between that library's compiled code and a storage service. It is not
-here: `HubServer.environment` sets `HF_HUB_DISABLE_XET=1`, and the client then uploads by LFS, which the Hub still takes.
+The client prefers Xet if `hf_xet` is installed: a protocol between that library's compiled code and a storage service,
+which is not implemented here. `HubServer.environment` sets `HF_HUB_DISABLE_XET=1`, and the client then uploads by LFS,
+which the Hub still supports.
 """
 
 import base64
@@ -29,7 +31,7 @@ GIT = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)"
 
 
 class Refusal(Exception):
-    """An answer other than success; `code` is what the client knows the kind by."""
+    """An error response; the client chooses the exception by `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -37,17 +39,17 @@ class Refusal(Exception):
 
 
 class HubServer:
-    """`with HubServer(folder) as hub:` serves at `hub.url`; `hub.uploads` are the digests in the order in which they arrived.
+    """`with HubServer(folder) as hub:` serves at `hub.url`; `hub.uploads` lists the digests in the order of arrival.
 
     Args:
-        folder: Where repos and files are kept; another server may go on from there.
+        folder: Where repos and files are stored; a later server can continue with them.
         part_size: Larger LFS files are uploaded in parts of this many bytes.
     """
 
     def __init__(self, folder: Path, part_size: int = 1 << 40):
         self.folder, self.part_size = folder, part_size
         self.lock, self.uploads, self.requests = threading.RLock(), [], []
-        self.held, self.released = frozenset(), threading.Event()
+        self.waiting, self.released = frozenset(), threading.Event()
         for name in ("files", "parts", "repos"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -66,13 +68,13 @@ class HubServer:
         self._server.server_close()
 
     def hold(self, digests) -> None:
-        """Keep whoever uploads one of these waiting for an answer; of a file in parts, after the first."""
-        self.held = frozenset(digests)
+        """Let uploads of these digests wait for a response; a file in parts waits from the second part on."""
+        self.waiting = frozenset(digests)
         self.released.clear()
 
     def release(self) -> None:
-        """Drop what was held, as a broken connection does, and take all that comes."""
-        self.held = frozenset()
+        """Close the connections that wait, as if broken, and accept every upload from now on."""
+        self.waiting = frozenset()
         self.released.set()
 
     def has(self, digest: str) -> bool:
@@ -90,7 +92,7 @@ class HubServer:
         return (self.folder / "files" / self.files(name, revision, kind)[path]["sha256"]).read_bytes()
 
     def commits(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
-        """The hashes, newest first, without the one that the repo was made with."""
+        """The hashes, newest first, without the commit that created the repo."""
         repo, hashes = self.repo(kind, name), []
         commit = self.commit(repo, revision)
         while commit:
@@ -108,7 +110,7 @@ class HubServer:
 
     def create(self, kind: str, name: str, private: bool) -> None:
         repo = {"private": private, "refs": {}, "commits": {}}
-        attributes = self.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        attributes = self.store(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         self.write(kind, name, repo, "refs/heads/main", {".gitattributes": attributes}, "initial commit")
 
     def write(self, kind: str, name: str, repo: dict, ref: str, files: dict, title: str, parent=None) -> str:
@@ -119,8 +121,8 @@ class HubServer:
         self._path(kind, name).write_text(json.dumps(repo))
         return oid
 
-    def keep(self, content: bytes, digest: str | None = None, lfs: bool = False) -> dict:
-        """Store bytes under their digest; what a commit says of such a file."""
+    def store(self, content: bytes, digest: str | None = None, lfs: bool = False) -> dict:
+        """Store bytes under their digest. Returns the entry for a commit."""
         sha256 = hashlib.sha256(content).hexdigest()
         if digest not in (None, sha256):
             raise Refusal(400, f"{len(content)} bytes have the digest {sha256}, not {digest}")
@@ -190,12 +192,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _user(self, needed: bool) -> str | None:
-        given = self.headers.get("Authorization")
-        if given not in (None, f"Bearer {TOKEN}"):
+        credentials = self.headers.get("Authorization")
+        if credentials not in (None, f"Bearer {TOKEN}"):
             raise Refusal(401, "Invalid credentials in Authorization header")
-        if needed and not given:
+        if needed and not credentials:
             raise Refusal(401, "Invalid username or password.")
-        return OWNER if given else None
+        return OWNER if credentials else None
 
     def _repo(self, kind: str, name: str, write: bool = False) -> dict:
         repo, user = self.hub.repo(kind, name), self._user(needed=False)
@@ -205,14 +207,14 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def create_repo(self) -> None:
-        asked, user = json.loads(self.body), self._user(needed=True)
-        kind, name = f"{asked.get('type', 'model')}s", f"{asked['organization'] or user}/{asked['name']}"
+        request, user = json.loads(self.body), self._user(needed=True)
+        kind, name = f"{request.get('type', 'model')}s", f"{request['organization'] or user}/{request['name']}"
         url = self.hub.page(kind, name)
         with self.hub.lock:
             if self.hub.repo(kind, name):
                 self._send({"error": "You already created this repo", "url": url}, 409)
                 return
-            self.hub.create(kind, name, asked.get("visibility") == "private")
+            self.hub.create(kind, name, request.get("visibility") == "private")
         self._send({"url": url, "name": name, "id": name})
 
     def validate_card(self) -> None:
@@ -225,8 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"errors": [], "warnings": [] if metadata else [{"message": "empty or missing yaml metadata"}]})
 
     def preupload(self, kind: str, repo: str, revision: str) -> None:
-        found = self._repo(kind, repo, write=True)
-        there = found["commits"][self.hub.commit(found, revision)]["files"]
+        state = self._repo(kind, repo, write=True)
+        there = state["commits"][self.hub.commit(state, revision)]["files"]
         answers = []
         for file in json.loads(self.body)["files"]:
             old = there.get(file["path"])
@@ -238,114 +240,114 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, kind: str | None, repo: str) -> None:
         self._repo("datasets" if kind else "models", repo, write=True)
         answers = []
-        for wanted in json.loads(self.body)["objects"]:
-            if not self.hub.has(wanted["oid"]):
-                href, header = f"{self.hub.cdn}/lfs/{wanted['oid']}", {}
-                if wanted["size"] > self.hub.part_size:
-                    parts = range(1, -(-wanted["size"] // self.hub.part_size) + 1)
+        for item in json.loads(self.body)["objects"]:
+            if not self.hub.has(item["oid"]):
+                href, header = f"{self.hub.cdn}/lfs/{item['oid']}", {}
+                if item["size"] > self.hub.part_size:
+                    parts = range(1, -(-item["size"] // self.hub.part_size) + 1)
                     header = {"chunk_size": str(self.hub.part_size)} | {str(n): f"{href}/{n}" for n in parts}
-                    href = f"{self.hub.url}/complete/{wanted['oid']}"
-                wanted |= {"actions": {"upload": {"href": href, "header": header}}}
-            answers.append(wanted)
+                    href = f"{self.hub.url}/complete/{item['oid']}"
+                item |= {"actions": {"upload": {"href": href, "header": header}}}
+            answers.append(item)
         self._send({"transfer": "basic", "objects": answers})
 
     def upload(self, oid: str, part: str | None = None) -> None:
-        if oid in self.hub.held and part != "1":
+        if oid in self.hub.waiting and part != "1":
             self.hub.released.wait()
             self.close_connection = True
             return
         if part:
             (self.hub.folder / "parts" / f"{oid}-{part}").write_bytes(self.body)
         else:
-            self.hub.keep(self.body, oid)
+            self.hub.store(self.body, oid)
         self.hub.uploads.append(oid)
         self._send(b"", headers={"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
 
     def complete(self, oid: str) -> None:
         names = [f"{oid}-{part['partNumber']}" for part in json.loads(self.body)["parts"]]
-        self.hub.keep(b"".join((self.hub.folder / "parts" / name).read_bytes() for name in names), oid)
+        self.hub.store(b"".join((self.hub.folder / "parts" / name).read_bytes() for name in names), oid)
         self._send({})
 
     def make_commit(self, kind: str, repo: str, revision: str) -> None:
         lines = [json.loads(line) for line in self.body.splitlines()]
         with self.hub.lock:
-            found = self._repo(kind, repo, write=True)
-            parent = self.hub.commit(found, revision)
+            state = self._repo(kind, repo, write=True)
+            parent = self.hub.commit(state, revision)
             ref = revision if revision.startswith("refs/pr/") else f"refs/heads/{revision}"
-            files, header = dict(found["commits"][parent]["files"]), lines[0]["value"]
+            files, header = dict(state["commits"][parent]["files"]), lines[0]["value"]
             if header.get("parentCommit", parent) != parent:
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             for line in lines[1:]:
                 path = line["value"]["path"]
                 if line["key"] == "file":
-                    files[path] = self.hub.keep(base64.b64decode(line["value"]["content"]))
+                    files[path] = self.hub.store(base64.b64decode(line["value"]["content"]))
                 elif line["key"] == "lfsFile":
                     files[path] = self.hub.entry(line["value"]["oid"], lfs=True)
                 elif files.pop(path, None) is None:
                     raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-            number = sum(name.startswith("refs/pr/") for name in found["refs"]) + 1
+            number = sum(name.startswith("refs/pr/") for name in state["refs"]) + 1
             opened = f"refs/pr/{number}" if self.query.get("create_pr") else None
-            oid = self.hub.write(kind, repo, found, opened or ref, files, header["summary"], parent)
+            oid = self.hub.write(kind, repo, state, opened or ref, files, header["summary"], parent)
         url = self.hub.page(kind, repo)
         request = {"pullRequestUrl": f"{url}/discussions/{number}"} if opened else {}
         self._send({"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}"} | request)
 
     def info(self, kind: str, repo: str, revision: str | None = None) -> None:
-        found = self._repo(kind, repo)
-        commit = self.hub.commit(found, revision or "main")
-        paths = [{"rfilename": path} for path in found["commits"][commit]["files"]]
-        known = {"_id": repo, "id": repo, "modelId": repo, "sha": commit, "private": found["private"]}
-        self._send(known | {"siblings": paths, "tags": [], "downloads": 0, "likes": 0, "gated": False})
+        state = self._repo(kind, repo)
+        commit = self.hub.commit(state, revision or "main")
+        paths = [{"rfilename": path} for path in state["commits"][commit]["files"]]
+        fields = {"_id": repo, "id": repo, "modelId": repo, "sha": commit, "private": state["private"]}
+        self._send(fields | {"siblings": paths, "tags": [], "downloads": 0, "likes": 0, "gated": False})
 
     def refs(self, kind: str, repo: str) -> None:
-        found = self._repo(kind, repo)["refs"].items()
-        told = {"converts": [], "tags": []}
+        stored = self._repo(kind, repo)["refs"].items()
+        refs = {"converts": [], "tags": []}
         for key, start in {"branches": "refs/heads/", "pullRequests": "refs/pr/"}.items():
-            named = [(ref.removeprefix(start), ref, oid) for ref, oid in found if ref.startswith(start)]
-            told[key] = [{"name": name, "ref": ref, "targetCommit": oid} for name, ref, oid in named]
-        self._send(told)
+            named = [(ref.removeprefix(start), ref, oid) for ref, oid in stored if ref.startswith(start)]
+            refs[key] = [{"name": name, "ref": ref, "targetCommit": oid} for name, ref, oid in named]
+        self._send(refs)
 
     def branch(self, kind: str, repo: str, name: str) -> None:
         with self.hub.lock:
-            found = self._repo(kind, repo, write=True)
-            if f"refs/heads/{name}" in found["refs"]:
+            state = self._repo(kind, repo, write=True)
+            if f"refs/heads/{name}" in state["refs"]:
                 raise Refusal(409, f"Reference already exists: refs/heads/{name}")
             start = json.loads(self.body).get("startingPoint", "main")
-            found["refs"][f"refs/heads/{name}"] = self.hub.commit(found, start)
-            self.hub._path(kind, repo).write_text(json.dumps(found))
+            state["refs"][f"refs/heads/{name}"] = self.hub.commit(state, start)
+            self.hub._path(kind, repo).write_text(json.dumps(state))
         self._send({})
 
     def tree(self, kind: str, repo: str, revision: str, folder: str | None = None) -> None:
-        found = self._repo(kind, repo)
-        commit = found["commits"][self.hub.commit(found, revision)]
+        state = self._repo(kind, repo)
+        commit = state["commits"][self.hub.commit(state, revision)]
         start = f"{folder}/" if folder else ""
         below = {path: file for path, file in commit["files"].items() if path.startswith(start)}
         if folder and not below:
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         names = {path: path.removeprefix(start) for path in below}
         folders = sorted({start + name.split("/")[0] for name in names.values() if "/" in name})
-        told = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
+        entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
         recursive = self.query.get("recursive", "").lower() in ("true", "1")
         for path, file in below.items():
             if recursive or "/" not in names[path]:
                 last = {"id": file["oid"], "title": commit["title"], "date": commit["date"]}
                 entry = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"], "lastCommit": last}
                 pointer = {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}
-                told.append(entry | ({"lfs": pointer} if file["lfs"] else {}))
-        self._send(told)
+                entries.append(entry | ({"lfs": pointer} if file["lfs"] else {}))
+        self._send(entries)
 
     def resolve(self, kind: str | None, repo: str, revision: str, path: str) -> None:
-        found = self._repo("datasets" if kind else "models", repo)
-        commit = self.hub.commit(found, revision)
-        file = found["commits"][commit]["files"].get(path)
+        state = self._repo("datasets" if kind else "models", repo)
+        commit = self.hub.commit(state, revision)
+        file = state["commits"][commit]["files"].get(path)
         if file is None:
             raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit})
-        known = {"X-Repo-Commit": commit, "ETag": f'"{file["oid"]}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file["oid"]}"'}
         if file["lfs"]:
-            known |= {"X-Linked-ETag": f'"{file["sha256"]}"', "X-Linked-Size": file["size"]}
-            self._send(b"", 302, known | {"Location": f"{self.hub.cdn}/cdn/{file['sha256']}"})
+            headers |= {"X-Linked-ETag": f'"{file["sha256"]}"', "X-Linked-Size": file["size"]}
+            self._send(b"", 302, headers | {"Location": f"{self.hub.cdn}/cdn/{file['sha256']}"})
         else:
-            self._content(file["sha256"], known)
+            self._content(file["sha256"], headers)
 
     def cdn(self, sha256: str) -> None:
         if "Authorization" in self.headers:  # a token has left the Hub

@@ -58,7 +58,7 @@ def png(rng: np.random.Generator, bright: int) -> bytes:
 
 def put(hub: HubServer, kind: str, name: str, revision: str, files: dict[str, bytes]) -> None:
     hub.create(kind, name, private=False)
-    kept = {path: hub.keep(content, lfs=True) for path, content in files.items()}
+    kept = {path: hub.store(content, lfs=True) for path, content in files.items()}
     for ref in ("refs/heads/main", revision):
         hub.write(kind, name, hub.repo(kind, name), ref, kept, "as it is there")
 

@@ -24,10 +24,11 @@ from concat_ensemble.modeling.configuration_concat_ensemble import (
     MEMBER_KEYS,
     REFUSED_MODEL_ARGS,
     ConcatEnsembleConfig,
-    checked_model_args,
-    checked_preprocessing,
+    describe_unknown_architecture,
+    error_prefix,
     timm_architectures,
-    unknown_architecture,
+    validate_model_args,
+    validate_preprocessing,
 )
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleModel,
@@ -257,13 +258,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _checked_args(config: dict[str, Any], source: str) -> dict[str, Any]:
     """A stranger's arguments for timm, without those that timm itself would give."""
-
-    def refuse(problem: str):
-        raise ValueError(f"{source}: {problem}")
-
     _known(config.get("architecture"))
     given = config.get("model_args") or {}
-    return checked_model_args({key: value for key, value in given.items() if key not in OURS}, refuse)
+    with error_prefix(source):
+        return validate_model_args({key: value for key, value in given.items() if key not in OURS})
 
 
 def _from_file(path: Path, architecture: str) -> _Member:
@@ -284,7 +282,7 @@ def _from_file(path: Path, architecture: str) -> _Member:
 
 def _known(name: Any) -> None:
     if str(name).split(".")[0] not in timm_architectures():
-        raise ValueError(unknown_architecture(name))
+        raise ValueError(describe_unknown_architecture(name))
 
 
 def _model_args(module: nn.Module) -> dict[str, Any]:
@@ -299,22 +297,21 @@ def _described(
         logging.ERROR
     )  # it warns that a grey model's mean is averaged over the channels, which is what we want
     name = backbone.pretrained_cfg["architecture"]
-
-    def refuse(problem: str):
-        raise ValueError(f"{name}: {problem}")
-
     try:
         pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or backbone.pretrained_cfg)
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
     except (AssertionError, LookupError, TypeError, ValueError) as error:
-        refuse(f"its pretrained_cfg does not say what it sees ({error!r}).")
+        raise ValueError(f"{name}: its pretrained_cfg does not say what it sees ({error!r}).") from error
     if channels not in IMAGE_MODES:
-        refuse(f"it takes {channels} channels; images have {' or '.join(map(str, IMAGE_MODES))}.")
+        modes = " or ".join(map(str, IMAGE_MODES))
+        raise ValueError(f"{name}: it takes {channels} channels; images have {modes}.")
+    with error_prefix(name):
+        preprocessing = validate_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]})
     spec = dict.fromkeys(MEMBER_KEYS) | {
         "architecture": name,
         "model_args": _model_args(backbone),
-        "preprocessing": checked_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]}, refuse),
+        "preprocessing": preprocessing,
         "provenance": {key: value for key, value in provenance.items() if value is not None},
     }
     return _Member(backbone, spec)

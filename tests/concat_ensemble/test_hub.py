@@ -1,4 +1,4 @@
-"""Publishing and loading through the real client, each in a process of its own, by way of a Hub on loopback."""
+"""Publishing and loading by the real client, in processes of their own, with a Hub on loopback."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    """`client(token, package)`: one process for all tests that ask for the same; `fresh` for one of its own."""
+    """`client(token, package)`: a process that tests with the same arguments share; `fresh=True` starts a new one."""
     started = {}
 
     def client(token=TOKEN, package=True, fresh=False) -> Client:
@@ -37,7 +37,7 @@ def client(hub, tmp_path_factory):
 
     yield client
     for made in started.values():
-        assert TOKEN not in made.heard
+        assert TOKEN not in made.transcript
         made.process.kill()
         made.process.wait()
 
@@ -57,7 +57,7 @@ def visitor(client):
 
 @pytest.fixture
 def grown(backbone, folder, study):
-    """`folder` in small shards with a card and a result, and beside it the same ensemble with another member."""
+    """`folder` in small shards with a card and a result, and another folder with one more member."""
     pair = ConcatEnsembleModel.from_pretrained(folder)
     pair.save_pretrained(folder, max_shard_size=10_000)
     (folder / "results").mkdir()
@@ -74,7 +74,7 @@ def pushed_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_new(publisher, hub, grown):
+def test_a_push_is_one_commit_and_the_next_push_sends_only_new_weights(publisher, hub, grown):
     pair, triple = grown
     (pair / ".git").mkdir()
     (pair / ".git" / "config").write_text("of this machine")
@@ -89,9 +89,8 @@ def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_ne
     assert publisher.push(pair, "me/pair") == first
     assert hub.commits("me/pair") == [first["commit"]] and len(hub.uploads) == sent
 
-    publisher(
-        "from huggingface_hub import HfApi; HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='NOTICE', repo_id='me/pair')"
-    )
+    upload = "upload_file(path_or_fileobj=b'x', path_in_repo='NOTICE', repo_id='me/pair')"
+    publisher(f"from huggingface_hub import HfApi; HfApi().{upload}")
     before = hub.files("me/pair")
     second = publisher.push(triple, "me/pair")
     after = hub.files("me/pair")
@@ -105,11 +104,11 @@ def test_a_push_is_one_commit_of_the_whole_folder_and_the_next_one_of_what_is_ne
         "LICENSE.md",
     }
     assert set(hub.uploads[sent:]) == {after[name]["sha256"] for name in new}
-    assert set(before) - set(after) == {"results/digits.json", "figures/digits.png"}  # of other weights
+    assert set(before) - set(after) == {"results/digits.json", "figures/digits.png"}  # they belong to other weights
     assert "NOTICE" in after and hub.commits("me/pair")[0] == second["commit"]
 
     whole = ConcatEnsembleModel.from_pretrained(triple)
-    whole.save_pretrained(triple)  # in one file a member
+    whole.save_pretrained(triple)  # in one file per member
     publisher.push(triple, "me/pair")
     shards = {name for name in hub.files("me/pair") if name.endswith(".safetensors")}
     assert shards == {"member-00.safetensors", "member-01.safetensors", "member-02.safetensors"}
@@ -128,31 +127,31 @@ def features(**which):
 """
 
 
-def test_whoever_has_not_the_package_loads_what_was_pushed_now_or_then(publisher, visitor, hub, grown):
+def test_without_the_package_current_and_older_revisions_load(publisher, visitor, hub, grown):
     pair, triple = grown
     first = publisher.push(pair, "me/loaded")["commit"]
     publisher.push(triple, "me/loaded")
     visitor(LOAD)
     with torch.no_grad():
         pixels = torch.full((1, 1, 32, 32), (77 / 255 - 0.5) / 0.5)
-        wanted = ConcatEnsembleModel.from_pretrained(triple)(pixels).pooler_output[0]
-    asked = len(hub.requests)
+        expected = ConcatEnsembleModel.from_pretrained(triple)(pixels).pooler_output[0]
+    before = len(hub.requests)
     last = visitor.ask("features(active_members=[2])")
-    fetched = {path.rpartition("/")[2] for method, path in hub.requests[asked:] if path.startswith("/cdn/")}
+    fetched = {path.rpartition("/")[2] for method, path in hub.requests[before:] if path.startswith("/cdn/")}
     assert fetched == {file["sha256"] for name, file in hub.files("me/loaded").items() if name.startswith("member-02")}
-    assert torch.allclose(torch.tensor(last), wanted[32:], atol=1e-6)
-    assert torch.allclose(torch.tensor(visitor.ask("features()")), wanted, atol=1e-6)
+    assert torch.allclose(torch.tensor(last), expected[32:], atol=1e-6)
+    assert torch.allclose(torch.tensor(visitor.ask("features()")), expected, atol=1e-6)
     pinned = visitor.ask(f"features(revision={first!r})")
-    assert torch.allclose(torch.tensor(pinned), wanted[:32], atol=1e-6)
+    assert torch.allclose(torch.tensor(pinned), expected[:32], atol=1e-6)
 
 
-def test_an_upload_that_was_cut_off_sends_what_is_missing(publisher, client, hub, backbone, tmp_path):
+def test_pushing_again_after_an_interruption_sends_only_the_missing_files(publisher, client, hub, backbone, tmp_path):
     assemble([backbone(5), backbone(6)]).save_pretrained(tmp_path / "cut", max_shard_size=10_000)
     victim = client(fresh=True)
     victim("import concat_ensemble.hub")
     names = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     digests = {name: hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() for name in names}
-    missing = {digests[names[0]], digests[names[3]], digests[names[13]]}  # in parts, in parts, in one
+    missing = {digests[names[0]], digests[names[3]], digests[names[13]]}  # two in several parts, one in one part
     hub.hold(missing)
     victim.send(COMMAND.format(words=["push", str(tmp_path / "cut"), "me/cut"]))
     others = set(digests.values()) - missing
@@ -174,7 +173,7 @@ def test_an_upload_that_was_cut_off_sends_what_is_missing(publisher, client, hub
 
 @pytest.mark.slow
 def test_two_gigabytes_in_small_shards(tmp_path):
-    """Two ViT-L of random weights, 2.4 GB in files of at most 200 MB and parts of 64 MB: pushed, not pushed again, and loaded elsewhere."""
+    """Two ViT-L with random weights, 2.4 GB in files of up to 200 MB and parts of 64 MB, are pushed and loaded."""
     (tmp_path / "hub").mkdir()
     with HubServer(tmp_path / "hub", part_size=64 << 20) as hub:
         publisher = Client(hub, tmp_path / "publisher", TOKEN, package=True)
@@ -184,8 +183,8 @@ def test_two_gigabytes_in_small_shards(tmp_path):
             "model.save_pretrained('giant', max_shard_size='200MB')",
         )
         pixels = "torch.linspace(-1, 1, 3 * 224 * 224).reshape(1, 3, 224, 224)"
-        told = f"[float(x) for x in model({pixels}).pooler_output[0, ::256].double()]"
-        expected = publisher.ask(told)
+        features = f"[float(x) for x in model({pixels}).pooler_output[0, ::256].double()]"
+        expected = publisher.ask(features)
         publisher.push("giant", "me/giant")
         shards = [file for name, file in hub.files("me/giant").items() if name.endswith(".safetensors")]
         assert len(shards) > 12 and max(shard["size"] for shard in shards) <= 200e6
@@ -197,11 +196,11 @@ def test_two_gigabytes_in_small_shards(tmp_path):
         visitor = Client(hub, tmp_path / "visitor", None, package=False)
         visitor("import torch; from transformers import AutoModel")
         visitor("model = AutoModel.from_pretrained('me/giant', trust_remote_code=True)")
-        assert visitor.ask(told) == pytest.approx(expected, rel=1e-5)
+        assert visitor.ask(features) == pytest.approx(expected, rel=1e-5)
         visitor.process.kill()
 
 
-def test_what_somebody_else_commits_meanwhile_is_not_lost(publisher, hub, folder, backbone):
+def test_a_commit_that_somebody_else_makes_meanwhile_is_not_lost(publisher, hub, folder, backbone):
     publisher.push(folder, "me/busy")
     assemble([folder, backbone(9)]).save_pretrained(folder)
     digest = hashlib.sha256((folder / "member-02.safetensors").read_bytes()).hexdigest()
@@ -210,11 +209,11 @@ def test_what_somebody_else_commits_meanwhile_is_not_lost(publisher, hub, folder
     while not any(digest in path for _, path in hub.requests):
         time.sleep(0.05)
     repo = hub.repo("models", "me/busy")
-    files = hub.files("me/busy") | {"NOTICE": hub.keep(b"of somebody else")}
+    files = hub.files("me/busy") | {"NOTICE": hub.store(b"of somebody else")}
     theirs = hub.write("models", "me/busy", repo, "refs/heads/main", files, "NOTICE", hub.commits("me/busy")[0])
-    hub.release()  # the client tries again and goes on
-    _, said, code = publisher.answer()
-    assert code == 2 and "A commit has happened since" in said
+    hub.release()  # the client tries again
+    _, error, code = publisher.answer()
+    assert code == 2 and "A commit has happened since" in error
     assert hub.commits("me/busy")[0] == theirs
     publisher.push(folder, "me/busy")
     assert hub.read("me/busy", "NOTICE") == b"of somebody else" and len(hub.commits("me/busy")) == 3
@@ -229,16 +228,16 @@ def test_a_branch_and_a_pull_request(publisher, visitor, hub, grown):
     assert hub.commits("me/parts") == main and hub.commits("me/parts", "refs/pr/1") == [opened["commit"], *main]
     publisher.push(triple, "me/parts", "--revision", "three")
     assert hub.commits("me/parts") == main and len(hub.commits("me/parts", "three")) == 2
-    assert publisher.ask(
-        "[ref.ref for ref in __import__('huggingface_hub').list_repo_refs('me/parts', include_pull_requests=True).pull_requests]"
-    ) == ["refs/pr/1"]
+    publisher("from huggingface_hub import list_repo_refs")
+    requests = publisher.ask("list_repo_refs('me/parts', include_pull_requests=True).pull_requests[0].ref")
+    assert requests == "refs/pr/1"
     visitor("from transformers import AutoConfig")
     members = "AutoConfig.from_pretrained('me/parts', trust_remote_code=True, revision={!r}).members"
     for revision, number in {"main": 2, "refs/pr/1": 3, "three": 3}.items():
         assert visitor.ask(f"len({members.format(revision)})") == number
 
 
-def test_a_private_repo_needs_a_token_which_nobody_is_told(publisher, visitor, hub, folder):
+def test_a_private_repo_needs_a_token_and_no_message_shows_it(publisher, visitor, hub, folder):
     publisher.push(folder, "me/secret", "--private")
     publisher.push(folder, "me/secret", "--private")
     assert hub.repo("models", "me/secret")["private"]
@@ -248,20 +247,20 @@ def test_a_private_repo_needs_a_token_which_nobody_is_told(publisher, visitor, h
         assert "RepositoryNotFoundError: 401 Client Error" in error and "make sure you are authenticated" in error
 
     def refusal(*words):
-        _, said, code = publisher.run(COMMAND.format(words=["push", str(folder), *words]))
-        assert code == 2 and len(said.strip().splitlines()) == 1, said
-        return said
+        _, error, code = publisher.run(COMMAND.format(words=["push", str(folder), *words]))
+        assert code == 2 and len(error.strip().splitlines()) == 1, error
+        return error
 
     publisher.push(folder, "me/public")
     assert "me/public is public already" in refusal("me/public", "--private")
-    assert "401" in refusal("me/public", "--token", "hf_somebodyElse") and "hf_somebody" not in publisher.heard
+    assert "401" in refusal("me/public", "--token", "hf_somebodyElse") and "hf_somebody" not in publisher.transcript
     for odd in ("hf_odd\nToken", "hf_oddTokén"):
-        assert "characters that tokens have not" in refusal("me/public", "--token", odd)
-    assert "hf_odd" not in publisher.heard
+        assert "hf auth login" in refusal("me/public", "--token", odd)
+    assert "hf_odd" not in publisher.transcript
 
 
-def test_what_is_on_a_card_there_is_measured_again(publisher, hub, run, folder):
-    """Verified by whoever has the package, from a cache whose files are links, and at a revision."""
+def test_verify_measures_the_numbers_of_a_published_card_again(publisher, hub, run, folder):
+    """Also from the Hub's cache, whose files are links, and at a revision."""
     assert run("probe", "pair", "--dataset", "digits", "--classes", "0-2", "--limit", "60", "--quiet")[0] == 0
     good = publisher.push(folder, "me/measured")["commit"]
     verify = partial(COMMAND.format, words=["verify", "me/measured", "--json"])
@@ -270,23 +269,23 @@ def test_what_is_on_a_card_there_is_measured_again(publisher, hub, run, folder):
 
     (path,) = (folder / "results").glob("*.json")
     results = Results.load(path)
-    results["pair"].runs[0].metrics["top1"] = 0.01  # nobody measured that
+    results["pair"].runs[0].metrics["top1"] = 0.01  # not what was measured
     results.save(path)
     write_card(folder)
     publisher.push(folder, "me/measured")
-    _, said, code = publisher.run(verify())
-    assert code == 2 and "1 of 5 numbers do not hold: pair on digits" in said
+    _, error, code = publisher.run(verify())
+    assert code == 2 and "1 of 5 numbers do not hold: pair on digits" in error
     publisher(COMMAND.format(words=["verify", "me/measured", "--revision", good, "--quiet"]))
 
 
-def test_from_python_the_card_and_the_processor_come_along(publisher, client, hub, grown):
+def test_push_to_hub_uploads_the_card_and_the_processor(publisher, client, hub, grown):
     pair, triple = grown
     publisher("from concat_ensemble import ConcatEnsembleModel; from transformers import AutoModel")
     publisher(f"model = ConcatEnsembleModel.from_pretrained({str(pair)!r})")
     publisher("model.push_to_hub('me/python', max_shard_size=10_000)")
     assert all(hub.read("me/python", name) == content for name, content in pushed_files(pair).items())
     publisher("AutoModel.from_pretrained('me/python').push_to_hub('me/python', max_shard_size=10_000)")
-    assert len(hub.commits("me/python")) == 1  # the card that is there is of these weights
+    assert len(hub.commits("me/python")) == 1  # the repo's card belongs to these weights
     publisher(f"model = ConcatEnsembleModel.from_pretrained({str(triple)!r}).export_active([2, 0])")
     publisher("model.push_to_hub('me/python')")
     assert hub.read("me/python", "README.md").decode().count("resnet10t") >= 2
@@ -297,16 +296,29 @@ def test_from_python_the_card_and_the_processor_come_along(publisher, client, hu
     other("model = AutoModel.from_pretrained('me/python', trust_remote_code=True)")
     card = hub.read("me/python", "README.md")
     other("model.members['0'].conv1[0].weight.data += 1")
-    publisher_token = f"token={TOKEN!r}"
-    other(
-        f"model.push_to_hub('me/python', {publisher_token}); model.push_to_hub('me/alone', private=True, {publisher_token})"
-    )
+    other(f"model.push_to_hub('me/python', token={TOKEN!r})")
+    other(f"model.push_to_hub('me/alone', private=True, token={TOKEN!r})")
     assert hub.read("me/python", "README.md") == card and len(hub.commits("me/python")) == 3
     assert {"preprocessor_config.json", "modeling_concat_ensemble.py"} < set(hub.files("me/alone"))
-    assert "README.md" not in hub.files("me/alone")  # no blank one
+    assert "README.md" not in hub.files("me/alone")  # and not an empty one
 
 
-def test_results_go_along_also_where_a_head_does_not(publisher, hub, run, folder):
+def test_without_the_package_the_card_of_the_folder_is_pushed_and_stale_weights_are_removed(visitor, hub, grown):
+    pair, _ = grown
+    visitor("from transformers import AutoModel")
+    visitor(f"model = AutoModel.from_pretrained({str(pair)!r}, trust_remote_code=True)")
+    visitor(f"model.push_to_hub('me/plain', token={TOKEN!r}, max_shard_size=10_000)")
+    assert {name: hub.read("me/plain", name) for name in pushed_files(pair)} == pushed_files(pair)
+    visitor(f"model.push_to_hub('me/plain', token={TOKEN!r}, commit_message='Fewer files', revision='v1')")
+    shards = {name for name in hub.files("me/plain", "v1") if name.endswith(".safetensors")}
+    assert shards == {"member-00.safetensors", "member-01.safetensors"}
+    assert hub.read("me/plain", "README.md", "v1") == (pair / "README.md").read_bytes()
+    assert len(hub.commits("me/plain")) == 1
+    assert "is public" in visitor.run(f"model.push_to_hub('me/plain', private=True, token={TOKEN!r})")[2]
+    assert "pip install concat-ensemble" in visitor.run("model.fold_batchnorm()")[2]
+
+
+def test_results_are_pushed_when_the_head_is_not(publisher, hub, run, folder):
     few = ["--dataset", "digits", "--classes", "0-2", "--limit", "30"]
     assert run("probe", "pair", *few, "--save-head", "--quiet")[0] == 0
     publisher("from concat_ensemble import ConcatEnsembleModel")
@@ -317,7 +329,7 @@ def test_results_go_along_also_where_a_head_does_not(publisher, hub, run, folder
     publisher(COMMAND.format(words=["verify", "me/headless", "--quiet"]))
 
 
-def test_members_from_the_hub_are_known_by_their_commit(publisher, hub, folder):
+def test_members_from_the_hub_record_their_commit(publisher, hub, folder):
     first = publisher.push(folder, "me/member")["commit"]
     publisher("import timm; from huggingface_hub import HfApi; from concat_ensemble import assemble")
     publisher("timm.models.save_for_hf(timm.create_model('test_vit'), 'timm'); HfApi().create_repo('me/timm')")
@@ -334,7 +346,8 @@ def test_features_are_a_dataset(publisher, visitor, hub):
     publisher(
         "import numpy as np; from concat_ensemble import push_features;"
         "from concat_ensemble.features.table import FeatureTable;"
-        "a = np.arange(6000, dtype=np.float32).reshape(1500, 4); b = np.arange(3000, dtype=np.float16).reshape(1500, 2);"
+        "a = np.arange(6000, dtype=np.float32).reshape(1500, 4);"
+        "b = np.arange(3000, dtype=np.float16).reshape(1500, 2);"
         "t = FeatureTable({'train': [a, b], 'test': [a[:2], b[:2]]},"
         "{'train': np.arange(1500) % 2, 'test': np.array([0, 1])}, ['cat', 'dog'])"
     )
@@ -352,7 +365,7 @@ def test_features_are_a_dataset(publisher, visitor, hub):
     ]
 
 
-def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(refused, folder, tmp_path):
+def test_a_bad_folder_or_bad_options_are_refused_before_anything_is_sent(refused, folder, tmp_path):
     refused(["push", folder.parent, "me/x"], "holds no ensemble", "concat-ensemble build")
     refused(["push", folder, "me/x", "--create-pr", "--revision", "v1"], "leave out revision='v1'")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")

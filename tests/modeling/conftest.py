@@ -1,4 +1,4 @@
-"""Small members of every kind with random weights, and what timm itself makes of an image with them."""
+"""Small members of every kind with random weights, and the features that timm itself computes with them."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ from concat_ensemble import ConcatEnsembleModel
 torch.set_num_threads(1)
 
 SMALL = {"channels": (8, 16, 32, 64)}
-# Architecture, arguments of `timm.create_model` that make it small, and what is set of its evaluation transform. The
-# first two share a geometry but not a mean and std; the others differ in size, crop, interpolation or channels.
+# Architecture, arguments of `timm.create_model` that make it small, and overrides of its evaluation transform. The
+# first two share a geometry but not mean and std; the others differ in size, crop, interpolation or channels.
 KINDS = {
     "resnet18": ("resnet18", SMALL, {"input_size": (3, 64, 64)}),
     "resnet50": ("resnet50", SMALL, {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1)}),
@@ -59,8 +59,8 @@ def _backbone(kind: str, seed: int = 0) -> nn.Module:
         backbone = timm.create_model(architecture, num_classes=0, pretrained_cfg_overlay=pixels, **model_args)
         for tensor in backbone.state_dict().values():
             if tensor.ndim == 1 and tensor.is_floating_point():
-                # As timm starts, norms and layer scales are all alike and many residual blocks give zero, which would
-                # hide a lost tensor.
+                # In timm's initialization, norms and layer scales are all alike and many residual blocks return zero,
+                # which would hide a lost tensor.
                 tensor += 0.2 * torch.rand_like(tensor)
     return backbone.eval()
 
@@ -88,7 +88,7 @@ def _spec(kind: str, backbone: nn.Module) -> dict:
 
 @pytest.fixture(scope="session")
 def kinds() -> tuple[str, ...]:
-    """All of them. A test that asks for a `kind` runs once for each."""
+    """All of them. A test with a `kind` fixture runs once for each."""
     return tuple(KINDS)
 
 
@@ -100,7 +100,7 @@ def backbone() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def spec() -> Callable[..., dict]:
-    """`spec(kind)`: the member's entry in a configuration, from what timm says of its model."""
+    """`spec(kind)`: the member's entry in a configuration, from timm's config of its model."""
     return lambda kind: _spec(kind, _backbone(kind))
 
 
@@ -136,13 +136,13 @@ def timm_features():
 
 @pytest.fixture(scope="session")
 def noise():
-    """`noise(model, n)`: pixel values of the shape that the model wants, the same every time."""
+    """`noise(model, n)`: pixel values of the shape that the model takes, the same every time."""
     return lambda model, n=2: torch.randn(n, *model.config.pixel_shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session")
 def photos() -> list[PIL.Image.Image]:
-    """Two photographs in five shapes: as it is, upright, a strip lying and one standing, and smaller than any input."""
+    """Two photographs in five shapes: whole, upright, a wide and a tall strip, and smaller than any input."""
     temple, flower = (PIL.Image.fromarray(np.asarray(image)) for image in load_sample_images().images)
     boxes = [(temple, (0, 0, 640, 427)), (flower, (100, 7, 400, 427)), (temple, (20, 150, 620, 250))]
     boxes += [(flower, (250, 20, 350, 420)), (temple, (200, 200, 230, 220))]

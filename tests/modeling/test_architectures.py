@@ -1,4 +1,4 @@
-"""Fourteen architectures, alone and side by side: what is saved loads again to the same features, which are timm's."""
+"""Fourteen architectures, one by one and in one ensemble: after saving and loading, features still equal timm's."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from concat_ensemble import assemble
 
-# As timm has them, the last one with arguments of its own. `KINDS` in conftest.py are the same at small sizes.
+# With timm's default arguments; `KINDS` in conftest.py has the same architectures in small sizes.
 FULL_SIZE = (
     *("resnet18", "resnet50", "resnetblur50", "wide_resnet50_2"),
     *("vit_tiny_patch16_224", "vit_small_patch16_224", "deit_tiny_patch16_224", "eva02_tiny_patch14_224"),
@@ -23,7 +23,7 @@ FULL_SIZE = (
 
 @torch.no_grad()
 def saved_and_loaded(model, folder, pixels):
-    """Features before and after. The model stays in memory, so that no loaded one can find its numbers there."""
+    """Features before and after. The first model stays in memory, so that the second cannot reuse its memory."""
     before = model(pixels).pooler_output
     model.save_pretrained(folder)
     loaded = AutoModel.from_pretrained(folder)
@@ -31,7 +31,7 @@ def saved_and_loaded(model, folder, pixels):
 
 
 @torch.no_grad()
-def test_alone_it_survives_saving_and_is_timms(build, noise, tmp_path, kind):
+def test_one_member_gives_timms_features_after_saving_and_loading(build, noise, tmp_path, kind):
     model, (backbone,) = build(kind)
     before, after = saved_and_loaded(model, tmp_path, noise(model))
     assert torch.equal(before, after) and torch.equal(after, backbone(noise(model)))
@@ -39,14 +39,16 @@ def test_alone_it_survives_saving_and_is_timms(build, noise, tmp_path, kind):
 
 
 @torch.no_grad()
-def test_all_fourteen_in_one_ensemble_survive_saving_and_are_timms(build, kinds, photos, timm_features, tmp_path):
+def test_all_fourteen_in_one_ensemble_give_timms_features_after_saving_and_loading(
+    build, kinds, photos, timm_features, tmp_path
+):
     model, backbones = build(*kinds)
     model.save_pretrained(tmp_path)
     pixels = AutoImageProcessor.from_pretrained(tmp_path)(photos)["pixel_values"]
     before, after = saved_and_loaded(model, tmp_path, pixels)
     assert torch.equal(before, after) and len(kinds) == 14 and pixels.shape[1] == len(model.config.geometries)
-    wanted = torch.cat([timm_features(backbone, photos) for backbone in backbones], 1)
-    torch.testing.assert_close(after, wanted, atol=1e-5, rtol=0)
+    expected = torch.cat([timm_features(backbone, photos) for backbone in backbones], 1)
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The whole ensemble is one graph: for `torch.compile` without a break, and for `torch.export`."""
+"""An ensemble is one graph for `torch.compile`, without graph breaks, and for `torch.export`."""
 
 import pytest
 import torch
@@ -21,25 +21,28 @@ def _fresh():
     torch.compiler.reset()
 
 
-def close(got, wanted, atol=1e-4):
-    torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
+def close(actual, expected, atol=1e-4):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENSEMBLES)
-def test_compiled_it_is_one_graph_and_gives_the_same(build, noise, name):
+def test_a_compiled_ensemble_is_one_graph_with_equal_features(build, noise, name):
     model, _ = build(*ENSEMBLES[name])
-    got = torch.compile(model, fullgraph=True)(noise(model)).pooler_output
-    close(got, model(noise(model)).pooler_output)
+    actual = torch.compile(model, fullgraph=True)(noise(model)).pooler_output
+    close(actual, model(noise(model)).pooler_output)
 
 
 @torch.no_grad()
 def test_the_classifier_compiles_with_its_loss(build, noise):
     model, _ = build(*ENSEMBLES["mixed architectures"], **HEAD)
     labels = torch.tensor([2, 0])
-    got, wanted = torch.compile(model, fullgraph=True)(noise(model), labels=labels), model(noise(model), labels=labels)
+    actual, expected = (
+        torch.compile(model, fullgraph=True)(noise(model), labels=labels),
+        model(noise(model), labels=labels),
+    )
     for key in ("loss", "logits", "pooler_output"):
-        close(got[key], wanted[key])
+        close(actual[key], expected[key])
 
 
 @torch.no_grad()
@@ -54,30 +57,30 @@ def test_member_features_and_tuples_compile(build, noise):
 @torch.no_grad()
 def test_folded_bfloat16_and_channels_last_compile(build, noise):
     model, _ = build(*ENSEMBLES["mixed architectures"])
-    wanted = model(noise(model)).pooler_output
+    expected = model(noise(model)).pooler_output
     model.fold_batchnorm().to(memory_format=torch.channels_last)
-    close(torch.compile(model, fullgraph=True)(noise(model)).pooler_output, wanted)
+    close(torch.compile(model, fullgraph=True)(noise(model)).pooler_output, expected)
     model.to(torch.bfloat16)
-    got = torch.compile(model, fullgraph=True)(noise(model)).pooler_output
-    assert got.dtype == torch.bfloat16 and (got.float() - wanted).norm() < 0.05 * wanted.norm()
+    actual = torch.compile(model, fullgraph=True)(noise(model)).pooler_output
+    assert actual.dtype == torch.bfloat16 and (actual.float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_gradients_come_through_a_compiled_ensemble(build, noise):
     model, _ = build("grey", "vit-tiny", **HEAD)
     labels = torch.tensor([2, 0])
-    gradients = []  # of two small members: backward takes the longest to compile
+    gradients = []  # two small members, since backward takes the longest to compile
     for forward in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()
         forward(noise(model), labels=labels).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    for name, wanted in gradients[0].items():
-        close(gradients[1][name], wanted)
+    for name, expected in gradients[0].items():
+        close(gradients[1][name], expected)
 
 
 @torch.no_grad()
 def test_all_fourteen_side_by_side_are_one_graph_for_any_batch(build, noise, kinds):
     model, _ = build(*kinds)
-    # What is tried is the capture alone: one graph for a fixed batch, one for any, and no third.
+    # Only the capture is tested: one graph for a fixed batch size and one for any, and no third.
     compiled = torch.compile(model.to(torch.bfloat16), fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=2):
         for images in (2, 3, 5):
@@ -91,12 +94,12 @@ def test_torch_export_takes_any_batch(build, noise, settings):
     batch = {"pixel_values": {0: torch.export.Dim("batch")}}
     program = torch.export.export(model, (), {"pixel_values": noise(model)}, dynamic_shapes=batch)
     for images in (1, 5):
-        got = program.module()(pixel_values=noise(model, images))
-        assert isinstance(got, type(model(noise(model)))) and set(got) == set(model(noise(model)))
-        close(got.to_tuple()[0], model(noise(model, images)).to_tuple()[0])
+        actual = program.module()(pixel_values=noise(model, images))
+        assert isinstance(actual, type(model(noise(model)))) and set(actual) == set(model(noise(model)))
+        close(actual.to_tuple()[0], model(noise(model, images)).to_tuple()[0])
 
 
-def test_the_compiled_class_is_still_what_it_was(build, tmp_path):
+def test_a_compiled_model_can_be_saved(build, tmp_path):
     model, _ = build("resnet18")
     torch.compile(model, fullgraph=True).save_pretrained(tmp_path)
     assert ConcatEnsembleModel.from_pretrained(tmp_path).state_dict().keys() == model.state_dict().keys()

@@ -1,4 +1,4 @@
-"""What a configuration takes, refuses and remembers."""
+"""Which values a configuration accepts, which it refuses, and what it stores."""
 
 import copy
 import json
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor, ConcatEnsembleModel
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     AUTO_MAP,
+    MAX_NUMBER,
     PLAIN_NAME,
     REFUSED_MODEL_ARGS,
-    WIDEST,
 )
 
 RGB = {
@@ -37,13 +37,13 @@ def pixels(**changes) -> dict:
     return member(preprocessing={**RGB, **changes})
 
 
-def test_unknown_architecture_is_refused_with_its_place_and_the_nearest_names():
+def test_the_error_for_an_unknown_architecture_names_the_member_and_similar_names():
     with pytest.raises(ValueError, match=r"members\[1\].*'resnet81'.*did you mean .*resnet18.*timm.list_models"):
         ConcatEnsembleConfig(members=[member(), member(architecture="resnet81")])
 
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k", "", None, 18])
-def test_architecture_that_would_fetch_weights_or_is_no_name_is_refused(name):
+def test_an_architecture_that_would_fetch_weights_or_is_not_a_name_is_refused(name):
     with pytest.raises(ValueError, match=r"members\[0\].*architecture"):
         ConcatEnsembleConfig(members=[member(architecture=name)])
 
@@ -92,7 +92,7 @@ def test_values_that_json_cannot_hold_are_refused(field, value):
         ({"size": 32}, "size"),
     ],
 )
-def test_bad_preprocessing_is_refused_with_its_place_and_value(changes, value):
+def test_the_error_for_bad_preprocessing_names_the_member_and_the_value(changes, value):
     with pytest.raises(ValueError, match=rf"members\[1\]: .*{value}"):
         ConcatEnsembleConfig(members=[member(), pixels(**changes)])
 
@@ -118,7 +118,7 @@ def test_incomplete_preprocessing_is_refused(missing):
         (member(model_args={"in_chans": 1}), r"\[3, 32, 32\].*1 channels"),
     ],
 )
-def test_bad_member_is_refused_with_its_place_and_value(bad, value):
+def test_the_error_for_a_bad_member_names_the_member_and_the_value(bad, value):
     with pytest.raises(ValueError, match=rf"members\[0\]: .*{value}"):
         ConcatEnsembleConfig(members=[bad])
 
@@ -136,21 +136,21 @@ def test_active_members_set_later_are_refused_by_the_model():
         ConcatEnsembleModel(config)
 
 
-def test_no_members_make_a_configuration_but_no_model():
-    # transformers itself makes empty configurations, to see what differs from them.
+def test_a_model_needs_at_least_one_member():
+    # transformers makes empty configurations to find the values that differ from the defaults.
     with pytest.raises(ValueError, match="members is empty"):
         ConcatEnsembleModel(ConcatEnsembleConfig())
 
 
-def test_the_members_given_are_copied_not_changed():
-    given = [member(model_args={"channels": (8, 16, 32, 64)})]
-    before = copy.deepcopy(given)
-    config = ConcatEnsembleConfig(members=given)
+def test_the_config_copies_the_members_it_is_made_from():
+    members = [member(model_args={"channels": (8, 16, 32, 64)})]
+    before = copy.deepcopy(members)
+    config = ConcatEnsembleConfig(members=members)
     config.members[0]["provenance"]["seed"] = 1
-    assert given == before and config.members[0]["model_args"] == {"channels": [8, 16, 32, 64]}
+    assert members == before and config.members[0]["model_args"] == {"channels": [8, 16, 32, 64]}
 
 
-def test_width_counts_the_active_members_alone():
+def test_num_features_counts_only_the_active_members():
     members = [member(num_features=n) for n in (1, 20, 300)]
     assert ConcatEnsembleConfig(members=members).num_features == 321
     part = ConcatEnsembleConfig(members=members, active_members=[2, 0])
@@ -165,7 +165,7 @@ def test_members_share_a_geometry_whatever_their_mean_and_std():
 def test_in_border_mode_the_mean_is_part_of_the_geometry_as_it_fills_the_border():
     border = [pixels(crop_mode="border", mean=[m] * 3) for m in (0.0, 1.0, 0.0)]
     config = ConcatEnsembleConfig(members=border)
-    assert [config.geometry_of(k) for k in range(3)] == [0, 1, 0]
+    assert [config.geometry_index(k) for k in range(3)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_in_border_mode_the_mean_is_part_of_the_geometry_as_it_fills_the_border(
 )
 def test_another_size_crop_or_interpolation_is_another_geometry(other):
     config = ConcatEnsembleConfig(members=[pixels(), pixels(**other), pixels()])
-    assert [config.geometry_of(k) for k in range(3)] == [0, 1, 0]
+    assert [config.geometry_index(k) for k in range(3)] == [0, 1, 0]
     assert config.pixel_shape == (2, 3, 32, 64 if "input_size" in other else 32)
 
 
@@ -181,7 +181,7 @@ def test_geometries_are_numbered_over_all_members_whichever_are_active():
     grey = member(model_args={"in_chans": 1}, preprocessing=GREY)
     members = [member(), grey, pixels(input_size=[3, 48, 16])]
     config = ConcatEnsembleConfig(members=members, active_members=[2])
-    assert config.geometry_of(2) == 2 and config.pixel_shape == (3, 3, 48, 32)
+    assert config.geometry_index(2) == 2 and config.pixel_shape == (3, 3, 48, 32)
 
 
 def test_a_configuration_without_a_head_has_no_labels(tmp_path):
@@ -200,7 +200,7 @@ def test_num_labels_none_means_no_head():
 
 @pytest.mark.parametrize("names", [["cat"], ["cat", "dog"], ["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1", "LABEL_2"]])
 def test_labels_survive_saving(tmp_path, names):
-    # transformers leaves two labels with its own names out of the file, as a default.
+    # transformers leaves out two labels with the names that it gives by default.
     id2label = dict(enumerate(names))
     label2id = {name: n for n, name in id2label.items()}
     ConcatEnsembleConfig(members=[member()], id2label=id2label, label2id=label2id).save_pretrained(tmp_path)
@@ -222,7 +222,7 @@ def nested(numbers, texts, names):
 
 
 plain = nested(st.integers() | numbers, st.text(max_size=5), keys)
-arguments = nested(st.integers(-WIDEST, WIDEST) | st.floats(-WIDEST, WIDEST), words, keys)
+arguments = nested(st.integers(-MAX_NUMBER, MAX_NUMBER) | st.floats(-MAX_NUMBER, MAX_NUMBER), words, keys)
 
 
 @st.composite
@@ -264,6 +264,6 @@ def test_every_valid_configuration_survives_json_and_gives_a_processor(tmp_path_
     assert ConcatEnsembleImageProcessor.from_config(again).geometries == config.geometries
 
 
-def test_every_timm_architecture_is_known_by_the_name_that_timm_gives_it():
+def test_every_architecture_of_timm_is_accepted():
     names = timm.list_models()
     assert all(ConcatEnsembleConfig(members=[member(architecture=name)]).num_features == 512 for name in names)

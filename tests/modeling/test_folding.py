@@ -1,4 +1,4 @@
-"""Folding BatchNorm into convolutions changes speed and nothing else."""
+"""Folding BatchNorm into convolutions changes the speed and not the features."""
 
 import copy
 import pickle
@@ -7,10 +7,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleForImageClassification, ConcatEnsembleModel
+from concat_ensemble.inference.folding import fold_batchnorm
 
-# Of our fourteen kinds; the others have no BatchNorm.
+# The other kinds in conftest.py have no BatchNorm.
 NORMALISED = ("resnet18", "resnet50", "resnetblur50", "wide", "efficientnet", "regnety", "mobilenetv3", "grey")
 
 
@@ -18,12 +20,12 @@ def norms(model) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-def close(got, wanted, atol=1e-4):
-    torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
+def close(actual, expected, atol=1e-4):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 @torch.no_grad()
-def test_every_batchnorm_goes_and_features_stay(build, noise, kind):
+def test_every_batchnorm_is_folded_and_features_stay(build, noise, kind):
     model, (backbone,) = build(kind)
     pixels = noise(model, 3)
     assert bool(norms(model)) == (kind in NORMALISED)
@@ -37,16 +39,16 @@ def test_every_batchnorm_goes_and_features_stay(build, noise, kind):
 @pytest.mark.parametrize(
     ("architecture", "left"),
     [
-        ("repvgg_a0", 17),  # normalises a block's input in a branch of its own
-        ("densenet121", 62),  # normalises what was concatenated
-        ("resnetv2_18", 9),  # normalises before it convolves
-        ("resnetv2_50d_evos", 0),  # statistics of its own that are no BatchNorm's
-        ("resnetv2_50x1_bit", 0),  # convolves with weights that it standardises first
+        ("repvgg_a0", 17),  # a branch normalizes the block's input
+        ("densenet121", 62),  # normalizes a concatenation
+        ("resnetv2_18", 9),  # normalizes before it convolves
+        ("resnetv2_50d_evos", 0),  # its layers have statistics but are not BatchNorms
+        ("resnetv2_50x1_bit", 0),  # standardizes the weights before it convolves
         ("ghostnet_050", 0),  # a BatchNorm's output is used twice, its input once
         ("coatnet_pico_rw_224", 5),
     ],
 )
-def test_a_batchnorm_that_follows_something_else_stays(spec, architecture, left):
+def test_a_batchnorm_without_a_convolution_before_it_stays(spec, architecture, left):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         member = timm.create_model(architecture, num_classes=0).eval()
@@ -58,13 +60,13 @@ def test_a_batchnorm_that_follows_something_else_stays(spec, architecture, left)
     }
     model = ConcatEnsembleModel(ConcatEnsembleConfig(members=[described])).eval()
     pixels = torch.rand(1, *model.config.pixel_shape, generator=torch.Generator().manual_seed(1))
-    wanted = model(pixels).pooler_output
-    close(model.fold_batchnorm()(pixels).pooler_output / wanted.norm(), wanted / wanted.norm(), 1e-5)
+    expected = model(pixels).pooler_output
+    close(model.fold_batchnorm()(pixels).pooler_output / expected.norm(), expected / expected.norm(), 1e-5)
     assert len(norms(model)) == left
 
 
 class Reused(nn.Module):
-    """What follows a convolution is its BatchNorm, and `also` something that uses the convolution as well."""
+    """A convolution with a BatchNorm after it, and `also`, which uses one of the two as well."""
 
     def __init__(self, also):
         super().__init__()
@@ -88,22 +90,22 @@ class Reused(nn.Module):
     ],
     ids=["output", "norm", "convolution", "weight", "in a list"],
 )
-def test_a_convolution_or_norm_that_serves_twice_is_left_alone(spec, noise, also):
+def test_a_convolution_or_norm_that_is_used_twice_stays(spec, noise, also):
     model = ConcatEnsembleModel(ConcatEnsembleConfig(members=[{**spec("resnet18"), "num_features": 4}])).eval()
     model.members["0"] = Reused(also).eval()
-    wanted = model(noise(model)).pooler_output
-    assert torch.equal(model.fold_batchnorm()(noise(model)).pooler_output, wanted)
+    expected = model(noise(model)).pooler_output
+    assert torch.equal(model.fold_batchnorm()(noise(model)).pooler_output, expected)
     assert len(norms(model)) == 1
 
 
 class Shifted(nn.BatchNorm2d):
-    """A BatchNorm with something more to it, of which folding cannot know."""
+    """A BatchNorm that does something else as well, which folding cannot see."""
 
     def forward(self, pixels):
         return super().forward(pixels) + 1
 
 
-def test_a_member_that_folding_would_change_is_named_and_all_stay(build, noise):
+def test_the_error_names_a_member_that_folding_would_change_and_no_member_is_folded(build, noise):
     model, _ = build("resnet18", "resnet18")
     shifted = Shifted(64)
     shifted.load_state_dict(model.members["1"].bn1.state_dict())
@@ -118,14 +120,14 @@ def test_a_member_that_folding_would_change_is_named_and_all_stay(build, noise):
 def test_the_classifier_gives_the_same_logits(build, noise):
     kinds = ("resnet18", "vit-tiny", "grey")
     model, _ = build(*kinds, cls=ConcatEnsembleForImageClassification, num_labels=3, standardize=True)
-    wanted = model(noise(model))
-    got = model.fold_batchnorm()(noise(model))
-    close(got.logits, wanted.logits)
-    close(got.pooler_output, wanted.pooler_output)
+    expected = model(noise(model))
+    actual = model.fold_batchnorm()(noise(model))
+    close(actual.logits, expected.logits)
+    close(actual.pooler_output, expected.pooler_output)
 
 
 @torch.no_grad()
-def test_twice_is_once_and_random_numbers_are_not_drawn(build, noise):
+def test_folding_twice_changes_nothing_and_uses_no_global_random_numbers(build, noise):
     model, _ = build("resnet18", "efficientnet")
     before = torch.get_rng_state()
     members = dict(model.fold_batchnorm().members)
@@ -136,15 +138,15 @@ def test_twice_is_once_and_random_numbers_are_not_drawn(build, noise):
 
 @torch.no_grad()
 @pytest.mark.parametrize("normalised", NORMALISED)
-def test_bfloat16_stays_bfloat16_and_comes_no_further_from_float32(build, noise, normalised):
+def test_a_folded_bfloat16_model_is_as_close_to_float32_as_before(build, noise, normalised):
     model, (backbone,) = build(normalised)
     pixels = noise(model, 4)
-    wanted = backbone(pixels)
+    expected = backbone(pixels)
     model.to(torch.bfloat16)
-    far = (model(pixels).pooler_output.float() - wanted).norm()
-    got = model.fold_batchnorm()(pixels).pooler_output
-    assert got.dtype == model.dtype == torch.bfloat16
-    assert (got.float() - wanted).norm() < 1.5 * far
+    far = (model(pixels).pooler_output.float() - expected).norm()
+    actual = model.fold_batchnorm()(pixels).pooler_output
+    assert actual.dtype == model.dtype == torch.bfloat16
+    assert (actual.float() - expected).norm() < 1.5 * far
 
 
 @torch.no_grad()
@@ -156,7 +158,7 @@ def test_other_ensembles_with_the_same_members_do_not_change(build, noise, tmp_p
     assert not norms(folded.export_active())
 
 
-def test_only_in_evaluation_mode(build):
+def test_folding_needs_evaluation_mode(build):
     model, _ = build("resnet18", cls=ConcatEnsembleForImageClassification, num_labels=3)
     model.freeze_members()
     with pytest.raises(ValueError, match=r"call eval\(\) first"):
@@ -176,7 +178,21 @@ def test_a_folded_model_can_be_neither_saved_nor_trained(build, noise, tmp_path,
     assert not (tmp_path / "folder").exists() and not folded.eval().training
 
 
-def test_without_batchnorm_nothing_is_refused(build, tmp_path):
+def test_a_class_loaded_from_a_repo_is_folded_by_the_function(build, noise, tmp_path):
+    build("resnet18")[0].save_pretrained(tmp_path)
+    reference = "modeling_concat_ensemble.ConcatEnsembleModel"
+    model = get_class_from_dynamic_module(reference, tmp_path).from_pretrained(tmp_path)
+    assert type(model).__module__.startswith("transformers_modules.")
+    expected = model(noise(model)).pooler_output
+    with pytest.raises(NotImplementedError, match="pip install concat-ensemble"):
+        model.fold_batchnorm()
+    close(fold_batchnorm(model)(noise(model)).pooler_output, expected)
+    assert not norms(model)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_model_without_batchnorm_can_still_be_saved_and_trained(build, tmp_path):
     model, _ = build("vit-tiny", "convnext")
     model.fold_batchnorm().save_pretrained(tmp_path)
     assert model.train().training

@@ -1,4 +1,4 @@
-"""What each member sees of an image: the same as timm's evaluation transform shows it, whatever the image is."""
+"""Each member sees what timm's evaluation transform makes of an image, for all kinds of images."""
 
 import inspect
 import io
@@ -19,8 +19,8 @@ from concat_ensemble.modeling.configuration_concat_ensemble import copy_payload
 MIXED = ("resnet18", "grey", "convnext", "deit", "swin", "resnet50", "vit-tiny", "wide")
 
 
-def close(got, wanted):
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def processor_of(model) -> ConcatEnsembleImageProcessor:
@@ -45,14 +45,14 @@ def pixels(processor, *images, **kwargs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_alone_a_members_features_of_real_photographs_are_timms(build, photos, timm_features, kind):
+def test_one_member_gives_timms_features_for_real_photographs(build, photos, timm_features, kind):
     model, (backbone,) = build(kind)
     close(model(**processor_of(model)(photos)).pooler_output, timm_features(backbone, photos))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kinds", [MIXED, MIXED[::-1]])
-def test_mixed_every_members_columns_are_timms(build, photos, timm_features, kinds):
+def test_every_member_of_a_mixed_ensemble_gives_timms_features(build, photos, timm_features, kinds):
     model, backbones = build(*kinds)
     parts = model(**processor_of(model)(photos), output_member_features=True).member_features
     for part, backbone in zip(parts, backbones, strict=True):
@@ -61,33 +61,35 @@ def test_mixed_every_members_columns_are_timms(build, photos, timm_features, kin
 
 def test_a_slice_is_timms_transform_padded_with_zeros_on_the_right_and_below(build, photos, transform):
     model, backbones = build("grey", "convnext", "resnet18")
-    got = pixels(processor_of(model), *photos)
-    assert got.shape == (5, 3, 3, 64, 80) and got.dtype == torch.float32
+    actual = pixels(processor_of(model), *photos)
+    assert actual.shape == (5, 3, 3, 64, 80) and actual.dtype == torch.float32
     for n, backbone in enumerate(backbones):
-        wanted = torch.stack([transform(backbone)(photo) for photo in photos])
-        channels, height, width = wanted.shape[1:]
-        assert torch.equal(got[:, n, :channels, :height, :width], wanted)
-        assert not got[:, n, :, height:].any() and not got[:, n, :, :, width:].any()
-    assert torch.equal(got[:, 0, 0], got[:, 0, 2])  # a grey slice fills the channels that it does not need
+        expected = torch.stack([transform(backbone)(photo) for photo in photos])
+        channels, height, width = expected.shape[1:]
+        assert torch.equal(actual[:, n, :channels, :height, :width], expected)
+        assert not actual[:, n, :, height:].any() and not actual[:, n, :, :, width:].any()
+    assert torch.equal(actual[:, 0, 0], actual[:, 0, 2])  # a gray slice is repeated in all channels
 
 
 @pytest.mark.parametrize("size", [(1, 7), (400, 2), (33, 31), (2000, 20)])
-def test_images_of_any_shape_are_cut_as_by_timm(build, photos, transform, size):
+def test_images_of_any_shape_are_cropped_as_by_timm(build, photos, transform, size):
     model, backbones = build("resnet18", "swin", "convnext")
     image = photos[0].resize(size)
-    got = pixels(processor_of(model), image)[0]
+    actual = pixels(processor_of(model), image)[0]
     for n, backbone in enumerate(backbones):
-        wanted = transform(backbone)(image)
-        assert torch.equal(got[n, :, : wanted.shape[1], : wanted.shape[2]], wanted)
+        expected = transform(backbone)(image)
+        assert torch.equal(actual[n, :, : expected.shape[1], : expected.shape[2]], expected)
 
 
-def test_in_border_mode_the_bars_have_the_mean_and_a_grey_one_too(spec, transform, backbone):
+def test_in_border_mode_the_border_has_the_mean_for_gray_images_too(spec, transform, backbone):
     member = spec("grey")
     member["preprocessing"] |= {"crop_mode": "border"}
     border = ConcatEnsembleImageProcessor.from_config(ConcatEnsembleConfig(members=[member]))
-    got = pixels(border, PIL.Image.new("L", (64, 32), 255))[0, 0]
-    # twice as wide as high: 32x16 in the middle, and bars of 0.4 before, which is 0 after normalisation
-    assert got[8:24].allclose(torch.tensor((1 - 0.4) / 0.3)) and got[[*range(8), *range(24, 32)]].abs().max() < 0.01
+    actual = pixels(border, PIL.Image.new("L", (64, 32), 255))[0, 0]
+    # The image is twice as wide as high: 32x16 in the middle, with borders of 0.4, which is 0 after normalization.
+    assert (
+        actual[8:24].allclose(torch.tensor((1 - 0.4) / 0.3)) and actual[[*range(8), *range(24, 32)]].abs().max() < 0.01
+    )
 
 
 # --- kinds of image -------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def test_pil_modes_are_converted_as_by_timm(rgb, grey, build, photos, transform,
     assert torch.equal(pixels(grey, image)[0], transform(build("grey")[1][0])(image))
 
 
-def test_a_palette_with_a_transparent_colour_loses_its_transparency_alone(rgb, photos):
+def test_a_palette_with_a_transparent_color_loses_only_its_transparency(rgb, photos):
     image = photos[0].quantize(16)
     image.info["transparency"] = 3
     assert torch.equal(pixels(rgb, image), pixels(rgb, image.convert("RGBA").convert("RGB")))
@@ -108,12 +110,12 @@ def test_a_palette_with_a_transparent_colour_loses_its_transparency_alone(rgb, p
 
 @pytest.fixture(scope="module")
 def sixteen_bit(photos):
-    """A photograph with 16 bits a pixel, and what it is with 8: 257 steps of the one are a step of the other."""
+    """A photograph with 16 bits per channel and with 8: a step of the second is 257 steps of the first."""
     eight = photos[0].convert("L")
     return PIL.Image.fromarray(np.asarray(eight).astype(np.uint16) * 257), eight
 
 
-def test_sixteen_bits_are_scaled_not_cut_off(rgb, grey, sixteen_bit):
+def test_sixteen_bit_images_are_scaled_not_clipped(rgb, grey, sixteen_bit):
     deep, eight = sixteen_bit
     assert deep.mode == "I;16"
     for processor in (rgb, grey):
@@ -145,8 +147,8 @@ def test_a_photograph_with_an_exif_rotation_is_set_upright(rgb, photos, orientat
         7: PIL.Image.Transpose.TRANSVERSE,
         8: PIL.Image.Transpose.ROTATE_90,
     }
-    wanted = image.transpose(upright[orientation]) if orientation > 1 else image
-    assert torch.equal(pixels(rgb, PIL.Image.open(file)), pixels(rgb, wanted))
+    expected = image.transpose(upright[orientation]) if orientation > 1 else image
+    assert torch.equal(pixels(rgb, PIL.Image.open(file)), pixels(rgb, expected))
 
 
 # --- kinds of input -------------------------------------------------------------------------------------------------
@@ -158,29 +160,29 @@ def as_tensor(array):
 
 @pytest.mark.parametrize("make", [np.asarray, as_tensor])
 def test_arrays_and_tensors_are_read_with_channels_first_or_last_in_bytes_or_floats(rgb, photos, make):
-    wanted = pixels(rgb, photos[0])
+    expected = pixels(rgb, photos[0])
     array = np.asarray(photos[0])
     for variant in (array, array.transpose(2, 0, 1), (array / 255).astype(np.float32), array / 255):
-        assert torch.equal(pixels(rgb, make(variant)), wanted)
-        assert torch.equal(rgb(make(variant))["pixel_values"], wanted)  # one, without a list
-        assert torch.equal(rgb(make(np.stack([variant] * 2)))["pixel_values"], torch.cat([wanted] * 2))
+        assert torch.equal(pixels(rgb, make(variant)), expected)
+        assert torch.equal(rgb(make(variant))["pixel_values"], expected)  # one, without a list
+        assert torch.equal(rgb(make(np.stack([variant] * 2)))["pixel_values"], torch.cat([expected] * 2))
 
 
 @pytest.mark.parametrize("make", [np.asarray, as_tensor])
-def test_grey_arrays_need_no_channel(grey, photos, make):
+def test_gray_arrays_need_no_channel_axis(grey, photos, make):
     image = photos[0].convert("L")
-    wanted, array = pixels(grey, image), np.asarray(image)
+    expected, array = pixels(grey, image), np.asarray(image)
     for variant in (array[None], array[:, :, None], array, (array / 255).astype(np.float32)):
-        assert torch.equal(pixels(grey, make(variant)), wanted)
+        assert torch.equal(pixels(grey, make(variant)), expected)
 
 
 def test_paths_are_read_alone_and_in_lists(rgb, photos, tmp_path):
     for n, photo in enumerate(photos[:2]):
         photo.save(tmp_path / f"{n}.png")
-    wanted, files = pixels(rgb, *photos[:2]), [tmp_path / "0.png", tmp_path / "1.png"]
+    expected, files = pixels(rgb, *photos[:2]), [tmp_path / "0.png", tmp_path / "1.png"]
     for kind in (str, Path):
-        assert torch.equal(rgb([kind(file) for file in files])["pixel_values"], wanted)
-        assert torch.equal(rgb(kind(files[0]))["pixel_values"], wanted[:1])
+        assert torch.equal(rgb([kind(file) for file in files])["pixel_values"], expected)
+        assert torch.equal(rgb(kind(files[0]))["pixel_values"], expected[:1])
 
 
 def test_one_image_is_a_batch_of_one_and_a_tuple_is_a_list(rgb, photos):
@@ -189,8 +191,8 @@ def test_one_image_is_a_batch_of_one_and_a_tuple_is_a_list(rgb, photos):
 
 
 def test_numpy_comes_on_request(rgb, photos):
-    got = rgb(photos, return_tensors="np")["pixel_values"]
-    assert isinstance(got, np.ndarray) and np.array_equal(got, pixels(rgb, *photos).numpy())
+    actual = rgb(photos, return_tensors="np")["pixel_values"]
+    assert isinstance(actual, np.ndarray) and np.array_equal(actual, pixels(rgb, *photos).numpy())
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def nan_array():
         (PIL.Image.fromarray(np.array([[0.1, np.inf]], np.float32)), "infinite"),
     ],
 )
-def test_bad_images_are_refused_with_their_place(rgb, photos, bad, what):
+def test_the_error_for_a_bad_image_names_its_number_in_the_batch(rgb, photos, bad, what):
     with pytest.raises(ValueError, match=rf"image 2 of the batch: .*{what}"):
         rgb([photos[0], photos[1], bad])
 
@@ -227,13 +229,13 @@ def test_bad_images_are_refused_with_their_place(rgb, photos, bad, what):
         (np.zeros((3, 1, 1), np.uint8), "1x1"),
     ],
 )
-def test_bad_arrays_are_refused_with_their_place(rgb, photos, bad, what):
+def test_the_error_for_a_bad_array_names_its_number_in_the_batch(rgb, photos, bad, what):
     good = np.asarray(photos[0])
     with pytest.raises(ValueError, match=rf"image 1 of the batch: .*({what})"):
         rgb([torch.from_numpy(good.copy()) if isinstance(bad, torch.Tensor) else good, bad])
 
 
-def test_files_that_cannot_be_read_are_named(rgb, photos, tmp_path):
+def test_the_error_names_a_file_that_cannot_be_read(rgb, photos, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     photos[0].save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
@@ -242,7 +244,7 @@ def test_files_that_cannot_be_read_are_named(rgb, photos, tmp_path):
             rgb([str(tmp_path / name)])
 
 
-def test_a_file_cut_short_is_refused_with_its_place(rgb, photos):
+def test_the_error_for_a_truncated_file_names_its_number_in_the_batch(rgb, photos):
     file = io.BytesIO()
     photos[0].save(file, "PNG")
     with pytest.raises(ValueError, match=r"image 1 of the batch: .*truncated"):
@@ -250,7 +252,7 @@ def test_a_file_cut_short_is_refused_with_its_place(rgb, photos):
 
 
 @pytest.mark.parametrize("bad", [None, 3, [], [None], ["", 3]])
-def test_what_is_no_image_is_refused(rgb, bad):
+def test_inputs_other_than_images_are_refused(rgb, bad):
     with pytest.raises((ValueError, OSError)):
         rgb(bad)
 
@@ -260,7 +262,7 @@ def test_settings_that_would_change_what_members_see_are_refused(rgb, photos):
         rgb(photos, do_resize=False)
 
 
-def test_a_processor_without_geometries_is_refused_with_the_way_to_make_one():
+def test_a_processor_needs_geometries():
     with pytest.raises(ValueError, match="from_config"):
         ConcatEnsembleImageProcessor()
 
@@ -269,26 +271,26 @@ def test_a_processor_without_geometries_is_refused_with_the_way_to_make_one():
 
 
 @pytest.mark.parametrize("kinds", [("resnet18",), ("grey",), MIXED])
-def test_it_survives_saving_and_pickling(build, photos, tmp_path, kinds):
+def test_a_processor_can_be_saved_and_pickled(build, photos, tmp_path, kinds):
     model, _ = build(*kinds)
     processor = processor_of(model)
-    wanted = pixels(processor, *photos)
+    expected = pixels(processor, *photos)
     processor.save_pretrained(tmp_path)
-    model.config.save_pretrained(tmp_path)  # which says what class the processor has
+    model.config.save_pretrained(tmp_path)  # names the class of the processor
     for again in (
         ConcatEnsembleImageProcessor.from_pretrained(tmp_path),
         AutoImageProcessor.from_pretrained(tmp_path),
         pickle.loads(pickle.dumps(processor)),  # for the workers of a DataLoader
     ):
-        assert type(again) is ConcatEnsembleImageProcessor and torch.equal(pixels(again, *photos), wanted)
+        assert type(again) is ConcatEnsembleImageProcessor and torch.equal(pixels(again, *photos), expected)
 
 
-def test_its_file_holds_the_geometries_and_nothing_computed(build, tmp_path):
+def test_preprocessor_config_holds_only_the_geometries(build, tmp_path):
     model, _ = build("resnet18", "grey")
     processor_of(model).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["geometries"] == model.config.geometries and not any(key.startswith("_") for key in saved)
-    assert len(list(tmp_path.glob("*.py"))) == 3
+    assert len(list(tmp_path.glob("*.py"))) == 4
 
 
 def test_the_payload_is_not_copied_over_itself():

@@ -1,19 +1,21 @@
-"""What lies on disk, what loads from it, and what is refused."""
+"""Which files are saved, what is loaded from them, and which folders are refused."""
 
+import inspect
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
-from concat_ensemble.modeling.configuration_concat_ensemble import AUTO_MAP
+from concat_ensemble.modeling.configuration_concat_ensemble import AUTO_MAP, PAYLOAD_FILES
 
 INDEX = "model.safetensors.index.json"
-PAYLOAD = {f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()}
 KINDS = ("resnet18", "eva02", "grey")  # 64, 192 and 64 columns
 
 
@@ -33,7 +35,7 @@ def whole(build):
 
 @pytest.fixture(scope="module")
 def saved(whole, tmp_path_factory):
-    """Where it is saved; no test changes it."""
+    """The folder where `whole` is saved; no test may change it."""
     path = tmp_path_factory.mktemp("saved")
     whole.save_pretrained(path)
     return path
@@ -41,13 +43,13 @@ def saved(whole, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy to be changed at will."""
+    """A copy of `saved` that a test may change."""
     return shutil.copytree(saved, tmp_path / "ensemble")
 
 
 @pytest.fixture
 def headed(build):
-    """The same members under a head with weights unlike a new one's."""
+    """The same members with a head, whose weights are unlike those of a new head."""
     model, _ = build(*KINDS, cls=ConcatEnsembleForImageClassification, num_labels=4, standardize=True)
     generator = torch.Generator().manual_seed(0)
     for name in ("classifier.weight", "classifier.bias", "feature_mean", "feature_scale"):
@@ -72,7 +74,7 @@ def edit_index(folder, edit):
 
 def test_a_folder_holds_a_file_per_member_index_config_processor_and_code(folder, whole):
     members = {"member-00.safetensors", "member-01.safetensors", "member-02.safetensors"}
-    assert {path.name for path in folder.iterdir()} == members | PAYLOAD | {
+    assert {path.name for path in folder.iterdir()} == members | PAYLOAD_FILES | {
         INDEX,
         "config.json",
         "preprocessor_config.json",
@@ -92,7 +94,14 @@ def test_a_freshly_built_model_writes_all_four_auto_classes_and_their_code(build
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP and len(AUTO_MAP) == 4
     assert config["architectures"] == [cls.__name__] and config["dtype"] == "float32"
-    assert {path.name for path in tmp_path.glob("*.py")} == PAYLOAD
+    assert {path.name for path in tmp_path.glob("*.py")} == PAYLOAD_FILES
+
+
+def test_transformers_finds_every_file_of_the_payload():
+    folder = Path(inspect.getfile(ConcatEnsembleModel)).parent
+    imported = get_relative_import_files(folder / "modeling_concat_ensemble.py")
+    files = {Path(path).name for path in imported} | {"modeling_concat_ensemble.py"}
+    assert files == PAYLOAD_FILES == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
 
 
 def test_a_members_file_has_the_same_bytes_with_and_without_a_head(folder, headed, tmp_path):
@@ -128,14 +137,14 @@ def test_a_member_larger_than_max_shard_size_is_split_and_loads(whole, noise, tm
 
 
 def test_a_loaded_model_can_be_changed_and_saved_over_its_own_folder(folder, noise, whole):
-    # its tensors are the file itself, mapped into memory: writing into that file would destroy what is being saved
+    # Its tensors are the file itself, mapped into memory: writing into that file would destroy them.
     model = AutoModel.from_pretrained(folder)
     with torch.no_grad():
         model.members["0"].conv1.weight.mul_(2)
-    wanted = features(model, noise(whole))
+    expected = features(model, noise(whole))
     model.save_pretrained(folder)
-    assert torch.equal(features(AutoModel.from_pretrained(folder), noise(whole)), wanted)
-    assert torch.equal(wanted[:, 64:], features(whole, noise(whole))[:, 64:])
+    assert torch.equal(features(AutoModel.from_pretrained(folder), noise(whole)), expected)
+    assert torch.equal(expected[:, 64:], features(whole, noise(whole))[:, 64:])
 
 
 def test_nothing_is_saved_over_a_file(whole, tmp_path):
@@ -168,7 +177,7 @@ def test_a_head_survives(headed, noise, tmp_path):
 
 def test_a_folder_with_a_head_loads_as_a_bare_model(headed, whole, noise, tmp_path):
     headed.save_pretrained(tmp_path)
-    (tmp_path / "head.safetensors").unlink()  # which it does not read
+    (tmp_path / "head.safetensors").unlink()  # a bare model does not read it
     model = AutoModel.from_pretrained(tmp_path)
     assert type(model) is ConcatEnsembleModel
     assert torch.equal(features(model, noise(whole)), features(whole, noise(whole)))
@@ -209,14 +218,14 @@ def test_a_head_of_two_unnamed_classes_survives(build, noise, tmp_path):
 
 
 @pytest.mark.parametrize("delicate", ["resnetblur50", "swin", "eva02"])
-def test_what_timm_keeps_out_of_its_checkpoints_is_right_after_loading(build, noise, tmp_path, delicate):
-    # transformers leaves these buffers as uninitialised memory: what is loaded first fills it with other numbers
+def test_non_persistent_buffers_are_right_after_loading(build, noise, tmp_path, delicate):
+    # transformers leaves these buffers as uninitialized memory; loading resnet50 first fills that with other numbers.
     model, _ = build("resnet50", delicate)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
-    wanted = dict(model.named_buffers())
-    lost = set(wanted) - set(model.state_dict())
-    assert lost and all(torch.equal(buffer, wanted[key]) for key, buffer in loaded.named_buffers())
+    expected = dict(model.named_buffers())
+    lost = set(expected) - set(model.state_dict())
+    assert lost and all(torch.equal(buffer, expected[key]) for key, buffer in loaded.named_buffers())
     assert torch.equal(features(loaded, noise(model)), features(model, noise(model)))
 
 
@@ -225,12 +234,12 @@ def test_bfloat16_loads_at_half_the_size_and_is_near(saved, whole, noise):
     model = AutoModel.from_pretrained(saved, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.get_memory_footprint() < 0.6 * whole.get_memory_footprint()
-    got, wanted = features(model, noise(whole)).float(), features(whole, noise(whole))
-    assert (got - wanted).norm() < 0.05 * wanted.norm()
+    actual, expected = features(model, noise(whole)).float(), features(whole, noise(whole))
+    assert (actual - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_usual_attention_arguments_are_taken(saved, whole, noise, attention):
+def test_the_usual_attention_arguments_are_accepted(saved, whole, noise, attention):
     model = AutoModel.from_pretrained(saved, attn_implementation=attention)
     assert torch.equal(features(model, noise(whole)), features(whole, noise(whole)))
 
@@ -247,17 +256,17 @@ def test_a_device_map_on_the_cpu_changes_nothing(saved, whole, noise, device_map
     "placed",
     [{"device_map": {"members.0": "cpu", "members.1": "disk", "members.2": "cpu"}}, {"max_memory": {"cpu": "1MB"}}],
 )
-def test_offloading_to_disk_is_refused_as_it_gives_wrong_features(saved, tmp_path, placed):
+def test_offloading_to_disk_is_refused_since_it_gives_wrong_features(saved, tmp_path, placed):
     with pytest.raises(ValueError, match=r"disk.*wrong features.*active_members"):
         AutoModel.from_pretrained(saved, **{"device_map": "auto", **placed}, offload_folder=tmp_path)
 
 
 def test_a_subfolder_loads_whole_and_in_part(saved, whole, noise, tmp_path):
     shutil.copytree(saved, tmp_path / "inner")
-    wanted = features(whole, noise(whole))
-    assert torch.equal(features(AutoModel.from_pretrained(tmp_path, subfolder="inner"), noise(whole)), wanted)
+    expected = features(whole, noise(whole))
+    assert torch.equal(features(AutoModel.from_pretrained(tmp_path, subfolder="inner"), noise(whole)), expected)
     part = AutoModel.from_pretrained(tmp_path, subfolder="inner", active_members=[2])
-    assert torch.equal(features(part, noise(whole)), wanted[:, 256:])
+    assert torch.equal(features(part, noise(whole)), expected[:, 256:])
 
 
 def test_a_single_file_as_other_tools_write_it_loads_too(folder, whole, noise):
@@ -265,10 +274,10 @@ def test_a_single_file_as_other_tools_write_it_loads_too(folder, whole, noise):
         (folder / name).unlink()
     (folder / INDEX).unlink()
     save_file(whole.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    wanted = features(whole, noise(whole))
-    assert torch.equal(features(AutoModel.from_pretrained(folder), noise(whole)), wanted)
+    expected = features(whole, noise(whole))
+    assert torch.equal(features(AutoModel.from_pretrained(folder), noise(whole)), expected)
     part = AutoModel.from_pretrained(folder, active_members=[0, 2])
-    assert torch.equal(features(part, noise(whole)), wanted[:, [*range(64), *range(256, 320)]])
+    assert torch.equal(features(part, noise(whole)), expected[:, [*range(64), *range(256, 320)]])
 
 
 # --- some members ---------------------------------------------------------------------------------------------------
@@ -278,7 +287,7 @@ def test_a_single_file_as_other_tools_write_it_loads_too(folder, whole, noise):
 @pytest.mark.parametrize(
     ("active", "columns"), [([0, 2], [*range(64), *range(256, 320)]), ([2, 0], [*range(256, 320), *range(64)])]
 )
-def test_active_members_read_their_own_files_alone(folder, whole, noise, load, active, columns):
+def test_active_members_read_only_their_own_files(folder, whole, noise, load, active, columns):
     (folder / "member-01.safetensors").unlink()
     model, info = load(folder, active_members=active, output_loading_info=True)
     assert torch.equal(features(model, noise(whole)), features(whole, noise(whole))[:, columns])
@@ -306,16 +315,16 @@ def test_bad_active_members_are_refused_on_loading(saved, active):
         AutoModel.from_pretrained(saved, active_members=active)
 
 
-def test_a_part_keeps_its_numbers_on_disk_and_loads_again_as_that_part(saved, whole, noise, tmp_path):
+def test_active_members_keep_their_numbers_when_saved(saved, whole, noise, tmp_path):
     AutoModel.from_pretrained(saved, active_members=[2, 0]).save_pretrained(tmp_path)
     assert shards(tmp_path) == {"member-00.safetensors", "member-02.safetensors"}
-    wanted = features(whole, noise(whole))[:, [*range(256, 320), *range(64)]]
-    assert torch.equal(features(AutoModel.from_pretrained(tmp_path), noise(whole)), wanted)
-    with pytest.raises(ValueError, match=r"member\D*1"):
+    expected = features(whole, noise(whole))[:, [*range(256, 320), *range(64)]]
+    assert torch.equal(features(AutoModel.from_pretrained(tmp_path), noise(whole)), expected)
+    with pytest.raises(ValueError, match=r"member-01"):
         AutoModel.from_pretrained(tmp_path, active_members=[1])
 
 
-def test_a_part_is_not_saved_over_members_that_it_lacks(folder, saved):
+def test_active_members_are_not_saved_over_the_other_members(folder, saved):
     with pytest.raises(ValueError, match=r"members \[1\].*export_active"):
         AutoModel.from_pretrained(folder, active_members=[0, 2]).save_pretrained(folder)
     assert {path.name for path in folder.iterdir()} == {path.name for path in saved.iterdir()}
@@ -323,7 +332,7 @@ def test_a_part_is_not_saved_over_members_that_it_lacks(folder, saved):
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-def test_an_exported_part_saves_and_loads_as_a_whole(saved, photos, tmp_path):
+def test_exported_members_are_saved_as_a_whole_ensemble(saved, photos, tmp_path):
     part = AutoModel.from_pretrained(saved, active_members=[1, 2])
     part.export_active().save_pretrained(tmp_path)
     assert shards(tmp_path) == {"member-00.safetensors", "member-01.safetensors"}
@@ -337,29 +346,29 @@ LOAD = pytest.mark.parametrize("load", [AutoModel.from_pretrained, ConcatEnsembl
 
 
 @LOAD
-def test_a_missing_shard_is_named(folder, load):
+def test_the_error_names_a_missing_shard(folder, load):
     (folder / "member-01.safetensors").unlink()
     with pytest.raises(OSError, match=r"member-01\.safetensors"):
         load(folder)
 
 
 @LOAD
-@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
-def test_a_truncated_shard_is_named(folder, load, kept):
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_the_error_names_a_truncated_shard(folder, load, size):
     shard = folder / "member-01.safetensors"
-    shard.write_bytes(shard.read_bytes()[:kept])
+    shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(OSError, match=r"member-01\.safetensors.*not a whole safetensors file"):
         load(folder)
 
 
-def test_a_broken_file_of_an_inactive_member_harms_nobody(folder, whole, noise):
+def test_a_broken_file_of_an_inactive_member_is_not_read(folder, whole, noise):
     (folder / "member-01.safetensors").write_bytes(b"")
     model = AutoModel.from_pretrained(folder, active_members=[0])
     assert torch.equal(features(model, noise(whole)), features(whole, noise(whole))[:, :64])
 
 
 @pytest.mark.parametrize("also_in_index", [True, False])
-def test_a_missing_key_is_named(folder, also_in_index):
+def test_the_error_names_a_missing_weight(folder, also_in_index):
     edit_shard(folder, "member-00.safetensors", lambda tensors: tensors.pop("members.0.layer1.0.conv1.weight"))
     if also_in_index:
         edit_index(folder, lambda weights: weights.pop("members.0.layer1.0.conv1.weight"))
@@ -369,7 +378,7 @@ def test_a_missing_key_is_named(folder, also_in_index):
 
 
 @pytest.mark.parametrize("also_in_index", [True, False])
-def test_an_unexpected_key_of_a_member_is_named(folder, also_in_index):
+def test_the_error_names_an_unexpected_weight_of_a_member(folder, also_in_index):
     edit_shard(folder, "member-00.safetensors", lambda tensors: tensors.update({"members.0.extra": torch.zeros(1)}))
     if also_in_index:
         edit_index(folder, lambda weights: weights.update({"members.0.extra": "member-00.safetensors"}))
@@ -379,7 +388,7 @@ def test_an_unexpected_key_of_a_member_is_named(folder, also_in_index):
 
 @pytest.mark.parametrize("active", [None, [0, 2]])
 def test_weights_of_a_member_that_the_configuration_lacks_are_refused(folder, active):
-    # not to be taken for one of member 1, whose keys are ignored where it is not active
+    # Its key begins like those of member 1, which are ignored if member 1 is not active.
     extra = {"members.10.fc": torch.zeros(1)}
     edit_shard(folder, "member-00.safetensors", lambda tensors: tensors.update(extra))
     with pytest.raises(ValueError, match=r"unexpected .*members\.10\.fc"):
@@ -404,13 +413,13 @@ def test_a_shard_named_outside_the_folder_is_refused(folder, load, name):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}'])
-def test_an_index_that_is_none_is_named(folder, text):
+def test_the_error_names_a_file_that_is_not_an_index(folder, text):
     (folder / INDEX).write_text(text)
     with pytest.raises((OSError, ValueError), match=r"model\.safetensors\.index\.json"):
         AutoModel.from_pretrained(folder)
 
 
-def test_a_bad_configuration_on_disk_is_refused_with_member_and_value(folder):
+def test_the_error_for_a_bad_config_on_disk_names_the_member_and_the_value(folder):
     config = json.loads((folder / "config.json").read_text())
     config["members"][1]["model_args"]["pretrained"] = True
     (folder / "config.json").write_text(json.dumps(config))

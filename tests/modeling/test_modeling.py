@@ -1,4 +1,4 @@
-"""What the two models compute, against timm and against numbers made by hand."""
+"""What the two models compute, compared with timm and with computations by hand."""
 
 import copy
 import pickle
@@ -15,17 +15,17 @@ from concat_ensemble import (
 )
 
 
-def close(got, wanted, atol=1e-5):
-    torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
+def close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 @torch.no_grad()
-def test_features_are_timms_side_by_side_in_member_order(build, noise):
+def test_features_are_timms_concatenated_in_member_order(build, noise):
     model, (first, second) = build("resnet18", "resnetblur50", cls=ConcatEnsembleModel)
     pixels = noise(model)
     taken = [pixels[:, 0], pixels[:, 1]]  # they differ in crop, so each has a slice
-    wanted = torch.cat([first(taken[0]), second(taken[1])], dim=1)
-    assert torch.equal(model(pixels).pooler_output, wanted) and wanted.shape == (2, 64 + 256)
+    expected = torch.cat([first(taken[0]), second(taken[1])], dim=1)
+    assert torch.equal(model(pixels).pooler_output, expected) and expected.shape == (2, 64 + 256)
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def test_return_dict_false_gives_the_same_as_a_tuple(build, noise):
 
 
 @torch.no_grad()
-def test_a_member_with_another_mean_and_std_gets_its_own_normalisation(build, photos, timm_features):
+def test_a_member_with_another_mean_and_std_gets_its_own_normalization(build, photos, timm_features):
     model, backbones = build("resnet18", "resnet50")
     pixels = ConcatEnsembleImageProcessor.from_config(model.config)(photos)["pixel_values"]
     assert pixels.shape == (5, 3, 64, 64)  # one slice for both
@@ -56,34 +56,34 @@ def test_a_member_with_another_mean_and_std_gets_its_own_normalisation(build, ph
 
 
 @torch.no_grad()
-def test_each_member_takes_its_slice_cut_to_its_size_and_channels(build):
+def test_each_member_sees_its_slice_cropped_to_its_size_and_channels(build):
     model, backbones = build("grey", "convnext", "vit-small", "resnet18")
-    slices = torch.full((2, 4, 3, 64, 80), torch.nan)  # whoever looked beyond its own part would give NaN
+    slices = torch.full((2, 4, 3, 64, 80), torch.nan)  # a member that reads outside its part gives NaN
     for n, (channels, height, width) in enumerate([(1, 32, 32), (3, 48, 80), (3, 48, 48), (3, 64, 64)]):
         slices[:, n, :channels, :height, :width] = torch.randn(2, channels, height, width)
-    wanted = [backbones[0](slices[:, 0, :1, :32, :32]), backbones[1](slices[:, 1, :, :48])]
-    wanted += [backbones[2](slices[:, 2, :, :48, :48]), backbones[3](slices[:, 3, :, :64, :64])]
-    assert torch.equal(model(slices).pooler_output, torch.cat(wanted, 1))
+    expected = [backbones[0](slices[:, 0, :1, :32, :32]), backbones[1](slices[:, 1, :, :48])]
+    expected += [backbones[2](slices[:, 2, :, :48, :48]), backbones[3](slices[:, 3, :, :64, :64])]
+    assert torch.equal(model(slices).pooler_output, torch.cat(expected, 1))
 
 
 @pytest.mark.parametrize(
-    ("kinds", "shape", "wanted"),
+    ("kinds", "shape", "expected"),
     [
-        (["resnet18"], (2, 3, 32, 32), r"\(2, 3, 32, 32\).*wants \(B, 3, 64, 64\)"),
-        (["resnet18"], (3, 64, 64), r"\(3, 64, 64\).*wants \(B, 3, 64, 64\)"),
-        (["resnet18"], (2, 1, 3, 64, 64), r"wants \(B, 3, 64, 64\)"),
-        (["grey"], (2, 3, 32, 32), r"wants \(B, 1, 32, 32\)"),
-        (["grey", "resnet18"], (2, 3, 64, 64), r"\(2, 3, 64, 64\).*wants \(B, 2, 3, 64, 64\)"),
-        (["grey", "resnet18"], (2, 1, 3, 64, 64), r"wants \(B, 2, 3, 64, 64\)"),
+        (["resnet18"], (2, 3, 32, 32), r"\(2, 3, 32, 32\).*\(B, 3, 64, 64\)"),
+        (["resnet18"], (3, 64, 64), r"\(3, 64, 64\).*\(B, 3, 64, 64\)"),
+        (["resnet18"], (2, 1, 3, 64, 64), r"\(B, 3, 64, 64\)"),
+        (["grey"], (2, 3, 32, 32), r"\(B, 1, 32, 32\)"),
+        (["grey", "resnet18"], (2, 3, 64, 64), r"\(2, 3, 64, 64\).*\(B, 2, 3, 64, 64\)"),
+        (["grey", "resnet18"], (2, 1, 3, 64, 64), r"\(B, 2, 3, 64, 64\)"),
     ],
 )
-def test_pixels_of_the_wrong_rank_or_size_are_refused_with_what_is_wanted(build, kinds, shape, wanted):
+def test_the_error_for_pixels_of_the_wrong_shape_says_the_right_one(build, kinds, shape, expected):
     model, _ = build(*kinds)
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match=expected):
         model(torch.zeros(shape))
 
 
-def test_a_width_that_the_member_does_not_have_is_refused(spec):
+def test_a_wrong_number_of_features_is_refused(spec):
     model = ConcatEnsembleModel(ConcatEnsembleConfig(members=[{**spec("resnet18"), "num_features": 63}])).eval()
     with pytest.raises(ValueError, match=r"members\[0\].*\(1, 64\).*\(B, 63\)"):
         model(torch.zeros(1, 3, 64, 64))
@@ -97,7 +97,7 @@ def test_a_member_without_pooled_features_is_refused(spec):
 
 
 @pytest.mark.parametrize("model_args", [{"depht": 2}, {"num_heads": 5}, {"depth": "two"}])
-def test_model_args_that_timm_cannot_build_from_are_refused_with_member_and_value(spec, model_args):
+def test_the_error_for_model_args_that_timm_refuses_names_the_member_and_the_value(spec, model_args):
     with pytest.raises(ValueError, match=rf"members\[1\].*vit_tiny_patch16_224.*{next(iter(model_args))}"):
         member = {**spec("vit-tiny"), "model_args": model_args}
         ConcatEnsembleModel(ConcatEnsembleConfig(members=[spec("resnet18"), member]))
@@ -115,7 +115,7 @@ def test_every_parameter_is_named_after_its_member_with_and_without_a_head(build
 
 
 def classifier(build, *kinds, **config):
-    """One with weights far from those of a new head."""
+    """A classifier whose head has weights unlike those of a new one."""
     model, _ = build(*kinds, cls=ConcatEnsembleForImageClassification, **config)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.state_dict().items():
@@ -125,7 +125,7 @@ def classifier(build, *kinds, **config):
 
 
 @torch.no_grad()
-def test_logits_and_loss_are_those_by_hand(build, noise):
+def test_logits_and_loss_match_a_computation_by_hand(build, noise):
     model = classifier(build, "resnet18", "resnet50", num_labels=3)
     labels = torch.tensor([2, 0])
     output = model(noise(model), labels=labels)
@@ -141,11 +141,11 @@ def test_standardize_subtracts_the_stored_mean_and_divides_by_the_stored_scale(b
     output = model(noise(model))
     by_hand = (pooled - model.feature_mean) / model.feature_scale @ model.classifier.weight.T + model.classifier.bias
     close(output.logits, by_hand, 1e-4)
-    assert torch.equal(output.pooler_output, pooled)  # what comes out is not standardised
+    assert torch.equal(output.pooler_output, pooled)  # it is the input of the head before it is standardized
 
 
 @torch.no_grad()
-def test_regression_and_several_labels_an_image_have_their_losses(build, noise):
+def test_regression_and_multi_label_losses(build, noise):
     model = classifier(build, "resnet18", num_labels=1)
     target = torch.tensor([0.5, 2.0])
     output = model(noise(model), labels=target)
@@ -173,7 +173,7 @@ def test_a_classifier_without_classes_is_refused(spec, labels):
         ConcatEnsembleForImageClassification(ConcatEnsembleConfig(members=[spec("resnet18")], **labels))
 
 
-def test_a_head_over_some_members_is_refused_with_the_class_that_takes_them(spec):
+def test_a_head_needs_all_members(spec):
     config = ConcatEnsembleConfig(members=[spec("resnet18")] * 2, active_members=[0], num_labels=3)
     with pytest.raises(ValueError, match=r"active_members.*ConcatEnsembleModel"):
         ConcatEnsembleForImageClassification(config)
@@ -190,7 +190,7 @@ def test_a_new_head_is_small_and_its_bias_zero(build):
 
 @torch.no_grad()
 @pytest.mark.parametrize("active", [[0], [2], [0, 2], [3, 1]])
-def test_active_members_take_the_same_pixels_and_give_their_columns(build, noise, active):
+def test_active_members_give_their_columns_of_the_same_pixels(build, noise, active):
     kinds = ("resnet18", "grey", "vit-tiny", "resnet50")
     whole, _ = build(*kinds)
     part, _ = build(*kinds, active_members=active)
@@ -209,8 +209,8 @@ def test_export_active_is_a_whole_renumbered_ensemble_with_equal_features(build,
     pixels = [
         ConcatEnsembleImageProcessor.from_config(model.config)(photos)["pixel_values"] for model in (part, whole)
     ]
-    assert pixels[1].shape[1] == 2  # its own geometries alone
-    # resnet50's pixels came through resnet18's mean and std before, and are its own now
+    assert pixels[1].shape[1] == 2  # only the geometries of these members
+    # Before, resnet50's pixels were derived from resnet18's mean and std; now they have its own.
     close(whole(pixels[1]).pooler_output, part(pixels[0]).pooler_output)
 
 
@@ -271,7 +271,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_gives_the_same_gradien
     blocks.append(model.members["3"].blocks[1][0])
     calls = []
     for block in blocks:
-        # before it, as the second time stops as soon as nothing more is needed
+        # A pre-hook, since the second pass stops as soon as it has computed what is needed.
         block.register_forward_pre_hook(lambda block, _: calls.append(id(block)))
 
     def gradients():
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_computes_blocks_twice_and_gives_the_same_gradien
     plain, once = gradients()
     model.gradient_checkpointing_enable()
     again, twice = gradients()
-    assert once == [1] * 4 and twice == [2] * 4  # the second time on the way back
+    assert once == [1] * 4 and twice == [2] * 4  # the second time in the backward pass
     assert plain.keys() == again.keys()
     for key in plain:
         close(again[key], plain[key], 1e-6)
@@ -294,8 +294,8 @@ def test_gradient_checkpointing_computes_blocks_twice_and_gives_the_same_gradien
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
-def test_gradient_checkpointing_passes_over_members_that_cannot(spec):
-    # pit_ti_224 has timm's method, and says no by an assertion when it is asked to.
+def test_gradient_checkpointing_skips_members_that_do_not_support_it(spec):
+    # pit_ti_224 has timm's method, which fails with an assertion.
     pit = {"architecture": "pit_ti_224", "num_features": 256, "preprocessing": spec("resnet18")["preprocessing"]}
     with torch.device("meta"):
         mixed, alone = (ConcatEnsembleModel(ConcatEnsembleConfig(members=m)) for m in ([spec("vit-tiny"), pit], [pit]))
@@ -308,18 +308,18 @@ def test_gradient_checkpointing_passes_over_members_that_cannot(spec):
 @torch.no_grad()
 def test_bfloat16_is_near_and_takes_float32_pixels(build, noise, kind):
     model, _ = build(kind, "resnet50")
-    wanted = model(noise(model)).pooler_output
-    got = model.to(torch.bfloat16)(noise(model)).pooler_output
-    assert got.dtype == torch.bfloat16 and wanted.std() > 0
-    assert (got.float() - wanted).norm() < 0.05 * wanted.norm()
+    expected = model(noise(model)).pooler_output
+    actual = model.to(torch.bfloat16)(noise(model)).pooler_output
+    assert actual.dtype == torch.bfloat16 and expected.std() > 0
+    assert (actual.float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_copy_and_a_pickle_give_the_same_features(build, noise):
-    # A Trainer's callbacks copy models; processes started by spawn pickle them.
+    # A Trainer's callbacks copy models, and processes that are started by spawn pickle them.
     model, _ = build("resnet18", "resnet50", "grey")
-    wanted = model(noise(model)).pooler_output
-    assert torch.equal(copy.deepcopy(model)(noise(model)).pooler_output, wanted)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(noise(model)).pooler_output, wanted)
+    expected = model(noise(model)).pooler_output
+    assert torch.equal(copy.deepcopy(model)(noise(model)).pooler_output, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(noise(model)).pooler_output, expected)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""transformers' Trainer on a handful of real digits: it learns, stops, goes on where it stopped, and predicts."""
+"""transformers' Trainer on a few real digits: training, resuming, checkpoints and predictions."""
 
 import json
 
@@ -26,7 +26,7 @@ def digits():
 def make_trainer(build, digits):
     def make_trainer(folder, *, frozen=True, kinds=("grey", "resnet18"), callbacks=None, **arguments):
         images, labels, names = digits
-        torch.manual_seed(0)  # of the new head
+        torch.manual_seed(0)  # for the new head
         labelled = {"id2label": dict(enumerate(names)), "standardize": True}
         model, _ = build(*kinds, cls=ConcatEnsembleForImageClassification, **labelled)
         processor = ConcatEnsembleImageProcessor.from_config(model.config)
@@ -68,7 +68,7 @@ def make_trainer(build, digits):
 
 
 class Stop(TrainerCallback):
-    """As a machine that is taken away after half of the steps."""
+    """Stop after half of the steps, like a machine that is preempted."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == STEPS // 2
@@ -83,7 +83,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_resumed_it_ends_with_the_weights_of_a_run_without_a_stop(make_trainer, tmp_path, frozen):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(make_trainer, tmp_path, frozen):
     unbroken = make_trainer(tmp_path / "unbroken", frozen=frozen)
     unbroken.train()
     stopped = make_trainer(tmp_path / "stopped", frozen=frozen, callbacks=[Stop()])
@@ -96,7 +96,7 @@ def test_resumed_it_ends_with_the_weights_of_a_run_without_a_stop(make_trainer, 
     assert same(weights(resumed.model), weights(unbroken.model))
 
 
-def test_frozen_members_stay_to_the_bit_with_their_batch_norm_statistics_and_the_head_learns(make_trainer, tmp_path):
+def test_frozen_members_and_their_batch_norm_statistics_do_not_change_and_the_head_learns(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=40)
     before = weights(trainer.model)
     trainer.train()
@@ -121,11 +121,13 @@ def test_predictions_are_the_logits_and_not_a_tuple(make_trainer, tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(predicted.predictions, trainer.model.eval()(pixels).logits, atol=1e-5)
     assert predicted.label_ids.tolist() == [row["labels"] for row in trainer.eval_dataset]
-    wanted = torch.nn.functional.cross_entropy(torch.tensor(predicted.predictions), torch.tensor(predicted.label_ids))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted.item(), abs=1e-5)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(predicted.predictions), torch.tensor(predicted.label_ids)
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_checkpoint_is_a_folder_like_any_other(make_trainer, tmp_path):
+def test_a_checkpoint_is_a_folder_as_save_pretrained_writes_it(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     checkpoint = tmp_path / f"checkpoint-{STEPS}"

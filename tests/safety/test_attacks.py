@@ -26,6 +26,7 @@ from concat_ensemble import ConcatEnsembleModel, load_data
 from concat_ensemble.commands.options import file_name
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
 from concat_ensemble.data.loading import read_image
+from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES
 from concat_ensemble.reporting.model_card import NOTE, write_card
 from concat_ensemble.studies.results import Results
 from concat_ensemble.training.recipe import Recipe
@@ -159,8 +160,8 @@ CODE = "from pathlib import Path\nPath('../canary').touch()\nclass Evil: pass\n"
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}])
 def test_an_auto_map_to_other_code(reference, trust, folder):
     (folder / "evil.py").write_text(CODE)
-    for name in ("configuration_concat_ensemble", "modeling_concat_ensemble", "image_processing_concat_ensemble"):
-        (folder / f"{name}.py").write_text(CODE)
+    for name in PAYLOAD_FILES:
+        (folder / name).write_text(CODE)
     classes = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor")
     for name in ("config.json", "preprocessor_config.json"):
         edit(folder / name, lambda content: content.update(auto_map=dict.fromkeys(classes, reference)))

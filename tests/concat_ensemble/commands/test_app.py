@@ -46,6 +46,7 @@ def test_build_makes_a_whole_hub_folder(tmp_path):
         "model.safetensors.index.json",
         "modeling_concat_ensemble.py",
         "preprocessor_config.json",
+        "weights_concat_ensemble.py",
     ]
     model, expected = AutoModel.from_pretrained(folder), assemble(["random:test_vit", "random:test_resnet"], seed=3)
     assert all(

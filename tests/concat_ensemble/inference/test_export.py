@@ -1,4 +1,4 @@
-"""An exported file gives what PyTorch gives, where this package is not."""
+"""An exported file gives PyTorch's outputs without this package."""
 
 import json
 import os
@@ -18,7 +18,7 @@ EXPORTS = pytest.mark.parametrize(("export", "name"), [(export_onnx, "pair.onnx"
 
 @pytest.fixture(scope="session")
 def mixed(backbone):
-    """A grey ResNet and a ViT of another size and three channels, with a head."""
+    """A gray ResNet and a ViT with another image size and three channels, with a head."""
     config = assemble([backbone(0), "random:test_vit"]).config.to_dict()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -43,39 +43,39 @@ def run_onnx(path, batch):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("folded", [False, True])
-def test_onnx_gives_the_same_for_any_batch(mixed, tmp_path, folded):
+def test_onnx_gives_the_same_outputs_for_any_batch_size(mixed, tmp_path, folded):
     model = assemble([mixed]).fold_batchnorm() if folded else mixed
     path = export_onnx(model, tmp_path / "new" / "mixed.onnx")
     assert [file.name for file in path.parent.iterdir()] == ["mixed.onnx"]
     for images in (1, 2, 7):
-        wanted, got = model(pixels(model, images)), run_onnx(path, pixels(model, images))
-        assert list(got) == list(wanted)
-        for key in wanted:
-            torch.testing.assert_close(got[key], wanted[key], atol=1e-4, rtol=0)
+        expected, actual = model(pixels(model, images)), run_onnx(path, pixels(model, images))
+        assert list(actual) == list(expected)
+        for key in expected:
+            torch.testing.assert_close(actual[key], expected[key], atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
-def test_onnx_says_what_its_outputs_and_inputs_mean(mixed, tmp_path):
+def test_onnx_metadata_hold_the_config(mixed, tmp_path):
     onnx = pytest.importorskip("onnx")
-    held = {prop.key: prop.value for prop in onnx.load(export_onnx(mixed, tmp_path / "x.onnx")).metadata_props}
-    config = ConcatEnsembleConfig(**json.loads(held["config"]))
+    metadata = {prop.key: prop.value for prop in onnx.load(export_onnx(mixed, tmp_path / "x.onnx")).metadata_props}
+    config = ConcatEnsembleConfig(**json.loads(metadata["config"]))
     assert config.members == mixed.config.members and config.id2label == {0: "cat", 1: "dog", 2: "emu"}
 
 
 @pytest.mark.slow
-def test_weights_too_large_for_one_onnx_file_lie_beside_it(ensemble, tmp_path, monkeypatch):
-    # a limit of torch's own, which is 1.5 GB
+def test_weights_too_large_for_one_onnx_file_are_stored_beside_it(ensemble, tmp_path, monkeypatch):
+    # torch's own limit is 1.5 GB
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     path = export_onnx(ensemble, tmp_path / "x.onnx")
     assert {file.name for file in tmp_path.iterdir()} == {"x.onnx", "x.onnx.data"}
-    got = run_onnx(path, pixels(ensemble, 3))["pooler_output"]
-    torch.testing.assert_close(got, ensemble(pixels(ensemble, 3)).pooler_output, atol=1e-4, rtol=0)
+    actual = run_onnx(path, pixels(ensemble, 3))["pooler_output"]
+    torch.testing.assert_close(actual, ensemble(pixels(ensemble, 3)).pooler_output, atol=1e-4, rtol=0)
 
 
 RUN = """
 import sys, torch
-batch, found = torch.load("batch.pt"), torch.export.load("mixed.pt2").module()
-torch.save(found(batch), "outputs.pt")
+batch, program = torch.load("batch.pt"), torch.export.load("mixed.pt2").module()
+torch.save(program(batch), "outputs.pt")
 assert not {"concat_ensemble", "timm", "transformers"} & set(sys.modules)
 """
 
@@ -86,8 +86,8 @@ def test_a_program_runs_on_pytorch_alone(mixed, tmp_path):
     torch.save(pixels(mixed, 4), tmp_path / "batch.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, env=environment, check=True)
-    wanted = mixed(pixels(mixed, 4), return_dict=False)
-    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), wanted, atol=1e-5, rtol=0)
+    expected = mixed(pixels(mixed, 4), return_dict=False)
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), expected, atol=1e-5, rtol=0)
 
 
 class Noisy(nn.Module):
@@ -101,7 +101,7 @@ class Undecided(nn.Module):
 
 
 def of_one(module, ensemble):
-    """An ensemble of one member, which is `module`."""
+    """An ensemble with `module` as its only member."""
     config = ConcatEnsembleConfig(members=[{**ensemble.config.members[0], "num_features": 1}])
     model = type(ensemble)(config).eval()
     module.scale = nn.Parameter(torch.ones(1))
@@ -111,7 +111,7 @@ def of_one(module, ensemble):
 
 @pytest.mark.slow
 @EXPORTS
-def test_outputs_that_differ_are_refused_and_an_older_file_stays(ensemble, tmp_path, export, name):
+def test_outputs_that_differ_are_refused_and_the_old_file_stays(ensemble, tmp_path, export, name):
     (tmp_path / name).write_text("older")
     with pytest.raises(ValueError, match=r"from PyTorch's outputs, more than 1"):
         export(of_one(Noisy(), ensemble), tmp_path / name)
@@ -129,7 +129,7 @@ def test_a_member_that_has_no_graph_is_refused_in_one_line(ensemble, tmp_path, e
 
 
 @pytest.mark.parametrize("missing", ["onnxscript", "onnxruntime"])
-def test_without_the_extra_it_is_named(ensemble, tmp_path, monkeypatch, missing):
+def test_the_error_names_the_extra_to_install(ensemble, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # how Python itself says that it is not to be imported
     with pytest.raises(ValueError, match=r"pip install 'concat-ensemble\[export\]'"):
         export_onnx(ensemble, tmp_path / "x.onnx")
@@ -138,22 +138,22 @@ def test_without_the_extra_it_is_named(ensemble, tmp_path, monkeypatch, missing)
 
 @EXPORTS
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda model: model.train(), r"call eval\(\)"),
         (lambda model: model.to(torch.bfloat16), r"bfloat16.*model\.float\(\)"),
         (lambda model: model.to("meta"), r"on meta.*model\.float\(\)\.cpu\(\)"),
     ],
 )
-def test_a_model_in_another_state_is_refused(backbone, tmp_path, export, name, change, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_model_in_another_state_is_refused(backbone, tmp_path, export, name, change, message):
+    with pytest.raises(ValueError, match=message):
         export(change(assemble([backbone(0)])), tmp_path / name)
     with pytest.raises(ValueError, match="is a folder; name a file"):
         export(assemble([backbone(0)]), tmp_path)
 
 
 @pytest.mark.slow
-def test_the_command_writes_both_kinds_and_replaces_them_only_when_told(run, refused, folder):
+def test_the_command_writes_both_formats_and_replaces_them_only_with_overwrite(run, refused, folder):
     for name in ("pair.onnx", "pair.pt2"):
         code, out, err = run("export", "pair", "--output", name)
         assert code == 0 and out.startswith(f"{name}: ") and err == ""
@@ -167,10 +167,10 @@ def test_the_command_exports_bfloat16_with_its_head(run, mixed, tmp_path):
     for file in (tmp_path / "mixed").glob("*.safetensors"):
         save_file({key: t.to(torch.bfloat16) for key, t in load_file(file).items()}, file, metadata={"format": "pt"})
     assert run("export", "mixed", "-o", "x.onnx")[0] == 0
-    got = run_onnx(tmp_path / "x.onnx", pixels(mixed, 2))
-    wanted = mixed(pixels(mixed, 2))
-    assert list(got) == ["logits", "pooler_output"]
-    assert (got["logits"] - wanted.logits).norm() < 0.05 * wanted.logits.norm()
+    actual = run_onnx(tmp_path / "x.onnx", pixels(mixed, 2))
+    expected = mixed(pixels(mixed, 2))
+    assert list(actual) == ["logits", "pooler_output"]
+    assert (actual["logits"] - expected.logits).norm() < 0.05 * expected.logits.norm()
 
 
 def test_the_command_refuses(refused, folder, tmp_path):

@@ -1,0 +1,140 @@
+"""Weights on disk: one safetensors file per member, one for a head or projection, and an index. Since a checkpoint
+may come from a stranger, its names, files and shapes are checked before any weight takes memory."""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils.hub import cached_file, cached_files
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
+CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
+
+
+def part_name(key: str) -> str:
+    """The part of an ensemble that has this weight, and its file's name: `member-00`, ..., `projection` or `head`."""
+    if member := re.match(r"members\.(\d+)\.", key):
+        return f"member-{int(member[1]):02d}"
+    return "projection" if key.startswith("projection.") else "head"
+
+
+@contextmanager
+def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hub_arguments: dict) -> Iterator[str]:
+    """Find or fetch the files of the parts that a model has, and check them. Yield where transformers shall load from:
+    `name`, or a temporary folder with an index of these files alone, since it fetches every file that an index names.
+
+    Args:
+        name: A folder or a repo on the Hub. `hub_arguments`: Such as `revision`, `subfolder` and `token`.
+        expected: The model's weights without its head; only their keys and shapes matter. `with_head`: If it has one.
+
+    Raises:
+        ValueError: if the checkpoint has no weights of these parts, or not those that are expected.
+        OSError: for a file that is missing, broken, or named outside the folder.
+    """
+    optional = {**hub_arguments, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(name, "model.safetensors", **optional)
+    index_path = None if single else cached_file(name, INDEX_NAME, **optional)
+    if single:
+        _check_shapes([single], expected, name)
+    if index_path is None:  # transformers says that there are no weights, or reads pickles if it is allowed to
+        yield name
+        return
+    parts = {part_name(key) for key in expected} | ({"head"} if with_head else set())
+    shards = _select_shards(index_path, parts)
+    names = sorted(set(shards.values()))
+    paths = map(os.path.abspath, cached_files(name, names, **hub_arguments) or ())
+    files = dict(zip(names, paths, strict=True))
+    _check_shapes(list(files.values()), expected, name)
+    index = {"metadata": {}, "weight_map": {key: files[shard] for key, shard in shards.items()}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, hub_arguments.get("subfolder", ""), INDEX_NAME)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(index))
+        yield folder
+
+
+def _select_shards(index_path: str, parts: set[str]) -> dict[str, str]:
+    """Name of the file by key of the weight, for the files that hold these parts."""
+    try:
+        weight_map = json.loads(Path(index_path).read_text())["weight_map"]
+        unsafe = sorted(shard for shard in set(weight_map.values()) if not re.fullmatch(r"[A-Za-z0-9._-]+", shard))
+        needed = {shard for key, shard in weight_map.items() if part_name(key) in parts}
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise OSError(f"{index_path} is not an index of weights ({error!r}); fetch or save it again.") from error
+    if unsafe:
+        raise OSError(f"{index_path} is an index with the bad file name {unsafe[0]!r}; fetch or save it again.")
+    if not needed:
+        raise ValueError(f"{index_path} has no weights of {', '.join(sorted(parts))}; choose other active_members.")
+    return {key: shard for key, shard in weight_map.items() if shard in needed}
+
+
+def _check_shapes(files: list[str], expected: dict[str, torch.Tensor], name) -> None:
+    """Raise ValueError unless the files hold the expected weights and no others, before a model is allocated."""
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
+    parts = {part_name(key) for key in expected}
+    missing = [key for key, tensor in expected.items() if shapes.get(key) != list(tensor.shape)]
+    refuse_misfit(missing, [key for key in shapes if key not in expected and part_name(key) in parts], name)
+
+
+def refuse_misfit(missing: list[str], unexpected: list[str], name) -> None:
+    """Raise ValueError if a checkpoint lacks weights or has others than its config asks for."""
+    if missing or unexpected:
+        misfit = f"{len(missing)} missing {sorted(missing)[:3]}; {len(unexpected)} unexpected {sorted(unexpected)[:3]}"
+        raise ValueError(f"the weights in {name} do not fit its config: {misfit}.")
+
+
+def save_weights(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Write a file or more per part, then the index; then remove what an earlier save left."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state_dict.items():
+        parts.setdefault(part_name(key), {})[key] = tensor
+    weight_map = {}
+    for part, tensors in parts.items():
+        pattern = f"{part}{{suffix}}.safetensors"
+        split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
+        for file, keys in split.filename_to_tensors.items():
+            shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
+            # Written aside and renamed: a loaded model's tensors may be the old file, mapped into memory.
+            save_file(shard, folder / f"{file}.tmp", metadata={"format": "pt"})
+            os.replace(folder / f"{file}.tmp", folder / file)
+            weight_map |= dict.fromkeys(keys, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{INDEX_NAME}.tmp").write_text(json.dumps(index, indent=2) + "\n")
+    os.replace(folder / f"{INDEX_NAME}.tmp", folder / INDEX_NAME)
+    for path in folder.glob("*.safetensors"):
+        if SHARD_NAME.fullmatch(path.name) and path.name not in weight_map.values():
+            path.unlink()
+
+
+def list_saved_members(folder: Path) -> set[int]:
+    """Numbers of the members whose weights are in the folder."""
+    matches = (SHARD_NAME.fullmatch(path.name) for path in folder.glob("member-*.safetensors"))
+    return {int(match["member"]) for match in matches if match}
+
+
+def copy_card(source: Path, folder: Path) -> bool:
+    """Copy card, results and figures from `source` if it has the same weights as `folder`. Returns whether it has."""
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    if not source.is_dir() or any(filecmp.cmpfiles(source, folder, weights, shallow=False)[1:]):
+        return False
+    for part in filter(Path.exists, map(source.joinpath, CARD_PARTS)):
+        (shutil.copytree if part.is_dir() else shutil.copy)(part, folder / part.name)
+    return True
