@@ -32,16 +32,16 @@ def tables(keys, width=4):
 def test_the_table_of_another_ensemble_is_refused(probe):
     probe.fit(tables(("aaaaaaaaaa",))["train"])
     assert probe.score(tables(("aaaaaaaaaa",))["train"]) > 0
-    with pytest.raises(ValueError, match=r"4 columns of members bbbbbbbb; this probe was fitted on 4 of aaaaaaaa"):
+    with pytest.raises(ValueError, match=r"4 features of members bbbbbbbb.*fitted on 4 of aaaaaaaa"):
         probe.score(tables(("bbbbbbbbbb",))["train"])
-    with pytest.raises(ValueError, match=r"5 columns of members aaaaaaaa"):
+    with pytest.raises(ValueError, match=r"5 features of members aaaaaaaa"):
         probe.score(tables(("aaaaaaaaaa",), width=5)["train"])
 
 
 @pytest.mark.parametrize("probe", [LinearProbe(l2_strengths=(1.0,)), RidgeProbe()])
 def test_labels_that_are_no_classes_are_refused(probe):
     X, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
-    with pytest.raises(ValueError, match=r"labels have shape \(30, 3\), as one-hot ones do; .*argmax"):
+    with pytest.raises(ValueError, match=r"shape \(30, 3\).*argmax"):
         probe.fit(X, np.eye(3)[y])
     with pytest.raises(ValueError, match="continuous"):
         probe.fit(X, y + 0.5)
