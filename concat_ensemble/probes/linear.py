@@ -1,6 +1,7 @@
 """The linear probe: multinomial logistic regression on frozen features, its L2 strength chosen on validation rows."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from concat_ensemble.probes.estimator import L2_STRENGTHS, LinearModel, LinearMo
 from concat_ensemble.probes.logistic import Coefficients, Solution, logistic_path
 
 
+@dataclass(eq=False, repr=False)
 class LinearProbe(LinearModelMixin, ProbabilityProbe):
     """Logistic regression with the L2 strength of the best top-1 on validation rows.
 
@@ -36,16 +38,13 @@ class LinearProbe(LinearModelMixin, ProbabilityProbe):
         n_iter_: Largest number of Newton steps for a strength.
     """
 
-    def __init__(
-        self, l2_strengths=L2_STRENGTHS, standardize=True, cv=None, tol=1e-6, max_iter=100, in_memory=None, seed=0
-    ):
-        self.l2_strengths = l2_strengths
-        self.standardize = standardize
-        self.cv = cv
-        self.tol = tol
-        self.max_iter = max_iter
-        self.in_memory = in_memory
-        self.seed = seed
+    l2_strengths: Sequence[float] = L2_STRENGTHS
+    standardize: bool = True
+    cv: int | None = None
+    tol: float = 1e-6
+    max_iter: int = 100
+    in_memory: bool | None = None
+    seed: int = 0
 
     def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
         if not self.l2_strengths or min(self.l2_strengths) <= 0:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -39,6 +38,7 @@ SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs m
 SAMPLE = 65_536  # rows that are solved first if not all rows fit into memory
 LEADING = 256  # eigenvectors of the preconditioner, if there are many features
 Precondition = Callable[["Coefficients"], "Coefficients"]
+Eigen = tuple[torch.Tensor, torch.Tensor]  # values (r,), in rising order, and vectors (D, r) of X'X / n
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,6 @@ class Problem:
         return Coefficients(weight, bias)
 
 
-class Eigen(NamedTuple):
-    """Eigenvalues and eigenvectors of X'X / n."""
-
-    values: torch.Tensor  # (r,), in rising order
-    vectors: torch.Tensor  # (D, r)
-
-
 def logistic_path(
     X: StandardizedFeatures | torch.Tensor,
     y: torch.Tensor,
@@ -186,13 +179,13 @@ def eigenvectors(X: StandardizedFeatures) -> Eigen:
     """All eigenvectors of X'X / n, or about the `LEADING` ones if there are more than twice as many."""
     if X.shape[1] <= 2 * LEADING:
         values, vectors = torch.linalg.eigh(X.gram())  # in float64: float32 fails if many values are zero
-        return Eigen(values.clamp_min(0).to(X.dtype), vectors.to(X.dtype))
+        return values.clamp_min(0).to(X.dtype), vectors.to(X.dtype)
     generator = torch.Generator().manual_seed(0)
     space = torch.randn(X.shape[1], LEADING, generator=generator).to(X.device, X.dtype)
     for _ in range(2):
         space = torch.linalg.qr(X.gram_times(torch.linalg.qr(space).Q)).Q
     values, rotation = torch.linalg.eigh((space.T @ X.gram_times(space)).double())
-    return Eigen(values.clamp_min(0).to(X.dtype), space @ rotation.to(X.dtype))
+    return values.clamp_min(0).to(X.dtype), space @ rotation.to(X.dtype)
 
 
 def extrapolate(first: Solution, second: Solution, l2_strength: float) -> Coefficients:
@@ -251,13 +244,14 @@ def line_search(problem: Problem, point: Point, step: Point, slope: float) -> fl
 
 def preconditioner(eigen: Eigen, probabilities: torch.Tensor, l2_strength: float) -> Precondition:
     """Division by h_c * (X'X / n) + s, see the module's docstring."""
+    values, vectors = eigen
     curvature = (probabilities * (1 - probabilities)).mean(0)
-    scales, bias_scales = curvature * eigen.values[:, None] + l2_strength, curvature + 1e-12
+    scales, bias_scales = curvature * values[:, None] + l2_strength, curvature + 1e-12
     other_scales = scales[0]  # directions outside the basis get its smallest value
 
     def precondition(residual: Coefficients) -> Coefficients:
-        inside = eigen.vectors.T @ residual.weight
-        weight = eigen.vectors @ (inside / scales - inside / other_scales) + residual.weight / other_scales
+        inside = vectors.T @ residual.weight
+        weight = vectors @ (inside / scales - inside / other_scales) + residual.weight / other_scales
         return Coefficients(weight, residual.bias / bias_scales)
 
     return precondition

@@ -9,6 +9,7 @@ is read in chunks, and only the best k rows so far are kept, so there is never a
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,7 @@ class Bank(NamedTuple):
         return [block.shape[1] for block in self.split.blocks]
 
 
+@dataclass(eq=False, repr=False)
 class KNNProbe(ProbabilityProbe):
     """Weighted votes of the k nearest rows by cosine, with the k of the best top-1 on validation rows. Of equally good
     ones the largest k is chosen; then all rows vote.
@@ -89,14 +91,13 @@ class KNNProbe(ProbabilityProbe):
         mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
     """
 
-    widths_ = renamed_attribute("widths_", "feature_dims_")
+    ks: Sequence[int] = (1, 5, 10, 20, 50)
+    temperature: float = 0.07
+    standardize: bool = False
+    in_memory: bool | None = None
+    seed: int = 0
 
-    def __init__(self, ks=(1, 5, 10, 20, 50), temperature=0.07, standardize=False, in_memory=None, seed=0):
-        self.ks = ks
-        self.temperature = temperature
-        self.standardize = standardize
-        self.in_memory = in_memory
-        self.seed = seed
+    widths_ = renamed_attribute("widths_", "feature_dims_")
 
     def logits(self, X) -> np.ndarray:
         """Log-shares of the votes (N, C), one column for each of `classes_`."""

@@ -6,6 +6,7 @@ arXiv 1804.09458; Chen et al. 2019, arXiv 1904.04232; with features centered by 
 et al. 2019, arXiv 1911.04623.)
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ class Episodes(NamedTuple):
     interval: tuple[float, float]  # 95% interval of the mean, by Student's t
 
 
+@dataclass(eq=False, repr=False)
 class PrototypeProbe(ProbabilityProbe):
     """Predicts the class with the nearest mean direction. Nothing is chosen, so validation rows are training rows.
 
@@ -44,11 +46,10 @@ class PrototypeProbe(ProbabilityProbe):
         mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
     """
 
-    widths_ = renamed_attribute("widths_", "feature_dims_")
+    standardize: bool = False
+    temperature: float = 0.1
 
-    def __init__(self, standardize=False, temperature=0.1):
-        self.standardize = standardize
-        self.temperature = temperature
+    widths_ = renamed_attribute("widths_", "feature_dims_")
 
     def episodes(self, X, y=None, *, ways=5, shots=5, queries=15, number=600, seed=0) -> Episodes:
         """Accuracy on novel classes over random small tasks. Of the fitted probe only the standardization is used.

@@ -16,6 +16,7 @@ which is one product of a batch (B, D) with the weights (S * C, D) of all S deca
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ CIFAR_DECAYS = tuple(10.0**-power for power in (2.0, 2.4, 2.8, 3.2, 3.6, 4.0))
 EPSILON = 1e-5  # BatchNorm's
 
 
+@dataclass(eq=False, repr=False)
 class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
     """The papers' probe, for comparisons with them: the protocol of the module's docstring with the weight decay of
     the best top-1 on validation rows. `LinearProbe` solves nearly the same problem to its minimum.
@@ -51,25 +53,14 @@ class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
         path_: Top-1 on validation rows by decay; empty if there was nothing to choose.
     """
 
-    def __init__(
-        self,
-        l2_strengths=CIFAR_DECAYS,
-        epochs=28,
-        milestones=(8, 16, 24),
-        lr=0.01,
-        momentum=0.9,
-        batch_size=256,
-        in_memory=None,
-        seed=0,
-    ):
-        self.l2_strengths = l2_strengths
-        self.epochs = epochs
-        self.milestones = milestones
-        self.lr = lr
-        self.momentum = momentum
-        self.batch_size = batch_size
-        self.in_memory = in_memory
-        self.seed = seed
+    l2_strengths: Sequence[float] = CIFAR_DECAYS
+    epochs: int = 28
+    milestones: Sequence[int] = (8, 16, 24)
+    lr: float = 0.01
+    momentum: float = 0.9
+    batch_size: int = 256
+    in_memory: bool | None = None
+    seed: int = 0
 
     def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
         if not self.l2_strengths:

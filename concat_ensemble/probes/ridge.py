@@ -59,6 +59,7 @@ class Gram:
             yield torch.cholesky_solve(self.targets, torch.linalg.cholesky(shifted))
 
 
+@dataclass(eq=False, repr=False)
 class RidgeProbe(LinearModelMixin, FeatureProbe):
     """Least squares on one-hot targets, with the L2 strength of the best top-1 on validation rows.
 
@@ -78,10 +79,9 @@ class RidgeProbe(LinearModelMixin, FeatureProbe):
         path_: Top-1 by strength, on validation rows or by leaving one out.
     """
 
-    def __init__(self, l2_strengths=L2_STRENGTHS, standardize=True, in_memory=None):
-        self.l2_strengths = l2_strengths
-        self.standardize = standardize
-        self.in_memory = in_memory
+    l2_strengths: Sequence[float] = L2_STRENGTHS
+    standardize: bool = True
+    in_memory: bool | None = None
 
     def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
         l2_strengths = sorted(self.l2_strengths, reverse=True)
