@@ -1,10 +1,13 @@
 """What the probes share: validation of rows and labels, splits for choosing a setting, and class scores."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedKFold, train_test_split
@@ -24,7 +27,9 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
     there are no validation rows), and `_logits(rows)`, which returns scores (n, C) for a chunk of rows (n, D).
     """
 
-    def fit(self, X, y=None, *, validation=None):
+    def fit(
+        self, X: TableSplit | ArrayLike, y: ArrayLike | None = None, *, validation: TableSplit | tuple | None = None
+    ) -> Self:
         """Choose the settings on validation rows, then fit on all rows.
 
         Args:
@@ -45,23 +50,23 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
         self._fit(train, validation)
         return self
 
-    def logits(self, X) -> np.ndarray:
+    def logits(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """Scores (N, C), one column for each of `classes_`."""
         check_is_fitted(self)
         split = self._validate(X)
         return np.concatenate([self._logits(split.rows(part)) for part in _chunks(split)])
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """Scores (N, C); for two classes (N,), the second score minus the first, as scikit-learn defines it."""
         logits = self.logits(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """The class (N,) with the highest score."""
         indices = self.logits(X).argmax(axis=1)
         return self.classes_[indices]
 
-    def score(self, X, y=None) -> float:
+    def score(self, X: TableSplit | ArrayLike, y: ArrayLike | None = None) -> float:
         """Top-1 accuracy, from 0 to 1. Rows of a class that is not in the training rows count as wrong."""
         return float(np.mean(self.predict(X) == (X.labels if isinstance(X, TableSplit) else np.asarray(y))))
 
@@ -120,7 +125,7 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
 class ProbabilityProbe(FeatureProbe):
     """A probe whose scores are logits, so that their softmax is a probability."""
 
-    def predict_proba(self, X) -> np.ndarray:
+    def predict_proba(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """Probabilities (N, C)."""
         return softmax(self.logits(X), axis=1)
 

@@ -8,12 +8,15 @@ For a row q and its k nearest rows x_i of the bank, all of unit length, class c 
 is read in chunks, and only the best k rows so far are kept, so there is never a matrix of all queries by all rows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
@@ -58,7 +61,7 @@ class Bank(NamedTuple):
     scale: np.ndarray  # (D,)
 
     @classmethod
-    def from_split(cls, split: TableSplit, standardize: bool) -> "Bank":
+    def from_split(cls, split: TableSplit, standardize: bool) -> Bank:
         return cls(split, *np.unique(split.labels, return_inverse=True), *standardization(split, standardize))
 
     @property
@@ -99,7 +102,7 @@ class KNNProbe(ProbabilityProbe):
 
     widths_ = renamed_attribute("widths_", "feature_dims_")
 
-    def logits(self, X) -> np.ndarray:
+    def logits(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """Log-shares of the votes (N, C), one column for each of `classes_`."""
         check_is_fitted(self)
         votes = self._votes(self._bank, self._validate(X), [self.k_])

@@ -6,11 +6,14 @@ arXiv 1804.09458; Chen et al. 2019, arXiv 1904.04232; with features centered by 
 et al. 2019, arXiv 1911.04623.)
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
@@ -51,7 +54,9 @@ class PrototypeProbe(ProbabilityProbe):
 
     widths_ = renamed_attribute("widths_", "feature_dims_")
 
-    def episodes(self, X, y=None, *, ways=5, shots=5, queries=15, number=600, seed=0) -> Episodes:
+    def episodes(
+        self, X: TableSplit | ArrayLike, y: ArrayLike | None = None, *, ways=5, shots=5, queries=15, number=600, seed=0
+    ) -> Episodes:
         """Accuracy on novel classes over random small tasks. Of the fitted probe only the standardization is used.
 
         Args:
@@ -68,12 +73,8 @@ class PrototypeProbe(ProbabilityProbe):
         check_is_fitted(self)
         split = self._validate(X, y)
         classes, class_numbers, counts = np.unique(split.labels, return_inverse=True, return_counts=True)
-        for name, value, least in [
-            ("ways", ways, 2),
-            ("shots", shots, 1),
-            ("queries", queries, 1),
-            ("number", number, 2),
-        ]:
+        bounds = {"ways": (ways, 2), "shots": (shots, 1), "queries": (queries, 1), "number": (number, 2)}
+        for name, (value, least) in bounds.items():
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
         if ways > len(classes):
