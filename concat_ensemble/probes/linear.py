@@ -1,97 +1,93 @@
-"""The linear probe: multinomial logistic regression on frozen features, its L2 strength chosen on validation data."""
+"""The linear probe: multinomial logistic regression on frozen features, its L2 strength chosen on validation rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import TableSplit
-from concat_ensemble.probes.estimator import ProbabilityProbe
-from concat_ensemble.probes.logistic import logistic_path
+from concat_ensemble.probes.estimator import L2_STRENGTHS, LinearModel, LinearModelMixin, ProbabilityProbe, merge
+from concat_ensemble.probes.logistic import Coefficients, Solution, logistic_path
 
 
-class LinearProbe(ProbabilityProbe):
-    """Minimises mean negative log-likelihood + l2_strength / 2 * ||coef||^2 for every l2_strength, and keeps the one with the
-    best validation top-1. That is scikit-learn's `LogisticRegression` with C = 1 / (N * l2_strength).
+@dataclass(eq=False, repr=False)
+class LinearProbe(LinearModelMixin, ProbabilityProbe):
+    """Logistic regression with the L2 strength of the best top-1 on validation rows.
+
+    Minimizes mean negative log-likelihood + l2_strength / 2 * ||coef||^2, as scikit-learn's `LogisticRegression` does
+    with C = 1 / (N * l2_strength). Of equally good strengths the strongest is chosen, and then fitted on all rows.
 
     Args:
-        l2_strengths: L2 strengths to choose among.
-        standardize: Bring every feature to mean 0 and variance 1 first. Not for scores after PCA, where it would be
-            whitening.
-        cv: Number of folds to choose by, where `fit` is given no validation rows; a fifth of the rows when left out.
-        tol: Stop when the objective is about this share of itself above its minimum.
-        max_iter: Newton steps for each l2_strength.
-        in_memory: Whether the standardised rows are kept there (1.5 times the size of a float32 table); decided by
-            what is free when left out.
-        seed: Of the validation part, where `fit` is given none.
+        l2_strengths: L2 strengths to choose from, per sample.
+        standardize: Scale every feature to mean 0 and variance 1 first. Turn it off for PCA scores, which it would
+            whiten.
+        cv: Number of folds to choose on if `fit` gets no validation rows. Default: one fifth of the rows instead.
+        tol: Stop if the objective is above its minimum by about this fraction of itself.
+        max_iter: Largest number of Newton steps per strength.
+        in_memory: Whether to keep the standardized rows in memory, 1.5 times the size of a float32 table. Default: if
+            they fit into half of the free memory.
+        seed: Random seed for the folds or the fifth, if `fit` gets no validation rows.
 
     Attributes:
-        coef_ (C, D), intercept_ (C,): of the standardised features. mean_, scale_ (D,): what standardises them.
-        l2_strength_: the one chosen. path_: validation top-1 of each l2_strength
-            (empty where there was one to choose from and no validation). n_iter_: most Newton steps of any l2_strength.
+        coef_ (C, D), intercept_ (C,): Coefficients of the standardized features.
+        mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
+        l2_strength_: The chosen strength.
+        path_: Top-1 on validation rows by strength; empty if there was nothing to choose.
+        n_iter_: Largest number of Newton steps for a strength.
     """
 
-    def __init__(
-        self,
-        l2_strengths=(10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4),
-        standardize=True,
-        cv=None,
-        tol=1e-6,
-        max_iter=100,
-        in_memory=None,
-        seed=0,
-    ):
-        self.l2_strengths = l2_strengths
-        self.standardize = standardize
-        self.cv = cv
-        self.tol = tol
-        self.max_iter = max_iter
-        self.in_memory = in_memory
-        self.seed = seed
+    l2_strengths: Sequence[float] = L2_STRENGTHS
+    standardize: bool = True
+    cv: int | None = None
+    tol: float = 1e-6
+    max_iter: int = 100
+    in_memory: bool | None = None
+    seed: int = 0
 
-    def _fit(self, train, held):
-        whole = train if held is None else TableSplit.concatenate([train, held])
+    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
         if not self.l2_strengths or min(self.l2_strengths) <= 0:
             raise ValueError(f"l2_strengths={self.l2_strengths!r} must be numbers above zero.")
-        if len(self.l2_strengths) == 1 and held is None:  # nothing to choose
-            self.path_, (self.l2_strength_,) = {}, self.l2_strengths
-            self.n_iter_ = next(self._solutions(whole, self.l2_strengths))[1].newton_steps
-            return
-        path, steps = {}, 0
-        for fitted, validated in self._cuts(train, held, self.cv, self.seed):
-            for l2_strength, solution in self._solutions(fitted, sorted(set(self.l2_strengths), reverse=True)):
-                right = self.score(validated)
-                path.setdefault(l2_strength, []).append((right, solution, self.classes_))
-                steps = max(steps, solution.newton_steps)
-        self.path_ = {
-            l2_strength: float(np.mean([right for right, *_ in found])) for l2_strength, found in path.items()
-        }
-        self.l2_strength_ = max(self.path_, key=self.path_.get)  # the strongest of equals: the path begins with it
-        self.n_iter_ = steps
-        _, nearby, classes = path[self.l2_strength_][-1]
-        alike = np.array_equal(classes, np.unique(whole.labels))
-        for _ in self._solutions(whole, [self.l2_strength_], (nearby.weight, nearby.bias) if alike else None):
-            return
+        rows = merge(train, validation)
+        if len(self.l2_strengths) == 1 and validation is None:  # nothing to choose
+            self.path_, self.l2_strength_ = {}, self.l2_strengths[0]
+            [(model, solution)] = self._solve(rows, self.l2_strengths)
+            self.n_iter_ = solution.newton_steps
+        else:
+            start = self._choose(train, validation, np.unique(rows.labels))
+            [(model, _)] = self._solve(rows, [self.l2_strength_], start)
+        self._set_model(model)
 
-    def _logits(self, rows):
-        return (rows - self.mean_) / self.scale_ @ self.coef_.T + self.intercept_
+    def _choose(self, train: TableSplit, validation: TableSplit | None, classes: np.ndarray) -> Coefficients | None:
+        """Set `path_`, `l2_strength_` and `n_iter_`; return the chosen solution if it has the given classes."""
+        l2_strengths = sorted(set(self.l2_strengths), reverse=True)
+        scores, self.n_iter_ = [], 0
+        for fit_on, score_on in self._selection_splits(train, validation, self.cv, self.seed):
+            path = list(self._solve(fit_on, l2_strengths))
+            scores.append([model.score(score_on) for model, _ in path])
+            self.n_iter_ = max(self.n_iter_, *(solution.newton_steps for _, solution in path))
+        self.path_ = {s: float(np.mean(top1)) for s, top1 in zip(l2_strengths, zip(*scores, strict=True), strict=True)}
+        self.l2_strength_ = max(self.path_, key=self.path_.get)  # the first of equals, which is the strongest
+        model, solution = path[l2_strengths.index(self.l2_strength_)]
+        return solution if np.array_equal(model.classes, classes) else None
 
-    def _solutions(self, split, l2_strengths, start=None):
-        """Solve for each l2_strength in turn and take its coefficients on."""
-        self.classes_, numbers = np.unique(split.labels, return_inverse=True)
+    def _solve(
+        self, split: TableSplit, l2_strengths: Sequence[float], start: Coefficients | None = None
+    ) -> Iterator[tuple[LinearModel, Solution]]:
+        """The model for each strength, with the solution that it comes from."""
+        classes, numbers = np.unique(split.labels, return_inverse=True)
         mean, scale = moments(split)
-        scale = (
-            scale if self.standardize else np.ones_like(scale)
-        )  # centred in any case: that changes the intercept alone
-        standardized = StandardizedFeatures(split, mean, scale, in_memory=self.in_memory)
-        labels = torch.from_numpy(numbers).to(standardized.device)
-        # With two classes scikit-learn penalises the one difference of the columns, which is half as much as both.
-        l2_strengths = {
-            l2_strength * (2 if len(self.classes_) == 2 else 1): l2_strength for l2_strength in l2_strengths
-        }
-        settings = {"classes": len(self.classes_), "start": start, "tol": self.tol, "max_iter": self.max_iter}
-        for solution in logistic_path(standardized, labels, list(l2_strengths), **settings):
-            self.coef_, self.intercept_ = solution.weight.T.cpu().numpy(), solution.bias.cpu().numpy()
-            self.mean_, self.scale_ = mean, scale
-            if not self.standardize:
-                self.intercept_, self.mean_ = self.intercept_ - self.coef_ @ mean, np.zeros_like(mean)
-            yield l2_strengths[solution.l2_strength], solution
+        if not self.standardize:
+            scale = np.ones_like(scale)  # the mean is still subtracted; that changes nothing but the intercept
+        X = StandardizedFeatures(split, mean, scale, in_memory=self.in_memory)
+        y = torch.from_numpy(numbers).to(X.device)
+        # With two classes scikit-learn penalizes one difference of columns, which is half as much as the two columns.
+        penalties = [s * 2 for s in l2_strengths] if len(classes) == 2 else l2_strengths
+        settings = {"num_classes": len(classes), "start": start, "tol": self.tol, "max_iter": self.max_iter}
+        for solution in logistic_path(X, y, penalties, **settings):
+            coef, intercept = solution.weight.T.cpu().numpy(), solution.bias.cpu().numpy()
+            if self.standardize:
+                yield LinearModel(classes, coef, intercept, mean, scale), solution
+            else:
+                yield LinearModel(classes, coef, intercept - coef @ mean, np.zeros_like(mean), scale), solution

@@ -1,108 +1,121 @@
 """The cosine classifier of the few-shot papers: one prototype per class, and N-way K-shot episodes.
 
-A row x is brought to length 1; the prototype w_c of a class is the mean of its rows, brought to length 1 too; the logits are
-cos(x, w_c) / temperature. Nothing is trained, so a single row per class is enough. (Gidaris and Komodakis 2018, arXiv 1804.09458;
-Chen et al. 2019, arXiv 1904.04232; with features centred by base-class statistics SimpleShot, Wang et al. 2019, arXiv 1911.04623.)
+A row x is scaled to length 1. The prototype w_c of a class is the mean of its rows, scaled to length 1 too, and the
+logits are cos(x, w_c) / temperature. Nothing is trained, so one row per class is enough. (Gidaris and Komodakis 2018,
+arXiv 1804.09458; Chen et al. 2019, arXiv 1904.04232; with features centered by the base classes it is SimpleShot, Wang
+et al. 2019, arXiv 1911.04623.)
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
-from concat_ensemble.features.standardized import StandardizedFeatures, moments
+from concat_ensemble.features.standardized import StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
-from concat_ensemble.probes.estimator import ProbabilityProbe
+from concat_ensemble.probes.estimator import ProbabilityProbe, merge, renamed_attribute, standardization
+from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.probes.neighbors import unit_rows
 
 
 class Episodes(NamedTuple):
-    """Top-1 of few-shot episodes, as shares."""
+    """Top-1 of few-shot episodes, from 0 to 1."""
 
     accuracies: np.ndarray  # (number,)
     mean: float
-    interval: tuple[float, float]  # of the mean, 95%, by Student's t
+    interval: tuple[float, float]  # 95% interval of the mean, by Student's t
 
 
+@dataclass(eq=False, repr=False)
 class PrototypeProbe(ProbabilityProbe):
-    """Assigns rows to the class whose mean direction is nearest. Nothing is chosen: validation rows are learnt from too.
+    """Predicts the class with the nearest mean direction. Nothing is chosen, so validation rows are training rows.
 
     Args:
-        standardize: Bring every feature to mean 0 and variance 1 first, by what `fit` saw. It helps where all members
-            are good and hurts where one is poor, whose noise it raises. In a table's rows each member's part has length
-            1 in any case, so that none counts by its scale.
-        temperature: Divides the cosines, which are too close together for a softmax; 0.1 is where Gidaris and Komodakis
-            begin. Predictions do not depend on it.
+        standardize: Scale every feature to mean 0 and variance 1 first. It helps if all members are good, and hurts if
+            one is poor, as it amplifies its noise. Each member's part of a table's rows has the same length in either
+            case, so that none dominates by its scale.
+        temperature: Divides the cosines, which are too close together for a softmax. The default, 0.1, is where
+            Gidaris and Komodakis begin. Predictions do not depend on it.
 
     Attributes:
-        prototypes_ (C, D): of length 1. widths_: of the members. mean_, scale_ (D,): what standardises the features.
+        prototypes_ (C, D): Prototypes of length 1.
+        feature_dims_: Number of features of each member.
+        mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
     """
 
-    def __init__(self, standardize=False, temperature=0.1):
-        self.standardize = standardize
-        self.temperature = temperature
+    standardize: bool = False
+    temperature: float = 0.1
 
-    def episodes(self, X, y=None, *, ways=5, shots=5, queries=15, number=600, seed=0) -> Episodes:
-        """Accuracy on novel classes, over small tasks drawn at random: in each, `ways` classes with `shots` rows to make
-        prototypes of and `queries` others to classify. Of the probe, which is fitted on base classes, only the
-        standardisation is used.
+    widths_ = renamed_attribute("widths_", "feature_dims_")
+
+    def episodes(
+        self, X: TableSplit | ArrayLike, y: ArrayLike | None = None, *, ways=5, shots=5, queries=15, number=600, seed=0
+    ) -> Episodes:
+        """Accuracy on novel classes over random small tasks. Of the fitted probe only the standardization is used.
 
         Args:
-            X, y: Rows of the novel classes: a split of a table, or arrays.
-            number: Episodes; each reads its own rows only.
+            X, y: Rows of the novel classes: a table split, or arrays.
+            ways: Classes of a task.
+            shots: Rows of each class that the prototype is computed from.
+            queries: Other rows of each class that are classified.
+            number: Number of tasks; each reads its own rows only.
+            seed: Random seed for the classes and rows of the tasks.
 
         Raises:
-            ValueError: for more ways than classes, or a class with fewer than `shots + queries` rows.
+            ValueError: If there are fewer classes than `ways`, or a class has fewer than `shots + queries` rows.
         """
         check_is_fitted(self)
-        split = self._checked(X, y)
-        names, numbers, counts = np.unique(split.labels, return_inverse=True, return_counts=True)
-        least = {"ways": (ways, 2), "shots": (shots, 1), "queries": (queries, 1), "number": (number, 2)}
-        for name, (value, low) in least.items():
-            if value < low:
-                raise ValueError(f"{name}={value} must be {low} at least.")
-        if ways > len(names):
-            raise ValueError(f"ways={ways} is more than the {len(names)} classes that there are.")
+        split = self._validate(X, y)
+        classes, class_numbers, counts = np.unique(split.labels, return_inverse=True, return_counts=True)
+        bounds = {"ways": (ways, 2), "shots": (shots, 1), "queries": (queries, 1), "number": (number, 2)}
+        for name, (value, least) in bounds.items():
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        if ways > len(classes):
+            raise ValueError(f"ways={ways} must be at most {len(classes)}, the number of classes.")
         if counts.min() < shots + queries:
             raise ValueError(
-                f"class {names[counts.argmin()].item()!r} has {counts.min()} images; shots={shots} and queries={queries} "
-                f"need {shots + queries}."
+                f"class {classes[counts.argmin()].item()!r} has {counts.min()} images, but shots={shots} and "
+                f"queries={queries} need {shots + queries}; lower them or leave the class out."
             )
-        members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
+        rows_by_class = np.split(np.argsort(class_numbers, kind="stable"), np.cumsum(counts)[:-1])
         rng = np.random.default_rng(seed)
         accuracies = np.empty(number)
-        for n in range(number):
-            chosen = rng.choice(len(names), ways, replace=False)
-            drawn = np.concatenate([rng.choice(members[c], shots + queries, replace=False) for c in chosen])
-            rows = self._unit(split.rows(drawn)).reshape(ways, shots + queries, -1)
-            prototypes = rows[:, :shots].mean(1)
-            prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True).clip(1e-12)
-            accuracies[n] = np.mean((rows[:, shots:] @ prototypes.T).argmax(-1) == np.arange(ways)[:, None])
-        mean = float(accuracies.mean())
-        half = float(stats.t.ppf(0.975, number - 1) * accuracies.std(ddof=1) / number**0.5)
-        return Episodes(accuracies, mean, (mean - half, mean + half))
+        for episode in range(number):
+            chosen = rng.choice(len(classes), ways, replace=False)
+            rows = [rng.choice(rows_by_class[c], shots + queries, replace=False) for c in chosen]
+            accuracies[episode] = self._episode_accuracy(split.rows(np.concatenate(rows)), ways, shots)
+        return Episodes(accuracies, float(accuracies.mean()), t_interval(accuracies))
 
-    def _fit(self, train, held):
+    def _episode_accuracy(self, rows: np.ndarray, ways: int, shots: int) -> float:
+        """Top-1 on one task, from the rows of its first class, then of its second, and so on."""
+        rows = self._standardized_unit_rows(rows).reshape(ways, -1, rows.shape[1])
+        prototypes = rows[:, :shots].mean(1)
+        prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True).clip(1e-12)
+        return np.mean((rows[:, shots:] @ prototypes.T).argmax(-1) == np.arange(ways)[:, None])
+
+    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
-        split = train if held is None else TableSplit.concatenate([train, held])
-        self.classes_, numbers = np.unique(split.labels, return_inverse=True)
-        self.widths_ = [block.shape[1] for block in split.blocks]
-        self.mean_, self.scale_ = moments(split)
-        if not self.standardize:
-            self.mean_, self.scale_ = np.zeros_like(self.mean_), np.ones_like(self.scale_)
-        standardized = StandardizedFeatures(split, self.mean_, self.scale_, in_memory=False)
-        classes = torch.from_numpy(numbers).to(standardized.device)
-        sums = torch.zeros(len(self.classes_), split.num_features, dtype=torch.float64, device=standardized.device)
-        for rows, chunk in standardized.chunks():
-            sums.index_add_(0, classes[rows], unit_rows(chunk, self.widths_).double())
-        self.prototypes_ = normalize(sums).to(standardized.dtype).cpu().numpy()
+        split = merge(train, validation)
+        self.classes_, class_numbers = np.unique(split.labels, return_inverse=True)
+        self.feature_dims_ = [block.shape[1] for block in split.blocks]
+        self.mean_, self.scale_ = standardization(split, self.standardize)
+        X = StandardizedFeatures(split, self.mean_, self.scale_, in_memory=False)
+        y = torch.from_numpy(class_numbers).to(X.device)
+        sums = torch.zeros(len(self.classes_), split.num_features, dtype=torch.float64, device=X.device)
+        for rows, chunk in X.chunks():
+            sums.index_add_(0, y[rows], unit_rows(chunk, self.feature_dims_).double())
+        self.prototypes_ = normalize(sums).to(X.dtype).cpu().numpy()
 
-    def _logits(self, rows):
-        return self._unit(rows) @ self.prototypes_.T / self.temperature
+    def _logits(self, rows: np.ndarray) -> np.ndarray:
+        return self._standardized_unit_rows(rows) @ self.prototypes_.T / self.temperature
 
-    def _unit(self, rows):
-        return unit_rows(torch.from_numpy((rows - self.mean_) / self.scale_), self.widths_).numpy()
+    def _standardized_unit_rows(self, rows: np.ndarray) -> np.ndarray:
+        return unit_rows(torch.from_numpy((rows - self.mean_) / self.scale_), self.feature_dims_).numpy()

@@ -1,163 +1,158 @@
-"""The papers' own protocol, on stored features: BatchNorm1d and a linear layer, trained by SGD over a sweep of weight decays.
+"""The papers' own protocol on stored features: BatchNorm1d and a linear layer by SGD, for several weight decays.
 
-Zhang and Bottou 2023 (arXiv 2212.07346) and Yang, Zhang and Bottou 2025 (arXiv 2506.18221): momentum 0.9 (Nesterov), 28 epochs,
-learning rate 0.01 divided by 10 at epochs 8, 16 and 24. They run all networks again in every epoch of every decay. Here rows
-come from a table, which is the same where training images get the evaluation transform. What the text leaves open is as in the
-authors' code (github.com/TjuJianyu/RRL): batches of 256, weights from N(0, 0.01^2), bias 0, no decay on BatchNorm's gain and
-shift. What that leaves open, too: all decays start at the same weights and see the same batches, and the last, smaller batch of
-an epoch counts, unless it has one row only, which has no variance.
+Zhang and Bottou 2023 (arXiv 2212.07346) and Yang, Zhang and Bottou 2025 (arXiv 2506.18221) use momentum 0.9
+(Nesterov), 28 epochs, and a learning rate of 0.01, divided by 10 at epochs 8, 16 and 24. They run all networks again
+in each epoch for each decay. Here the rows come from a table, which is the same if training images get the evaluation
+transform. What the papers leave open is as in the authors' code (github.com/TjuJianyu/RRL): batches of 256, weights
+from N(0, 0.01^2), bias 0, no decay of BatchNorm's gain and shift. What that leaves open, too: all decays start with
+the same weights and see the same batches, and the last, smaller batch of an epoch counts, unless it has only one row,
+which has no variance.
 
-All decays are trained at once. Normalised rows do not depend on the decay, so with weight W_s, gain g_s and shift h_s
+All decays are trained at once. Normalized rows do not depend on the decay, so with weight W_s, gain g_s and shift h_s
 
     logits_s = (x * g_s + h_s) W_s' + b_s = x (W_s * g_s)' + (W_s h_s + b_s),
 
-one product of a batch (B, D) with the weights (S * C, D) of all S decays.
+which is one product of a batch (B, D) with the weights (S * C, D) of all S decays.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import batch_norm, cross_entropy
 
-from concat_ensemble.features.standardized import StandardizedFeatures, moments
+from concat_ensemble.features.standardized import StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
-from concat_ensemble.probes.estimator import ProbabilityProbe
+from concat_ensemble.probes.estimator import LinearModel, LinearModelMixin, ProbabilityProbe, merge
 
 CIFAR_DECAYS = tuple(10.0**-power for power in (2.0, 2.4, 2.8, 3.2, 3.6, 4.0))
-EPSILON = 1e-5  # of BatchNorm
+EPSILON = 1e-5  # BatchNorm's
 
 
-@torch.enable_grad()  # whatever the caller has switched off
-def sgd_heads(
-    read: Callable[[torch.Tensor], torch.Tensor],
-    y: torch.Tensor,
-    width: int,
-    l2_strengths: Sequence[float],
-    *,
-    epochs: int,
-    milestones: Sequence[int],
-    lr: float,
-    momentum: float,
-    batch_size: int,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """BatchNorm's mean and deviation (D,), and for every decay the coefficients (S, C, D) and intercepts (S, C) of rows
-    that these normalise, with gain and shift multiplied in.
+@dataclass(eq=False, repr=False)
+class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
+    """The papers' probe, for comparisons with them: the protocol of the module's docstring with the weight decay of
+    the best top-1 on validation rows. `LinearProbe` solves nearly the same problem to its minimum.
 
     Args:
-        read: Rows (B, D) in float32 for row numbers (B,).
-        y: (n,) class numbers, on the device of the rows.
-    """
-    generator = torch.Generator().manual_seed(seed)  # the CPU's, so that all devices see the same batches
-    drawn = torch.empty(int(y.max()) + 1, width).normal_(0, 0.01, generator=generator)
-    weight = drawn.to(y.device).repeat(len(l2_strengths), 1, 1).requires_grad_()
-    bias, gain, shift = (
-        torch.full((len(l2_strengths), size), value, device=y.device, requires_grad=True)
-        for size, value in ((len(drawn), 0.0), (width, 1.0), (width, 0.0))
-    )
-    decay = torch.tensor(l2_strengths, dtype=torch.float32, device=y.device)[:, None]
-    mean, variance = torch.zeros(width, device=y.device), torch.ones(width, device=y.device)
-    optimizer = torch.optim.SGD([weight, bias, gain, shift], lr, momentum, nesterov=True)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones))
-
-    def folded():
-        return weight * gain[:, None], (weight @ shift[:, :, None])[:, :, 0] + bias
-
-    for _ in range(epochs):
-        for numbers in torch.randperm(len(y), generator=generator).split(batch_size):
-            if len(numbers) == 1:
-                continue
-            rows = batch_norm(read(numbers), mean, variance, training=True, eps=EPSILON)
-            coef, intercept = folded()
-            logits = (rows @ coef.flatten(0, 1).T).unflatten(1, intercept.shape) + intercept
-            truth = y[numbers].repeat_interleave(len(l2_strengths))
-            loss = cross_entropy(logits.flatten(0, 1), truth, reduction="sum") / len(numbers)
-            optimizer.zero_grad()
-            loss.backward()
-            with torch.no_grad():  # what SGD's own weight_decay adds, with another one for every head
-                weight.grad.addcmul_(decay[:, :, None], weight)
-                bias.grad.addcmul_(decay, bias)
-            optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return mean, (variance + EPSILON).sqrt(), *folded()
-
-
-class ReferenceProbe(ProbabilityProbe):
-    """The papers' probe: for every weight decay the protocol of the module's text, and the decay of the best validation
-    top-1 once more on all rows. For comparing with the papers; `LinearProbe` solves about the same problem to its minimum.
-
-    Args:
-        l2_strengths: Weight decays, which are L2 strengths. The default is CIFAR's range; iNat18's is 1e-4 to 1e-6.
-        epochs, milestones, lr, momentum, batch_size: Of SGD; the rate is divided by 10 at each of the milestones.
-        in_memory: Whether the rows are kept there, in float32; decided by what is free when left out. Otherwise each
-            batch is read from where it lies.
-        seed: Of the weights, the batches, and the validation part where `fit` is given none: a fifth of the rows.
+        l2_strengths: Weight decays to choose from. The default is for CIFAR; the papers use 1e-4 to 1e-6 for iNat18.
+        epochs: Number of epochs.
+        milestones: Epochs at which the learning rate is divided by 10.
+        lr: Learning rate at the beginning.
+        momentum: Nesterov momentum.
+        batch_size: Rows in a batch, at least 2.
+        in_memory: Whether to keep the rows in memory, in float32; else each batch is read from disk. Default: if they
+            fit into half of the free memory.
+        seed: Random seed for weights, batches, and the fifth of the rows to choose on without validation rows.
 
     Attributes:
-        coef_ (C, D), intercept_ (C,): of the normalised features, gain and shift multiplied in. mean_, scale_ (D,):
-            BatchNorm's running mean and sqrt(variance + 1e-5). l2_strength_: the decay chosen. path_: validation top-1 of
-            each.
+        coef_ (C, D), intercept_ (C,): Coefficients of the normalized features, with gain and shift multiplied in.
+        mean_, scale_ (D,): BatchNorm's running mean and sqrt(variance + 1e-5).
+        l2_strength_: The chosen decay.
+        path_: Top-1 on validation rows by decay; empty if there was nothing to choose.
     """
 
-    def __init__(
-        self,
-        l2_strengths=CIFAR_DECAYS,
-        epochs=28,
-        milestones=(8, 16, 24),
-        lr=0.01,
-        momentum=0.9,
-        batch_size=256,
-        in_memory=None,
-        seed=0,
-    ):
-        self.l2_strengths = l2_strengths
-        self.epochs = epochs
-        self.milestones = milestones
-        self.lr = lr
-        self.momentum = momentum
-        self.batch_size = batch_size
-        self.in_memory = in_memory
-        self.seed = seed
+    l2_strengths: Sequence[float] = CIFAR_DECAYS
+    epochs: int = 28
+    milestones: Sequence[int] = (8, 16, 24)
+    lr: float = 0.01
+    momentum: float = 0.9
+    batch_size: int = 256
+    in_memory: bool | None = None
+    seed: int = 0
 
-    def _fit(self, train, held):
+    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
         if not self.l2_strengths:
-            raise ValueError(f"l2_strengths={self.l2_strengths!r}: name at least one weight decay.")
+            raise ValueError(f"l2_strengths={self.l2_strengths!r} must have at least one weight decay.")
         if self.batch_size < 2:
-            raise ValueError(f"batch_size={self.batch_size}: BatchNorm needs 2 rows at least.")
-        l2_strengths, self.path_ = sorted(self.l2_strengths, reverse=True), {}
-        if len(l2_strengths) > 1 or held is not None:  # else there is nothing to choose
-            ((fitted, validated),) = self._cuts(train, held, seed=self.seed)
-            for l2_strength in self._trained(fitted, l2_strengths):
-                self.path_[l2_strength] = self.score(validated)
-        self.l2_strength_ = max(
-            l2_strengths, key=lambda l2_strength: self.path_.get(l2_strength, 0)
-        )  # the strongest of equals
-        whole = train if held is None else TableSplit.concatenate([train, held])
-        next(self._trained(whole, [self.l2_strength_]))
-
-    def _logits(self, rows):
-        return (rows - self.mean_) / self.scale_ @ self.coef_.T + self.intercept_
-
-    def _trained(self, split, l2_strengths):
-        """Train for all l2_strengths, and take on what was found for one after another."""
-        self.classes_, numbers = np.unique(split.labels, return_inverse=True)
-        moments(split)  # for its error where a feature is NaN
-        standardized = StandardizedFeatures(split, in_memory=self.in_memory)
-        if standardized.in_memory:
-            chunks = StandardizedFeatures(split, in_memory=False).chunks()
-            read = torch.cat([chunk.float() for _, chunk in chunks]).__getitem__
+            raise ValueError(f"batch_size={self.batch_size} must be at least 2; BatchNorm needs a variance.")
+        l2_strengths = sorted(self.l2_strengths, reverse=True)
+        if len(l2_strengths) == 1 and validation is None:  # nothing to choose
+            self.path_, self.l2_strength_ = {}, l2_strengths[0]
         else:
+            [(fit_on, score_on)] = self._selection_splits(train, validation, seed=self.seed)
+            models = self._train(fit_on, l2_strengths)
+            self.path_ = {s: model.score(score_on) for s, model in zip(l2_strengths, models, strict=True)}
+            self.l2_strength_ = max(self.path_, key=self.path_.get)  # the first of equals, which is the strongest
+        [model] = self._train(merge(train, validation), [self.l2_strength_])
+        self._set_model(model)
 
-            def read(places):
-                return torch.from_numpy(split.rows(places.numpy())).to(standardized.device, torch.float32)
+    @torch.enable_grad()  # whatever the caller has switched off
+    def _train(self, split: TableSplit, l2_strengths: Sequence[float]) -> list[LinearModel]:
+        """One model for each weight decay."""
+        classes, numbers = np.unique(split.labels, return_inverse=True)
+        read_rows, device = row_reader(split, self.in_memory)
+        y = torch.from_numpy(numbers).to(device)
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that all devices see the same batches
+        weight = torch.empty(len(classes), split.num_features).normal_(0, 0.01, generator=generator)
+        heads = Heads(weight.to(device), l2_strengths)
+        optimizer = torch.optim.SGD(heads.parameters, self.lr, self.momentum, nesterov=True)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones))
+        for _ in range(self.epochs):
+            for batch in torch.randperm(len(y), generator=generator).split(self.batch_size):
+                if len(batch) == 1:
+                    continue
+                optimizer.zero_grad()
+                heads.loss(read_rows(batch), y[batch]).backward()
+                heads.add_weight_decay()
+                optimizer.step()
+            schedule.step()
+        return heads.models(classes)
 
-        settings = {
-            name: getattr(self, name) for name in ("epochs", "milestones", "lr", "momentum", "batch_size", "seed")
-        }
-        labels = torch.from_numpy(numbers).to(standardized.device)
-        trained = sgd_heads(read, labels, split.num_features, l2_strengths, **settings)
-        self.mean_, self.scale_, coefs, intercepts = (tensor.cpu().numpy() for tensor in trained)
-        for l2_strength, self.coef_, self.intercept_ in zip(l2_strengths, coefs, intercepts, strict=True):
-            yield l2_strength
+
+def row_reader(
+    split: TableSplit, in_memory: bool | None
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.device]:
+    """A function from row numbers (B,) to rows (B, D) in float32 as they are, and the device of the rows."""
+    rows = StandardizedFeatures(split, in_memory=in_memory)
+    if rows.in_memory:
+        chunks = StandardizedFeatures(split, in_memory=False).chunks()  # do not keep the chunks beside the whole
+        return torch.cat([chunk.float() for _, chunk in chunks]).__getitem__, rows.device
+
+    def read(numbers: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(split.rows(numbers.numpy())).to(rows.device, torch.float32)
+
+    return read, rows.device
+
+
+class Heads:
+    """BatchNorm and a linear layer for each of S weight decays, which start with the same weight (C, D)."""
+
+    def __init__(self, weight: torch.Tensor, l2_strengths: Sequence[float]):
+        (num_classes, num_features), num_heads, device = weight.shape, len(l2_strengths), weight.device
+        self.decay = torch.tensor(l2_strengths, dtype=torch.float32, device=device)[:, None]
+        self.weight = weight.repeat(num_heads, 1, 1).requires_grad_()
+        self.bias = torch.zeros(num_heads, num_classes, device=device, requires_grad=True)
+        self.gain = torch.ones(num_heads, num_features, device=device, requires_grad=True)
+        self.shift = torch.zeros(num_heads, num_features, device=device, requires_grad=True)
+        self.parameters = [self.weight, self.bias, self.gain, self.shift]
+        self.mean, self.variance = torch.zeros(num_features, device=device), torch.ones(num_features, device=device)
+
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coefficients (S, C, D) and intercepts (S, C) of normalized rows, with gain and shift multiplied in."""
+        intercept = (self.weight @ self.shift[:, :, None])[:, :, 0] + self.bias
+        return self.weight * self.gain[:, None], intercept
+
+    def loss(self, rows: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of a batch, summed over the heads; it updates BatchNorm's running statistics."""
+        normalized = batch_norm(rows, self.mean, self.variance, training=True, eps=EPSILON)
+        coef, intercept = self.fold()
+        logits = (normalized @ coef.flatten(0, 1).T).unflatten(1, intercept.shape) + intercept
+        targets = y.repeat_interleave(len(self.decay))
+        return cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(rows)
+
+    @torch.no_grad()
+    def add_weight_decay(self) -> None:
+        """Add to the gradients what SGD's own weight_decay adds, with a different one for each head."""
+        self.weight.grad.addcmul_(self.decay[:, :, None], self.weight)
+        self.bias.grad.addcmul_(self.decay, self.bias)
+
+    @torch.no_grad()
+    def models(self, classes: np.ndarray) -> list[LinearModel]:
+        tensors = (*self.fold(), self.mean, (self.variance + EPSILON).sqrt())
+        coefs, intercepts, mean, scale = (tensor.cpu().numpy() for tensor in tensors)
+        return [
+            LinearModel(classes, coef, intercept, mean, scale)
+            for coef, intercept in zip(coefs, intercepts, strict=True)
+        ]

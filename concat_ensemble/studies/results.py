@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from concat_ensemble.files import write_json
-from concat_ensemble.probes.intervals import paired_difference, wilson_interval
+from concat_ensemble.probes.intervals import paired_difference, t_interval, wilson_interval
 
 RESULTS = "results"  # the folder of results files in an ensemble's folder
 SCHEMA_VERSION = 2
@@ -254,9 +254,3 @@ def points(difference: float, interval: Sequence[float]) -> str:
     """A difference of shares in points, with its interval unless a repeat does not say which images it got right."""
     low, high = interval
     return f"{100 * difference:+.1f}" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else "")
-
-
-def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's, 95%, of the mean of at least two values."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)

@@ -1,9 +1,10 @@
-"""Ridge probes of all single members, all prefixes and all 15 subsets of four members, against the probe of all four alone.
+"""Ridge probes of all 15 subsets of four members, against one probe of all four.
 
     .venv/bin/python tests/benchmarks/subsets.py
 
-Both sides start from the table in memory: moments, Gram matrix, five l2_strengths, top-1 on the validation rows. Printed are the median
-seconds and ratios, beside the same solver on all four alone and beside `RidgeProbe`, which is fitted a second time on all rows.
+Both sides start from the table in memory: moments, Gram matrix, five L2 strengths, top-1 on the validation rows.
+Prints the median seconds of the subsets, of the same solver on all four members, and of `RidgeProbe`, which is also
+fitted on all rows in the end.
 """
 
 import argparse
@@ -18,44 +19,46 @@ from concat_ensemble.studies.results import Cost
 from concat_ensemble.studies.selection import L2_STRENGTHS, _Scorer, select_members
 
 
-def table(rows: int, held: int, width: int, classes: int) -> FeatureTable:
-    """Four members of `width` noisy columns that share what they know in part."""
+def make_table(rows: int, validation_rows: int, feature_dim: int, num_classes: int) -> FeatureTable:
+    """Four members with noisy features that partly carry the same information."""
     rng = np.random.default_rng(0)
-    mixes = rng.normal(size=(4, 64, width)).astype(np.float32)
-    centres = 0.3 * rng.normal(size=(classes, 64)).astype(np.float32)
+    mixes = rng.normal(size=(4, 64, feature_dim)).astype(np.float32)
+    centres = 0.3 * rng.normal(size=(num_classes, 64)).astype(np.float32)
     blocks, labels = {}, {}
-    for split, number in (("train", rows), ("validation", held)):
-        labels[split] = rng.integers(0, classes, number)
+    for split, number in (("train", rows), ("validation", validation_rows)):
+        labels[split] = rng.integers(0, num_classes, number)
         hidden = centres[labels[split]] + rng.normal(size=(number, 64)).astype(np.float32)
-        blocks[split] = [hidden @ mix + 4 * rng.normal(size=(number, width)).astype(np.float32) for mix in mixes]
-    return FeatureTable(blocks, labels, [str(k) for k in range(classes)])
+        blocks[split] = [hidden @ mix + 4 * rng.normal(size=(number, feature_dim)).astype(np.float32) for mix in mixes]
+    return FeatureTable(blocks, labels, [str(k) for k in range(num_classes)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 50_000), ("held", 5_000), ("width", 512), ("classes", 100), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--validation-rows", type=int, default=5_000)
+    parser.add_argument("--feature-dim", type=int, default=512, help="features of each member")
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    features = table(options.rows, options.held, options.width, options.classes)
-    alone, estimator, together = [], [], []
+    table = make_table(options.rows, options.validation_rows, options.feature_dim, options.classes)
+    scorer_seconds, probe_seconds, subsets_seconds = [], [], []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        right = _Scorer(features["train"], features["validation"], features, L2_STRENGTHS).right(range(4))
-        alone.append(time.perf_counter() - started)
+        correct = _Scorer(table["train"], table["validation"], table, L2_STRENGTHS).right(range(4))
+        scorer_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         probe = RidgeProbe(L2_STRENGTHS)
-        probe.fit(features["train"], validation=features["validation"])
-        estimator.append(time.perf_counter() - started)
+        probe.fit(table["train"], validation=table["validation"])
+        probe_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
-        found = select_members(features, [Cost(1.0, 1.0)] * 4, list("abcd"))
-        together.append(time.perf_counter() - started)
-    print(f"all four alone: {median(alone):.2f} s, validation top-1 {100 * right.mean(1).max():.1f}")
-    print(f"RidgeProbe:     {median(estimator):.2f} s, validation top-1 {100 * max(probe.path_.values()):.1f}")
-    print(f"{len(found.subsets)} subsets:     {median(together):.2f} s, all four {100 * found[range(4)].top1:.1f}")
-    print(
-        f"ratio to all four alone {median(together) / median(alone):.2f}, to RidgeProbe "
-        f"{median(together) / median(estimator):.2f} (medians of {options.repeats})"
-    )
+        selection = select_members(table, [Cost(1.0, 1.0)] * 4, list("abcd"))
+        subsets_seconds.append(time.perf_counter() - started)
+    scorer, ridge, subsets = map(median, (scorer_seconds, probe_seconds, subsets_seconds))
+    print(f"all four alone: {scorer:.2f} s, validation top-1 {100 * correct.mean(1).max():.1f}")
+    print(f"RidgeProbe:     {ridge:.2f} s, validation top-1 {100 * max(probe.path_.values()):.1f}")
+    print(f"{len(selection.subsets)} subsets:     {subsets:.2f} s, all four {100 * selection[range(4)].top1:.1f}")
+    ratios = f"ratio to all four alone {subsets / scorer:.2f}, to RidgeProbe {subsets / ridge:.2f}"
+    print(f"{ratios} (medians of {options.repeats})")
 
 
 if __name__ == "__main__":

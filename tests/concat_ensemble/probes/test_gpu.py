@@ -1,4 +1,4 @@
-"""On a CUDA device the probes give what they give without one."""
+"""The probes give the same results on a CUDA device and on the CPU."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from concat_ensemble.studies.selection import select_members
 @pytest.mark.gpu
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("probe", [KNNProbe, LinearProbe, PrototypeProbe, ReferenceProbe, RidgeProbe])
-def test_a_probe_gives_the_same_on_the_gpu(probe, in_memory, monkeypatch):
+def test_a_probe_predicts_the_same_on_the_gpu(probe, in_memory, monkeypatch):
     rng = np.random.default_rng(0)
     y = np.arange(600) % 5
     X = (rng.normal(size=(5, 40))[y] + 2 * rng.normal(size=(600, 40))).astype(np.float32)
@@ -28,7 +28,11 @@ def test_a_probe_gives_the_same_on_the_gpu(probe, in_memory, monkeypatch):
 def test_subsets_are_scored_the_same_on_the_gpu(monkeypatch):
     rng = np.random.default_rng(0)
     y = {"train": np.arange(300) % 5, "validation": np.arange(200) % 5}
-    blocks = {n: [(np.eye(5)[r] @ np.ones((5, 8)) + rng.normal(size=(len(r), 8))) for _ in "ab"] for n, r in y.items()}
+
+    def block(labels):
+        return np.eye(5)[labels] @ np.ones((5, 8)) + rng.normal(size=(len(labels), 8))
+
+    blocks = {split: [block(labels), block(labels)] for split, labels in y.items()}
     table = FeatureTable(blocks, y, list("abcde"))
     on_gpu = select_members(table, [Cost(1.0, 1.0)] * 2, list("ab"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -5,20 +5,21 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from concat_ensemble import LinearProbe, RidgeProbe
+from concat_ensemble import LinearProbe, ReferenceProbe, RidgeProbe
 from concat_ensemble.features.table import FeatureTable
 
 
-def clouds(number, classes=3, columns=6, spread=1.5, seed=0):
-    """Gaussian clouds of different scales by column, so that standardising matters."""
+def clouds(number, classes=3, num_features=6, spread=1.5, seed=0):
+    """Gaussian clouds whose features have different scales, so that standardizing matters."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(classes, columns))
+    centers = np.random.default_rng(99).normal(size=(classes, num_features))
     labels = np.arange(number) % classes
-    return (centres[labels] + spread * rng.normal(size=(number, columns))) * 10.0 ** np.arange(-2, columns - 2), labels
+    scales = 10.0 ** np.arange(-2, num_features - 2)
+    return (centers[labels] + spread * rng.normal(size=(number, num_features))) * scales, labels
 
 
-def by_hand(X, y, l2_strength, standardize=True):
-    """scikit-learn's own solution. It minimises C * sum(loss) + ||coef||^2 / 2, so that C = 1 / (N * l2_strength)."""
+def scikit_learn(X, y, l2_strength, standardize=True):
+    """scikit-learn's probabilities and predictions. It minimizes C * sum(loss) + ||coef||^2 / 2."""
     mean, scale = (X.mean(0), np.where(X.std(0) > 0, X.std(0), 1)) if standardize else (0, 1)
     model = LogisticRegression(C=1 / (len(X) * l2_strength), max_iter=10_000, tol=1e-8).fit((X - mean) / scale, y)
     return lambda new: model.predict_proba((new - mean) / scale), lambda new: model.predict((new - mean) / scale)
@@ -40,14 +41,14 @@ def test_equals_scikit_learn_on_train_and_validation_together(classes, standardi
     X = X if standardize else X / 10.0 ** np.arange(-2, 4)
     validation, new = (X[60:], y[60:]), X + 0.1
     probe = LinearProbe(l2_strengths=[l2_strength], standardize=standardize).fit(X[:60], y[:60], validation=validation)
-    probabilities, predictions = by_hand(X, y, l2_strength, standardize)
+    probabilities, predictions = scikit_learn(X, y, l2_strength, standardize)
     np.testing.assert_allclose(probe.predict_proba(new), probabilities(new), atol=2e-3)
     assert np.mean(probe.predict(new) == predictions(new)) >= 0.99
     assert probe.coef_.shape == (classes, 6) and probe.intercept_.shape == (classes,)
 
 
-def test_solves_what_its_docstring_says():
-    """Any small step from the coefficients makes mean loss + l2_strength / 2 * ||coef||^2 larger."""
+def test_minimizes_the_objective_of_its_docstring():
+    """Any small step from the coefficients increases mean loss + l2_strength / 2 * ||coef||^2."""
     X, y = clouds(80)
     probe = LinearProbe(l2_strengths=[0.1]).fit(X[:60], y[:60], validation=(X[60:], y[60:]))
     least, solution = objective(probe, X, y), probe.coef_.copy()
@@ -56,32 +57,34 @@ def test_solves_what_its_docstring_says():
         assert objective(probe, X, y) > least
 
 
-def test_the_path_is_validation_accuracy_of_fits_on_the_training_rows_alone():
+def test_path_is_the_validation_accuracy_of_fits_on_training_rows_only():
     X, y = clouds(60, spread=2.5)
     X_held, y_held = clouds(40, spread=2.5, seed=1)
     probe = LinearProbe(l2_strengths=[0.01, 1.0, 0.1]).fit(X, y, validation=(X_held, y_held))
     expected = {
-        l2_strength: np.mean(by_hand(X, y, l2_strength)[1](X_held) == y_held) for l2_strength in (1.0, 0.1, 0.01)
+        l2_strength: np.mean(scikit_learn(X, y, l2_strength)[1](X_held) == y_held) for l2_strength in (1.0, 0.1, 0.01)
     }
     assert probe.path_ == pytest.approx(expected, abs=1 / 40 + 1e-9)
     assert probe.l2_strength_ == max(probe.path_, key=lambda l2_strength: (probe.path_[l2_strength], l2_strength))
 
 
-def test_the_strength_is_chosen_on_validation_rows():
-    """Three training labels in ten are wrong, among 40 columns of which one tells: a weak penalty learns them by heart, a stronger one the truth."""
+def test_strength_is_chosen_on_validation_rows():
+    """Three in ten training labels are wrong, and one of 40 features is informative: a weak penalty memorizes the
+    labels, a stronger one finds the truth."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 2, 60)
     X = np.hstack([truth[:, None] * 2.0 + rng.normal(size=(60, 1)), rng.normal(size=(60, 39))])
     noisy = np.where(rng.random(60) < 0.3, 1 - truth, truth)
     new = rng.integers(0, 2, 400)
     X_new = np.hstack([new[:, None] * 2.0 + rng.normal(size=(400, 1)), rng.normal(size=(400, 39))])
-    by_heart, by_truth = (LinearProbe().fit(X, noisy, validation=held) for held in ((X, noisy), (X_new, new)))
-    assert by_heart.l2_strength_ < by_truth.l2_strength_
-    assert by_heart.path_[1e-4] == 1.0 and by_truth.path_[1e-4] < by_truth.path_[by_truth.l2_strength_]
+    on_noisy = LinearProbe().fit(X, noisy, validation=(X, noisy))
+    on_true = LinearProbe().fit(X, noisy, validation=(X_new, new))
+    assert on_noisy.l2_strength_ < on_true.l2_strength_
+    assert on_noisy.path_[1e-4] == 1.0 and on_true.path_[1e-4] < on_true.path_[on_true.l2_strength_]
 
 
-def test_the_strongest_of_equals_is_chosen():
-    X, y = clouds(60, spread=0.01)  # every l2_strength separates it
+def test_the_strongest_of_equally_good_strengths_is_chosen():
+    X, y = clouds(60, spread=0.01)  # every strength separates the classes
     probe = LinearProbe().fit(X[:45], y[:45], validation=(X[45:], y[45:]))
     assert set(probe.path_.values()) == {1.0} and probe.l2_strength_ == 10.0
 
@@ -92,7 +95,7 @@ def table_with(test):
     return FeatureTable(blocks, {"train": y[:40], "validation": y[40:], "test": test[1]}, list("abc"))
 
 
-def test_takes_splits_of_a_table():
+def test_accepts_splits_of_a_table():
     X, y = clouds(60)
     X_test, y_test = clouds(30, seed=5)
     table = table_with((X_test, y_test))
@@ -102,7 +105,7 @@ def test_takes_splits_of_a_table():
     assert probe.score(table["test"]) == plain.score(X_test, y_test) == np.mean(plain.predict(X_test) == y_test)
 
 
-def test_the_test_split_is_never_looked_at():
+def test_the_test_split_is_never_read():
     unusable = table_with((np.full((3, 6), np.nan), np.array([7, 8, 9])))
     usable = table_with(clouds(30, seed=5))
     probes = [LinearProbe().fit(table["train"], validation=table["validation"]) for table in (unusable, usable)]
@@ -119,14 +122,14 @@ def test_labels_may_be_anything(names):
     assert probe.predict(X).tolist() == np.array(names)[plain.predict(X)].tolist()
 
 
-def test_two_classes_have_opposite_columns_that_softmax_to_the_logistic():
+def test_two_classes_have_opposite_coefficients_and_logistic_probabilities():
     X, y = clouds(60, 2)
     probe = LinearProbe(l2_strengths=[0.1]).fit(X[:40], y[:40], validation=(X[40:], y[40:]))
     np.testing.assert_allclose(probe.coef_[0], -probe.coef_[1], atol=1e-12)
-    np.testing.assert_allclose(probe.predict_proba(X), by_hand(X, y, 0.1)[0](X), atol=2e-3)
+    np.testing.assert_allclose(probe.predict_proba(X), scikit_learn(X, y, 0.1)[0](X), atol=2e-3)
 
 
-def test_constant_columns_change_nothing():
+def test_constant_features_change_nothing():
     X, y = clouds(60)
     padded = np.hstack([X, np.full((60, 1), 3.0), np.zeros((60, 1))])
     probe = LinearProbe().fit(padded[:40], y[:40], validation=(padded[40:], y[40:]))
@@ -134,7 +137,7 @@ def test_constant_columns_change_nothing():
     np.testing.assert_allclose(probe.logits(padded), plain.logits(X), atol=1e-6)
 
 
-def test_more_columns_than_rows():
+def test_more_features_than_rows():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(20, 200)), np.arange(20) % 2
     X[:, 0] += 10 * y
@@ -145,14 +148,14 @@ def test_more_columns_than_rows():
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("rows", [200, 900])
 def test_wide_float32_features_are_solved_as_scikit_learn_does(rows, in_memory):
-    """More columns than all of whose eigenvectors are taken, more and fewer rows than columns, products in half precision."""
+    """So many features that only leading eigenvectors are used, more and fewer rows, half precision products."""
     rng = np.random.default_rng(0)
     y = np.arange(rows) % 3
     X = (0.3 * rng.normal(size=(3, 600))[y] + rng.normal(size=(rows, 600)) * np.linspace(5, 0.01, 600)).astype(
         np.float32
     )
     probe = LinearProbe(l2_strengths=[0.1], in_memory=in_memory, tol=1e-9).fit(X, y)
-    probabilities, _ = by_hand(X.astype(np.float64), y, 0.1)
+    probabilities, _ = scikit_learn(X.astype(np.float64), y, 0.1)
     np.testing.assert_allclose(probe.predict_proba(X), probabilities(X), atol=2e-3)
 
 
@@ -163,22 +166,22 @@ def test_large_float32_features_are_solved_in_float32():
     assert probe.coef_.dtype == np.float32 and probe.score(X32, y) > 0.9
 
 
-def test_without_validation_a_stratified_fifth_is_held_out_by_the_seed():
+def test_without_validation_rows_the_seed_picks_a_stratified_fifth():
     X, y = clouds(60, spread=3)
     first, again = LinearProbe(seed=1).fit(X, y), LinearProbe(seed=1).fit(X, y)
     assert first.path_ == again.path_ and np.array_equal(first.coef_, again.coef_)
     assert any(LinearProbe(seed=seed).fit(X, y).path_ != first.path_ for seed in (2, 3, 4))
-    assert all(round(share * 12, 6).is_integer() for share in first.path_.values()), "twelve of sixty rows"
+    assert all(round(share * 12, 6).is_integer() for share in first.path_.values()), "twelve of sixty rows are scored"
 
 
-def test_a_class_of_the_validation_rows_alone_is_learnt():
+def test_a_class_of_the_validation_rows_only_is_learned():
     X, y = clouds(60)
     probe = LinearProbe().fit(X[y < 2], y[y < 2], validation=(X, y))
     assert probe.classes_.tolist() == [0, 1, 2] and probe.coef_.shape == (3, 6)
 
 
-def test_one_class_is_named():
-    with pytest.raises(ValueError, match=r"a probe needs two classes; the training rows have the one class .*'ant'"):
+def test_a_single_class_is_refused():
+    with pytest.raises(ValueError, match=r"two classes.*'ant'"):
         LinearProbe().fit(np.ones((4, 2)), np.array(["ant"] * 4))
 
 
@@ -204,8 +207,14 @@ def test_clone_and_parameters():
     assert not hasattr(clone(probe.fit(*clouds(30))), "coef_")
 
 
-@parametrize_with_checks(
-    [LinearProbe(l2_strengths=(1.0, 0.01)), LinearProbe(l2_strengths=(1.0, 0.01), cv=2), RidgeProbe()]
-)
+@pytest.mark.parametrize("probe", [LinearProbe, RidgeProbe, ReferenceProbe])
+def test_the_old_name_of_the_strength_warns(probe):
+    fitted = probe(l2_strengths=(0.1,)).fit(*clouds(30))
+    with pytest.warns(FutureWarning, match="strength_.*use l2_strength_"):
+        assert fitted.strength_ == 0.1
+    assert not hasattr(probe(), "strength_")
+
+
+@parametrize_with_checks([LinearProbe(l2_strengths=(1.0, 0.01), cv=2), RidgeProbe()])
 def test_keeps_scikit_learns_contract(estimator, check):
     check(estimator)

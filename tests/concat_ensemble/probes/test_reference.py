@@ -1,9 +1,8 @@
-"""The protocol against torch's own modules and optimizer, one decay after another."""
+"""The protocol against torch's own modules and optimizer, one decay at a time."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from concat_ensemble import ReferenceProbe
@@ -11,8 +10,8 @@ from concat_ensemble.features.table import TableSplit
 from tests.concat_ensemble.probes.test_linear import clouds
 
 
-def by_hand(X, y, decay, batch_size, seed=0):
-    """The trained modules in evaluation mode, as what gives logits."""
+def train_modules(X, y, decay, batch_size, seed=0):
+    """A function that returns the logits of the trained modules in evaluation mode."""
     X, y = torch.from_numpy(X).float(), torch.from_numpy(y)
     norm, linear = nn.BatchNorm1d(X.shape[1]), nn.Linear(X.shape[1], int(y.max()) + 1)
     torch.manual_seed(seed)
@@ -35,15 +34,15 @@ def by_hand(X, y, decay, batch_size, seed=0):
     return lambda new: linear(norm.eval()(torch.from_numpy(new).float())).detach().numpy()
 
 
-@pytest.mark.parametrize("batch_size", [16, 11, 256])  # 60 = 3 * 16 + 12; 89 = 8 * 11 + 1, the one left out
+@pytest.mark.parametrize("batch_size", [16, 11, 256])  # 60 = 3 * 16 + 12; 89 = 8 * 11 + 1, and the last row is skipped
 def test_equals_torchs_modules_decay_by_decay(batch_size):
     (X, y), (X_held, y_held), (new, _) = clouds(60, spread=3), clouds(29, spread=3, seed=1), clouds(20, seed=2)
     decays = (0.5, 0.1, 1e-2, 1e-4)
     probe = ReferenceProbe(decays, batch_size=batch_size).fit(X, y, validation=(X_held, y_held))
-    path = {decay: np.mean(by_hand(X, y, decay, batch_size)(X_held).argmax(1) == y_held) for decay in decays}
+    path = {decay: np.mean(train_modules(X, y, decay, batch_size)(X_held).argmax(1) == y_held) for decay in decays}
     assert probe.path_ == pytest.approx(path)
     assert probe.l2_strength_ == max(path, key=path.get)
-    chosen = by_hand(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.l2_strength_, batch_size)
+    chosen = train_modules(np.vstack([X, X_held]), np.concatenate([y, y_held]), probe.l2_strength_, batch_size)
     np.testing.assert_allclose(probe.logits(new), chosen(new), atol=2e-4)
 
 
@@ -66,24 +65,26 @@ def test_float16_and_mapped_table_splits_stream_to_the_same(tmp_path):
     np.save(tmp_path / "block.npy", half[:, 4:])
     split = TableSplit([half[:, :4], np.load(tmp_path / "block.npy", mmap_mode="r")], y)
     train, held = split.select(np.arange(60)), split.select(np.arange(60, 90))
-    kept, read = (ReferenceProbe(batch_size=16, in_memory=m).fit(train, validation=held) for m in (True, False))
+    in_memory, streamed = (
+        ReferenceProbe(batch_size=16, in_memory=m).fit(train, validation=held) for m in (True, False)
+    )
     single = half.astype(np.float32)
     plain = ReferenceProbe(batch_size=16).fit(single[:60], y[:60], validation=(single[60:], y[60:]))
-    for probe in (read, plain):
-        np.testing.assert_array_equal(probe.coef_, kept.coef_)
-        assert probe.path_ == kept.path_
-    assert kept.score(split) == plain.score(single, y)
+    for probe in (streamed, plain):
+        np.testing.assert_array_equal(probe.coef_, in_memory.coef_)
+        assert probe.path_ == in_memory.path_
+    assert in_memory.score(split) == plain.score(single, y)
 
 
-def test_the_seed_decides():
+def test_the_seed_decides_weights_and_batches():
     X, y = clouds(60)
-    with torch.no_grad():  # as a caller may have it
+    with torch.no_grad():  # a caller may have switched gradients off
         first, again, other = (ReferenceProbe((1e-3,), seed=seed).fit(X, y) for seed in (0, 0, 1))
     assert np.array_equal(first.coef_, again.coef_) and not np.array_equal(first.coef_, other.coef_)
     assert first.path_ == {} and first.l2_strength_ == 1e-3  # one decay: nothing to choose
 
 
-def test_a_class_of_the_validation_rows_alone_is_learnt():
+def test_a_class_of_the_validation_rows_only_is_learned():
     X, y = clouds(60)
     probe = ReferenceProbe().fit(X[y < 2], y[y < 2], validation=(X, y))
     assert probe.classes_.tolist() == [0, 1, 2] and probe.coef_.shape == (3, 6)
@@ -92,7 +93,7 @@ def test_a_class_of_the_validation_rows_alone_is_learnt():
 @pytest.mark.parametrize(
     ("settings", "message"), [({"batch_size": 1}, "batch_size=1"), ({"l2_strengths": ()}, r"l2_strengths=\(\)")]
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ReferenceProbe(**settings).fit(*clouds(30))
 
@@ -102,8 +103,3 @@ def test_nan_in_a_table_is_refused():
     X[3, 2] = np.nan
     with pytest.raises(ValueError, match="row 3"):
         ReferenceProbe().fit(TableSplit([X], y))
-
-
-@parametrize_with_checks([ReferenceProbe()])
-def test_keeps_scikit_learns_contract(estimator, check):
-    check(estimator)

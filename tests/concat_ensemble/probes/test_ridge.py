@@ -32,21 +32,21 @@ def test_equals_scikit_learn(problem, standardize):
 
 @settings(max_examples=20)
 @given(problems())
-def test_leaving_one_out_in_closed_form_is_leaving_one_out(problem):
-    """Scales are those of all rows, as the docstring says, so they are fixed before."""
+def test_leave_one_out_in_closed_form_equals_refitting(problem):
+    """The scales are those of all rows, as the docstring says, so they are computed first."""
     X, y, classes, l2_strength = problem
     X = (X - X.mean(0)) / np.where(X.std(0) > 1e-12, X.std(0), 1)
-    right = 0.0
+    correct = 0.0
     for n in range(len(X)):
-        kept = np.arange(len(X)) != n
-        # alpha stays N * l2_strength: the row that is left out takes its loss along, not its share of the penalty
-        model = Ridge(alpha=l2_strength * len(X), solver="svd").fit(X[kept], np.eye(classes)[y[kept]])
+        others = np.arange(len(X)) != n
+        # alpha stays N * l2_strength: leaving a row out removes its loss, not a share of the penalty
+        model = Ridge(alpha=l2_strength * len(X), solver="svd").fit(X[others], np.eye(classes)[y[others]])
         scores = np.sort(model.predict(X[n : n + 1])[0])
         if scores[-1] - scores[-2] < 1e-9:
-            return  # a tie, which rounding decides
-        right += model.predict(X[n : n + 1])[0].argmax() == y[n]
+            return  # a tie is decided by rounding
+        correct += model.predict(X[n : n + 1])[0].argmax() == y[n]
     probe = RidgeProbe(l2_strengths=[l2_strength], standardize=False).fit(X, y)
-    assert probe.path_[l2_strength] == pytest.approx(right / len(X), abs=1e-9)
+    assert probe.path_[l2_strength] == pytest.approx(correct / len(X), abs=1e-9)
 
 
 def clouds(number, seed=0, classes=3, columns=8):
@@ -55,7 +55,7 @@ def clouds(number, seed=0, classes=3, columns=8):
     return (np.random.default_rng(9).normal(size=(classes, columns))[y] + rng.normal(size=(number, columns))), y
 
 
-def test_the_strength_is_chosen_on_validation_rows_and_fitted_on_all():
+def test_strength_is_chosen_on_validation_rows_and_fitted_on_all():
     (X, y), (X_held, y_held) = clouds(60), clouds(40, seed=1)
     probe = RidgeProbe(l2_strengths=[0.01, 1.0, 100.0]).fit(X, y, validation=(X_held, y_held))
     expected = {s: np.mean(naive(X, y, s)(X_held).argmax(1) == y_held) for s in (100.0, 1.0, 0.01)}
@@ -64,7 +64,7 @@ def test_the_strength_is_chosen_on_validation_rows_and_fitted_on_all():
     np.testing.assert_allclose(probe.logits(X), together(X), atol=1e-8)
 
 
-def test_a_part_of_a_gram_matrix_is_the_parts_own():
+def test_a_part_of_a_gram_matrix_is_that_of_the_features_alone():
     X, y = clouds(50)
     X = torch.from_numpy(X - X.mean(0))
     columns = torch.tensor([1, 4, 5])
@@ -75,11 +75,11 @@ def test_a_part_of_a_gram_matrix_is_the_parts_own():
 
 
 @pytest.mark.parametrize("columns", [8, 300])
-def test_a_table_in_half_precision_read_in_each_pass_gives_the_same(columns):
+def test_a_streamed_table_in_half_precision_gives_the_same(columns):
     X, y = clouds(200, columns=columns)
     half = X.astype(np.float16)
     table = TableSplit([half[:, :3], half[:, 3:]], y)
-    streamed, kept = (RidgeProbe(in_memory=way).fit(table) for way in (False, True))
-    np.testing.assert_allclose(streamed.coef_, kept.coef_, atol=1e-6)
+    streamed, in_memory = (RidgeProbe(in_memory=way).fit(table) for way in (False, True))
+    np.testing.assert_allclose(streamed.coef_, in_memory.coef_, atol=1e-6)
     plain = RidgeProbe().fit(half.astype(np.float32), y)
     np.testing.assert_allclose(streamed.logits(table), plain.logits(half.astype(np.float32)), atol=1e-5)
