@@ -13,7 +13,6 @@ and not done again. Prints a table, and leaves it with the figure and the number
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
 
+from concat_ensemble.console import out
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.experiments.compare import IMAGES, kept, to_the_end, told, train, two_at_a_time
 from concat_ensemble.features.extraction import extract_features
@@ -212,16 +212,32 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     parser.add_argument("--output", type=Path, help="runs/STUDY-mixture-COMPONENTS when left out")
     parser.add_argument("--dataset", help="where the images are, such as parquet:FOLDER; on the Hub when left out")
-    options = parser.parse_args()
-    if options.repeats < 2 or options.steps < COUNTS[-1]:
-        sys.exit(f"error: --repeats {options.repeats} must be at least 2, for an interval, and --steps {options.steps} at least {COUNTS[-1]}.")  # fmt: skip
-    output = options.output or Path("runs") / f"{options.study}-mixture-{options.components}"
-    study = Study(options.study, options.components, options.dataset or IMAGES[options.study][0], options.steps,
-                  output / ("smoke" if options.smoke else ""), options.smoke)  # fmt: skip
-    measured = run(study, options.repeats)
-    print(
-        f"{table_of(measured)}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]; figure: {study.output / 'mixture.png'}"
-    )
+    run_mixture(**vars(parser.parse_args()))
+
+
+def run_mixture(
+    study: str,
+    *,
+    components: str = "labels",
+    steps: int = STEPS,
+    repeats: int = 3,
+    smoke: bool = False,
+    output: Path | None = None,
+    dataset: str | None = None,
+) -> None:
+    """Measure all repeats of a mixture, print the table, and leave table, figure and numbers in `output`.
+
+    Raises:
+        ValueError: when there are too few repeats or steps.
+    """
+    if repeats < 2 or steps < COUNTS[-1]:
+        raise ValueError(
+            f"--repeats {repeats} must be at least 2, for an interval, and --steps {steps} at least {COUNTS[-1]}."
+        )
+    output = (output or Path("runs") / f"{study}-mixture-{components}") / ("smoke" if smoke else "")
+    measured = run(Study(study, components, dataset or IMAGES[study][0], steps, output, smoke), repeats)
+    text = f"{table_of(measured)}\nTop-1 in %, mean of {repeats} repeats [95% t-interval]; figure: {output / 'mixture.png'}"
+    out.print(text, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

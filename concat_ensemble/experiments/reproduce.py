@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.markdown import Markdown
 
+from concat_ensemble.console import out
 from concat_ensemble.experiments import budget_curve, compare, mixture, ntk_gap, theory
 from concat_ensemble.experiments.compare import SUBJECT, to_the_end, told
 from concat_ensemble.files import write_json
@@ -106,7 +106,7 @@ def proposition(desk: Desk) -> Finding:
     drawn = theory.draw_cancellations()
     lines = ["| covariance smaller than | share of mixtures [95% interval] |", "|---|---|"]
     for bound, share in drawn.within.items():
-        low, high = wilson_interval(share, drawn.resamples)
+        low, high = wilson_interval(share, drawn.draws)
         lines.append(f"| {bound} | {share:.2e} [{low:.2e}, {high:.2e}] |")
     found = (
         f"{drawn.cancelled:,} cancellations in {drawn.draws:,} draws (share at most {drawn.most_that_cancel:.1e}); {drawn.exact:,} proportions that cancel were "
@@ -371,19 +371,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4, help="seeds 0, 1, 2, ... (two at a time)")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduction"))
-    options = parser.parse_args()
-    if options.repeats < 2:
-        sys.exit(f"error: --repeats {options.repeats}: an interval needs at least 2.")
-    output = options.output / "smoke" if options.smoke else options.output
+    reproduce(**vars(parser.parse_args()))
+
+
+def reproduce(figure: str, *, output: Path = Path("runs/reproduction"), repeats: int = 4, smoke: bool = False) -> Path:
+    """Reproduce a figure, or "all" of them, and print what came out; what is finished is not done again.
+
+    Returns:
+        The page of all figures that are in `output`, which stands beside this folder.
+
+    Raises:
+        ValueError: when there are too few repeats.
+    """
+    if repeats < 2:
+        raise ValueError(f"--repeats {repeats} must be at least 2, for an interval.")
+    output = output / "smoke" if smoke else output
     output.mkdir(parents=True, exist_ok=True)
-    desk, console = Desk(output / "networks", options.repeats, options.smoke), compare.console
-    for figure in FIGURES if options.figure == "all" else [options.figure]:
-        content = reproduced(figure, desk, output)
-        lines = section(figure, content, output.name).splitlines()
-        console.print(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
+    desk = Desk(output / "networks", repeats, smoke)
+    for name in FIGURES if figure == "all" else [figure]:
+        lines = section(name, reproduced(name, desk, output), output.name).splitlines()
+        compare.console.print(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
     beside = output.with_suffix(".md")
     beside.write_text(page(output))
-    console.print(f"\npage: {beside}; figures and numbers: {output}", soft_wrap=True)
+    out.print(f"\npage: {beside}; figures and numbers: {output}", soft_wrap=True)
+    return beside
 
 
 if __name__ == "__main__":
