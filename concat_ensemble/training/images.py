@@ -117,7 +117,7 @@ class Images:
         if not settings.evaluate_every:  # nobody looks at the validation images: they are trained on, too
             self.split = concatenate_datasets([data["train"], data["validation"]])
         self.names, self.size = class_names(self.split), len(self.split)
-        self.labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
+        self.train_labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
         if settings.augmentation == "scatter":
             self._grey = torch.stack([self._placeable(n) for n in range(self.size)])
         if settings.turned:
@@ -175,7 +175,7 @@ class Images:
         generator, views = torch.Generator(), []
         for seed in seeds:
             generator.manual_seed(_mixed(seed, *part[0]))
-            grey, labels = self._grey[numbers], self.labels[numbers]
+            grey, labels = self._grey[numbers], self.train_labels[numbers]
             if self.settings.turned:
                 labels = torch.randint(4, (len(numbers),), generator=generator)
                 grey = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(grey, labels.tolist(), strict=True)])

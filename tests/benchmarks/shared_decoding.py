@@ -10,7 +10,6 @@ ResNet-10 of an eighth of the usual widths, where reading is the bottleneck as i
 import argparse
 import io
 import itertools
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +22,6 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_sample_images
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.recipe import Settings

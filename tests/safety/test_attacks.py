@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -29,8 +28,6 @@ from concat_ensemble.data.dataset_recipes import DatasetRecipe
 from concat_ensemble.data.loading import read_image
 from concat_ensemble.reporting.model_card import NOTE, write_card
 from concat_ensemble.studies.results import Results
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from concat_ensemble.training.recipe import Recipe
 
 INDEX, SHARD = "model.safetensors.index.json", "member-00.safetensors"

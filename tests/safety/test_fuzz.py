@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
 from concat_ensemble.reporting.model_card import row_texts, verdict
 from concat_ensemble.studies.results import Results
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from concat_ensemble.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

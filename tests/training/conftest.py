@@ -1,8 +1,7 @@
-"""The scripts of `training/` are cloned, not installed: they are found beside each other, as when one of them is run."""
+"""Fixtures for the training flows, run in this process or as the scripts of `training/`."""
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from accelerate.state import AcceleratorState
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "training"))
 
 
 @pytest.fixture(scope="session")

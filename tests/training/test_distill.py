@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import pretrain_members
 from concat_ensemble import assemble
+from concat_ensemble.training import pretraining
+from concat_ensemble.training.distillation import Distillation, Student, Teachers, main, run
 from concat_ensemble.training.images import Images
-from distill import Distillation, Student, Teachers, main, run
-from pretrain_members import pixels_of
+from concat_ensemble.training.pretraining import pixels_of
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))
@@ -46,7 +46,7 @@ def teachers(tmp_path_factory) -> list[str]:
         "--total-steps",
         "400",
     ]
-    pretrain_members.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
+    pretraining.main([TIMECAT, "--cpu", *data, *members, "--output", str(folder)])
     return [str(folder / "members" / f"cat2-{k}") for k in range(2)]
 
 

@@ -15,7 +15,7 @@ from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.data.loading import read_image
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.results import Results
-from finetune import FineTuning, main, parameter_groups, run
+from concat_ensemble.training.finetuning import FineTuning, main, parameter_groups, run
 
 RECIPE = str(Path(__file__).parents[2] / "training" / "recipes" / "scattered_digits_finetune.yaml")
 SETTINGS = {

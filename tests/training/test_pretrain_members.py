@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble.training.pretraining import main, plan_jobs, plan_networks
 from concat_ensemble.training.recipe import Recipe
-from pretrain_members import main, plan_jobs, plan_networks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "training/pretrain_members.py"

@@ -72,7 +72,7 @@ def test_each_network_has_its_own_view_of_the_same_images(augmentation):
     (one, labels), (other, same_labels) = batch.views
     assert one.shape == other.shape == (8, 1, 32, 32) and torch.equal(labels, same_labels)
     assert not torch.equal(one, other)
-    assert torch.equal(labels, images.labels[batch.numbers])
+    assert torch.equal(labels, images.train_labels[batch.numbers])
     ((alone, _),) = first(images.batches([1]), 1)[0].views
     assert torch.equal(alone, one), "the first one's view does not depend on who else looks"
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.pretraining import Objective
 from concat_ensemble.training.recipe import Recipe
-from pretrain_members import Objective
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
 BASE = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 
+from concat_ensemble.training.distillation import Distillation
+from concat_ensemble.training.finetuning import FineTuning
 from concat_ensemble.training.recipe import Recipe
-from distill import Distillation
-from finetune import FineTuning
 
 RECIPES = sorted((Path(__file__).parents[3] / "training" / "recipes").glob("*.yaml"))
 GOOD = "dataset: digits\narchitecture: resnet10t\ninput_size: [1, 32, 32]\ntotal_steps: 40\n"
