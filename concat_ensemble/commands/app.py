@@ -42,3 +42,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
