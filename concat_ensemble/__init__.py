@@ -5,6 +5,7 @@ registered with transformers' Auto classes as soon as those are imported, before
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import wrapt
@@ -60,6 +61,8 @@ _MODULES = {
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return version("concat-ensemble")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"concat_ensemble.{_MODULES[name]}"), name)

@@ -21,9 +21,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from concat_ensemble import extract_features, load_data
-from concat_ensemble.commands.options import load_model
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.logistic import logistic_path, objective
+from concat_ensemble.studies.ensembles import load_ensemble
 
 L2_STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 WITHIN = 1e-4
@@ -41,7 +41,7 @@ def features(rows: int, width: int, classes: int) -> tuple[torch.Tensor, torch.T
 
 
 def real_features(ensemble: str, dataset: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    table = extract_features(load_model(ensemble, seed=0), load_data(dataset, limit=limit))
+    table = extract_features(load_ensemble(ensemble, seed=0), load_data(dataset, limit=limit))
     X, y = map(torch.from_numpy, TableSplit.concatenate([table["train"], table["validation"]]))
     return (X - X.mean(0)) / X.std(0).clamp_min(1e-6), y
 

@@ -171,7 +171,7 @@ def test_the_test_split_of_a_recipe_is_never_trained_or_chosen_on(tmp_path, monk
     ("words", "said"),
     [
         (["--recipe", "cifar9"], ["no recipe 'cifar9'", "did you mean cifar10", "stl10"]),
-        (["--recipe", "cifar10", "--dataset", "digits"], ["--recipe does not go with --dataset"]),
+        (["--recipe", "cifar10", "--dataset", "digits"], ["--recipe cifar10 does not go with --dataset"]),
         (["--recipe", "cifar10", "--test-split", "a", "--test-size", "0.5"], ["with --test-split and --test-size"]),
         (["--recipe", "cifar10", "--recipe", "mnist", "--output", "x.json"], ["more than one --recipe", "--output"]),
         (["--recipe", "cifar10", "--recipe", "mnist", "--save-head"], ["more than one --recipe", "--save-head"]),
