@@ -28,14 +28,14 @@ def theory(
 
     path, figure = output / "theory.json", output / "theory.png"
     check_file(path, overwrite)
-    cancellations = theory.draw_cancellations(seed=seed)
-    counterexample = theory.train_counterexample(initialisations=initialisations, seed=seed)
+    cancellations = theory.sample_cancellations(seed=seed)
+    counterexample = theory.train_counterexample(initializations=initialisations, seed=seed)
     theory.plot_counterexample(counterexample, figure)
     theory.save_theory(cancellations, counterexample, path)
     if as_json:
         print_file(path)
         return
-    counts = f"{cancellations.cancelled:,} cancellations in {cancellations.draws:,} draws; {cancellations.exact:,}"
+    counts = f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures; {cancellations.exact:,}"
     largest = f"{cancellations.largest_covariance:.0e}"
     out.print(
         f"Proposition 2.1: {counts} exact proportions that cancel, with a covariance of at most {largest}.",

@@ -2,9 +2,10 @@
 
     python -m concat_ensemble.experiments.budget_curve scattered_digits
 
-Trains K networks for B / K steps each, for every K and every budget B, on the digits 0 to 4. Linear probes are fitted on the digits 5 to 9, which no
-network has seen, with all labels and with ten per class, and on 0 to 4, in distribution. The controls are eight untrained networks and raw pixels.
-Every repeat and budget is measured once and stored in a file. Prints a table, and writes it with the figure and the numbers to --output.
+Trains K networks for B / K steps each, for every K and every budget B, on the digits 0 to 4. Linear probes are fitted
+on the digits 5 to 9, which no network has seen, with all labels and with ten per class, and on 0 to 4, in
+distribution. The controls are eight untrained networks and raw pixels. Every repeat and budget is measured once and
+stored in a file. Prints a table, and writes it with the figure and the numbers to --output.
 """
 
 import json

@@ -2,10 +2,11 @@
 
     python -m concat_ensemble.experiments.compare scattered_digits --full --repeats 5
 
-Trains the networks of the recipe STUDY_timecat.yaml on half of the classes and probes them on the other half, in several repeats with other seeds,
-beside the controls that a skeptic asks for. Every training and every probe is a command that you could run yourself: it is printed, and what is
-finished is not run again. Without --full the systems are CAT1, CAT2, CAT4 and W2, which is `make demo`; with it also CAT5, snapshots, members that
-share their batches, distillation, fine-tuning and few labels.
+Trains the networks of the recipe STUDY_timecat.yaml on half of the classes and probes them on the other half, in
+several repeats with other seeds, beside the controls that a skeptic asks for. Every training and every probe is a
+command that you could run yourself: it is printed, and what is finished is not run again. Without --full the systems
+are CAT1, CAT2, CAT4 and W2, which is `make demo`; with it also CAT5, snapshots, members that share their batches,
+distillation, fine-tuning and few labels.
 """
 
 import dataclasses
@@ -88,7 +89,14 @@ def run_probe(setup: desk.Setup, name: str, seed: int, path: Path, *, baselines:
     """Probe CAT4 and its baselines on a task by the command line, whose results file is `path`."""
     task = desk.TASKS[name]
     classes = f"{task.classes[0]}-{task.classes[-1]}"
-    arguments = ["probe", str(path.with_name(SUBJECT)), "--dataset", f"scattered:{setup.dataset}", "--classes", classes]
+    arguments = [
+        "probe",
+        str(path.with_name(SUBJECT)),
+        "--dataset",
+        f"scattered:{setup.dataset}",
+        "--classes",
+        classes,
+    ]
     arguments += ["--test-size", str(task.test_size), "--seed", str(seed), "--output", str(path), "--quiet", "--json"]
     if task.shots:
         arguments += ["--shots", str(task.shots)]

@@ -119,7 +119,7 @@ def run_module(module: str, arguments: list[str], label: str) -> None:
     """Run `python -m MODULE` on one core, after printing the command.
 
     Raises:
-        ChildProcessError: when it fails; the message ends with its last lines.
+        RuntimeError: when it fails; the message ends with its last lines.
     """
     print_line(label)
     print_line(f"  {shlex.join(['python', '-m', module, *arguments])}", style="dim")
@@ -129,7 +129,7 @@ def run_module(module: str, arguments: list[str], label: str) -> None:
     process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if process.returncode:
         tail = process.stdout[-2000:]
-        raise ChildProcessError(f"{label} failed with exit code {process.returncode}:\n{tail}")
+        raise RuntimeError(f"{label} failed with exit code {process.returncode}:\n{tail}")
 
 
 def map_two_at_a_time(function: Callable, arguments: Iterable) -> list:
@@ -228,6 +228,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         errors.print("\nstopped; the same command goes on")
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         errors.print(f"error: {error}", soft_wrap=True, markup=False)
         sys.exit(2)

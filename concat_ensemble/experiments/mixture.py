@@ -2,13 +2,15 @@
 
     concat-ensemble mixture scattered_digits --components labels
 
-Components are made of real images. With `classes` they are pairs of classes, each with its own labels. `labels` is the paper's Figure 2 with the images
-of four classes in place of its points: component i holds the images of class i twice, and those of the classes after and before it once. Classes are
-labeled + - + - in turn, except that the class before i has the other label in component i. In their mixture nothing is lost by confusing classes 0 and 2,
-or 1 and 3, which each must be told apart in two of the components.
+Components are made of real images. With `classes` they are pairs of classes, each with its own labels. `labels` is the
+paper's Figure 2 with the images of four classes in place of its points: component i holds the images of class i twice,
+and those of the classes after and before it once. Classes are labeled + - + - in turn, except that the class before i
+has the other label in component i. In their mixture nothing is lost by confusing classes 0 and 2, or 1 and 3, which
+each must be told apart in two of the components.
 
-The direct networks together cost as many steps as one network on the mixture, and as CAT2 to CAT8. All are probed alike. Every repeat is measured once
-and stored in a file. Prints a table, and writes it with the figure and the numbers to --output.
+The direct networks together cost as many steps as one network on the mixture, and as CAT2 to CAT8. All are probed
+alike. Every repeat is measured once and stored in a file. Prints a table, and writes it with the figure and the
+numbers to --output.
 """
 
 import shutil
@@ -152,7 +154,8 @@ class Mixture:
             tables[PROJECTED] = principal_projection(largest, max(largest.feature_dims))(largest)
             tables["raw pixels"] = pixel_table(data, "L")
             top1[name] = {
-                system: desk.probe_top1(table, seed, standardize=system != PROJECTED) for system, table in tables.items()
+                system: desk.probe_top1(table, seed, standardize=system != PROJECTED)
+                for system, table in tables.items()
             }
         return top1
 
@@ -242,7 +245,7 @@ def run_mixture(
 
     Raises:
         ValueError: when there are too few repeats or steps.
-        ChildProcessError: when a training fails.
+        RuntimeError: when a training fails.
     """
     desk.check_at_least("repeats", repeats, 2)
     desk.check_at_least("steps", steps, COUNTS[-1])

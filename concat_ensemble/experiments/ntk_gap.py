@@ -3,9 +3,10 @@
     python -m concat_ensemble.experiments.compare scattered_digits
     python -m concat_ensemble.experiments.ntk_gap scattered_digits
 
-Probes the unseen digits on the gradients of the CAT1 network that the first command trained (neural tangent kernel features, hashed to 2,048 features),
-beside the plain features of CAT1 and CAT4. Also probed: these gradients by PCA at CAT4's number of features, the gradients of an untrained network, which
-need no pretraining at all, and those of CAT4. Every repeat is measured once and stored in a file. Prints a table.
+Probes the unseen digits on the gradients of the CAT1 network that the first command trained (neural tangent kernel
+features, hashed to 2,048 features), beside the plain features of CAT1 and CAT4. Also probed: these gradients by PCA at
+CAT4's number of features, the gradients of an untrained network, which need no pretraining at all, and those of CAT4.
+Every repeat is measured once and stored in a file. Prints a table.
 """
 
 import dataclasses
@@ -34,7 +35,9 @@ def measure_repeat(setup: desk.Setup, networks: Path, seed: int) -> dict[str, fl
     """Top-1 by system in one repeat, from its file if it has been measured before."""
     settings = {"asked": [setup.study, setup.dataset, seed, NUM_FEATURES]}
     folder = networks / f"seed-{seed}"
-    return desk.measure_once(setup.output / f"ntk-seed-{seed}.json", settings, lambda: probe_networks(setup, folder, seed))
+    return desk.measure_once(
+        setup.output / f"ntk-seed-{seed}.json", settings, lambda: probe_networks(setup, folder, seed)
+    )
 
 
 def probe_networks(setup: desk.Setup, folder: Path, seed: int) -> dict[str, float]:
@@ -85,7 +88,9 @@ def main() -> None:
     parser.add_argument("--networks", type=Path, help="output folder of compare (default: runs/STUDY)")
     options = parser.parse_args()
     desk.check_at_least("repeats", options.repeats, 2)
-    setup = desk.create_setup(options.study, options.dataset, options.networks, name=options.study, smoke=options.smoke)
+    setup = desk.create_setup(
+        options.study, options.dataset, options.networks, name=options.study, smoke=options.smoke
+    )
     networks = setup.output
     if options.output:
         setup = dataclasses.replace(setup, output=options.output)

@@ -2,8 +2,8 @@
 
     concat-ensemble reproduce all
 
-All figures take about 45 minutes on two cores. What is finished is not run again. Every figure writes a PNG and a JSON file to --output, and a page made
-of all that are there is written beside that folder.
+All figures take about 45 minutes on two cores. What is finished is not run again. Every figure writes a PNG and a JSON
+file to --output, and a page made of all that are there is written beside that folder.
 """
 
 import math
@@ -19,8 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.markdown import Markdown
 
-from concat_ensemble.experiments import budget_curve, compare, mixture, names, ntk_gap, theory
-from concat_ensemble.experiments import desk
+from concat_ensemble.experiments import budget_curve, compare, desk, mixture, names, ntk_gap, theory
 from concat_ensemble.experiments.desk import SUBJECT
 from concat_ensemble.files import read_yaml, write_json
 from concat_ensemble.probes.intervals import wilson_interval
@@ -322,7 +321,7 @@ def reproduce(figure: str, *, output: Path = OUTPUT, repeats: int = 4, smoke: bo
 
     Raises:
         ValueError: when there are too few repeats.
-        ChildProcessError: when a training fails.
+        RuntimeError: when a training fails.
     """
     desk.check_at_least("repeats", repeats, 2)
     output = output / "smoke" if smoke else output

@@ -1,17 +1,19 @@
 """Section 2 of "These Are Not All the Features You Are Looking For" (arXiv 2506.18221) as computations.
 
-*Proposition 2.1*: a feature that correlates with the label in a component does so in almost every mixture. Its covariance is quadratic in the proportions,
-so the proportions that cancel it can be computed exactly.
+*Proposition 2.1*: a feature that correlates with the label in a component does so in almost every mixture. Its
+covariance is quadratic in the proportions, so the proportions that cancel it can be computed exactly.
 
-*Figure 2*: that is no comfort, as a network need not keep what correlates. The paper gives four sub-distributions of three points each, one of double
-mass, the labels +1 and -1, and the statement: a sparse solution on their mixture needs fewer features than the four direct solutions together, so that
-some component loses one that it needs. We reconstructed the coordinates, the labels of the points, the equal proportions, and the network.
+*Figure 2*: that is no comfort, as a network need not keep what correlates. The paper gives four sub-distributions of
+three points each, one of double mass, the labels +1 and -1, and the statement: a sparse solution on their mixture
+needs fewer features than the four direct solutions together, so that some component loses one that it needs. We
+reconstructed the coordinates, the labels of the points, the equal proportions, and the network.
 
-Component i has the double mass on corner i of a square, and the rest on its two neighbors. Corners are labeled + - + - in turn, except that the corner
-before i has the other label in component i. So each component alone needs one feature, that of the corner after i. In the mixture each corner has a
-majority label, + - + -, and a minority of a quarter. Features of two opposite corners and a constant describe the majorities. Then the two other corners
-look alike, and the two components that tell them apart are lost. Which pair is kept depends on the initialization, so k networks side by side have both
-pairs with probability 1 - 2^(1-k).
+Component i has the double mass on corner i of a square, and the rest on its two neighbors. Corners are labeled + - + -
+in turn, except that the corner before i has the other label in component i. So each component alone needs one feature,
+that of the corner after i. In the mixture each corner has a majority label, + - + -, and a minority of a quarter.
+Features of two opposite corners and a constant describe the majorities. Then the two other corners look alike, and the
+two components that tell them apart are lost. Which pair is kept depends on the initialization, so k networks side by
+side have both pairs with probability 1 - 2^(1-k).
 """
 
 from __future__ import annotations
@@ -39,28 +41,21 @@ Features = Callable[[np.ndarray], np.ndarray]  # (N, D) points -> (N, F)
 
 @dataclass
 class Distribution:
-    """A discrete distribution of labeled points.
-
-    Attributes:
-        points: (N, D); a point may occur several times.
-        labels: (N,)
-        masses: (N,) probabilities, which sum to 1.
+    """A discrete distribution of labeled points, of which one may occur several times.
 
     Raises:
         ValueError: when shapes do not agree, a number is not finite, or the masses are no probabilities.
     """
 
-    points: np.ndarray
-    labels: np.ndarray
-    masses: np.ndarray
+    points: np.ndarray  # (N, D)
+    labels: np.ndarray  # (N,)
+    masses: np.ndarray  # (N,) probabilities
 
     def __post_init__(self):
         self.points, self.labels = np.asarray(self.points, dtype=float), np.asarray(self.labels, dtype=float)
         shape, finite = self.points.shape, np.isfinite(self.points).all() and np.isfinite(self.labels).all()
         if len(shape) != 2 or self.labels.shape != shape[:1] or not finite:
-            raise ValueError(
-                f"points {shape} and labels {self.labels.shape} must be (N, D) points and N labels, all finite."
-            )
+            raise ValueError(f"points {shape} and labels {self.labels.shape} must be (N, D) and (N,), and all finite.")
         self.masses = _check_shares(self.masses, len(self.points), "masses")
 
     def covariance(self, features: Features) -> np.ndarray:
@@ -92,8 +87,8 @@ def mixture(components: Sequence[Distribution], proportions: Sequence[float]) ->
 def covariance_forms(components: Sequence[Distribution], features: Features) -> np.ndarray:
     """(F, n, n): symmetric Q with lambda' Q lambda = Cov_mix[phi, Y], for each feature and all proportions lambda.
 
-    Expectations under a mixture are linear in lambda, and lambda sums to 1. With c_i = E_i[phi Y], m_i = E_i[phi] and y_i = E_i[Y], Q_ij is the mean
-    of c_i - m_i y_j and c_j - m_j y_i.
+    Expectations under a mixture are linear in lambda, and lambda sums to 1. With c_i = E_i[phi Y], m_i = E_i[phi] and
+    y_i = E_i[Y], Q_ij is the mean of c_i - m_i y_j and c_j - m_j y_i.
     """
     moments = []
     for part in components:
@@ -105,18 +100,11 @@ def covariance_forms(components: Sequence[Distribution], features: Features) -> 
 
 
 def cancelling_proportions(form: np.ndarray, start: Sequence[float], end: Sequence[float]) -> np.ndarray:
-    """All proportions on the segment from `start` to `end` at which the covariance is zero.
+    """(R, n): the 0, 1 or 2 proportions on the segment from `start` to `end` at which the covariance is zero, in order.
 
-    For two components, from (1, 0) to (0, 1), these are all there are. For more components the zeros are a quadric in the simplex, which a segment cuts in
-    such points. Zeros closer than about 1e-6 count as one.
-
-    Args:
-        form: (n, n), one of `covariance_forms`.
-        start: (n,) proportions.
-        end: (n,) proportions.
-
-    Returns:
-        (R, n) proportions in the order from `start` to `end`; R is 0, 1 or 2.
+    For two components, from (1, 0) to (0, 1), these are all there are. For more components the zeros are a quadric in
+    the simplex, which a segment cuts in such points. Zeros closer than about 1e-6 count as one. `form` is (n, n), one
+    of `covariance_forms`.
 
     Raises:
         ValueError: when the ends are no proportions, or the covariance is zero on the whole segment.
@@ -151,7 +139,7 @@ def _bernstein_zeros(a: float, b: float, c: float) -> np.ndarray:
 
 @dataclass
 class Cancellations:
-    """Proposition 2.1 on random components: how often random proportions cancel a covariance, and exact ones that do."""
+    """Proposition 2.1 on random components: how often random proportions cancel a covariance, and which do exactly."""
 
     num_mixtures: int
     cancelled: int  # mixtures with a covariance of zero
@@ -164,8 +152,8 @@ class Cancellations:
 def sample_cancellations(*, seed: int = 0) -> Cancellations:
     """A million mixtures: 1,000 proportions, uniform on the simplex, of each of 1,000 sets of four components.
 
-    A component is three normal numbers with random masses and labels of +1 or -1, and the number is the feature. In each set at least one component has
-    a correlation.
+    A component is three normal numbers with random masses and labels of +1 or -1, and the number is the feature. In
+    each set at least one component has a correlation.
     """
     rng = np.random.default_rng(seed)
     sampled, exact = [], []
@@ -209,21 +197,15 @@ def figure_2_components() -> list[Distribution]:
 def train_networks(
     distribution: Distribution, count: int, *, width: int, steps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Train networks c + sum_j gamma_j max(w_j x, 0)^2 independently by SGD.
+    """Train `count` networks c + sum_j gamma_j max(w_j x, 0)^2 independently by SGD; with 0 steps they stay untrained.
 
-    The loss is the squared error, with batches of 32, weight decay, and a learning rate that falls to zero over the second half. Among squared units the
-    strongest grow first, and the others decay once nothing is left to fit: the sparsity bias that the paper describes. (Plain ReLUs of this width all
-    grow: trained like this, they lost no component.) The heads gamma and c are not returned, since they are retrained.
-
-    Args:
-        distribution: Of the training points.
-        count: Number of networks.
-        width: Number of hidden units.
-        steps: Number of updates; with 0 the networks stay untrained.
-        rng: For the initial weights and the batches.
+    The loss is the squared error, with batches of 32, weight decay, and a learning rate that falls to zero over the
+    second half. Among squared units the strongest grow first, and the others decay once nothing is left to fit: the
+    sparsity bias that the paper describes. (Plain ReLUs of this width all grow: trained like this, they lost no
+    component.)
 
     Returns:
-        (count, width, D) hidden weights w.
+        (count, width, D) hidden weights w. The heads gamma and c are left out, since they are retrained.
     """
     points, place = np.unique(distribution.points, axis=0, return_inverse=True)
     at = np.eye(len(points))[place.ravel()]  # (N, points): a point with two labels is computed once
@@ -249,16 +231,10 @@ def hidden_features(weights: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def probe_accuracy(features: np.ndarray, distribution: Distribution) -> np.ndarray:
-    """Share of the mass whose sign a retrained head predicts correctly (section 2, linear probing).
+    """(count,): share of the mass whose sign a retrained head predicts correctly (section 2, linear probing).
 
-    The head is a ridge regression with a constant. Features are not standardized: those that have all but decayed would be back.
-
-    Args:
-        features: (count, N, width), of the N points of `distribution`.
-        distribution: To fit and to predict.
-
-    Returns:
-        (count,) accuracies.
+    The head is a ridge regression with a constant on (count, N, width) features of the distribution's points. These
+    are not standardized, which would bring back those that have all but decayed.
     """
     masses, labels = distribution.masses[:, None], distribution.labels
     centered, mean = features - (masses * features).sum(1, keepdims=True), distribution.masses @ labels
@@ -302,23 +278,19 @@ class Counterexample:
         return (
             f"Trained on the mixture, a network uses {single.features:.2f} features, the direct solutions together "
             f"{direct.features:.2f}, each of them correlated with the label in the mixture too ({correlation:.2f}). "
-            f"A retrained head fits every component in {single.all_fitted} of {self.initializations} initializations "
-            f"for the mixture's network, and in {direct.all_fitted} for direct training. For {MEMBERS} networks of a "
-            f"quarter of the steps each, side by side, it does so in {together.all_fitted}: at the same training cost, "
-            f"what was lost is {recovered}. For as many untrained units it does so in {untrained.all_fitted}: on three "
-            "points width is enough, so this shows what training on a mixture drops, not that trained features beat "
-            "random ones."
+            f"A retrained head fits every component in {single.all_fitted} of {self.initializations} initializations, "
+            f"and with direct training in {direct.all_fitted}. With {MEMBERS} networks of a quarter of the steps each, "
+            f"side by side, it does in {together.all_fitted}: at the same training cost, what was lost is {recovered}. "
+            f"With as many untrained units it does in {untrained.all_fitted}: on three points width is enough, so this "
+            "shows what training on a mixture drops, not that trained features beat random ones."
         )
 
 
 def train_counterexample(*, initializations: int = 100, steps: int = STEPS, seed: int = 0) -> Counterexample:
-    """Train and compare direct solutions, networks on the mixture, short trainings side by side, and untrained units.
+    """Train and measure all kinds of networks.
 
-    Args:
-        initializations: Number of networks of each kind.
-        steps: Training steps of each direct solution and of each short training. A single network on the mixture gets
-            four times as many, and so does one that is four times as wide, which costs as much again.
-        seed: Of all weights and batches.
+    Direct solutions and short trainings side by side take `steps` each. One network on the mixture takes four times as
+    many; so does another that is four times as wide, and costs four times as much.
     """
     parts, rng = figure_2_components(), np.random.default_rng(seed)
     mixed, corners = mixture(parts, [0.25] * 4), np.concatenate([part.points[:1] for part in parts])
