@@ -114,7 +114,7 @@ def proposition(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion
         rows.append([bound, f"{share:.2e} [{low:.2e}, {high:.2e}]"])
     _plot_shares(cancellations.within, image)
     result = (
-        f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} draws (share at most "
+        f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures (share at most "
         f"{cancellations.share_at_most:.1e}); {cancellations.exact:,} proportions that cancel were found exactly, "
         f"with a covariance of at most {cancellations.largest_covariance:.0e}"
     )
