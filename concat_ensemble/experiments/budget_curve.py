@@ -68,12 +68,12 @@ def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> Top1:
         tables = {name: extract_features(model, data, store=store, quiet=True) for name, model in models.items()}
         if not controls:
             tables["raw pixels"] = pixel_table(data, "L")
-        top1[task] = controls.get(task, {}) | {name: desk.probe_top1(table, seed) for name, table in tables.items()}
+        top1[task] = controls.get(task, {}) | desk.probe_tables(tables, seed)
     return top1
 
 
 def read_controls(setup: desk.Setup, seed: int) -> Top1:
-    """Top-1 of the controls from another budget's file, since they depend on the seed alone; empty if there is none."""
+    """Top-1 of the controls, which depend on the seed alone, from the file of another budget; empty without one."""
     for path in setup.output.glob(f"seed-{seed}-steps-*.json"):
         content = json.loads(path.read_text())
         if content["point"][:3] == [setup.study, setup.dataset, seed]:
@@ -161,8 +161,7 @@ def main() -> None:
     name = f"{options.study}-budget"
     setup = desk.create_setup(options.study, options.dataset, options.output, name=name, smoke=options.smoke)
     curve = measure_curve(setup, options.budgets, options.repeats)
-    desk.print_line(f"{format_curve(curve)}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]")
-    desk.print_line(f"figure: {setup.output / 'budget.png'}")
+    desk.print_table(format_curve(curve), options.repeats, setup.output / "budget.png")
 
 
 if __name__ == "__main__":

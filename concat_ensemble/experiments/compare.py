@@ -1,4 +1,4 @@
-"""The paper's table at desk scale: time-concatenation beside its baselines and controls, on classes that no network has seen.
+"""The paper's table at desk scale: time-concatenation, its baselines and controls on classes that no network has seen.
 
     python -m concat_ensemble.experiments.compare scattered_digits --full --repeats 5
 
@@ -187,17 +187,16 @@ def main() -> None:
     repeats = 2 if options.smoke else options.repeats
     desk.check_at_least("repeats", repeats, 2)
     if options.full and not desk.find_recipe(f"{options.study}_finetune").is_file():
-        raise ValueError(
-            f"--full needs a recipe for fine-tuning, and there is none for {options.study}; leave it out."
-        )
+        raise ValueError(f"--full needs a recipe for fine-tuning, which {options.study} lacks; leave --full out.")
     setup = desk.create_setup(options.study, options.dataset, options.output, name=options.study, smoke=options.smoke)
     studies = run_repeats(setup, repeats, full=options.full)
     print_results(studies, smoke=options.smoke)
     (setup.output / "table.md").write_text(desk.format_markdown(*build_table(studies)))
     folder = save_ensemble(studies, setup.output)
     desk.print_line(
-        f"\nA complete Hub folder, with card and figures: {folder} (each repeat's is in {setup.output}/seed-*). Load it:\n"
+        f"\nA complete Hub folder, with card and figures: {folder} (of each repeat: {setup.output}/seed-*)."
     )
+    desk.print_line("Load it:\n")
     desk.print_line("    from transformers import AutoImageProcessor, AutoModel")
     desk.print_line(f'    processor = AutoImageProcessor.from_pretrained("{folder}", trust_remote_code=True)')
     desk.print_line(f'    model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)')

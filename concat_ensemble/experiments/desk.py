@@ -161,10 +161,13 @@ def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], di
     return content["top1"]
 
 
-def probe_top1(table: FeatureTable, seed: int, *, standardize: bool = True) -> float:
-    """Test top-1 of a linear probe as a share of one; without `standardize` for scores after PCA."""
-    probe = LinearProbe(standardize=standardize, seed=seed)
-    return probe.fit(table["train"], validation=table["validation"]).score(table["test"])
+def probe_tables(tables: dict[str, FeatureTable], seed: int, projected: str = "") -> dict[str, float]:
+    """Test top-1 of linear probes as shares of one. The table `projected` holds PCA scores, which stay as they are."""
+    top1 = {}
+    for name, table in tables.items():
+        probe = LinearProbe(standardize=name != projected, seed=seed)
+        top1[name] = probe.fit(table["train"], validation=table["validation"]).score(table["test"])
+    return top1
 
 
 def mean_and_interval(shares: np.ndarray) -> tuple[float, float, float]:
@@ -191,9 +194,16 @@ def print_line(text: str, style: str | None = None) -> None:
     out.print(text, style=style, soft_wrap=True, markup=False)
 
 
-def print_wide(content: RenderableType, **options) -> None:
-    """Print a table at the terminal's width, or where there is none at one that does not fold it."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(content, **options)
+def print_wide(content: RenderableType) -> None:
+    """Print a table at the width of the terminal, or without a terminal at one that does not fold it."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(content)
+
+
+def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
+    """Print a Markdown table of `format_mean`, and where its figure is."""
+    print_line(f"{table}\nTop-1 in %, mean of {repeats} repeats [95% t-interval]")
+    if figure:
+        print_line(f"figure: {figure}")
 
 
 def create_parser(description: str, *, repeats: int, studies: Sequence[str] = ()) -> argparse.ArgumentParser:

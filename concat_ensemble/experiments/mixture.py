@@ -1,4 +1,4 @@
-"""Direct training against transfer (Figure 1): networks trained on each component of a mixture and on the mixture, probed on each component.
+"""Direct training against transfer (Figure 1): networks trained on the components of a mixture, and on the mixture.
 
     concat-ensemble mixture scattered_digits --components labels
 
@@ -119,14 +119,13 @@ class Mixture:
         return top1
 
     def _write_datasets(self, folder: Path, seed: int) -> list[str]:
-        """Write the components, as folders 0, 1, ..., and their mixture for the training module; return their names."""
+        """Write the components, to folders 0, 1, ..., and their mixture for the trainings; return the names."""
         kind = KINDS[self.components]
         data = load_data(self.setup.dataset, classes=kind.classes, limit=self.setup.limit, seed=seed)
         components = kind.make(data)
         for number, component in enumerate(components.values()):
             _write_splits(folder / str(number) / "data", component)
-        parts = components.values()
-        mixed = {split: concatenate_datasets([part[split] for part in parts]) for split in data}
+        mixed = {name: concatenate_datasets([part[name] for part in components.values()]) for name in data}
         _write_splits(folder / MIXTURE / "data", DatasetDict(mixed))
         return list(components)
 
@@ -143,20 +142,15 @@ class Mixture:
         models: dict[str, nn.Module] = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
         models["untrained members"] = untrained_like(models[LARGEST], seed)
         top1 = {}
-        for number, name in enumerate(names):
+        for number, component in enumerate(names):
             data = load_data(f"scattered:parquet:{folder / str(number) / 'data'}", seed=seed)
             models[DIRECT] = assemble(folder / str(number) / "cat1")
             store = folder / "features"
-            tables = {
-                system: extract_features(model, data, store=store, quiet=True) for system, model in models.items()
-            }
+            tables = {name: extract_features(model, data, store=store, quiet=True) for name, model in models.items()}
             largest = tables[LARGEST]
             tables[PROJECTED] = principal_projection(largest, max(largest.feature_dims))(largest)
             tables["raw pixels"] = pixel_table(data, "L")
-            top1[name] = {
-                system: desk.probe_top1(table, seed, standardize=system != PROJECTED)
-                for system, table in tables.items()
-            }
+            top1[component] = desk.probe_tables(tables, seed, projected=PROJECTED)
         return top1
 
 
@@ -173,7 +167,7 @@ def select_top1(repeats: list[Top1], system: str) -> dict[str, np.ndarray]:
 
 
 def format_recovered(repeats: list[Top1], system: str) -> str:
-    """The share of the gap between direct training and one network on the mixture that a system closes, if there is a gap."""
+    """The share that a system closes of the gap from one network on the mixture to direct training."""
     direct, single, other = (select_top1(repeats, name)["mean"] for name in (DIRECT, SINGLE, system))
     if t_interval(direct - single)[0] <= 0:
         return "no gap"
@@ -235,13 +229,12 @@ def run_mixture(
     """Measure a mixture, print the table, and write table, figure and numbers.
 
     Args:
-        study: One of `names.STUDIES`.
-        components: One of `names.COMPONENTS`.
+        study: One of `names.STUDIES`; `components` is one of `names.COMPONENTS`.
         steps: Training steps of each direct network.
-        repeats: Number of repeats; their seeds are 0, 1, 2, ...
+        repeats: Number of repeats, with the seeds 0, 1, 2, ...
         smoke: Run a few steps only, to see that everything works.
         output: Folder to write; runs/STUDY-mixture-COMPONENTS by default.
-        dataset: Source of the images; the study's on the Hub by default.
+        dataset: Source of the images, as `load_data` takes it; the study's by default.
 
     Raises:
         ValueError: when there are too few repeats or steps.
@@ -251,8 +244,7 @@ def run_mixture(
     desk.check_at_least("steps", steps, COUNTS[-1])
     setup = desk.create_setup(study, dataset, output, name=f"{study}-mixture-{components}", smoke=smoke)
     measured = measure_mixture(Mixture(setup, components, steps), repeats)
-    desk.print_line(f"{format_table(measured)}\nTop-1 in %, mean of {repeats} repeats [95% t-interval]")
-    desk.print_line(f"figure: {setup.output / 'mixture.png'}")
+    desk.print_table(format_table(measured), repeats, setup.output / "mixture.png")
 
 
 def main() -> None:

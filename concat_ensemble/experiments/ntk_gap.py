@@ -1,4 +1,4 @@
-"""Does fine-tuning near the pretrained point close the gap to a concatenation? (By section 2 of the paper it is linear probing of tangent features.)
+"""Does fine-tuning near the pretrained point, which is probing of tangent features, close the gap to a concatenation?
 
     python -m concat_ensemble.experiments.compare scattered_digits
     python -m concat_ensemble.experiments.ntk_gap scattered_digits
@@ -52,7 +52,7 @@ def probe_networks(setup: desk.Setup, folder: Path, seed: int) -> dict[str, floa
         tables[system] = extract_features(model, data, store=folder / "features", quiet=True, ntk=ntk)
     gradients = tables[SINGLE + GRADIENTS]
     tables[PROJECTED] = principal_projection(gradients, sum(tables[SUBJECT].feature_dims))(gradients)
-    return {system: desk.probe_top1(table, seed, standardize=system != PROJECTED) for system, table in tables.items()}
+    return desk.probe_tables(tables, seed, projected=PROJECTED)
 
 
 def measure_gap(setup: desk.Setup, networks: Path, repeats: int) -> dict[str, np.ndarray]:
@@ -96,7 +96,7 @@ def main() -> None:
         setup = dataclasses.replace(setup, output=options.output)
     table = format_table(measure_gap(setup, networks, options.repeats))
     (setup.output / "ntk.md").write_text(table)
-    desk.print_line(f"{table}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]")
+    desk.print_table(table, options.repeats)
 
 
 if __name__ == "__main__":

@@ -73,21 +73,21 @@ class Workplace:
 
 
 def judge_above_zero(claim: str, difference: np.ndarray) -> Conclusion:
-    """A claim that (repeats,) paired differences are above zero is decided where their 95% t-interval excludes zero."""
+    """Judge a claim that (repeats,) paired differences are above zero by whether their 95% t-interval excludes it."""
     low, high = t_interval(difference)
     verdict = HELD if low > 0 else FAILED if high < 0 else OPEN
     return Conclusion(claim, f"{desk.format_mean(difference, '+')} points", verdict)
 
 
 def judge_below_a_point(claim: str, difference: np.ndarray) -> Conclusion:
-    """A claim that (repeats,) paired differences are below a point holds where their whole 95% t-interval is."""
+    """Judge a claim that (repeats,) paired differences are below a point by whether their whole t-interval is."""
     low, high = t_interval(difference)
     verdict = HELD if high < 0.01 else FAILED if low > 0 else OPEN
     return Conclusion(claim, f"{desk.format_mean(difference, '+')} points", verdict)
 
 
 def judge_fitted_more_often(claim: str, more: theory.Row, less: theory.Row, initializations: int) -> Conclusion:
-    """A claim that one kind of network fits all components more often is decided where the intervals do not overlap."""
+    """Judge a claim that one kind of network fits all components more often by whether the intervals overlap."""
     verdict = HELD if more.interval[0] > less.interval[1] else FAILED if more.interval[1] < less.interval[0] else OPEN
     return Conclusion(claim, f"{more.all_fitted} of {initializations} against {less.all_fitted}", verdict)
 
@@ -265,12 +265,17 @@ def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
     started = time.perf_counter()
     table, conclusions = RUNS[figure](workplace, path.with_suffix(".png"))
     minutes = math.ceil((time.perf_counter() - started) / 60)
-    texts = read_yaml(Path(str(files("concat_ensemble.experiments") / "figures.yaml")))[figure]
+    texts = load_texts()[figure]
     values = {"steps": mixture.STEPS, "num_features": f"{ntk_gap.NUM_FEATURES:,}"}
     setting = texts["setting"].format(initializations=workplace.initializations, **values)
     finding = Finding(texts["title"], setting, texts["paper"], table, conclusions, options, minutes)
     write_json(path, msgspec.to_builtins(finding))
     return finding
+
+
+def load_texts() -> dict:
+    """The texts of the page and of each figure."""
+    return read_yaml(Path(str(files("concat_ensemble.experiments") / "figures.yaml")))
 
 
 def load_finding(path: Path) -> Finding:
@@ -292,19 +297,15 @@ def format_page(output: Path) -> str:
     paths = {figure: output / f"{figure}.json" for figure in names.FIGURES}
     findings = {figure: load_finding(path) for figure, path in paths.items() if path.is_file()}
     verdicts = [conclusion.verdict for finding in findings.values() for conclusion in finding.conclusions]
-    held, undecided, failed = (verdicts.count(verdict) for verdict in (HELD, OPEN, FAILED))
+    counts = {
+        name: verdicts.count(verdict) for name, verdict in (("held", HELD), ("undecided", OPEN), ("failed", FAILED))
+    }
     repeats = " or ".join(map(str, sorted({finding.options["repeats"] for finding in findings.values()})))
-    smoke = any(finding.options["smoke"] for finding in findings.values())
-    warning = "**Smoke: a few steps only, the numbers mean nothing.**\n\n" if smoke else ""
-    intro = (
-        f"# The paper's evidence at desk scale\n\n{warning}Made by `concat-ensemble reproduce all`, on real handwritten "
-        f"digits, without a GPU; top-1 in %, mean of {repeats} repeats with other seeds [95% interval], controls in every "
-        f"table. Of {len(verdicts)} conclusions {held} hold, {undecided} are not beyond chance, {failed} do not hold. "
-        "A conclusion holds where the interval of a paired difference leaves out zero; with few repeats an interval is "
-        'wide, so "not beyond chance" is no refutation.\n'
-    )
+    intro = load_texts()["page"].format(repeats=repeats, conclusions=len(verdicts), **counts)
+    if any(finding.options["smoke"] for finding in findings.values()):
+        intro = f"**Smoke: a few steps only, the numbers mean nothing.**\n\n{intro}"
     sections = [format_section(figure, finding, output.name) for figure, finding in findings.items()]
-    return "\n".join([intro, *sections])
+    return "\n".join([f"# The paper's evidence at desk scale\n\n{intro}\n", *sections])
 
 
 def reproduce(figure: str, *, output: Path = OUTPUT, repeats: int = 4, smoke: bool = False) -> Path:

@@ -100,7 +100,7 @@ def covariance_forms(components: Sequence[Distribution], features: Features) -> 
 
 
 def cancelling_proportions(form: np.ndarray, start: Sequence[float], end: Sequence[float]) -> np.ndarray:
-    """(R, n): the 0, 1 or 2 proportions on the segment from `start` to `end` at which the covariance is zero, in order.
+    """(R, n): the 0, 1 or 2 proportions between `start` and `end` at which the covariance is zero, in this order.
 
     For two components, from (1, 0) to (0, 1), these are all there are. For more components the zeros are a quadric in
     the simplex, which a segment cuts in such points. Zeros closer than about 1e-6 count as one. `form` is (n, n), one
@@ -278,11 +278,11 @@ class Counterexample:
         return (
             f"Trained on the mixture, a network uses {single.features:.2f} features, the direct solutions together "
             f"{direct.features:.2f}, each of them correlated with the label in the mixture too ({correlation:.2f}). "
-            f"A retrained head fits every component in {single.all_fitted} of {self.initializations} initializations, "
-            f"and with direct training in {direct.all_fitted}. With {MEMBERS} networks of a quarter of the steps each, "
-            f"side by side, it does in {together.all_fitted}: at the same training cost, what was lost is {recovered}. "
-            f"With as many untrained units it does in {untrained.all_fitted}: on three points width is enough, so this "
-            "shows what training on a mixture drops, not that trained features beat random ones."
+            f"A retrained head fits every component in {single.all_fitted} of {self.initializations} initializations, and "
+            f"after direct training in {direct.all_fitted}. With {MEMBERS} networks of a quarter of the steps each, side "
+            f"by side, it does in {together.all_fitted}: at the same training cost, what was lost is {recovered}. With as "
+            f"many untrained units it does in {untrained.all_fitted}: on three points width is enough, so this shows what "
+            "training on a mixture drops, not that trained features beat random ones."
         )
 
 
