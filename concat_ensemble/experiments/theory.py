@@ -278,11 +278,11 @@ class Counterexample:
         return (
             f"Trained on the mixture, a network uses {single.features:.2f} features, the direct solutions together "
             f"{direct.features:.2f}, each of them correlated with the label in the mixture too ({correlation:.2f}). "
-            f"A retrained head fits every component in {single.all_fitted} of {self.initializations} initializations, and "
-            f"after direct training in {direct.all_fitted}. With {MEMBERS} networks of a quarter of the steps each, side "
-            f"by side, it does in {together.all_fitted}: at the same training cost, what was lost is {recovered}. With as "
-            f"many untrained units it does in {untrained.all_fitted}: on three points width is enough, so this shows what "
-            "training on a mixture drops, not that trained features beat random ones."
+            f"A retrained head fits every component in {single.all_fitted} of {self.initializations} initializations; "
+            f"after direct training in {direct.all_fitted}. With {MEMBERS} networks of a quarter of the steps each, "
+            f"side by side, it does in {together.all_fitted}: at equal training cost, what was lost is {recovered}. "
+            f"With as many untrained units it does in {untrained.all_fitted}: on three points width is enough, so "
+            "this shows what training on a mixture drops, not that trained features beat random ones."
         )
 
 
