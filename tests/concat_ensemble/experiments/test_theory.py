@@ -73,9 +73,9 @@ def test_the_form_is_the_covariance_of_the_mixture_from_its_points(components, d
 
 def test_correlation_matches_a_sample_with_repeated_points():
     points, labels, copies = [[0.0, 5.0], [1.0, 5.0], [4.0, 5.0]], [1, -1, 1], [1, 2, 5]
-    found = Distribution(points, labels, np.array(copies) / 8).correlation(np.asarray)
+    correlation = Distribution(points, labels, np.array(copies) / 8).correlation(np.asarray)
     sample = np.repeat(np.column_stack([points, labels]), copies, axis=0)
-    np.testing.assert_allclose(found, [np.corrcoef(sample[:, 0], sample[:, 2])[0, 1], 0], atol=1e-15)
+    np.testing.assert_allclose(correlation, [np.corrcoef(sample[:, 0], sample[:, 2])[0, 1], 0], atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_another_number_of_proportions_is_refused():
     ],
 )
 def test_zeros_by_hand(form, shares_of_the_second):
-    found = cancelling_proportions(np.array(form, dtype=float), [1, 0], [0, 1])
-    np.testing.assert_allclose(found[:, 1], shares_of_the_second, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(found.sum(1), 1)
+    proportions = cancelling_proportions(np.array(form, dtype=float), [1, 0], [0, 1])
+    np.testing.assert_allclose(proportions[:, 1], shares_of_the_second, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(proportions.sum(1), 1)
 
 
 def test_a_segment_of_zeros_is_refused():
@@ -145,19 +145,22 @@ def test_the_proportions_cancel_and_no_change_of_sign_is_missed(components, data
         values = np.array([p @ form @ p for p in at])
         if np.abs(values).max() < 1e-9:
             continue
-        found = cancelling_proportions(form, start, end)
-        for proportions in found:
+        zeros = cancelling_proportions(form, start, end)
+        for proportions in zeros:
             mixed = mixture(components, proportions)
             assert abs(naive_covariance(mixed, both_features(mixed.points)[:, j])) < 1e-12
         signs = np.sign(values[np.abs(values) > 1e-9])
-        assert (np.diff(signs) != 0).sum() <= len(found) <= 2
+        assert (np.diff(signs) != 0).sum() <= len(zeros) <= 2
 
 
 def test_random_proportions_never_cancel_in_a_million_mixtures():
-    found = sample_cancellations(seed=3)
-    assert (found.num_mixtures, found.cancelled) == (1_000_000, 0) and 3e-6 < found.share_at_most < 5e-6
-    assert found.exact > 100 and found.largest_covariance < 1e-12
-    shares = list(found.within.values())
+    cancellations = sample_cancellations(seed=3)
+    assert (cancellations.num_mixtures, cancellations.cancelled) == (
+        1_000_000,
+        0,
+    ) and 3e-6 < cancellations.share_at_most < 5e-6
+    assert cancellations.exact > 100 and cancellations.largest_covariance < 1e-12
+    shares = list(cancellations.within.values())
     assert all(5 < wide / narrow < 20 for wide, narrow in pairwise(shares)), (
         "a tenth of the bound has a tenth of the mixtures"
     )
@@ -201,17 +204,17 @@ def test_training_is_sgd_on_the_squared_error():
             for parameter in (weights, head, constant):
                 parameter -= LEARNING_RATE * min(1, 2 * (1 - step / 50)) * parameter.grad
                 parameter.grad = None
-    found = train_networks(mixed, 1, width=3, steps=50, rng=np.random.default_rng(5))
-    np.testing.assert_allclose(found[0], weights.detach().numpy(), rtol=1e-9)
+    trained = train_networks(mixed, 1, width=3, steps=50, rng=np.random.default_rng(5))
+    np.testing.assert_allclose(trained[0], weights.detach().numpy(), rtol=1e-9)
 
 
 def test_a_retrained_head_is_a_ridge_regression():
     rng, mixed = np.random.default_rng(0), mixture(figure_2_components(), [0.4, 0.3, 0.2, 0.1])
     features = hidden_features(rng.normal(size=(30, 2, 2)), mixed.points)
-    for phi, found in zip(features, probe_accuracy(features, mixed), strict=True):
+    for phi, accuracy in zip(features, probe_accuracy(features, mixed), strict=True):
         trace = (mixed.masses @ (phi - mixed.masses @ phi) ** 2).sum()
         ridge = Ridge(alpha=RIDGE * trace).fit(phi, mixed.labels, sample_weight=mixed.masses)
-        assert found == pytest.approx(mixed.masses @ (np.sign(ridge.predict(phi)) == mixed.labels))
+        assert accuracy == pytest.approx(mixed.masses @ (np.sign(ridge.predict(phi)) == mixed.labels))
     collapsed = np.array([[[2.0], [0.0], [0.0]], [[1.0], [1.0], [1.0]]])  # two corners alike; all alike
     part = figure_2_components()[0]
     np.testing.assert_allclose(probe_accuracy(collapsed, part), [0.75, 0.75])
