@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE = 1
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 demo: .venv/installed    ## the paper's claim on real digits, with controls, in minutes (SMOKE=1: the same path in under one)
-	.venv/bin/python training/compare.py scattered_digits --output runs/demo $(if $(SMOKE),--smoke)
+	.venv/bin/python -m concat_ensemble.experiments.compare scattered_digits --output runs/demo $(if $(SMOKE),--smoke)
 test: .venv/installed    ## all tests but the slow ones, on all cores
 	.venv/bin/python -m pytest -n logical --dist loadfile $(PYTEST)
 check: .venv/installed   ## lint, formatting, types, and pages written from docstrings

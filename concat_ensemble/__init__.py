@@ -6,6 +6,7 @@ registered with transformers' Auto classes as soon as those are imported, before
 
 import functools
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import wrapt
@@ -61,6 +62,8 @@ _MODULES = {
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return version("concat-ensemble")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"concat_ensemble.{_MODULES[name]}"), name)

@@ -1,5 +1,6 @@
-"""The terminal: where results and messages go, and how other libraries are kept from it."""
+"""The terminal: consoles for results and for messages, and a way to silence other libraries."""
 
+import wrapt
 from rich.console import Console
 
 out = Console(highlight=False)
@@ -7,10 +8,11 @@ errors = Console(stderr=True, highlight=False)
 
 
 def be_quiet() -> None:
-    """Leave our own progress bars the only ones."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
+    """Show our own progress bars only. Other libraries are silenced when they are imported; none is imported here."""
+    wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "datasets.utils.logging")
+    wrapt.register_post_import_hook(_silence_transformers, "transformers.utils.logging")
 
-    disable_progress_bar()
+
+def _silence_transformers(logging) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -50,6 +50,10 @@ def test_it_holds_every_source_file_the_template_and_the_recipes(wheel):
         for path in ROOT.glob("concat_ensemble/**/*.py")
     }
     expected |= {f"concat_ensemble/modeling/{path.name}" for path in ROOT.glob("modeling/*.py")}
+    for pattern in ("*.py", "*.yaml"):
+        expected |= {
+            f"concat_ensemble/training/recipes/{path.name}" for path in ROOT.glob(f"training/recipes/{pattern}")
+        }
     for kind in ("*.jinja", "*.yaml", "py.typed"):
         expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob(f"concat_ensemble/**/{kind}")}
     assert len(expected) >= 15

@@ -1,1 +1,1 @@
-"""The commands of `concat-ensemble`: each module holds some, and how they print."""
+"""The commands of `concat-ensemble`, a module each. Each imports heavy libraries when it runs: `--help` is fast."""

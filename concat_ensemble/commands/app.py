@@ -1,44 +1,72 @@
 """`concat-ensemble`: build an ensemble, probe it, write its card."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
+from concat_ensemble.commands.build import build
 from concat_ensemble.commands.cache import cache
-from concat_ensemble.commands.card import card, verify
-from concat_ensemble.commands.ensembles import build, export
-from concat_ensemble.commands.evidence import mixture, reproduce, theory
-from concat_ensemble.commands.hub import push
-from concat_ensemble.commands.overlap import compare
+from concat_ensemble.commands.card import card
+from concat_ensemble.commands.compare import compare
+from concat_ensemble.commands.export import export
+from concat_ensemble.commands.mixture import mixture
+from concat_ensemble.commands.options import expand_options
 from concat_ensemble.commands.probe import probe
+from concat_ensemble.commands.push import push
 from concat_ensemble.commands.report import report
+from concat_ensemble.commands.reproduce import reproduce
 from concat_ensemble.commands.select import select
+from concat_ensemble.commands.theory import theory
+from concat_ensemble.commands.verify import verify
 from concat_ensemble.console import be_quiet, errors
+
+# In the order of --help.
+COMMANDS = [build, probe, select, compare, card, verify, report, push, export, theory, cache, mixture, reproduce]
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Several image backbones as one richer model.\n\nconcat-ensemble build resnet50.a1_in1k resnet50.tv2_in1k --output two-resnets",
-    epilog="Exit codes: 0 done; 2 a mistake, said in one line, or a check that does not hold; 130 stopped by Ctrl-C, what was finished is kept.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Several image backbones as one richer model.\n\n"
+    "concat-ensemble build resnet50.a1_in1k resnet50.tv2_in1k --output two-resnets",
+    epilog="Exit codes: 0 done; 2 a mistake, which one line explains, or a check that failed; 130 stopped by Ctrl-C: "
+    "what is finished is kept, and the same command goes on.",
 )
-COMMANDS = (build, probe, select, compare, card, verify, report, push, export, theory, cache)  # in the order of --help
 for command in COMMANDS:
-    app.command()(command)
-# These leave their options to a script's own parser.
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-for command in (mixture, reproduce):
-    app.command(context_settings=PASSED_ON)(command)
+    app.command()(expand_options(command))
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        sys.stdout.write(f"{version('concat-ensemble')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
-    """Run, and answer a user's mistake with one line and exit code 2 (130 for Ctrl-C)."""
+    """Run a command. A user's mistake is answered by one line and exit code 2, Ctrl-C by exit code 130."""
     be_quiet()
     try:
         app()
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:
+            errors.print("\nstopped; the same command goes on")
+        raise
     except (ValueError, OSError) as error:
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

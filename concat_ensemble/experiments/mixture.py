@@ -1,189 +1,201 @@
-"""Direct training against transfer (Figure 1): networks trained on each component of a mixture and on the mixture, probed on each component.
+"""Direct training against transfer (Figure 1): networks trained on the components of a mixture, and on the mixture.
 
     concat-ensemble mixture scattered_digits --components labels
 
-Components are made of real images: `classes` are pairs of classes, each with its own labels. `labels` is the paper's Figure 2 with the images of four
-classes in place of its points: component i has those of class i twice, of the one after and the one before it once; they are labelled + - + - in turn,
-but the one before i bears the other label in component i. On their mixture classes 0 and 2, and 1 and 3, need not be told apart, in two of the
-components each they must be.
+Components are made of real images. With `classes` they are pairs of classes, each with its own labels. `labels` is the
+paper's Figure 2 with the images of four classes in place of its points: component i holds the images of class i twice,
+and those of the classes after and before it once. Classes are labeled + - + - in turn, except that the class before i
+has the other label in component i. In their mixture nothing is lost by confusing classes 0 and 2, or 1 and 3, which
+each must be told apart in two of the components.
 
-The direct networks together cost as many steps as one network on the mixture, and as CAT2 to CAT8. All are probed alike. Each repeat is kept in a file
-and not done again. Prints a table, and leaves it with the figure and the numbers in --output.
+The direct networks together cost as many steps as one network on the mixture, and as CAT2 to CAT8. All are probed
+alike. Every repeat is measured once and stored in a file. Prints a table, and writes it with the figure and the
+numbers to --output.
 """
 
-import argparse
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
+from torch import nn
 
 from concat_ensemble.data.loading import load_data
-from concat_ensemble.experiments.compare import IMAGES, kept, to_the_end, told, train, two_at_a_time
+from concat_ensemble.experiments import desk
+from concat_ensemble.experiments.names import COMPONENTS, STUDIES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection
 from concat_ensemble.members.assemble import assemble
-from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 from concat_ensemble.studies.results import t_interval
 
 COUNTS = (1, 2, 4, 8)
-DIRECT, SINGLE, MOST = "direct", "cat1", f"cat{COUNTS[-1]}"
-SIGNS = (1, 0, 1, 0)  # of Figure 2's four points: the label that most components give
-STEPS = 400  # of each direct network
+DIRECT, SINGLE, LARGEST = "direct", "cat1", "cat8"
+PROJECTED = f"{LARGEST} by PCA"
 MIXTURE = "mixture"
-COLORS = {DIRECT: "black", "cat1": "#8a8a8a", "cat2": "#7fb3d5", "cat4": "#2e75b6", "cat8": "#123a63", f"{MOST} by PCA": "#d9772b"}  # fmt: skip
-COLORS |= {"untrained members": "#c0504d", "raw pixels": "#e0a09e"}
-Measured = dict[str, dict[str, float]]  # top-1 by component and system
+LABELS = (1, 0, 1, 0)  # of Figure 2's four points in most components
+STEPS = 400  # of each direct network
+# The systems in the order of the table.
+COLORS = {
+    DIRECT: "black",
+    "cat1": "#8a8a8a",
+    "cat2": "#7fb3d5",
+    "cat4": "#2e75b6",
+    "cat8": "#123a63",
+    PROJECTED: "#d9772b",
+    "untrained members": "#c0504d",
+    "raw pixels": "#e0a09e",
+}
+Top1 = dict[str, dict[str, float]]  # shares of one by component and system
 
 
 def pairs_of_classes(data: DatasetDict) -> dict[str, DatasetDict]:
-    """Each two classes as a component, with labels of the whole, so that the mixture is the dataset."""
+    """Components of two classes each, with the labels of the whole, so that their mixture is the dataset."""
     names = data["train"].features["label"].names
-    return {
-        f"{names[k]}, {names[k + 1]}": _relabelled(data, [(k, k), (k + 1, k + 1)], names)
-        for k in range(0, len(names) - 1, 2)
-    }
+    components = {}
+    for k in range(0, len(names) - 1, 2):
+        components[f"{names[k]}, {names[k + 1]}"] = _relabel(data, [(k, k), (k + 1, k + 1)], names)
+    return components
 
 
 def disputed_labels(data: DatasetDict) -> dict[str, DatasetDict]:
     """Figure 2's four components, with a class for each of its points."""
-    names, found = data["train"].features["label"].names, {}
+    names = data["train"].features["label"].names
+    components = {}
     for k in range(4):
         after, before = (k + 1) % 4, (k - 1) % 4
-        parts = [(k, SIGNS[k]), (k, SIGNS[k]), (after, SIGNS[after]), (before, 1 - SIGNS[before])]
-        found[f"{names[k]}, {names[before]} or {names[after]}"] = _relabelled(data, parts, ["-1", "+1"])
-    return found
+        parts = [(k, LABELS[k]), (k, LABELS[k]), (after, LABELS[after]), (before, 1 - LABELS[before])]
+        components[f"{names[k]}, {names[before]} or {names[after]}"] = _relabel(data, parts, ["-1", "+1"])
+    return components
 
 
-KINDS = {"labels": (disputed_labels, range(4)), "classes": (pairs_of_classes, None)}  # and of which classes
+def _relabel(data: DatasetDict, parts: list[tuple[int, int]], names: list[str]) -> DatasetDict:
+    """The images of the classes in `parts`, pairs of a class and the label that its images get."""
 
+    def relabel(split: Dataset) -> Dataset:
+        classes = np.asarray(split.with_format("numpy")["label"][:])
+        numbers = [np.flatnonzero(classes == old) for old, _ in parts]
+        labels = np.repeat([new for _, new in parts], [len(part) for part in numbers])
+        images = split.select(np.concatenate(numbers)).remove_columns("label")
+        return images.add_column("label", labels.tolist()).cast_column("label", ClassLabel(names=names))
 
-def _relabelled(data: DatasetDict, parts: list[tuple[int, int]], names: list[str]) -> DatasetDict:
-    """The images of `parts`' classes, each with the label beside it."""
-
-    def of(split: Dataset) -> Dataset:
-        labels = np.asarray(split.with_format("numpy")["label"][:])
-        numbers = [np.flatnonzero(labels == wanted) for wanted, _ in parts]
-        given = np.repeat([label for _, label in parts], [len(part) for part in numbers])
-        chosen = split.select(np.concatenate(numbers)).remove_columns("label")
-        return chosen.add_column("label", given.tolist()).cast_column("label", ClassLabel(names=names))
-
-    return DatasetDict({name: of(split) for name, split in data.items()})
+    return DatasetDict({name: relabel(split) for name, split in data.items()})
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is mixed, and with which settings networks are trained on it."""
+class Kind:
+    """A way to make components."""
 
-    study: str
+    make: Callable[[DatasetDict], dict[str, DatasetDict]]
+    classes: range | None  # of the dataset; None: all
+
+
+KINDS = {"labels": Kind(disputed_labels, range(4)), "classes": Kind(pairs_of_classes, None)}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is mixed, and for how many steps a direct network is trained."""
+
+    setup: desk.Setup
     components: str
-    dataset: str
     steps: int
-    output: Path
-    smoke: bool
 
-    def measured(self, seed: int) -> Measured:
-        """One repeat; read where it was measured before."""
-        asked = {"asked": [self.study, self.components, self.dataset, self.steps, seed]}
-        folder = self.output / "members" / f"seed-{seed}"
-        found = kept(self.output / f"seed-{seed}.json", asked, lambda: self._measured_anew(folder, seed))
-        shutil.rmtree(folder, ignore_errors=True)  # only now: a kill before it loses no training
-        return found
+    def measure_repeat(self, seed: int) -> Top1:
+        """Top-1 of one repeat, from its file if it has been measured before."""
+        settings = [self.setup.study, self.components, self.setup.dataset, self.steps, seed]
+        folder = self.setup.output / "members" / f"seed-{seed}"
 
-    def _measured_anew(self, folder: Path, seed: int) -> Measured:
-        names = self._written(folder, seed)
-        for number in range(len(names)):
-            self._train(folder / f"{number}", self.steps, [1], seed, f"train on component {names[number]}")
-        self._train(folder / MIXTURE, self.steps * len(names), COUNTS, seed, "train on the mixture")
-        return self._probed(folder, names, seed)
+        def measure() -> Top1:
+            names = self._write_datasets(folder, seed)
+            self._train(folder, names, seed)
+            return self._probe(folder, names, seed)
 
-    def _written(self, folder: Path, seed: int) -> list[str]:
-        """The components and their mixture as datasets on disk, which the training script takes."""
-        make, classes = KINDS[self.components]
-        data = load_data(self.dataset, classes=classes, limit=100 if self.smoke else IMAGES[self.study][1], seed=seed)
-        made = make(data)
-        parts = dict(zip(map(str, range(len(made))), made.values(), strict=True))
-        parts[MIXTURE] = DatasetDict(
-            {name: concatenate_datasets([part[name] for part in made.values()]) for name in data}
-        )
-        for name, part in parts.items():
-            (folder / name / "data").mkdir(parents=True, exist_ok=True)
-            for split, images in part.items():
-                images.to_parquet(folder / name / "data" / f"{split}.parquet")
-        return list(made)
+        top1 = desk.measure_once(self.setup.output / f"seed-{seed}.json", {"asked": settings}, measure)
+        shutil.rmtree(folder, ignore_errors=True)  # not earlier: a kill before this loses no training
+        return top1
 
-    def _train(self, folder: Path, steps: int, counts: Sequence[int], seed: int, what: str) -> None:
-        data = f"parquet:{folder / 'data'}"
-        train(self.study, data, folder, counts, steps, seed, self.smoke, f"seed {seed}: {what}", "--classes", "null")
+    def _write_datasets(self, folder: Path, seed: int) -> list[str]:
+        """Write the components, to folders 0, 1, ..., and their mixture for the trainings; return the names."""
+        kind = KINDS[self.components]
+        data = load_data(self.setup.dataset, classes=kind.classes, limit=self.setup.limit, seed=seed)
+        components = kind.make(data)
+        for number, component in enumerate(components.values()):
+            _write_splits(folder / str(number) / "data", component)
+        mixed = {name: concatenate_datasets([part[name] for part in components.values()]) for name in data}
+        _write_splits(folder / MIXTURE / "data", DatasetDict(mixed))
+        return list(components)
 
-    def _probed(self, folder: Path, names: list[str], seed: int) -> Measured:
-        systems = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
-        systems["untrained members"] = untrained_like(systems[MOST], seed)
-        found = {}
+    def _train(self, folder: Path, names: list[str], seed: int) -> None:
         for number, name in enumerate(names):
+            self._train_on(folder / str(number), f"train on component {name}", [1], self.steps, seed)
+        self._train_on(folder / MIXTURE, "train on the mixture", COUNTS, self.steps * len(names), seed)
+
+    def _train_on(self, folder: Path, label: str, counts: Iterable[int], steps: int, seed: int) -> None:
+        data = {"dataset": f"parquet:{folder / 'data'}", "classes": None}
+        self.setup.train(desk.plan_members(folder, label, list(counts), steps, **data), seed)
+
+    def _probe(self, folder: Path, names: list[str], seed: int) -> Top1:
+        models: dict[str, nn.Module] = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
+        models["untrained members"] = untrained_like(models[LARGEST], seed)
+        top1 = {}
+        for number, component in enumerate(names):
             data = load_data(f"scattered:parquet:{folder / str(number) / 'data'}", seed=seed)
-            systems[DIRECT] = assemble(folder / str(number) / "cat1")
-            tables = {
-                system: extract_features(model, data, store=folder / "features", quiet=True)
-                for system, model in systems.items()
-            }
-            whole = tables[MOST]
-            tables[f"{MOST} by PCA"] = principal_projection(whole, max(whole.feature_dims))(whole)
+            models[DIRECT] = assemble(folder / str(number) / "cat1")
+            store = folder / "features"
+            tables = {name: extract_features(model, data, store=store, quiet=True) for name, model in models.items()}
+            largest = tables[LARGEST]
+            tables[PROJECTED] = principal_projection(largest, max(largest.feature_dims))(largest)
             tables["raw pixels"] = pixel_table(data, "L")
-            found[name] = {}
-            for system, table in tables.items():
-                probe = LinearProbe(standardize="PCA" not in system, seed=seed)
-                probe.fit(table["train"], validation=table["validation"])
-                found[name][system] = probe.score(table["test"])
-        return found
+            top1[component] = desk.probe_tables(tables, seed, projected=PROJECTED)
+        return top1
 
 
-def collect_top1(measured: list[Measured], system: str) -> dict[str, np.ndarray]:
-    """(repeats,) by component, and of their mean."""
-    found = {name: np.array([repeat[name][system] for repeat in measured]) for name in measured[0]}
-    return found | {"mean": np.mean(list(found.values()), axis=0)}
+def _write_splits(folder: Path, data: DatasetDict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in data.items():
+        split.to_parquet(folder / f"{name}.parquet")
 
 
-def recovered(measured: list[Measured], system: str) -> str:
-    """The share of the gap between direct training and one network on the mixture that a system closes, where there is a gap."""
-    direct, single, mine = (collect_top1(measured, name)["mean"] for name in (DIRECT, SINGLE, system))
+def select_top1(repeats: list[Top1], system: str) -> dict[str, np.ndarray]:
+    """(repeats,) top-1 of a system by component, and as "mean" over the components."""
+    top1 = {name: np.array([repeat[name][system] for repeat in repeats]) for name in repeats[0]}
+    return top1 | {"mean": np.mean(list(top1.values()), axis=0)}
+
+
+def format_recovered(repeats: list[Top1], system: str) -> str:
+    """The share that a system closes of the gap from one network on the mixture to direct training."""
+    direct, single, other = (select_top1(repeats, name)["mean"] for name in (DIRECT, SINGLE, system))
     if t_interval(direct - single)[0] <= 0:
         return "no gap"
-    return f"{(mine - single).mean() / (direct - single).mean():.0%}"
+    return f"{(other - single).mean() / (direct - single).mean():.0%}"
 
 
-def table_of(measured: list[Measured]) -> str:
-    """In Markdown: a line for each system."""
-    names = [*measured[0], "mean"]
-    lines = [
-        f"| | {' | '.join(names)} | minus {SINGLE}, paired | of the gap to direct |",
-        "|---" * (len(names) + 3) + "|",
-    ]
-    single = collect_top1(measured, SINGLE)["mean"]
+def format_table(repeats: list[Top1]) -> str:
+    """A Markdown table with a row for each system."""
+    single = select_top1(repeats, SINGLE)["mean"]
+    rows = []
     for system in COLORS:
-        top1 = collect_top1(measured, system)
-        paired = "" if system == SINGLE else told(top1["mean"] - single, "+")
-        share = recovered(measured, system) if system.startswith("cat") and system != SINGLE else ""
-        lines.append(f"| {system} | {' | '.join(map(told, top1.values()))} | {paired} | {share} |")
-    return "\n".join(lines) + "\n"
+        top1 = select_top1(repeats, system)
+        paired = "" if system == SINGLE else desk.format_mean(top1["mean"] - single, "+")
+        share = format_recovered(repeats, system) if system.startswith("cat") and system != SINGLE else ""
+        rows.append([system, *map(desk.format_mean, top1.values()), paired, share])
+    return desk.format_markdown(["", *repeats[0], "mean", f"minus {SINGLE}, paired", "of the gap to direct"], rows)
 
 
-def draw(measured: list[Measured], path: Path) -> None:
-    """A group of dots for each component, with 95% intervals."""
-    names = [*measured[0], "mean"]
+def plot_table(repeats: list[Top1], path: Path) -> None:
+    """A group of points for each component, with 95% intervals."""
+    names = [*repeats[0], "mean"]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots()
     for place, (system, color) in enumerate(COLORS.items()):
-        rows = list(collect_top1(measured, system).values())
-        means = np.array([row.mean() for row in rows])
-        half = [row.mean() - t_interval(row)[0] for row in rows]
-        axes.errorbar(np.arange(len(names)) + (place - 3.5) * 0.09, 100 * means, 100 * np.array(half), color=color,
-                      marker="s" if system == DIRECT else "o", markersize=5, linestyle="none", capsize=2, label=system)  # fmt: skip
+        mean, low, _ = np.transpose([desk.mean_and_interval(top1) for top1 in select_top1(repeats, system).values()])
+        style = {"marker": "s" if system == DIRECT else "o", "markersize": 5, "linestyle": "none", "capsize": 2}
+        x = np.arange(len(names)) + (place - 3.5) * 0.09
+        axes.errorbar(x, mean, mean - low, color=color, label=system, **style)
     axes.set_xticks(range(len(names)), [name.replace(", ", "\n") if len(name) > 6 else name for name in names])
     for k in range(len(names) - 1):
         axes.axvline(k + 0.5, color="#dddddd", linewidth=1)
@@ -194,35 +206,53 @@ def draw(measured: list[Measured], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def run(study: Study, repeats: int) -> list[Measured]:
-    """All repeats, two at a time, and what is left of them in the output folder."""
-    study.output.mkdir(parents=True, exist_ok=True)
-    measured = two_at_a_time(study.measured, range(repeats))
-    (study.output / "table.md").write_text(table_of(measured))
-    draw(measured, study.output / "mixture.png")
+def measure_mixture(mixture: Mixture, repeats: int) -> list[Top1]:
+    """Measure all repeats, two at a time, and write the table and the figure to the output folder."""
+    output = mixture.setup.output
+    output.mkdir(parents=True, exist_ok=True)
+    measured = desk.map_two_at_a_time(mixture.measure_repeat, range(repeats))
+    (output / "table.md").write_text(format_table(measured))
+    plot_table(measured, output / "mixture.png")
     return measured
 
 
+def run_mixture(
+    study: str,
+    *,
+    components: str = "labels",
+    steps: int = STEPS,
+    repeats: int = 3,
+    smoke: bool = False,
+    output: Path | None = None,
+    dataset: str | None = None,
+) -> None:
+    """Measure a mixture, print the table, and write table, figure and numbers.
+
+    Args:
+        study: One of `names.STUDIES`; `components` is one of `names.COMPONENTS`.
+        steps: Training steps of each direct network.
+        repeats: Number of repeats, with the seeds 0, 1, 2, ...
+        smoke: Run a few steps only, to see that everything works.
+        output: Folder to write; runs/STUDY-mixture-COMPONENTS by default.
+        dataset: Source of the images, as `load_data` takes it; the study's by default.
+
+    Raises:
+        ValueError: when there are too few repeats or steps.
+        RuntimeError: when a training fails.
+    """
+    desk.check_at_least("repeats", repeats, 2)
+    desk.check_at_least("steps", steps, COUNTS[-1])
+    setup = desk.create_setup(study, dataset, output, name=f"{study}-mixture-{components}", smoke=smoke)
+    measured = measure_mixture(Mixture(setup, components, steps), repeats)
+    desk.print_table(format_table(measured), repeats, setup.output / "mixture.png")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=IMAGES)
-    parser.add_argument("--components", choices=KINDS, default="labels")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each direct network")
-    parser.add_argument("--repeats", type=int, default=3, help="seeds 0, 1, 2, ... (two at a time)")
-    parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    parser.add_argument("--output", type=Path, help="runs/STUDY-mixture-COMPONENTS when left out")
-    parser.add_argument("--dataset", help="where the images are, such as parquet:FOLDER; on the Hub when left out")
-    options = parser.parse_args()
-    if options.repeats < 2 or options.steps < COUNTS[-1]:
-        sys.exit(f"error: --repeats {options.repeats} must be at least 2, for an interval, and --steps {options.steps} at least {COUNTS[-1]}.")  # fmt: skip
-    output = options.output or Path("runs") / f"{options.study}-mixture-{options.components}"
-    study = Study(options.study, options.components, options.dataset or IMAGES[options.study][0], options.steps,
-                  output / ("smoke" if options.smoke else ""), options.smoke)  # fmt: skip
-    measured = run(study, options.repeats)
-    print(
-        f"{table_of(measured)}\nTop-1 in %, mean of {options.repeats} repeats [95% t-interval]; figure: {study.output / 'mixture.png'}"
-    )
+    parser = desk.create_parser(__doc__, repeats=3, studies=STUDIES)
+    parser.add_argument("--components", choices=COMPONENTS, default="labels")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of each direct network")
+    run_mixture(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    to_the_end(main)
+    desk.run_script(main)

@@ -17,8 +17,8 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.commands.options import load_model
 from concat_ensemble.probes.intervals import paired_difference
+from concat_ensemble.studies.ensembles import load_ensemble
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="scattered:digits")
     parser.add_argument("--limit", type=int)
     options = parser.parse_args()
-    model, data = load_model(options.ensemble, seed=0), load_data(options.dataset, limit=options.limit)
+    model, data = load_ensemble(options.ensemble, seed=0), load_data(options.dataset, limit=options.limit)
     tables = {storage: extract_features(model, data, storage=storage) for storage in ("float32", "float16")}
     for storage, table in tables.items():
         splits = [table[split] for split in table]

@@ -22,9 +22,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from concat_ensemble import extract_features, load_data
-from concat_ensemble.commands.options import load_model
 from concat_ensemble.features.table import TableSplit
 from concat_ensemble.probes.logistic import logistic_path, objective
+from concat_ensemble.studies.ensembles import load_ensemble
 
 L2_STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 TOLERANCE = 1e-4
@@ -41,8 +41,8 @@ def make_features(rows: int, num_features: int, num_classes: int) -> tuple[torch
     return X, y
 
 
-def extract(ensemble: str, dataset: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    table = extract_features(load_model(ensemble, seed=0), load_data(dataset, limit=limit))
+def real_features(ensemble: str, dataset: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    table = extract_features(load_ensemble(ensemble, seed=0), load_data(dataset, limit=limit))
     X, y = map(torch.from_numpy, TableSplit.concatenate([table["train"], table["validation"]]))
     return (X - X.mean(0)) / X.std(0).clamp_min(1e-6), y
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     options = parser.parse_args()
     if options.ensemble:
-        X, y = extract(options.ensemble, options.dataset, options.limit)
+        X, y = real_features(options.ensemble, options.dataset, options.limit)
     else:
         X, y = make_features(options.rows, options.num_features, options.classes)
     num_classes = len(y.unique()) if options.ensemble else options.classes

@@ -13,8 +13,8 @@ import argparse
 import numpy as np
 
 from concat_ensemble import extract_features, load_data
-from concat_ensemble.commands.options import load_model
 from concat_ensemble.features.table import FeatureTable, TableSplit
+from concat_ensemble.studies.ensembles import load_ensemble
 from concat_ensemble.studies.results import Cost
 from concat_ensemble.studies.selection import L2_STRENGTHS, NEGLIGIBLE, QUICK_FOLDS, _Scorer, select_members
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--looks", type=int, nargs="+", default=[250, 500, 1_000])
     parser.add_argument("--draws", type=int, default=20)
     options = parser.parse_args()
-    model = load_model(options.ensemble, seed=0)
+    model = load_ensemble(options.ensemble, seed=0)
     table = extract_features(model, load_data(options.dataset, limit=options.limit))
     known, test = TableSplit.concatenate([table["train"], table["validation"]]), table["test"]
     scorer = _Scorer(known, test, table, L2_STRENGTHS)

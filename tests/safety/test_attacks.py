@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleModel, load_data
-from concat_ensemble.commands.options import file_name
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
 from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.options import DatasetOptions
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES
 from concat_ensemble.reporting.model_card import NOTE, write_card
 from concat_ensemble.studies.results import Results
@@ -431,7 +431,7 @@ def test_an_output_that_is_a_link_leaves_what_it_points_to(folder, world):
     "study", ["../../outside/precious", "/etc/passwd", "a\x00b", "-rf", ".." * 500, "x\ny", "~/.ssh/id"]
 )
 def test_a_dataset_named_like_a_path_is_a_name_of_results(study):
-    name = file_name(study, None)
+    name = DatasetOptions(name=study).file_stem
     assert name.replace("-", "a").isalnum() and not name.startswith("-")
 
 

@@ -271,13 +271,13 @@ def test_repeats_draw_the_images_anew_and_are_kept_as_one(run, folder, refused):
     assert code == 0 and "repeat 3 of 3" in err
     results = Results.load(folder / "results/digits-classes-0-2-limit-30-shots-4.json")
     assert [[run.seed for run in row.runs] for row in results.rows] == [[7, 8, 9]] * len(results.rows)
-    assert len({run.right for run in results["pair"].runs}) == 3
+    assert len({run.correct for run in results["pair"].runs}) == 3
     alone = run("probe", "pair", *few, "--seed", "8", "--output", "alone.json", "--json", "-q")[1]
     for row in json.loads(alone)["rows"]:  # a repeat is what a probe with its seed gives
         assert row["runs"][0]["metrics"] == results[row["name"]].runs[1].metrics
     assert "mean over 3 repeats" in (folder / "README.md").read_text()
     assert run("verify", "pair")[0] == 0
-    refused(["probe", "pair", *few, "--seed", "7"], "not all that is asked for", "--overwrite")
+    refused(["probe", "pair", *few, "--seed", "7"], "lacks a repeat", "--overwrite")
 
 
 def test_repeats_that_would_draw_nothing_are_refused(run, folder, datasets, refused, tmp_path):
@@ -494,7 +494,7 @@ def test_verify_probes_again(run, folder, refused, monkeypatch):
     refused(["verify", "pair"], "README.md, line ")
     run("card", "pair")
     code, _, err = run("verify", "pair")
-    assert code == 2 and f"1 of {len(found)} numbers do not hold: pair on digits" in err
+    assert code == 2 and f"1 of {len(found)} numbers are not confirmed: pair on digits" in err
     refused(["verify", "no-such-ensemble"], "neither a folder nor on the Hub")
 
 

@@ -75,7 +75,12 @@ def test_a_bad_recipe_is_refused(change, said, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("name: [", "is not YAML"), ("", "holds NoneType; write one 'field: value'"), ("name: x\nlicense: MIT", "lacks num_classes")]
+    ("text", "said"),
+    [
+        ("name: [", "is not YAML"),
+        ("", "holds NoneType; write one 'field: value'"),
+        ("name: x\nlicense: MIT", "lacks num_classes"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text, said, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
@@ -171,7 +176,7 @@ def test_the_test_split_of_a_recipe_is_never_trained_or_chosen_on(tmp_path, monk
     ("words", "said"),
     [
         (["--recipe", "cifar9"], ["no recipe 'cifar9'", "did you mean cifar10", "stl10"]),
-        (["--recipe", "cifar10", "--dataset", "digits"], ["--recipe does not go with --dataset"]),
+        (["--recipe", "cifar10", "--dataset", "digits"], ["--recipe cifar10 does not go with --dataset"]),
         (["--recipe", "cifar10", "--test-split", "a", "--test-size", "0.5"], ["with --test-split and --test-size"]),
         (["--recipe", "cifar10", "--recipe", "mnist", "--output", "x.json"], ["more than one --recipe", "--output"]),
         (["--recipe", "cifar10", "--recipe", "mnist", "--save-head"], ["more than one --recipe", "--save-head"]),

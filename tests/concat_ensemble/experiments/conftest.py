@@ -1,4 +1,4 @@
-"""The scripts' fixtures serve the library beneath them, too."""
+"""Fixtures of the training tests that the experiments need, too."""
 
 from tests.training.conftest import own_accelerator, script
 

@@ -6,22 +6,13 @@ import sys
 import pytest
 from PIL import Image
 
-WORDS = [
-    sys.executable,
-    "training/budget_curve.py",
-    "scattered_digits",
-    "--smoke",
-    "--budgets",
-    "8",
-    "16",
-    "--repeats",
-    "2",
-]
+COMMAND = [sys.executable, "-m", "concat_ensemble.experiments.budget_curve", "scattered_digits", "--smoke"]
+OPTIONS = ["--budgets", "8", "16", "--repeats", "2"]
 
 
 @pytest.mark.slow
-def test_the_curve_is_measured_once_and_drawn(script, tmp_path):
-    printed = script(*WORDS, "--output", tmp_path)
+def test_a_curve_is_measured_once_and_plotted(script, tmp_path):
+    printed = script(*COMMAND, *OPTIONS, "--output", tmp_path)
     folder = tmp_path / "smoke"
     points = sorted(folder.glob("*.json"))
     assert [path.name for path in points] == [f"seed-{s}-steps-{b}.json" for s in (0, 1) for b in (16, 8)]
@@ -30,7 +21,7 @@ def test_the_curve_is_measured_once_and_drawn(script, tmp_path):
     assert set(measured["unseen"]) == {"cat1", "cat2", "cat4", "cat8", "untrained members", "raw pixels"}
     assert (folder / "table.md").read_text() in printed and "| cat8 | " in printed
     assert Image.open(folder / "budget.png").size[0] > 1_000
-    assert not list((folder / "members").iterdir()), "the networks are thrown away, their numbers kept"
+    assert not list((folder / "members").iterdir()), "the networks are deleted once they are measured"
     before = {path: path.stat().st_mtime_ns for path in points}
-    assert script(*WORDS, "--output", tmp_path) in printed, "without the trainings' lines"
+    assert script(*COMMAND, *OPTIONS, "--output", tmp_path) in printed, "no training is run again"
     assert {path: path.stat().st_mtime_ns for path in points} == before

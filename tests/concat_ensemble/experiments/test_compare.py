@@ -1,4 +1,4 @@
-"""`make demo SMOKE=1` and the table of every system, end to end: the real scripts on a few steps."""
+"""`make demo SMOKE=1` and the table of every system, end to end, with trainings of a few steps."""
 
 import re
 import sys
@@ -31,23 +31,24 @@ MORE = {
 }
 
 
+COMMAND = [sys.executable, "-m", "concat_ensemble.experiments.compare", "scattered_digits", "--smoke"]
+
+
 @pytest.fixture(scope="module")
 def demo(script, tmp_path_factory):
-    """Where it wrote, and what it printed."""
+    """The output folder, and the printed text."""
     output = tmp_path_factory.mktemp("demo")
-    return output / "smoke", script(
-        sys.executable, "training/compare.py", "scattered_digits", "--smoke", "--output", output
-    )
+    return output / "smoke", script(*COMMAND, "--output", output)
 
 
-def format_rows(folder: Path) -> dict[str, list[str]]:
+def read_rows(folder: Path) -> dict[str, list[str]]:
     lines = (folder / "table.md").read_text().splitlines()[2:]
     return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
 
 
 def test_the_table_has_every_system_and_control_once(demo):
     folder, printed = demo
-    rows = format_rows(folder)
+    rows = read_rows(folder)
     assert {name: (columns, steps) for name, (columns, steps, *_) in rows.items()} == STEPS
     accuracies = [float(cells[2].split(" ")[0]) for cells in rows.values()]
     assert accuracies == sorted(accuracies)
@@ -56,12 +57,12 @@ def test_the_table_has_every_system_and_control_once(demo):
         assert cells[2] in printed and cells[3] in printed
 
 
-def test_the_table_is_that_of_the_results_on_disk(demo):
+def test_the_table_matches_the_results_files(demo):
     folder, printed = demo
     results = Results.load(folder / "cat4" / "results" / "unseen.json")
     assert results.repeats == 2 and [run.seed for run in results["cat4"].runs] == [0, 1]
     assert results.dataset["classes"] == [5, 6, 7, 8, 9] and results.dataset["name"] == "scattered:digits"
-    for name, cells in format_rows(folder).items():
+    for name, cells in read_rows(folder).items():
         assert cells[2].startswith(f"{100 * results[name].mean:.1f} [")
     repeats = [Results.load(folder / f"seed-{seed}" / "unseen.json") for seed in (0, 1)]
     assert Results.merged(repeats).rows == results.rows
@@ -69,7 +70,7 @@ def test_the_table_is_that_of_the_results_on_disk(demo):
     assert f"repeat by repeat: {gains}" in printed
 
 
-def test_the_folder_it_names_is_whole_and_its_three_lines_load_it(demo):
+def test_the_printed_folder_is_complete_and_the_printed_lines_load_it(demo):
     folder, printed = demo
     assert {path.name for path in folder.iterdir()} == {"cat4", "seed-0", "seed-1", "table.md"}
     named = Path(re.search(r"complete Hub folder, with card and figures: (\S+)", printed)[1])
@@ -89,7 +90,7 @@ def test_the_folder_it_names_is_whole_and_its_three_lines_load_it(demo):
     )
 
 
-def test_it_has_the_head_for_the_unseen_digits(demo):
+def test_the_folder_has_a_head_for_the_unseen_digits(demo):
     folder, _ = demo
     model = AutoModelForImageClassification.from_pretrained(folder / "cat4")
     assert list(model.config.id2label.values()) == ["5", "6", "7", "8", "9"]
@@ -108,14 +109,14 @@ def test_every_repeat_has_networks_and_images_of_its_own(demo):
 
 @pytest.mark.slow
 def test_the_full_table_has_every_system_of_the_paper(script, tmp_path):
-    words = [sys.executable, "training/compare.py", "scattered_digits", "--full", "--smoke", "--output", tmp_path]
-    script(*words)
-    rows = format_rows(tmp_path / "smoke")
+    command = [*COMMAND, "--full", "--output", tmp_path]
+    script(*command)
+    rows = read_rows(tmp_path / "smoke")
     assert {name: (columns, steps) for name, (columns, steps, *_) in rows.items()} == STEPS | MORE
     tuned = ("two-stage", "cat4, fine-tuned at once", "cat1, fine-tuned")
     assert all(bool(cells[4]) == (name not in tuned) for name, cells in rows.items()), (
-        "few labels: not for what saw all"
+        "fine-tuned on all labels, so not in the task with few"
     )
     before = (tmp_path / "smoke" / "table.md").read_text()
-    script(*words)
+    script(*command)
     assert (tmp_path / "smoke" / "table.md").read_text() == before

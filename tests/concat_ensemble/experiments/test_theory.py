@@ -19,14 +19,14 @@ from concat_ensemble.experiments.theory import (
     RIDGE,
     WEIGHT_DECAY,
     Distribution,
-    cancelling,
+    cancelling_proportions,
     covariance_forms,
-    draw_cancellations,
-    figure_2,
+    figure_2_components,
     hidden_features,
     mixture,
     probe_accuracy,
-    train,
+    sample_cancellations,
+    train_networks,
 )
 
 
@@ -48,7 +48,7 @@ def both_features(points):
 
 
 def naive_covariance(distribution, values):
-    """Definition, one sum a point, in rationals: no rounding."""
+    """The definition, one point at a time, in rationals without rounding."""
     moments = [Fraction(0)] * 4
     for value, label, mass in zip(values, distribution.labels, distribution.masses, strict=True):
         value, label, mass = map(Fraction, (value, label, mass))
@@ -71,33 +71,33 @@ def test_the_form_is_the_covariance_of_the_mixture_from_its_points(components, d
     np.testing.assert_allclose(mixed.covariance(both_features), naive, atol=1e-14)
 
 
-def test_correlation_is_that_of_a_sample_with_as_many_copies():
+def test_correlation_matches_a_sample_with_repeated_points():
     points, labels, copies = [[0.0, 5.0], [1.0, 5.0], [4.0, 5.0]], [1, -1, 1], [1, 2, 5]
-    found = Distribution(points, labels, np.array(copies) / 8).correlation(np.asarray)
+    correlation = Distribution(points, labels, np.array(copies) / 8).correlation(np.asarray)
     sample = np.repeat(np.column_stack([points, labels]), copies, axis=0)
-    np.testing.assert_allclose(found, [np.corrcoef(sample[:, 0], sample[:, 2])[0, 1], 0], atol=1e-15)
+    np.testing.assert_allclose(correlation, [np.corrcoef(sample[:, 0], sample[:, 2])[0, 1], 0], atol=1e-15)
 
 
 @pytest.mark.parametrize(
-    ("points", "labels", "masses", "said"),
+    ("points", "labels", "masses", "message"),
     [
-        ([0.0, 1.0], [1, -1], [0.5, 0.5], r"points \(2,\) and labels \(2,\): give \(N, D\) points"),
+        ([0.0, 1.0], [1, -1], [0.5, 0.5], r"points \(2,\) and labels \(2,\) must be \(N, D\)"),
         ([[0.0], [1.0]], [1], [0.5, 0.5], r"labels \(1,\)"),
         ([[0.0], [np.nan]], [1, -1], [0.5, 0.5], "all finite"),
-        ([[0.0], [1.0]], [1, -1], [0.5, 0.6], r"masses \[0.5, 0.6\]: give 2 numbers, none below 0, that sum to 1"),
+        ([[0.0], [1.0]], [1, -1], [0.5, 0.6], r"masses \[0.5, 0.6\] must be 2 numbers, none below 0, that sum to 1"),
         ([[0.0], [1.0]], [1, -1], [1.5, -0.5], "none below 0"),
         ([[0.0], [1.0]], [1, -1], [np.nan, 1.0], "none below 0"),
-        ([[0.0], [1.0]], [1, -1], [1.0], "give 2 numbers"),
+        ([[0.0], [1.0]], [1, -1], [1.0], "must be 2 numbers"),
     ],
 )
-def test_refuses_what_is_no_distribution(points, labels, masses, said):
-    with pytest.raises(ValueError, match=said):
+def test_an_invalid_distribution_is_refused(points, labels, masses, message):
+    with pytest.raises(ValueError, match=message):
         Distribution(points, labels, masses)
 
 
-def test_refuses_proportions_of_another_number():
-    with pytest.raises(ValueError, match=r"proportions \[0.5, 0.5\]: give 4 numbers"):
-        mixture(figure_2(), [0.5, 0.5])
+def test_another_number_of_proportions_is_refused():
+    with pytest.raises(ValueError, match=r"proportions \[0.5, 0.5\] must be 4 numbers"):
+        mixture(figure_2_components(), [0.5, 0.5])
 
 
 # --- Proposition 2.1 -------------------------------------------------------------------------------------------------
@@ -119,53 +119,58 @@ def test_refuses_proportions_of_another_number():
     ],
 )
 def test_zeros_by_hand(form, shares_of_the_second):
-    found = cancelling(np.array(form, dtype=float), [1, 0], [0, 1])
-    np.testing.assert_allclose(found[:, 1], shares_of_the_second, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(found.sum(1), 1)
+    proportions = cancelling_proportions(np.array(form, dtype=float), [1, 0], [0, 1])
+    np.testing.assert_allclose(proportions[:, 1], shares_of_the_second, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(proportions.sum(1), 1)
 
 
 def test_a_segment_of_zeros_is_refused():
     """Between the first two every mixture cancels; towards the third only the first does, and a point inside."""
     form = np.array([[0.0, 0, -1], [0, 0, 0], [-1, 0, 2]])
     with pytest.raises(
-        ValueError, match=r"from \[1.0, 0.0, 0.0\] to \[0.0, 1.0, 0.0\] the covariance is zero all along"
+        ValueError, match=r"from \[1.0, 0.0, 0.0\] to \[0.0, 1.0, 0.0\] the covariance is zero everywhere"
     ):
-        cancelling(form, [1, 0, 0], [0, 1, 0])
-    np.testing.assert_allclose(cancelling(form, [1, 0, 0], [0, 0, 1]), [[1, 0, 0], [0.5, 0, 0.5]])
+        cancelling_proportions(form, [1, 0, 0], [0, 1, 0])
+    np.testing.assert_allclose(cancelling_proportions(form, [1, 0, 0], [0, 0, 1]), [[1, 0, 0], [0.5, 0, 0.5]])
     with pytest.raises(ValueError, match=r"proportions \[1.0, 1.0, 0.0\]"):
-        cancelling(form, [1, 1, 0], [0, 0, 1])
+        cancelling_proportions(form, [1, 1, 0], [0, 0, 1])
 
 
 @given(st.lists(distributions(), min_size=2, max_size=4), st.data())
 @settings(max_examples=100, deadline=None)
-def test_what_is_found_cancels_and_no_change_of_sign_is_missed(components, data):
+def test_the_proportions_cancel_and_no_change_of_sign_is_missed(components, data):
     start, end = data.draw(shares(len(components))), data.draw(shares(len(components)))
     for j, form in enumerate(covariance_forms(components, both_features)):
         at = [(1 - t) * start + t * end for t in np.linspace(0, 1, 41)]
         values = np.array([p @ form @ p for p in at])
         if np.abs(values).max() < 1e-9:
             continue
-        found = cancelling(form, start, end)
-        for proportions in found:
+        zeros = cancelling_proportions(form, start, end)
+        for proportions in zeros:
             mixed = mixture(components, proportions)
             assert abs(naive_covariance(mixed, both_features(mixed.points)[:, j])) < 1e-12
         signs = np.sign(values[np.abs(values) > 1e-9])
-        assert (np.diff(signs) != 0).sum() <= len(found) <= 2
+        assert (np.diff(signs) != 0).sum() <= len(zeros) <= 2
 
 
-def test_chance_never_cancels_in_a_million_draws():
-    found = draw_cancellations(seed=3)
-    assert (found.draws, found.cancelled) == (1_000_000, 0) and 3e-6 < found.most_that_cancel < 5e-6
-    assert found.exact > 100 and found.largest_covariance < 1e-12
-    shares = list(found.within.values())
-    assert all(5 < wide / narrow < 20 for wide, narrow in pairwise(shares)), "a tenth for a tenth"
+def test_random_proportions_never_cancel_in_a_million_mixtures():
+    cancellations = sample_cancellations(seed=3)
+    assert (cancellations.num_mixtures, cancellations.cancelled) == (
+        1_000_000,
+        0,
+    ) and 3e-6 < cancellations.share_at_most < 5e-6
+    assert cancellations.exact > 100 and cancellations.largest_covariance < 1e-12
+    shares = list(cancellations.within.values())
+    assert all(5 < wide / narrow < 20 for wide, narrow in pairwise(shares)), (
+        "a tenth of the bound has a tenth of the mixtures"
+    )
 
 
 # --- Figure 2 --------------------------------------------------------------------------------------------------------
 
 
 def test_the_components_are_as_described_and_one_mixture_cancels_exactly():
-    parts = figure_2()
+    parts = figure_2_components()
     for part in parts:
         assert sorted(part.masses) == [0.25, 0.25, 0.5] and len(np.unique(part.points, axis=0)) == 3
     mixed, corners = mixture(parts, [0.25] * 4), np.array([part.points[0] for part in parts])
@@ -177,13 +182,15 @@ def test_the_components_are_as_described_and_one_mixture_cancels_exactly():
 
     # E[phi Y] - E[phi] E[Y] = (2t - 1) / 4 - 1/8 from the first component to the third: 0 at t = 3/4
     (form,) = covariance_forms(parts, second_corner)
-    np.testing.assert_allclose(cancelling(form, [1, 0, 0, 0], [0, 0, 1, 0]), [[0.25, 0, 0.75, 0]], atol=1e-15)
+    np.testing.assert_allclose(
+        cancelling_proportions(form, [1, 0, 0, 0], [0, 0, 1, 0]), [[0.25, 0, 0.75, 0]], atol=1e-15
+    )
     np.testing.assert_allclose(mixed.correlation(second_corner), -1 / np.sqrt(12))
 
 
 def test_training_is_sgd_on_the_squared_error():
-    """Against autograd, one network, the same draws."""
-    mixed, rng = mixture(figure_2(), [0.4, 0.3, 0.2, 0.1]), np.random.default_rng(5)
+    """Against autograd, for one network and the same random numbers."""
+    mixed, rng = mixture(figure_2_components(), [0.4, 0.3, 0.2, 0.1]), np.random.default_rng(5)
     weights = torch.tensor(rng.normal(scale=INITIAL, size=(1, 3, 2))[0], requires_grad=True)
     head, constant = torch.tensor(rng.normal(scale=INITIAL, size=(1, 3))[0], requires_grad=True), torch.zeros(1)
     constant = constant.double().requires_grad_()
@@ -197,26 +204,28 @@ def test_training_is_sgd_on_the_squared_error():
             for parameter in (weights, head, constant):
                 parameter -= LEARNING_RATE * min(1, 2 * (1 - step / 50)) * parameter.grad
                 parameter.grad = None
-    found = train(mixed, 1, 3, 50, np.random.default_rng(5))
-    np.testing.assert_allclose(found[0], weights.detach().numpy(), rtol=1e-9)
+    trained = train_networks(mixed, 1, width=3, steps=50, rng=np.random.default_rng(5))
+    np.testing.assert_allclose(trained[0], weights.detach().numpy(), rtol=1e-9)
 
 
 def test_a_retrained_head_is_a_ridge_regression():
-    rng, mixed = np.random.default_rng(0), mixture(figure_2(), [0.4, 0.3, 0.2, 0.1])
+    rng, mixed = np.random.default_rng(0), mixture(figure_2_components(), [0.4, 0.3, 0.2, 0.1])
     features = hidden_features(rng.normal(size=(30, 2, 2)), mixed.points)
-    for phi, found in zip(features, probe_accuracy(features, mixed), strict=True):
+    for phi, accuracy in zip(features, probe_accuracy(features, mixed), strict=True):
         trace = (mixed.masses @ (phi - mixed.masses @ phi) ** 2).sum()
         ridge = Ridge(alpha=RIDGE * trace).fit(phi, mixed.labels, sample_weight=mixed.masses)
-        assert found == pytest.approx(mixed.masses @ (np.sign(ridge.predict(phi)) == mixed.labels))
+        assert accuracy == pytest.approx(mixed.masses @ (np.sign(ridge.predict(phi)) == mixed.labels))
     collapsed = np.array([[[2.0], [0.0], [0.0]], [[1.0], [1.0], [1.0]]])  # two corners alike; all alike
-    part = figure_2()[0]
+    part = figure_2_components()[0]
     np.testing.assert_allclose(probe_accuracy(collapsed, part), [0.75, 0.75])
 
 
 def test_the_command_shows_that_a_mixture_drops_what_a_component_needs(run, tmp_path):
     code, out, err = run("theory", "--initialisations", "12")
     assert (
-        (code, err) == (0, "") and "0 cancellations in 1,000,000 draws" in out and "written: theory/theory.json" in out
+        (code, err) == (0, "")
+        and "0 cancellations in 1,000,000 mixtures" in out
+        and "written: theory/theory.json" in out
     )
     assert Image.open(tmp_path / "theory" / "theory.png").size == (1800, 660)
     content = json.loads((tmp_path / "theory" / "theory.json").read_text())

@@ -1,0 +1,70 @@
+"""`build`: an ensemble from its members."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from concat_ensemble.commands.options import AsJson, Output, Overwrite, Quiet, command_line, print_written
+
+
+def build(
+    *,
+    members: Annotated[
+        list[str] | None,
+        typer.Argument(help="timm name, random:NAME, hf-hub:ORG/NAME@REVISION, a folder, or [ARCHITECTURE=]FILE."),
+    ] = None,
+    output: Output,
+    preprocessing: Annotated[
+        str, typer.Option(help="own: each member's evaluation transform. shared: the first member's for all.")
+    ] = "own",
+    recipe: Annotated[
+        str | None, typer.Option(help="A system of the paper, such as swav-cat5, in place of members.")
+    ] = None,
+    checkpoints: Annotated[Path, typer.Option(help="Folder with the files that a recipe names.")] = Path(),
+    license: Annotated[str | None, typer.Option(help="License of members whose source states none.")] = None,
+    dtype: Annotated[str, typer.Option(help="Weights on disk: float32, float16 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Random seed for the weights of random: members.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Concatenate backbones into one model and save it as a Hub folder.
+
+    concat-ensemble build resnet50.a1_in1k resnet50.tv_in1k --output two-resnets
+
+    concat-ensemble build --recipe vit-objectives --output vit-objectives
+    """
+    from concat_ensemble.files import replace_folder
+    from concat_ensemble.reporting.model_card import write_card
+    from concat_ensemble.studies.ensembles import build_ensemble
+    from concat_ensemble.studies.outputs import check_folder
+
+    check_folder(output, overwrite)
+    model = build_ensemble(
+        members or [],
+        recipe=recipe,
+        checkpoints=checkpoints,
+        preprocessing=preprocessing,
+        license=license,
+        dtype=dtype,
+        seed=seed,
+        command=command_line(),
+    )
+    with replace_folder(output) as folder:
+        model.save_pretrained(folder)
+        write_card(folder, title=output.name)
+    facts = {"folder": str(output), "num_features": model.config.num_features, "members": model.config.members}
+    print_written(member_table(output, facts["members"]), facts, as_json, quiet)
+
+
+def member_table(output: Path, members: list[dict]) -> Table:
+    """The members' architectures, pooled features, inputs and sources."""
+    num_features = sum(member["num_features"] for member in members)
+    table = Table("", "architecture", "features", "input", "source", title=f"{output}: {num_features:,} features")
+    for k, member in enumerate(members):
+        size = "x".join(map(str, member["preprocessing"]["input_size"]))
+        source = member["provenance"]["source"]
+        table.add_row(str(k), member["architecture"], f"{member['num_features']:,}", size, source)
+    return table

@@ -1,0 +1,60 @@
+"""`compare`: which members repeat each other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from concat_ensemble.commands import options
+from concat_ensemble.commands.options import AsJson, Output, Overwrite, Recipes
+from concat_ensemble.console import out
+from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+
+
+def compare(
+    *,
+    models: Annotated[list[str], typer.Argument(help="One ensemble, for its members; or several, each as a whole.")],
+    recipe: Recipes = None,
+    dataset: DatasetOptions,
+    output: Output = Path("overlap"),
+    extraction: ExtractionOptions,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Report which members repeat each other, and what each has that the others lack: CKA, held-out R2 both ways, and
+    a probe of what the others do not predict.
+
+    concat-ensemble compare three-backbones --recipe flowers102 --limit 5000 --output overlap
+    """
+    from concat_ensemble.reporting.figures import plot_overlap
+    from concat_ensemble.studies.compare_study import run_compare_study
+
+    dataset, *others = dataset.with_recipes(recipe or [])
+    if others:
+        raise ValueError("compare looks at one dataset; give one --recipe.")
+    command = options.command_line()
+    study = run_compare_study(models, dataset, extraction, output=output, overwrite=overwrite, command=command)
+    figure = study.path.with_suffix(".png")
+    plot_overlap(study.overlap, figure)
+    if as_json:
+        options.print_file(study.path)
+        return
+    options.print_table(overlap_table(study.overlap))
+    out.print("\n".join(study.overlap.verdict), soft_wrap=True, markup=False)
+    if not extraction.quiet:
+        out.print(f"written: {study.path}, {figure}", soft_wrap=True)
+
+
+def overlap_table(overlap) -> Table:
+    """Each member or ensemble by itself, and below it how well the others predict it."""
+    table = Table("", "from", "features", "dead", "rank", "CKA", "R2", "from untrained", "top-1 (of the rest) in %")
+    for k, subject in enumerate(overlap.subjects):
+        own = f"{subject.num_features:,}", f"{subject.dead:.1%}", f"{subject.effective_rank:.1f}"
+        table.add_row(subject.name, "", *own, "", "", "", f"{100 * subject.top1:.1f}", style="bold")
+        for relation in overlap.relations:
+            if relation.wanted == k:
+                r2 = f"{relation.r2:.2f}", f"{relation.untrained_r2:.2f}"
+                rest = f"{100 * relation.rest_top1:.1f}"
+                table.add_row("", relation.source, "", "", "", f"{relation.cka:.2f}", *r2, rest)
+    return table

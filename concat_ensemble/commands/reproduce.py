@@ -1,0 +1,30 @@
+"""`reproduce`: the paper's figures at desk scale."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from concat_ensemble.commands.options import Repeats, Smoke, one_of, training_processes
+from concat_ensemble.experiments.names import FIGURES
+
+FIGURE_NAMES = (*FIGURES, "all")
+
+
+def reproduce(
+    *,
+    figure: Annotated[str, typer.Argument(help=f"{', '.join(FIGURES)} or all.", **one_of(FIGURE_NAMES))],
+    repeats: Repeats = 4,
+    smoke: Smoke = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for figures and numbers; the page is written beside it.")
+    ] = Path("runs/reproduction"),
+) -> None:
+    """Run the paper's figures at desk scale, beside the paper's numbers. All of them take about 45 minutes on 2 cores.
+
+    concat-ensemble reproduce all
+    """
+    from concat_ensemble.experiments.reproduce import reproduce as reproduce_figure
+
+    with training_processes():
+        reproduce_figure(figure, output=output, repeats=repeats, smoke=smoke)

@@ -1,0 +1,55 @@
+"""`verify`: whether the numbers on a card come out again."""
+
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from concat_ensemble.commands.options import AsJson, print_json, print_table
+from concat_ensemble.data.options import ExtractionOptions
+
+
+def verify(
+    *,
+    ensemble: Annotated[str, typer.Argument(help="Folder or Hub id of an ensemble with a card and results.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the ensemble on the Hub.")] = None,
+    extraction: ExtractionOptions,
+    as_json: AsJson = False,
+) -> None:
+    """Probe an ensemble again on every dataset of its card, and compare with the numbers there.
+
+    concat-ensemble verify two-resnets
+
+    A number is confirmed if it lies in the 95% interval, over the test images, of the run that used these weights. The
+    exit code is 2 where one is not confirmed, or where the card differs from what the results give.
+    """
+    from concat_ensemble.reporting.model_card import check_card
+    from concat_ensemble.studies.ensembles import load_ensemble
+    from concat_ensemble.studies.verification import fetched, verify_ensemble
+
+    folder = fetched(ensemble, revision)
+    check_card(folder)
+    settings = dataclasses.asdict(extraction) | {"quiet": extraction.quiet or as_json}
+    checks = verify_ensemble(folder, load_ensemble(str(folder)), **settings)
+    if as_json:
+        print_json([check.told for check in checks])
+    else:
+        print_table(check_table(checks))
+    failed = [f"{check.name} on {check.dataset} {100 * check.again:.1f}" for check in checks if not check.holds]
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(checks)} numbers are not confirmed: {'; '.join(failed)}; "
+            "measure again with concat-ensemble probe --overwrite."
+        )
+
+
+def check_table(checks: list) -> Table:
+    """Accuracies in %: on the card, of the run that used these weights with its interval, and measured again."""
+    table = Table("dataset", "", "on the card", "its run here", "95% interval", "again", "confirmed")
+    for check in checks:
+        low, high = check.interval
+        card, run, again = (f"{100 * share:.1f}" for share in (check.card, check.run, check.again))
+        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+        table.add_row(check.dataset, check.name, card, run, interval, again, "yes" if check.holds else "NO")
+    return table

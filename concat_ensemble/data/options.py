@@ -1,0 +1,136 @@
+"""The options that studies and commands share: which dataset, and how features are extracted from it."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+DEFAULT_NAME, DEFAULT_TEST_SIZE = "scattered:digits", 0.5
+
+
+def _option(default: Any, description: str, **settings: Any) -> Any:
+    """A field with its help text, as in transformers' `TrainingArguments`, and settings of its command-line option."""
+    return dataclasses.field(default=default, metadata={"help": description, **settings})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    """A labelled image dataset: its name, columns and splits, and how many of its images are used.
+
+    The fields are arguments of `load_data`, except that `classes` is a text, and that a `recipe` may take the place of
+    the name, columns and splits.
+
+    Raises:
+        ValueError: for classes that cannot be parsed, or a recipe together with a field that it determines.
+    """
+
+    name: str | None = _option(
+        None,
+        "digits, scattered:digits (when left out), a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.",
+        flags=["--dataset"],
+    )
+    config: str | None = _option(None, "Configuration of a Hub dataset.")
+    revision: str | None = _option(None, "Branch, tag or commit of a Hub dataset.")
+    image_column: str | None = _option(None, "Column with the images; found by its type when left out.")
+    label_column: str | None = _option(None, "Column with the labels; found by its type and name when left out.")
+    classes: str | None = _option(None, "Use only these classes: 0,1,2 or 5-9 or names.")
+    train_split: str | None = _option(None, "Split to train on, such as train or train[:80%].")
+    validation_split: str | None = _option(None, "Split to choose the regularization on.")
+    test_split: str | None = _option(None, "Split to test on.")
+    test_size: float | None = _option(
+        None, "Share of the training images to test on where there is no test split; half of them when left out."
+    )
+    limit: int | None = _option(None, "Use at most this many images of each split.")
+    shots: int | None = _option(None, "Use this many images of each class for training and validation together.")
+    seed: int = _option(0, "Random seed for the splits, the subset and the few-shot draw.")
+    recipe: str | None = _option(None, "Name of a dataset recipe, such as cifar100.")
+
+    def __post_init__(self):
+        _parse_classes(self.classes)
+        chosen = [name for name in self._naming if getattr(self, name) is not None]
+        if self.recipe and chosen:
+            flags = ["--dataset" if name == "name" else f"--{name.replace('_', '-')}" for name in chosen]
+            raise ValueError(f"--recipe {self.recipe} does not go with {' and '.join(flags)}; leave one out.")
+
+    @property
+    def _naming(self) -> list[str]:
+        names = [field.name for field in dataclasses.fields(self)]
+        return names[: names.index("limit")]
+
+    @property
+    def _subset(self) -> dict[str, Any]:
+        return {"limit": self.limit, "seed": self.seed} | ({} if self.shots is None else {"shots": self.shots})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the dataset is named, as results files record it."""
+        if self.recipe:
+            from concat_ensemble.data.dataset_recipes import dataset_recipe
+
+            return dataset_recipe(self.recipe).described | self._subset
+        naming = {name: getattr(self, name) for name in self._naming}
+        naming["name"] = self.name or DEFAULT_NAME
+        naming["classes"] = _parse_classes(self.classes)
+        naming["test_size"] = DEFAULT_TEST_SIZE if self.test_size is None else self.test_size
+        return naming | self._subset
+
+    @property
+    def study(self) -> str:
+        """A name for what is measured on this dataset."""
+        classes = self.classes and f"classes-{self.classes}"
+        return self.recipe or "-".join(filter(None, [self.name or DEFAULT_NAME, self.config, classes]))
+
+    @property
+    def file_stem(self) -> str:
+        """Name of the results files, without their ending: lower-case letters, digits and dashes."""
+        limit = "" if self.limit is None else f"limit-{self.limit}"
+        shots = "" if self.shots is None else f"shots-{self.shots}"
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.study}-{limit}-{shots}".lower()).strip("-") or "dataset"
+
+    def load(self) -> "DatasetDict":
+        """The splits `train`, `validation` and `test`.
+
+        Raises:
+            ValueError, FileNotFoundError: as `load_data` and `DatasetRecipe.load`.
+        """
+        from concat_ensemble.data.dataset_recipes import dataset_recipe
+        from concat_ensemble.data.loading import load_data
+
+        return dataset_recipe(self.recipe).load(**self._subset) if self.recipe else load_data(**self.record)
+
+    def describe(self, data: "DatasetDict") -> dict[str, Any]:
+        """The record, the number of test images that were loaded, and whether the dataset is on the Hub."""
+        record = self.record
+        local_path = Path(record["name"].partition(":")[2] or record["name"])
+        on_hub = "/" in record["name"] and not local_path.exists()
+        return record | {"test_images": len(data["test"]), "on_hub": on_hub}
+
+    def with_recipes(self, recipes: Sequence[str]) -> list["DatasetOptions"]:
+        """One dataset for each of several recipes, or this one where there are none."""
+        return [dataclasses.replace(self, recipe=recipe) for recipe in dict.fromkeys(recipes)] or [self]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions:
+    """How features are extracted: arguments of `extract_features`."""
+
+    batch_size: int = _option(64, "Images in a batch.", min=1)
+    num_workers: int = _option(0, "Processes that read images.", flags=["--workers"], min=0)
+    quiet: bool = _option(False, "Print results and errors only.", flags=["--quiet", "-q"])
+
+
+def _parse_classes(text: str | None) -> list[int | str] | None:
+    """The classes in "0,1,2", "5-9" or names: numbers from 0, or names."""
+    if text is None:
+        return None
+    if match := re.fullmatch(r"(\d+)-(\d+)", text):
+        first, last = int(match[1]), int(match[2])
+        if first > last:
+            raise ValueError(f"--classes {text} runs backwards; write {last}-{first}.")
+        return list(range(first, last + 1))
+    return [int(part) if part.isdigit() else part for part in text.split(",")]

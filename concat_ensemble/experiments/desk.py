@@ -1,0 +1,243 @@
+"""What the experiments share: studies and tasks, trainings as processes, numbers measured once, and options."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from importlib.resources import files
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from rich.console import Console, RenderableType
+
+from concat_ensemble.console import be_quiet, errors, out
+from concat_ensemble.data.loading import load_data
+from concat_ensemble.features.table import FeatureTable
+from concat_ensemble.files import write_json
+from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.studies.results import t_interval
+
+SUBJECT = "cat4"  # the ensemble that everything else is compared with
+CONTROLS = ("untrained members", "raw pixels")
+SMOKE_LIMIT = 100  # images of each split
+
+
+@dataclass(frozen=True)
+class Study:
+    """Networks are trained on the digits 0 to 4 of a dataset and probed on 5 to 9."""
+
+    dataset: str
+    limit: int | None = None  # images of each split at most
+    recipe: str = "timecat"  # or "seeds": networks of several seeds, each trained in full, as SwAV's are in the paper
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a probe is fitted and tested on."""
+
+    classes: range
+    test_size: float  # share of the images, where the dataset has no test split
+    shots: int | None = None  # images per class for training and validation together
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of a module of `concat_ensemble.training` with a recipe of the study."""
+
+    module: str
+    recipe: str
+    output: Path
+    label: str  # what is printed
+    options: dict[str, Any] = field(default_factory=dict)  # fields of the recipe that differ
+
+
+STUDIES = {
+    "scattered_digits": Study("digits"),
+    "scattered_mnist": Study("ylecun/mnist", limit=3_000),
+    "scattered_digits_turned": Study("digits", recipe="seeds"),
+    "scattered_digits_vit": Study("digits", recipe="seeds"),
+}
+TASKS = {
+    "unseen": Task(range(5, 10), 0.5),
+    "few labels": Task(range(5, 10), 0.5, shots=10),
+    "in distribution": Task(range(5), 0.3),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A study, where its images come from, and the folder for its networks and numbers."""
+
+    study: str
+    dataset: str
+    output: Path
+    smoke: bool = False  # a few steps on a few images, to see that everything runs
+
+    @property
+    def limit(self) -> int | None:
+        return SMOKE_LIMIT if self.smoke else STUDIES[self.study].limit
+
+    def load_task(self, name: str, seed: int) -> DatasetDict:
+        """The images of one of `TASKS`, as `concat-ensemble probe` loads them."""
+        task = TASKS[name]
+        images = {"test_size": task.test_size, "limit": self.limit, "shots": task.shots, "seed": seed}
+        return load_data(f"scattered:{self.dataset}", classes=task.classes, **images)
+
+    def train(self, training: Training, seed: int) -> None:
+        """Run a training. One that was stopped goes on, and one that is finished is skipped."""
+        options = {"dataset": self.dataset, "seed": seed, "output": str(training.output)} | training.options
+        arguments = [str(find_recipe(f"{self.study}_{training.recipe}")), "--cpu"]
+        for name, value in options.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            arguments += [f"--{name.replace('_', '-')}", text]
+        if self.smoke:
+            arguments.append("--smoke")
+        run_module(f"concat_ensemble.training.{training.module}", arguments, f"seed {seed}: {training.label}")
+
+
+def find_recipe(name: str) -> Path:
+    """The path of an installed training recipe, such as scattered_digits_timecat; it need not exist."""
+    return Path(str(files("concat_ensemble.training.recipes") / f"{name}.yaml"))
+
+
+def plan_members(output: Path, label: str, counts: Sequence[int], steps: int, **options) -> Training:
+    """A training of K networks for `steps` / K steps each, for every K in `counts`, without baselines."""
+    options |= {"members": list(counts), "total_steps": steps, "baseline_extra": 0, "wide_steps": 0, "snapshots": 0}
+    return Training("pretraining", "timecat", output, label, options)
+
+
+def run_module(module: str, arguments: list[str], label: str) -> None:
+    """Run `python -m MODULE` on one core, after printing the command.
+
+    Raises:
+        RuntimeError: when it fails; the message ends with its last lines.
+    """
+    print_line(label)
+    print_line(f"  {shlex.join(['python', '-m', module, *arguments])}", style="dim")
+    # One core each: these networks are too small to share several.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode:
+        tail = process.stdout[-2000:]
+        raise RuntimeError(f"{label} failed with exit code {process.returncode}:\n{tail}")
+
+
+def map_two_at_a_time(function: Callable, arguments: Iterable) -> list:
+    """`function` for each argument, in processes of one core with random generators of their own."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        return list(pool.map(function, arguments))
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    be_quiet()
+
+
+def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], dict]) -> dict:
+    """The result of `measure`, stored in a file beside its settings; read from there if it has been measured before.
+
+    Args:
+        settings: One entry, whose key and value are written to the file.
+
+    Raises:
+        ValueError: when the file is of other settings.
+    """
+    if not path.is_file():
+        write_json(path, settings | {"top1": measure()})
+    content = json.loads(path.read_text())
+    for key, value in settings.items():
+        if content[key] != value:
+            raise ValueError(f"{path} is of {content[key]}, not {value}; name another --output, or delete it.")
+    return content["top1"]
+
+
+def probe_tables(tables: dict[str, FeatureTable], seed: int, projected: str = "") -> dict[str, float]:
+    """Test top-1 of linear probes as shares of one. The table `projected` holds PCA scores, which stay as they are."""
+    top1 = {}
+    for name, table in tables.items():
+        probe = LinearProbe(standardize=name != projected, seed=seed)
+        top1[name] = probe.fit(table["train"], validation=table["validation"]).score(table["test"])
+    return top1
+
+
+def mean_and_interval(shares: np.ndarray) -> tuple[float, float, float]:
+    """Mean of (repeats,) shares of one, and the ends of its 95% t-interval, all in %."""
+    low, high = t_interval(shares)
+    return 100 * float(shares.mean()), 100 * low, 100 * high
+
+
+def format_mean(shares: np.ndarray, sign: str = "") -> str:
+    """Mean of (repeats,) shares of one with its 95% t-interval, in %; `sign="+"` is for differences."""
+    mean, low, high = (f"{value:{sign}.1f}" for value in mean_and_interval(shares))
+    return f"{mean} [{low}, {high}]"
+
+
+def format_markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
+    lines.insert(1, "|---" * len(heading) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def print_line(text: str, style: str | None = None) -> None:
+    """Print text as it is, however long its lines are."""
+    out.print(text, style=style, soft_wrap=True, markup=False)
+
+
+def print_wide(content: RenderableType) -> None:
+    """Print a table at the width of the terminal, or without a terminal at one that does not fold it."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(content)
+
+
+def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
+    """Print a Markdown table of `format_mean`, and where its figure is."""
+    print_line(f"{table}\nTop-1 in %, mean of {repeats} repeats [95% t-interval]")
+    if figure:
+        print_line(f"figure: {figure}")
+
+
+def create_parser(description: str, *, repeats: int, studies: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the options that the experiments have in common; `repeats` is a default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if studies:
+        parser.add_argument("study", choices=studies)
+        parser.add_argument("--dataset", help="source of the images, such as parquet:FOLDER (default: the Hub)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="seeds 0, 1, 2, ..., two at a time")
+    parser.add_argument("--smoke", action="store_true", help="run a few steps only, to see that everything works")
+    parser.add_argument("--output", type=Path, help="folder for everything that is written (default: in runs/)")
+    return parser
+
+
+def create_setup(study: str, dataset: str | None, output: Path | None, *, name: str, smoke: bool) -> Setup:
+    """The setup of a command's options; runs/NAME is the folder if there is no `output`."""
+    folder = output or Path("runs") / name
+    return Setup(study, dataset or STUDIES[study].dataset, folder / "smoke" if smoke else folder, smoke)
+
+
+def check_at_least(option: str, value: int, minimum: int) -> None:
+    """Raise ValueError for a value that is too small."""
+    if value < minimum:
+        raise ValueError(f"--{option} {value} must be at least {minimum}.")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a command line. It exits with 2 after a mistake or a training that fails, and with 130 after Ctrl-C."""
+    be_quiet()
+    try:
+        main()
+    except KeyboardInterrupt:
+        errors.print("\nstopped; the same command goes on")
+        sys.exit(130)
+    except (RuntimeError, ValueError, OSError) as error:
+        errors.print(f"error: {error}", soft_wrap=True, markup=False)
+        sys.exit(2)

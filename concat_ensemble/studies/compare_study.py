@@ -1,0 +1,52 @@
+"""Comparing members or ensembles by name: which of them repeat each other on a dataset.
+
+run_compare_study(["three-backbones"], DatasetOptions(name="digits"), output=Path("overlap")).overlap.verdict
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.studies.ensembles import load_ensemble
+from concat_ensemble.studies.outputs import check_file
+from concat_ensemble.studies.overlap import Overlap, compare_models
+
+
+@dataclass
+class CompareStudy:
+    """What models have in common, and the file with it."""
+
+    overlap: Overlap
+    path: Path
+
+
+def run_compare_study(
+    models: Sequence[str],
+    dataset: DatasetOptions,
+    extraction: ExtractionOptions | None = None,
+    *,
+    output: Path,
+    overwrite: bool = False,
+    command: str = "",
+) -> CompareStudy:
+    """Compare the members of one ensemble, or several ensembles as wholes, and write a file named after the dataset.
+
+    Args:
+        models: Folders or Hub ids of ensembles, or any members that `assemble` accepts.
+        output: Folder for the file.
+        overwrite: Replace the file where it exists.
+        command: The command line, recorded in the file.
+
+    Raises:
+        ValueError: for a file that exists, or fewer than two models or members.
+    """
+    path = output / f"{dataset.file_stem}.json"
+    check_file(path, overwrite)
+    seed = dataset.seed
+    loaded = {f"{k}: {Path(name).name}": load_ensemble(name, seed + k) for k, name in enumerate(models)}
+    data = dataset.load()
+    overlap = compare_models(loaded, data, seed=seed, **dataclasses.asdict(extraction or ExtractionOptions()))
+    overlap.save(path, command=command, dataset=dataset.describe(data))
+    return CompareStudy(overlap, path)

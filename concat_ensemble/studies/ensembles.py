@@ -1,0 +1,69 @@
+"""Ensembles by name: loading one from anywhere, and building one from members or from a recipe of the paper."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from concat_ensemble.members.assemble import HUB, assemble
+from concat_ensemble.members.ensemble_recipes import ensemble_recipe
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def load_ensemble(name: str, seed: int = 0) -> ConcatEnsembleModel:
+    """Load an ensemble from a folder or the Hub, or make one of any member that `assemble` accepts.
+
+    Args:
+        name: Such as "two-resnets", "me/two-resnets@main" or "random:resnet18".
+        seed: Random seed for the weights of a `random:` member.
+    """
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not Path(name).exists()
+    return assemble([HUB + name if is_hub_id else name], seed=seed)
+
+
+def is_local_ensemble(name: str) -> bool:
+    """Whether results and a card can be written into the folder of this name."""
+    return (Path(name) / "config.json").is_file()
+
+
+def build_ensemble(
+    members: Sequence[str],
+    *,
+    recipe: str | None = None,
+    checkpoints: Path = Path(),
+    preprocessing: str = "own",
+    license: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    command: str = "",
+) -> ConcatEnsembleModel:
+    """Assemble members, or those of a recipe, and record in their provenance the command that did it.
+
+    Args:
+        members: As `assemble` accepts them; none with a recipe.
+        recipe: Name of an ensemble recipe, such as "swav-cat5".
+        checkpoints: Folder with the files that a recipe names.
+        dtype: Of the weights: one of `DTYPES`.
+        preprocessing, license, seed: Arguments of `assemble`.
+        command: The command line, recorded in the provenance of each member.
+
+    Raises:
+        ValueError: for an unknown dtype or recipe, members beside a recipe, and as `assemble`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: give {', '.join(DTYPES)}.")
+    if recipe and members:
+        raise ValueError(f"--recipe {recipe} names its members; leave out {' '.join(members)}, or --recipe.")
+    provenances = ensemble_recipe(recipe).described(checkpoints) if recipe else {}
+    sources = list(provenances) if recipe else list(members)
+    model = assemble(sources, preprocessing=preprocessing, seed=seed, license=license)
+    if dtype != "float32":  # a member's digest is that of its weights in float32: assemble again what rounding left
+        model = assemble(model.to(getattr(torch, dtype))).to(getattr(torch, dtype))
+    known = provenances.values() if recipe else itertools.repeat({})
+    for member, provenance in zip(model.config.members, known, strict=False):
+        member["provenance"] = {"command": command} | provenance | member["provenance"]
+    return model

@@ -1,0 +1,1 @@
+"""Recipes of the training scripts, installed as `concat_ensemble.training.recipes`."""
