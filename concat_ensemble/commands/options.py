@@ -37,7 +37,7 @@ def expand_options(command: Callable) -> Callable:
     parameters, groups = [], {}
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             groups[parameter.name] = hint, [field for field in dataclasses.fields(hint) if field.name not in hints]
             parameters += [_as_parameter(hint, field) for field in groups[parameter.name][1]]
         else:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from concat_ensemble.console import errors
 from concat_ensemble.data.loading import class_names
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.outputs import check_parent
 from concat_ensemble.studies.probing import members_sha256, probe_ensemble, with_head
@@ -95,7 +94,7 @@ def run_probe_studies(
     studies = ProbeStudies()
     for dataset in datasets:
         try:
-            study = _run_study(ensemble, model, dataset, settings, extraction)
+            study = _run_study(ensemble, model, dataset, settings=settings, extraction=extraction)
             on_study(study)
             studies.finished[dataset.study] = study
         except (ValueError, OSError) as error:
@@ -118,7 +117,12 @@ def _check_settings(model: str, datasets: Sequence[DatasetOptions], settings: Pr
 
 
 def _run_study(
-    ensemble: nn.Module, model: str, dataset: DatasetOptions, settings: ProbeSettings, extraction: ExtractionOptions
+    ensemble: ConcatEnsembleModel,
+    model: str,
+    dataset: DatasetOptions,
+    *,
+    settings: ProbeSettings,
+    extraction: ExtractionOptions,
 ) -> ProbeStudy:
     folder = Path(model)
     home = folder if is_local_ensemble(model) else Path()
@@ -126,51 +130,62 @@ def _run_study(
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
     if path.exists() and not settings.overwrite:
-        results = _read_earlier(path, ensemble, folder, dataset, settings)
+        results = Results.load(path)
+        has_head = (folder / "head.safetensors").is_file()
+        if not _is_same(results, ensemble, dataset, settings) or (settings.save_head and not has_head):
+            raise ValueError(
+                f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head; "
+                "add --overwrite, or name another --output."
+            )
         if not extraction.quiet:
             errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
         return ProbeStudy(results, path, is_new=False)
     check_parent(path)
     _check_repeats(dataset, settings.repeats)
-    baselines = {Path(other).name: load_ensemble(other, dataset.seed) for other in settings.baselines}
-    repeats = []
-    for number in range(settings.repeats):
-        if settings.repeats > 1 and not extraction.quiet:
-            errors.print(f"repeat {number + 1} of {settings.repeats}")
-        seed = dataset.seed + number
-        data = dataclasses.replace(dataset, seed=seed).load()
-        about = {"name": folder.name, "described": dataset.describe(data), "baselines": baselines, "seed": seed}
-        repeats.append(probe_ensemble(ensemble, data, **about, **dataclasses.asdict(extraction)))
-    results = Results.merged([results for results, _ in repeats])
-    results.command = settings.command
+    results, head = _probe_repeats(ensemble, folder.name, dataset, settings=settings, extraction=extraction)
     results.save(path)
     if settings.save_head:
-        first_probe = repeats[0][1]
-        with_head(ensemble, first_probe, class_names(data["train"])).save_pretrained(folder)
+        head().save_pretrained(folder)
     return ProbeStudy(results, path, is_new=True)
 
 
-def _read_earlier(
-    path: Path, ensemble: nn.Module, folder: Path, dataset: DatasetOptions, settings: ProbeSettings
-) -> Results:
-    """The results of an earlier run, which must be those that this one would give.
-
-    Raises:
-        ValueError: where they are not, or the head that this run would save is not there.
-    """
-    results = Results.load(path)
+def _is_same(
+    results: Results, ensemble: ConcatEnsembleModel, dataset: DatasetOptions, settings: ProbeSettings
+) -> bool:
+    """Whether results of an earlier run are those that this run would give."""
     same_weights = results.members_sha256 == members_sha256(ensemble.config)
     same_data = dataset.record.items() <= results.dataset.items()
-    same_rows = results.repeats == settings.repeats and all(
-        Path(other).name in results for other in settings.baselines
+    return (
+        same_weights
+        and same_data
+        and results.repeats == settings.repeats
+        and all(Path(baseline).name in results for baseline in settings.baselines)
     )
-    has_head = (folder / "head.safetensors").is_file()
-    if not (same_weights and same_data and same_rows) or (settings.save_head and not has_head):
-        raise ValueError(
-            f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head; "
-            "add --overwrite, or name another --output."
-        )
-    return results
+
+
+def _probe_repeats(
+    ensemble: ConcatEnsembleModel,
+    name: str,
+    dataset: DatasetOptions,
+    *,
+    settings: ProbeSettings,
+    extraction: ExtractionOptions,
+) -> tuple[Results, Callable[[], ConcatEnsembleForImageClassification]]:
+    """The results of all repeats, and a function that makes a classifier of the first repeat's probe."""
+    baselines = {Path(other).name: load_ensemble(other, dataset.seed) for other in settings.baselines}
+    repeats, probes, names = [], [], []
+    for seed in range(dataset.seed, dataset.seed + settings.repeats):
+        if settings.repeats > 1 and not extraction.quiet:
+            errors.print(f"repeat {len(repeats) + 1} of {settings.repeats}")
+        data = dataclasses.replace(dataset, seed=seed).load()
+        about = {"name": name, "described": dataset.describe(data), "baselines": baselines, "seed": seed}
+        results, probe = probe_ensemble(ensemble, data, **about, **dataclasses.asdict(extraction))
+        repeats.append(results)
+        probes.append(probe)
+        names = class_names(data["train"])
+    merged = Results.merged(repeats)
+    merged.command = settings.command
+    return merged, lambda: with_head(ensemble, probes[0], names)
 
 
 def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import DatasetDict
-from torch import nn
 
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection, with_projection
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import replace_folder
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 from concat_ensemble.studies.cost import member_costs
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.outputs import check_folder, check_parent
@@ -64,7 +64,7 @@ def run_select_study(
     *,
     on_selection: Callable[[SelectStudy], None] = lambda study: None,
 ) -> SelectStudy:
-    """Choose members for a dataset, write the selection to a file, and probe and save what was chosen.
+    """Choose members for a dataset, write the selection to a file, and probe and save what was chosen, without a card.
 
     Args:
         model: Folder or Hub id of an ensemble of at least two members.
@@ -85,8 +85,8 @@ def run_select_study(
     if len(ensemble.config.built_members) < 2:
         raise ValueError(f"{model} has one member; there is nothing to choose among.")
     data = dataset.load()
-    unprojected = ensemble.export_active(ensemble.config.built_members)
-    table = extract_features(unprojected, _selection_images(data, dataset, settings), **dataclasses.asdict(extraction))
+    whole = ensemble.export_active(ensemble.config.built_members)  # without a projection, which needs all members
+    table = extract_features(whole, _selection_images(data, dataset, settings), **dataclasses.asdict(extraction))
     study = SelectStudy(_select(ensemble, table, dataset, settings), path)
     study.selection.save(path)
     on_selection(study)
@@ -97,16 +97,13 @@ def run_select_study(
     chosen = ensemble.export_active(list(best))
     if settings.num_components:
         chosen = with_projection(chosen, principal_projection(table.members(best), settings.num_components))
-    count = len(ensemble.members)
-    study.results, _ = probe_ensemble(
-        chosen,
-        data,
-        name=settings.output.name if settings.output else "+".join(map(str, best)),
-        described=dataset.describe(data),
-        baselines={f"all {count} members": unprojected} if len(best) < count else {},
-        seed=dataset.seed,
-        **dataclasses.asdict(extraction),
-    )
+    about = {
+        "name": settings.output.name if settings.output else "+".join(map(str, best)),
+        "described": dataset.describe(data),
+        "baselines": {f"all {len(whole.members)} members": whole} if len(best) < len(whole.members) else {},
+        "seed": dataset.seed,
+    }
+    study.results, _ = probe_ensemble(chosen, data, **about, **dataclasses.asdict(extraction))
     study.results.command = settings.command
     if settings.output:
         with replace_folder(settings.output) as folder:
@@ -122,7 +119,9 @@ def _selection_images(data: DatasetDict, dataset: DatasetOptions, settings: Sele
     return DatasetDict({name: data[name] for name in ("train", "validation")})
 
 
-def _select(ensemble: nn.Module, table: FeatureTable, dataset: DatasetOptions, settings: SelectSettings) -> Selection:
+def _select(
+    ensemble: ConcatEnsembleModel, table: FeatureTable, dataset: DatasetOptions, settings: SelectSettings
+) -> Selection:
     return select_members(
         table,
         member_costs(ensemble),
