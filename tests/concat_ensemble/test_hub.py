@@ -275,7 +275,7 @@ def test_what_is_on_a_card_there_is_measured_again(publisher, hub, run, folder):
     write_card(folder)
     publisher.push(folder, "me/measured")
     _, said, code = publisher.run(verify())
-    assert code == 2 and "1 of 5 numbers do not hold: pair on digits" in said
+    assert code == 2 and "1 of 5 numbers are not confirmed: pair on digits" in said
     publisher(COMMAND.format(words=["verify", "me/measured", "--revision", good, "--quiet"]))
 
 
