@@ -4,10 +4,11 @@ import pytest
 
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.studies.compare_study import run_compare_study
+from concat_ensemble.studies.options import ProbeOptions, SelectOptions
 from concat_ensemble.studies.outputs import check_file
-from concat_ensemble.studies.probe_study import ProbeSettings, run_probe_studies, run_probe_study
+from concat_ensemble.studies.probe_study import run_probe_studies, run_probe_study
 from concat_ensemble.studies.results import Results
-from concat_ensemble.studies.select_study import SelectSettings, run_select_study
+from concat_ensemble.studies.select_study import run_select_study
 
 DIGITS = DatasetOptions(name="digits", classes="0-2", limit=30)
 QUIET = ExtractionOptions(quiet=True)
@@ -36,13 +37,13 @@ def test_a_dataset_that_fails_does_not_stop_the_others(folder):
 
 def test_repeats_use_consecutive_seeds_and_the_record_has_the_first(folder):
     options = DatasetOptions(name="digits", classes="0-2", limit=30, seed=3)
-    study = run_probe_study(str(folder), options, ProbeSettings(repeats=2), QUIET)
+    study = run_probe_study(str(folder), options, ProbeOptions(repeats=2), QUIET)
     assert [run.seed for run in study.results.rows[0].runs] == [3, 4] and study.results.dataset["seed"] == 3
 
 
 def test_a_selection_is_reported_before_the_chosen_members_are_probed(folder, tmp_path):
     seen = []
-    settings = SelectSettings(output=tmp_path / "chosen", command="by hand")
+    settings = SelectOptions(output=tmp_path / "chosen", command="by hand")
     study = run_select_study(
         str(folder), DIGITS, settings, QUIET, on_selection=lambda study: seen.append((study.selection, study.results))
     )
