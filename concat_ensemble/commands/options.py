@@ -31,14 +31,14 @@ def expand_options(command: Callable) -> Callable:
     """Turn a command's dataclass parameters into one option for each of their fields, which is what typer understands.
 
     The metadata of a field are arguments of `typer.Option`: `help`, `min`, ..., and `flags` where they do not follow
-    from its name. A field that has the name of a parameter of the command is left at its default.
+    from its name. A field without metadata, or with the name of a parameter of the command, is left at its default.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters, groups = [], {}
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
-        if dataclasses.is_dataclass(hint):
-            groups[parameter.name] = hint, [field for field in dataclasses.fields(hint) if field.name not in hints]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            groups[parameter.name] = hint, [f for f in dataclasses.fields(hint) if f.metadata and f.name not in hints]
             parameters += [_as_parameter(hint, field) for field in groups[parameter.name][1]]
         else:
             parameters.append(parameter.replace(annotation=hint))

@@ -9,9 +9,10 @@ import typer
 from rich.table import Table
 
 from concat_ensemble.commands import options
-from concat_ensemble.commands.options import AsJson, Model, Overwrite
+from concat_ensemble.commands.options import AsJson, Model
 from concat_ensemble.console import out
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.studies.options import ProbeOptions
 
 
 def probe(
@@ -22,20 +23,8 @@ def probe(
         typer.Option(help="Name of a dataset recipe, such as cifar100; may be repeated for one table of several."),
     ] = None,
     dataset: DatasetOptions,
-    baseline: Annotated[
-        list[str] | None, typer.Option(help="Another ensemble to compare with; may be repeated.")
-    ] = None,
-    save_head: Annotated[
-        bool, typer.Option("--save-head", help="Save the probe as the classification head of the folder.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Results file; in the ensemble's own folder when left out.")
-    ] = None,
+    probing: ProbeOptions,
     extraction: ExtractionOptions,
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Draw the images this often, by --seed and the seeds after it, for an interval.")
-    ] = 1,
-    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit linear probes on an ensemble, its members, what it is compared with, and the controls.
@@ -46,23 +35,16 @@ def probe(
     """
     from concat_ensemble.reporting.model_card import write_card
     from concat_ensemble.studies.ensembles import is_local_ensemble
-    from concat_ensemble.studies.probe_study import ProbeSettings, run_probe_studies
+    from concat_ensemble.studies.probe_study import run_probe_studies
 
     datasets = dataset.with_recipes(recipe or [])
-    settings = ProbeSettings(
-        baselines=baseline or [],
-        repeats=repeats,
-        save_head=save_head,
-        output=output,
-        overwrite=overwrite,
-        command=options.command_line(),
-    )
+    probing = dataclasses.replace(probing, command=options.command_line())
 
     def on_study(study) -> None:
         if study.is_new and is_local_ensemble(model):
             write_card(Path(model))
 
-    studies = run_probe_studies(model, datasets, settings, extraction, on_study=on_study)
+    studies = run_probe_studies(model, datasets, probing, extraction, on_study=on_study)
     paths = [study.path for study in studies.finished.values()]
     if as_json:
         texts = [path.read_text() for path in paths]

@@ -1,16 +1,15 @@
 """`select`: which members to keep."""
 
-from pathlib import Path
-from typing import Annotated
+import dataclasses
 
-import typer
 from rich.table import Table
 
 from concat_ensemble.commands import options
-from concat_ensemble.commands.options import AsJson, Model, Overwrite, Recipes
+from concat_ensemble.commands.options import AsJson, Model, Recipes
 from concat_ensemble.commands.probe import print_results
 from concat_ensemble.console import out
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.studies.options import SelectOptions
 
 
 def select(
@@ -18,21 +17,8 @@ def select(
     model: Model,
     recipe: Recipes = None,
     dataset: DatasetOptions,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Use 1,500 training images, to see whether extracting the rest is worth it."),
-    ] = False,
-    max_members: Annotated[int | None, typer.Option(min=1, help="Choose at most this many members.")] = None,
-    max_gflops: Annotated[float | None, typer.Option(help="Budget for what is chosen, per image.")] = None,
-    max_parameters: Annotated[float | None, typer.Option(help="Budget for what is chosen, in millions.")] = None,
-    columns: Annotated[
-        int | None, typer.Option(min=1, help="Project what is chosen to this many principal components.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the chosen members as a new ensemble.")
-    ] = None,
+    selecting: SelectOptions,
     extraction: ExtractionOptions,
-    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Recommend which members to keep for a dataset: ridge probes of every subset on validation images, then a linear
@@ -42,21 +28,12 @@ def select(
     """
     from concat_ensemble.reporting.figures import plot_accuracy_against_cost
     from concat_ensemble.reporting.model_card import write_card
-    from concat_ensemble.studies.select_study import SelectSettings, run_select_study
+    from concat_ensemble.studies.select_study import run_select_study
 
     dataset, *others = dataset.with_recipes(recipe or [])
     if others:
         raise ValueError("select chooses for one dataset; give one --recipe.")
-    settings = SelectSettings(
-        quick=quick,
-        max_members=max_members,
-        max_gflops=max_gflops,
-        max_parameters=max_parameters,
-        num_components=columns,
-        output=output,
-        overwrite=overwrite,
-        command=options.command_line(),
-    )
+    selecting = dataclasses.replace(selecting, command=options.command_line())
 
     def on_selection(study) -> None:
         figure = study.path.with_suffix(".png")
@@ -64,13 +41,13 @@ def select(
         if as_json:
             options.print_file(study.path)
         else:
-            print_selection(study.selection, quick)
+            print_selection(study.selection, selecting.quick)
             out.print(f"all subsets: {study.path}, {figure}", soft_wrap=True)
 
-    study = run_select_study(model, dataset, settings, extraction, on_selection=on_selection)
+    study = run_select_study(model, dataset, selecting, extraction, on_selection=on_selection)
     if study.results and not as_json:
         print_results(study.results)
-    if output:
+    if output := selecting.output:
         write_card(output, title=output.name)
         if not (extraction.quiet or as_json):
             out.print(f"written: {output}", soft_wrap=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 DEFAULT_NAME, DEFAULT_TEST_SIZE = "scattered:digits", 0.5
 
 
-def _option(default: Any, description: str, **settings: Any) -> Any:
+def option(default: Any, description: str, **settings: Any) -> Any:
     """A field with its help text, as in transformers' `TrainingArguments`, and settings of its command-line option."""
     return dataclasses.field(default=default, metadata={"help": description, **settings})
 
@@ -29,26 +29,26 @@ class DatasetOptions:
         ValueError: for classes that cannot be parsed, or a recipe together with a field that it determines.
     """
 
-    name: str | None = _option(
+    name: str | None = option(
         None,
         "digits, scattered:digits (when left out), a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.",
         flags=["--dataset"],
     )
-    config: str | None = _option(None, "Configuration of a Hub dataset.")
-    revision: str | None = _option(None, "Branch, tag or commit of a Hub dataset.")
-    image_column: str | None = _option(None, "Column with the images; found by its type when left out.")
-    label_column: str | None = _option(None, "Column with the labels; found by its type and name when left out.")
-    classes: str | None = _option(None, "Use only these classes: 0,1,2 or 5-9 or names.")
-    train_split: str | None = _option(None, "Split to train on, such as train or train[:80%].")
-    validation_split: str | None = _option(None, "Split to choose the regularization on.")
-    test_split: str | None = _option(None, "Split to test on.")
-    test_size: float | None = _option(
+    config: str | None = option(None, "Configuration of a Hub dataset.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
+    image_column: str | None = option(None, "Column with the images; found by its type when left out.")
+    label_column: str | None = option(None, "Column with the labels; found by its type and name when left out.")
+    classes: str | None = option(None, "Use only these classes: 0,1,2 or 5-9 or names.")
+    train_split: str | None = option(None, "Split to train on, such as train or train[:80%].")
+    validation_split: str | None = option(None, "Split to choose the regularization on.")
+    test_split: str | None = option(None, "Split to test on.")
+    test_size: float | None = option(
         None, "Share of the training images to test on where there is no test split; half of them when left out."
     )
-    limit: int | None = _option(None, "Use at most this many images of each split.")
-    shots: int | None = _option(None, "Use this many images of each class for training and validation together.")
-    seed: int = _option(0, "Random seed for the splits, the subset and the few-shot draw.")
-    recipe: str | None = _option(None, "Name of a dataset recipe, such as cifar100.")
+    limit: int | None = option(None, "Use at most this many images of each split.")
+    shots: int | None = option(None, "Use this many images of each class for training and validation together.")
+    seed: int = option(0, "Random seed for the splits, the subset and the few-shot draw.")
+    recipe: str | None = option(None, "Name of a dataset recipe, such as cifar100.")
 
     def __post_init__(self):
         _parse_classes(self.classes)
@@ -119,9 +119,9 @@ class DatasetOptions:
 class ExtractionOptions:
     """How features are extracted: arguments of `extract_features`."""
 
-    batch_size: int = _option(64, "Images in a batch.", min=1)
-    num_workers: int = _option(0, "Processes that read images.", flags=["--workers"], min=0)
-    quiet: bool = _option(False, "Print results and errors only.", flags=["--quiet", "-q"])
+    batch_size: int = option(64, "Images in a batch.", min=1)
+    num_workers: int = option(0, "Processes that read images.", flags=["--workers"], min=0)
+    quiet: bool = option(False, "Print results and errors only.", flags=["--quiet", "-q"])
 
 
 def _parse_classes(text: str | None) -> list[int | str] | None:

@@ -8,36 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from concat_ensemble.console import errors
 from concat_ensemble.data.loading import class_names
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
+from concat_ensemble.studies.options import ProbeOptions
 from concat_ensemble.studies.outputs import check_parent
 from concat_ensemble.studies.probing import members_sha256, probe_ensemble, with_head
 from concat_ensemble.studies.results import RESULTS, Results
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """How an ensemble is probed, and what is written.
-
-    Args:
-        baselines: Names of other ensembles that are probed on the same images, each in a row of its own.
-        repeats: How often the images are drawn, by the dataset's seed and the seeds after it.
-        save_head: Save the probe as the classification head of the ensemble's folder.
-        output: The results file; in the folder `results` of the ensemble's, or else of the current folder, when None.
-        overwrite: Probe again where the results file exists.
-        command: The command line, recorded in the results.
-    """
-
-    baselines: Sequence[str] = ()
-    repeats: int = 1
-    save_head: bool = False
-    output: Path | None = None
-    overwrite: bool = False
-    command: str = ""
 
 
 @dataclass
@@ -60,18 +39,18 @@ class ProbeStudies:
 def run_probe_study(
     model: str,
     dataset: DatasetOptions,
-    settings: ProbeSettings | None = None,
+    options: ProbeOptions | None = None,
     extraction: ExtractionOptions | None = None,
 ) -> ProbeStudy:
     """Probe one ensemble on one dataset, or read the results of an earlier run; see `run_probe_studies`."""
-    (study,) = run_probe_studies(model, [dataset], settings, extraction).finished.values()
+    (study,) = run_probe_studies(model, [dataset], options, extraction).finished.values()
     return study
 
 
 def run_probe_studies(
     model: str,
     datasets: Sequence[DatasetOptions],
-    settings: ProbeSettings | None = None,
+    options: ProbeOptions | None = None,
     extraction: ExtractionOptions | None = None,
     *,
     on_study: Callable[[ProbeStudy], None] = lambda study: None,
@@ -84,18 +63,18 @@ def run_probe_studies(
         on_study: Called after each dataset, for instance to write the ensemble's card.
 
     Raises:
-        ValueError: for settings that do not go together.
+        ValueError: for options that do not go together.
         ValueError, OSError: where there is one dataset, and it or its results file cannot be used.
     """
-    settings, extraction = settings or ProbeSettings(), extraction or ExtractionOptions()
-    _check_settings(model, datasets, settings)
+    options, extraction = options or ProbeOptions(), extraction or ExtractionOptions()
+    _check_options(model, datasets, options)
     for dataset in datasets:
         dataset.record  # noqa: B018 (an unknown recipe is an error before the work)
     ensemble = load_ensemble(model, datasets[0].seed)
     studies = ProbeStudies()
     for dataset in datasets:
         try:
-            study = _run_study(ensemble, model, dataset, settings, extraction)
+            study = _run_study(ensemble, model, dataset, options=options, extraction=extraction)
             on_study(study)
             studies.finished[dataset.study] = study
         except (ValueError, OSError) as error:
@@ -105,72 +84,86 @@ def run_probe_studies(
     return studies
 
 
-def _check_settings(model: str, datasets: Sequence[DatasetOptions], settings: ProbeSettings) -> None:
-    single = {"--output": settings.output, "--save-head": settings.save_head}
+def _check_options(model: str, datasets: Sequence[DatasetOptions], options: ProbeOptions) -> None:
+    single = {"--output": options.output, "--save-head": options.save_head}
     chosen = [option for option, value in single.items() if value]
     if len(datasets) > 1 and chosen:
         raise ValueError(f"more than one --recipe does not go with {' and '.join(chosen)}; leave one out.")
-    if settings.save_head and not is_local_ensemble(model):
+    if options.save_head and not is_local_ensemble(model):
         raise ValueError(f"--save-head writes into the ensemble's folder, and {model} is not a folder here.")
-    name, others = Path(model).name, [Path(baseline).name for baseline in settings.baselines]
+    name, others = Path(model).name, [Path(baseline).name for baseline in (options.baselines or [])]
     if len({name, *others}) <= len(others):
         raise ValueError(f"--baseline {' and '.join(others)} beside {name}: they share a name; rename a folder.")
 
 
 def _run_study(
-    ensemble: nn.Module, model: str, dataset: DatasetOptions, settings: ProbeSettings, extraction: ExtractionOptions
+    ensemble: ConcatEnsembleModel,
+    model: str,
+    dataset: DatasetOptions,
+    *,
+    options: ProbeOptions,
+    extraction: ExtractionOptions,
 ) -> ProbeStudy:
     folder = Path(model)
     home = folder if is_local_ensemble(model) else Path()
-    path = settings.output or home / RESULTS / f"{dataset.file_stem}.json"
+    path = options.output or home / RESULTS / f"{dataset.file_stem}.json"
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
-    if path.exists() and not settings.overwrite:
-        results = _read_earlier(path, ensemble, folder, dataset, settings)
+    if path.exists() and not options.overwrite:
+        results = Results.load(path)
+        has_head = (folder / "head.safetensors").is_file()
+        if not _is_same(results, ensemble, dataset, options) or (options.save_head and not has_head):
+            raise ValueError(
+                f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head; "
+                "add --overwrite, or name another --output."
+            )
         if not extraction.quiet:
             errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
         return ProbeStudy(results, path, is_new=False)
     check_parent(path)
-    _check_repeats(dataset, settings.repeats)
-    baselines = {Path(other).name: load_ensemble(other, dataset.seed) for other in settings.baselines}
-    repeats = []
-    for number in range(settings.repeats):
-        if settings.repeats > 1 and not extraction.quiet:
-            errors.print(f"repeat {number + 1} of {settings.repeats}")
-        seed = dataset.seed + number
-        data = dataclasses.replace(dataset, seed=seed).load()
-        about = {"name": folder.name, "described": dataset.describe(data), "baselines": baselines, "seed": seed}
-        repeats.append(probe_ensemble(ensemble, data, **about, **dataclasses.asdict(extraction)))
-    results = Results.merged([results for results, _ in repeats])
-    results.command = settings.command
+    _check_repeats(dataset, options.repeats)
+    results, head = _probe_repeats(ensemble, folder.name, dataset, options=options, extraction=extraction)
     results.save(path)
-    if settings.save_head:
-        first_probe = repeats[0][1]
-        with_head(ensemble, first_probe, class_names(data["train"])).save_pretrained(folder)
+    if options.save_head:
+        head().save_pretrained(folder)
     return ProbeStudy(results, path, is_new=True)
 
 
-def _read_earlier(
-    path: Path, ensemble: nn.Module, folder: Path, dataset: DatasetOptions, settings: ProbeSettings
-) -> Results:
-    """The results of an earlier run, which must be those that this one would give.
-
-    Raises:
-        ValueError: where they are not, or the head that this run would save is not there.
-    """
-    results = Results.load(path)
+def _is_same(results: Results, ensemble: ConcatEnsembleModel, dataset: DatasetOptions, options: ProbeOptions) -> bool:
+    """Whether results of an earlier run are those that this run would give."""
     same_weights = results.members_sha256 == members_sha256(ensemble.config)
     same_data = dataset.record.items() <= results.dataset.items()
-    same_rows = results.repeats == settings.repeats and all(
-        Path(other).name in results for other in settings.baselines
+    return (
+        same_weights
+        and same_data
+        and results.repeats == options.repeats
+        and all(Path(baseline).name in results for baseline in (options.baselines or []))
     )
-    has_head = (folder / "head.safetensors").is_file()
-    if not (same_weights and same_data and same_rows) or (settings.save_head and not has_head):
-        raise ValueError(
-            f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head; "
-            "add --overwrite, or name another --output."
-        )
-    return results
+
+
+def _probe_repeats(
+    ensemble: ConcatEnsembleModel,
+    name: str,
+    dataset: DatasetOptions,
+    *,
+    options: ProbeOptions,
+    extraction: ExtractionOptions,
+) -> tuple[Results, Callable[[], ConcatEnsembleForImageClassification]]:
+    """The results of all repeats, and a function that makes a classifier of the first repeat's probe."""
+    baselines = {Path(other).name: load_ensemble(other, dataset.seed) for other in (options.baselines or [])}
+    repeats, probes, names = [], [], []
+    for seed in range(dataset.seed, dataset.seed + options.repeats):
+        if options.repeats > 1 and not extraction.quiet:
+            errors.print(f"repeat {len(repeats) + 1} of {options.repeats}")
+        data = dataclasses.replace(dataset, seed=seed).load()
+        about = {"name": name, "described": dataset.describe(data), "baselines": baselines, "seed": seed}
+        results, probe = probe_ensemble(ensemble, data, **about, **dataclasses.asdict(extraction))
+        repeats.append(results)
+        probes.append(probe)
+        names = class_names(data["train"])
+    merged = Results.merged(repeats)
+    merged.command = options.command
+    return merged, lambda: with_head(ensemble, probes[0], names)
 
 
 def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:

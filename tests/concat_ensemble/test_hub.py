@@ -274,7 +274,7 @@ def test_verify_measures_the_numbers_of_a_published_card_again(publisher, hub, r
     write_card(folder)
     publisher.push(folder, "me/measured")
     _, error, code = publisher.run(verify())
-    assert code == 2 and "1 of 5 numbers do not hold: pair on digits" in error
+    assert code == 2 and "1 of 5 numbers are not confirmed: pair on digits" in error
     publisher(COMMAND.format(words=["verify", "me/measured", "--revision", good, "--quiet"]))
 
 
