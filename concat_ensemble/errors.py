@@ -1,6 +1,21 @@
-"""How foreign errors are told to a user."""
+"""Parts of error messages."""
+
+import difflib
+from collections.abc import Iterable
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line: its first, or its kind where it says nothing."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def suggest(name: object, names: Iterable[str], *, limit: int = 3) -> str:
+    """The end of a sentence about an unknown name: "; did you mean resnet18 or resnet26?", or "." if none is similar.
+
+    Args:
+        name: The unknown name, of any type, since it may come from a file.
+        names: The valid names.
+        limit: Number of names to suggest at most.
+    """
+    similar = difflib.get_close_matches(str(name), list(names), n=limit, cutoff=0.7)
+    return f"; did you mean {' or '.join(similar)}?" if similar else "."
