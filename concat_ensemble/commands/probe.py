@@ -139,7 +139,7 @@ def _probe_on(
     **extraction,
 ):
     """Results on one dataset, named by `asked` and had by `load`: probed and saved to `path`, or read from there."""
-    from concat_ensemble.data.loading import class_names
+    from concat_ensemble.data.labels import class_names
     from concat_ensemble.reporting.model_card import write_card
     from concat_ensemble.studies.probing import members_sha256, probe_ensemble, with_head
     from concat_ensemble.studies.results import Results

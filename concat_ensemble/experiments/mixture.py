@@ -22,6 +22,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
 
+from concat_ensemble.data.labels import read_labels
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.experiments.compare import IMAGES, kept, to_the_end, told, train, two_at_a_time
 from concat_ensemble.features.extraction import extract_features
@@ -67,7 +68,7 @@ def _relabelled(data: DatasetDict, parts: list[tuple[int, int]], names: list[str
     """The images of `parts`' classes, each with the label beside it."""
 
     def of(split: Dataset) -> Dataset:
-        labels = np.asarray(split.with_format("numpy")["label"][:])
+        labels = read_labels(split)
         numbers = [np.flatnonzero(labels == wanted) for wanted, _ in parts]
         given = np.repeat([label for _, label in parts], [len(part) for part in numbers])
         chosen = split.select(np.concatenate(numbers)).remove_columns("label")

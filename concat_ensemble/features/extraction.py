@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor
 
-from concat_ensemble.data.loading import class_names, describe_image, load_data, read_image
+from concat_ensemble.data.images import describe_image, read_image
+from concat_ensemble.data.labels import class_names, read_labels
+from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.projection import stored_projection
 from concat_ensemble.features.store import Block, block_key, default_store, image_hashes
@@ -129,7 +131,7 @@ def extract_features(
             raise RuntimeError(f"{len(left)} images of member {k} were extracted and are not there; report this.")
     table = FeatureTable(
         {name: [block.rows(hashes[name]) for block in blocks] for name in dataset},
-        {name: np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64) for name, split in dataset.items()},
+        {name: read_labels(split) for name, split in dataset.items()},
         class_names(next(iter(dataset.values()))),
         tuple(keys),
         extracted,

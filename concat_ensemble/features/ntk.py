@@ -29,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from concat_ensemble.data.loading import class_names
+from concat_ensemble.data.labels import class_names, read_labels
 from concat_ensemble.errors import first_line
 from concat_ensemble.features.extraction import Pixels, is_ensemble, submodel
 from concat_ensemble.features.table import FeatureTable
@@ -181,7 +181,7 @@ def kernel_table(model: nn.Module, dataset: DatasetDict, processor=None, *, ntk:
     rows = [_features(kernel, split_of != "test", ntk.seed) for kernel in kernels]
     return FeatureTable(
         {name: [block[split_of == name] for block in rows] for name in dataset},
-        {name: np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64) for name, split in dataset.items()},
+        {name: read_labels(split) for name, split in dataset.items()},
         class_names(next(iter(dataset.values()))),
     )
 

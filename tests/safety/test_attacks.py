@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from concat_ensemble import ConcatEnsembleModel, load_data
 from concat_ensemble.commands.options import file_name
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
-from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.images import read_image
 from concat_ensemble.reporting.model_card import NOTE, write_card
 from concat_ensemble.studies.results import Results
 

@@ -354,7 +354,7 @@ BAD_PROBES = {
     "one class kept": (["--dataset", "digits", "--classes", "3"], ["the one class '3'; a probe needs two"]),
     "unknown class": (["--dataset", "digits", "--classes", "3,eleven"], ["classes=['eleven']", "the dataset has 10"]),
     "classes backwards": (["--dataset", "digits", "--classes", "9-5"], ["9-5"]),
-    "float labels": (["--dataset", "floats"], ["class names or whole numbers are wanted"]),
+    "float labels": (["--dataset", "floats"], ["class names or whole numbers"]),
     "text file named .png": (["--dataset", "text"], ["3.png", "remove or repair it"]),
     "text file named .png, by a worker": (["--dataset", "text", "--workers", "1"], ["3.png", "remove or repair it"]),
     "1x1 image": (["--dataset", "dot"], ["dot.png", "1x1", "remove it"]),

@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from concat_ensemble.data.dataset_recipes import DATASETS, METRICS, NAMING, DatasetRecipe, dataset_recipe
+from concat_ensemble.data.dataset_recipes import DATASETS, LOAD_ARGUMENTS, METRICS, DatasetRecipe, dataset_recipe
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.recipe_files import recipe_names
@@ -40,7 +40,7 @@ def test_a_recipe_is_valid_and_opens_with_its_command(name):
 
 
 def test_recipes_speak_of_what_load_data_and_the_metrics_know():
-    assert set(NAMING) <= set(inspect.signature(load_data).parameters)
+    assert set(LOAD_ARGUMENTS) <= set(inspect.signature(load_data).parameters)
     measured = ProbeMetrics().compute(predictions=np.eye(6), references=list(range(6)))
     assert set(METRICS) <= set(measured)
 

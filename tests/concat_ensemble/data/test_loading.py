@@ -12,7 +12,10 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from concat_ensemble import ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data.loading import Scatter, class_names, load_stream, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names
+from concat_ensemble.data.loading import load_stream
+from concat_ensemble.data.scattered import Scatter
 
 # --- the embedded digits ---------------------------------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ def test_images_from_anywhere_can_be_scattered(tmp_path):
     assert all(set(rows(few[kind])) < set(rows(whole[kind])) for kind in whole)
     embedded = {row for split in load_data("scattered:digits").values() for row in rows(split)}
     assert {row for split in whole.values() for row in rows(split)} < embedded
-    with pytest.raises(ValueError, match="scattered: wants images of one size; the train split has several"):
+    with pytest.raises(ValueError, match="scattered: the images of the train split differ in size"):
         sizes = [PILImage.new("L", (8 + n % 2, 8)) for n in range(20)]
         mixed = Dataset.from_dict({"image": sizes, "label": [n % 2 for n in range(20)]})
         mixed.cast_column("image", Image()).to_parquet(tmp_path / "mixed.parquet")
@@ -250,7 +253,7 @@ def test_a_stream_has_the_images_of_the_training_split(prefix, splits, tmp_path)
     ("name", "message"),
     [
         ("digits", "digits cannot be streamed: it is here already"),
-        ("parquet:{}", "its labels are string, and which classes there are is not told"),
+        ("parquet:{}", "its labels are string .*cast them to ClassLabel"),
         ("nonesuch", "no dataset 'nonesuch'"),
     ],
 )
@@ -548,7 +551,7 @@ BAD_DATA = {
         {},
         "labels of the train split are (float|double).*class names or whole numbers",
     ),
-    "several labels an image": (with_labels([[0], [0, 1]] * 20), {}, "class names or whole numbers are wanted"),
+    "several labels an image": (with_labels([[0], [0, 1]] * 20), {}, "must be class names or whole numbers"),
     "hidden labels": (with_labels([-1, -1] * 20, NAMED), {}, r"labels are hidden \(-1\); name a split that has them"),
     "hidden test labels": (
         DatasetDict(train=with_labels(AB), test=with_labels([-1, -1], NAMED)),
@@ -559,8 +562,8 @@ BAD_DATA = {
     "one label a class": (with_labels(AB), {"shots": 1}, "shots=1 must be at least 2"),
     "more labels than images": (with_labels(AB), {"shots": 15}, "shots=15: a class has 10 images for training"),
     "negative limit": (with_labels(AB), {"limit": -1}, "limit=-1"),
-    "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a share between 0 and 1"),
-    "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a share between 0 and 1"),
+    "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a fraction between 0 and 1"),
+    "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a fraction between 0 and 1"),
     "test share of everything": (with_labels(AB), {"test_size": 0.999}, "cannot cut test_size=0.999 off 40 images"),
     "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits, nor a path here"),
     "misspelt name": ("digit", {}, "no dataset 'digit'"),

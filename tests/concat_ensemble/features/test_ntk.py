@@ -20,7 +20,7 @@ from concat_ensemble import (
     assemble,
     extract_features,
 )
-from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.images import read_image
 from concat_ensemble.features.ntk import NTK, exact_kernel, kernel_table
 
 ARCHITECTURES = {
