@@ -1,38 +1,36 @@
 """Recipes as YAML files: finding them by name, and reading them into dataclasses."""
 
 import dataclasses
-import difflib
 from importlib.resources.abc import Traversable
 from typing import TypeVar, get_type_hints
 
 import msgspec
 
+from concat_ensemble.errors import suggest
 from concat_ensemble.files import read_yaml
 
 T = TypeVar("T")
 
 
 def recipe_names(folder: Traversable) -> list[str]:
-    """Names of all recipes in a folder, sorted."""
+    """Sorted names of the recipes in a folder."""
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def find_recipe(name: str, folder: Traversable) -> Traversable:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Raises:
-        ValueError: for an unknown name, with the nearest ones and all there are.
+        ValueError: for an unknown name, with similar names and all names.
     """
     names = recipe_names(folder)
     if name not in names:
-        near = difflib.get_close_matches(name, names, cutoff=0.7)
-        hint = f"did you mean {' or '.join(near)}? There" if near else "there"
-        raise ValueError(f"no recipe {name!r}; {hint} are {', '.join(names)}.")
+        raise ValueError(f"no recipe {name!r}{suggest(name, names)} The recipes are {', '.join(names)}.")
     return folder / f"{name}.yaml"
 
 
 def read_recipe(cls: type[T], path: Traversable) -> T:
-    """A dataclass from a recipe's file, whose keys are the fields of the dataclass; its field `recipe` is the file's name.
+    """Read a dataclass from a recipe's file, whose keys are its fields. The field `recipe` gets the file's name.
 
     Raises:
         ValueError: naming the file and the key that is unknown, missing, or of another type.

@@ -57,7 +57,7 @@ def build(
         raise ValueError(f"--dtype {dtype}: give {', '.join(dtypes)}.")
     if recipe and members:
         raise ValueError(f"--recipe {recipe} names its members; leave out {' '.join(members)}, or --recipe.")
-    asked = ensemble_recipe(recipe).described(checkpoints) if recipe else {}
+    asked = ensemble_recipe(recipe).resolve_members(checkpoints) if recipe else {}
     with new_folder(output, overwrite) as folder:
         model = assemble(asked or members or [], preprocessing=preprocessing, seed=seed, license=license)
         if dtype != "float32":  # weights are known by their digest in float32, so what rounding makes of them is

@@ -56,7 +56,7 @@ def studies_of(context: typer.Context) -> dict[str, tuple[dict, Callable]]:
     if given["recipe"]:
         refuse_beside(context, "--recipe", ["dataset", *names])
         recipes = [dataset_recipe(name) for name in dict.fromkeys(given["recipe"])]
-        studies = {known.recipe: (known.to_dict() | drawn, partial(known.load, **drawn)) for known in recipes}
+        studies = {known.recipe: (known.record | drawn, partial(known.load, **drawn)) for known in recipes}
     else:
         naming = {name: given[name] for name in names} | {"classes": _classes(given["classes"])}
         asked = {"name": given["dataset"], **naming, **drawn}

@@ -63,8 +63,9 @@ class DatasetRecipe:
         """The arguments of `load_data`."""
         return {key: getattr(self, key) for key in LOAD_ARGUMENTS}
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a results file records: the arguments of `load_data`, the recipe, and the metric to read it by."""
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a results file records: the arguments of `load_data`, the recipe and its metric."""
         benchmark = {"benchmark": self.benchmark} if self.benchmark else {}
         return {**self.load_arguments, "recipe": self.recipe, "metric": self.metric, **benchmark}
 

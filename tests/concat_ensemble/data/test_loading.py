@@ -569,8 +569,8 @@ BAD_DATA = {
     "misspelt name": ("digit", {}, "no dataset 'digit'"),
     "unknown Hub id": ("nobody/nonesuch", {}, "no dataset 'nobody/nonesuch'"),
     "missing path": ("/nonesuch/folder", {}, "no dataset '/nonesuch/folder'.*nor a path here"),
-    "missing parquet": ("parquet:/nonesuch.parquet", {}, r"there is no /nonesuch\.parquet"),
-    "missing folder": ("imagefolder:/nonesuch", {}, "there is no /nonesuch"),
+    "missing parquet": ("parquet:/nonesuch.parquet", {}, r"'parquet:/nonesuch\.parquet'"),
+    "missing folder": ("imagefolder:/nonesuch", {}, "'imagefolder:/nonesuch'"),
 }
 
 

@@ -193,9 +193,9 @@ BAD_MEMBERS = {
     ),
     "unknown weights of a known architecture": (
         lambda *_: ["resnet18.a1_in1"],
-        r"'resnet18\.a1_in1'; did you mean resnet18\.a1_in1k or .*give resnet18=FILE, or random:resnet18 for",
+        r"'resnet18\.a1_in1'; did you mean resnet18\.a1_in1k or .*resnet18=FILE.*random:resnet18",
     ),
-    "no pretrained weights": (lambda *_: ["darknet17"], "'darknet17'; give darknet17=FILE"),
+    "no pretrained weights": (lambda *_: ["darknet17"], "'darknet17'.*darknet17=FILE"),
     "unknown architecture of a file": (
         lambda t, _: [t / "mine.safetensors"],
         r"mine\.safetensors: 'mine' is not a timm arch.*ARCHITECTURE=mine",
@@ -206,7 +206,7 @@ BAD_MEMBERS = {
     ),
     "missing folder": (
         lambda t, _: [str(broken_folder(t, "cat4")).replace("cat4", "cat44")],
-        "there is no folder .*cat44; did you mean .*cat4\\? Of the Hub's, name hf-hub:ORG/NAME",
+        "there is no folder .*cat44; did you mean .*cat4\\?.*hf-hub:ORG/NAME",
     ),
     "missing file": (lambda t, _: [f"resnet18={t / 'no.pth'}"], r"no checkpoint file .*no\.pth"),
     "folder of something else": (

@@ -354,7 +354,7 @@ def test_npz_that_is_nearly_right_is_refused(vit, change, said, tmp_path):
 
 def test_npz_that_is_none_is_refused(vit, tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(ValueError, match=r"cut.npz does not hold .*fetch it again"):
+    with pytest.raises(ValueError, match=r"cut.npz does not hold .*fetch the file again"):
         load_jax_vit(vit, tmp_path / "cut.npz")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*none.npz"):
         load_jax_vit(vit, tmp_path / "none.npz")
