@@ -79,8 +79,8 @@ def load_data(
         refuse_empty(split, kind)
     numbers = np.unique(read_labels(splits["train"]))
     if len(numbers) < 2:
-        name = class_names(splits["train"])[numbers[0]]
-        raise ValueError(f"the train split has the one class {name!r}; a probe needs two.")
+        only_class = class_names(splits["train"])[numbers[0]]
+        raise ValueError(f"the train split has the one class {only_class!r}; a probe needs two.")
     if scattered:
         splits = {kind: scatter_split(split, kind, seed) for kind, split in splits.items()}
     return DatasetDict(splits)

@@ -50,7 +50,8 @@ def identify_source(name: str) -> tuple[str, str]:
     builder, _, location = name.partition(":")
     if builder in BUILDERS and location:
         return builder, location
-    if not (path := Path(name)).exists():
+    path = Path(name)
+    if not path.exists():
         return "hub", name
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

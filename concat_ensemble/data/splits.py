@@ -122,8 +122,8 @@ def _draw_shots(split: Dataset, shots: int, seed: int) -> Dataset:
     """Draw `shots` images of each class."""
     order = np.random.default_rng(seed).permutation(len(split))
     labels = read_labels(split)[order]
-    drawn = [order[labels == label][:shots] for label in np.unique(labels)]
-    fewest = min(map(len, drawn))
+    subsets = [order[labels == label][:shots] for label in np.unique(labels)]
+    fewest = min(map(len, subsets))
     if fewest < shots:
         raise ValueError(f"shots={shots}: a class has {fewest} images for training and validation; ask for fewer.")
-    return split.select(np.sort(np.concatenate(drawn)))
+    return split.select(np.sort(np.concatenate(subsets)))
