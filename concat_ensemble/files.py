@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and YAML that is read with care."""
+"""Writing files whole or not at all, and reading YAML safely."""
 
 import json
 import os
@@ -11,24 +11,17 @@ from typing import Any
 
 import yaml
 
-LONGEST, DEEPEST = 100_000, 16  # characters, and levels of nesting: far beyond any recipe
-_OPENING = (
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-)
-_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to. It takes the place of `path` when the block ends without an error, so that a
-    kill leaves either what was there or all of what is new. The parent folder is made.
+    """Yield a path beside `path` to write to. It replaces `path` when the block ends without an error, so a killed
+    process leaves either the old file or the whole new one. The parent folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
-    aside.unlink(missing_ok=True)  # if it were a link, its target would be written
+    aside.unlink(missing_ok=True)  # writing to a link would change its target
     try:
         yield aside
         aside.replace(path)
@@ -38,10 +31,10 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`. It takes the place of `path` when the block ends without an error."""
+    """Yield an empty folder beside `path`, which replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    aside.chmod(0o777 & ~_umask())  # mkdtemp makes folders for the owner alone
+    aside.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner alone
     try:
         yield aside
         if path.exists():
@@ -59,29 +52,27 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The umask of the process, which can only be read by setting it."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says, in plain values. Aliases are refused: ten lines of them say a billion words.
+    """Read a YAML file as plain values. Aliases are refused: ten lines of them can expand to a billion words.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: for a file that is not YAML, too long, nested too deeply, or has aliases.
+        OSError: for a file that cannot be opened.
     """
-    depth = 0
+    content, depth = path.read_bytes(), 0
     try:
-        text = path.read_text()
-        if len(text) > LONGEST:
-            raise ValueError(f"{len(text):,} characters are more than {LONGEST:,}")
-        for token in yaml.scan(text):
-            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
-            if isinstance(token, yaml.AliasToken) or depth > DEEPEST:
-                raise ValueError("it has an alias, or is nested too deeply; write out what you mean")
-        return yaml.safe_load(text)
-    except OSError:
-        raise
-    except Exception as error:  # PyYAML's constructors let those of int, datetime and others through
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{len(content):,} bytes are more than {MAX_BYTES:,}")
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+                raise ValueError("it has an alias or is nested too deeply; write the values out")
+        return yaml.safe_load(content)
+    except Exception as error:  # PyYAML's constructors also raise the errors of int, datetime and others
         raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error

@@ -1,7 +1,6 @@
 """Recipes as YAML files: finding them by name, and reading them into dataclasses with checked fields."""
 
 import dataclasses
-import difflib
 from importlib.resources.abc import Traversable
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -14,21 +13,19 @@ T = TypeVar("T")
 
 
 def recipe_names(folder: Traversable) -> list[str]:
-    """Names of all recipes in a folder, sorted."""
+    """Sorted names of the recipes in a folder."""
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def find_recipe(name: str, folder: Traversable) -> Traversable:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Raises:
-        ValueError: for an unknown name, with the nearest ones and all there are.
+        ValueError: for an unknown name, with similar names and all names.
     """
     names = recipe_names(folder)
     if name not in names:
-        near = difflib.get_close_matches(name, names, cutoff=0.7)
-        hint = f"did you mean {' or '.join(near)}? There" if near else "there"
-        raise ValueError(f"no recipe {name!r}; {hint} are {', '.join(names)}.")
+        raise ValueError(f"no recipe {name!r}{suggest(name, names)} The recipes are {', '.join(names)}.")
     return folder / f"{name}.yaml"
 
 

@@ -1,39 +1,34 @@
-"""Dataset recipes: the usual transfer datasets, each a YAML file in `recipes/` that names its columns, splits and metric."""
+"""Dataset recipes: the usual transfer datasets, each a YAML file in `recipes/` with its columns, splits and metric."""
 
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from importlib.resources.abc import Traversable
+from typing import Any, Self
 
 from datasets import DatasetDict
 
-from concat_ensemble.data.loading import class_names, load_data
+from concat_ensemble.data.labels import class_names
+from concat_ensemble.data.loading import load_data
 from concat_ensemble.recipe_files import find_recipe, read_recipe
 
-METRICS = ("top1", "mean_per_class", "macro_f1")  # of `ProbeMetrics`: those that come with an interval
-NAMING = (
-    "name",
-    "config",
-    "revision",
-    "image_column",
-    "label_column",
-    "train_split",
-    "validation_split",
-    "test_split",
-)
+METRICS = ("top1", "mean_per_class", "macro_f1")  # those of `ProbeMetrics` that come with an interval
+LOAD_ARGUMENTS = ("name", "config", "revision", "image_column", "label_column")
+LOAD_ARGUMENTS += ("train_split", "validation_split", "test_split")
 DATASETS = files("concat_ensemble.data") / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecipe:
-    """What a recipe's file says: arguments of `load_data`, what must come of them, and the metric that is customary.
+    """The content of a recipe file: arguments of `load_data`, the sizes to expect, and the customary metric.
 
     Args:
-        recipe: Name of the file, without its ending.
-        num_classes, test_images: What the dataset is known to have; `load` checks it.
+        recipe: Name of the file without its extension.
+        name, config, revision, image_column, label_column: As for `load_data`.
+        train_split, validation_split, test_split: As for `load_data`.
+        num_classes, test_images: Sizes that `load` checks.
         metric: One of `METRICS`.
-        license: Of the dataset, in words.
-        benchmark: The task's id in the dataset's `eval.yaml`, where the Hub has registered it as a benchmark.
+        license: License of the dataset, in words.
+        benchmark: Id of the task in the dataset's `eval.yaml`, if the Hub has registered the dataset as a benchmark.
     """
 
     recipe: str
@@ -52,8 +47,9 @@ class DatasetRecipe:
     benchmark: str | None = None
 
     @classmethod
-    def read(cls, path: Path) -> "DatasetRecipe":
-        """
+    def read(cls, path: Traversable) -> Self:
+        """Read a recipe file.
+
         Raises:
             ValueError: naming the file and the key that is unknown, missing, or of another type.
         """
@@ -63,39 +59,38 @@ class DatasetRecipe:
         return recipe
 
     @property
-    def naming(self) -> dict[str, Any]:
+    def load_arguments(self) -> dict[str, Any]:
         """The arguments of `load_data`."""
-        return {key: getattr(self, key) for key in NAMING}
+        return {key: getattr(self, key) for key in LOAD_ARGUMENTS}
 
     @property
-    def described(self) -> dict[str, Any]:
-        """For the record of a result: how the dataset was named, by which recipe, and the metric to read it by."""
-        registered = {"benchmark": self.benchmark} if self.benchmark else {}
-        return {**self.naming, "recipe": self.recipe, "metric": self.metric, **registered}
+    def record(self) -> dict[str, Any]:
+        """What a results file records: the arguments of `load_data`, the recipe and its metric."""
+        benchmark = {"benchmark": self.benchmark} if self.benchmark else {}
+        return {**self.load_arguments, "recipe": self.recipe, "metric": self.metric, **benchmark}
 
     def load(self, *, limit: int | None = None, shots: int | None = None, seed: int = 0) -> DatasetDict:
-        """As `load_data`, and checked.
+        """Load the dataset with `load_data`, and check its sizes.
 
         Raises:
-            ValueError: when the dataset cannot be had, or has not the classes or test images that the recipe knows of.
+            ValueError: if the dataset cannot be loaded, or has another number of classes or test images.
         """
-        data = load_data(**self.naming, limit=limit, shots=shots, seed=seed)
-        expected = min(self.test_images, limit or self.test_images)
-        for what, found, known in (
-            ("classes", len(class_names(data["train"])), self.num_classes),
-            ("test images", len(data["test"]), expected),
-        ):
-            if found != known:
+        data = load_data(**self.load_arguments, limit=limit, shots=shots, seed=seed)
+        actual = {"classes": len(class_names(data["train"])), "test images": len(data["test"])}
+        expected = {"classes": self.num_classes, "test images": min(self.test_images, limit or self.test_images)}
+        for what, number in actual.items():
+            if number != expected[what]:
                 raise ValueError(
-                    f"{self.name} has {found:,} {what} where recipe {self.recipe} expects {known:,}: it is not that dataset; "
-                    "name it, its columns and its splits with --dataset instead."
+                    f"{self.name} has {number:,} {what} where recipe {self.recipe} expects {expected[what]:,}; it is "
+                    "another dataset: name it, its columns and its splits with --dataset instead."
                 )
         return data
 
 
 def dataset_recipe(name: str) -> DatasetRecipe:
-    """
+    """Read one of the package's recipes.
+
     Raises:
-        ValueError: for an unknown name, with those that are near and all there are.
+        ValueError: for an unknown name, with similar names and all names.
     """
     return DatasetRecipe.read(find_recipe(name, DATASETS))

@@ -1,10 +1,10 @@
-"""How a dataset is named in words."""
+"""Datasets in words."""
 
 
 def describe_dataset(dataset: dict) -> str:
-    """One line: the dataset, its classes where they were chosen, its test images."""
-    classes = f", classes {', '.join(map(str, dataset['classes']))}" if dataset.get("classes") else ""
-    images = f", {dataset['test_images']:,} test images" if dataset.get("test_images") else ""
+    """One line about a dataset, from what a results file records of it."""
     config = f" ({dataset['config']})" if dataset.get("config") else ""
+    classes = f", classes {', '.join(map(str, dataset['classes']))}" if dataset.get("classes") else ""
     shots = f", {dataset['shots']} labels a class" if dataset.get("shots") else ""
+    images = f", {dataset['test_images']:,} test images" if dataset.get("test_images") else ""
     return f"{dataset.get('name', 'dataset')}{config}{classes}{shots}{images}"

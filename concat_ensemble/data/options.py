@@ -72,7 +72,7 @@ class DatasetOptions:
         if self.recipe:
             from concat_ensemble.data.dataset_recipes import dataset_recipe
 
-            return dataset_recipe(self.recipe).described | self._subset
+            return dataset_recipe(self.recipe).record | self._subset
         naming = {name: getattr(self, name) for name in self._naming}
         naming["name"] = self.name or DEFAULT_NAME
         naming["classes"] = _parse_classes(self.classes)

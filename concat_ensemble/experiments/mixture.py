@@ -76,7 +76,7 @@ def _relabel(data: DatasetDict, parts: list[tuple[int, int]], names: list[str]) 
     """The images of the classes in `parts`, pairs of a class and the label that its images get."""
 
     def relabel(split: Dataset) -> Dataset:
-        classes = np.asarray(split.with_format("numpy")["label"][:])
+        classes = read_labels(split)
         numbers = [np.flatnonzero(classes == old) for old, _ in parts]
         labels = np.repeat([new for _, new in parts], [len(part) for part in numbers])
         images = split.select(np.concatenate(numbers)).remove_columns("label")

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image
@@ -20,7 +19,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from concat_ensemble.data.loading import class_names, describe_image, load_data, read_image
+from concat_ensemble.data.images import describe_image, read_image
+from concat_ensemble.data.labels import class_names, read_labels
+from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.extractor import Extractor, PooledFeatures, is_ensemble
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK, NTKFeatures
@@ -104,7 +105,7 @@ def extract_features(
     seconds = time.perf_counter() - started
     table = FeatureTable(
         {split: [block.rows(hashes[split]) for block in blocks] for split in dataset},
-        {split: np.asarray(rows.with_format("numpy")["label"][:], dtype=np.int64) for split, rows in dataset.items()},
+        {split: read_labels(rows) for split, rows in dataset.items()},
         class_names(next(iter(dataset.values()))),
         tuple(key for key, _ in names),
         extracted,

@@ -1,7 +1,6 @@
 """Making an ensemble out of members that come from anywhere."""
 
 import copy
-import difflib
 import json
 import logging
 from collections.abc import Iterable
@@ -16,8 +15,14 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
-from concat_ensemble.errors import first_line
-from concat_ensemble.members.checkpoints import PICKLES, fitting, load_backbone, read_checkpoint, weights_sha256
+from concat_ensemble.errors import first_line, suggest
+from concat_ensemble.members.checkpoints import (
+    PICKLES,
+    load_backbone,
+    match_state_dict,
+    read_checkpoint,
+    weights_sha256,
+)
 from concat_ensemble.members.converters import convert, load_jax_vit
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     IMAGE_MODES,
@@ -30,279 +35,262 @@ from concat_ensemble.modeling.configuration_concat_ensemble import (
     validate_model_args,
     validate_preprocessing,
 )
-from concat_ensemble.modeling.modeling_concat_ensemble import (
-    ConcatEnsembleModel,
-    ConcatEnsemblePreTrainedModel,
-    create_backbone,
-)
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, create_backbone
 
-HUB = "hf-hub:"
-RANDOM = "random:"
-OURS = ("num_classes", "pretrained")  # of timm's arguments: what a member has in its own way
+Source = str | Path | nn.Module
+HUB, RANDOM = "hf-hub:", "random:"
+# Arguments in timm's configs that a member does not take: it has no classifier, and its weights are loaded here.
+IGNORED_MODEL_ARGS = ("num_classes", "pretrained")
 
 
 @dataclass
 class _Member:
     backbone: nn.Module
-    spec: dict[str, Any]  # as in ConcatEnsembleConfig.members
-    projection: nn.Linear | None = None  # of the ensemble that it comes from
+    spec: dict[str, Any]  # an entry of ConcatEnsembleConfig.members
+    projection: nn.Linear | None = None  # of the ensemble that it was a member of
 
 
 def assemble(
-    members: Iterable[str | Path | nn.Module], *, preprocessing: str = "own", seed: int = 0, license: str | None = None
+    members: Source | Iterable[Source], *, preprocessing: str = "own", seed: int = 0, license: str | None = None
 ) -> ConcatEnsembleModel:
     """Concatenate backbones into one model.
 
     Args:
-        members: Each one of
+        members: One or several of
 
-            - a timm name with its pretrained weights (`"resnet50.a1_in1k"`), or `"random:resnet50"` for untrained
-              ones;
+            - a timm name for its pretrained weights (`"resnet50.a1_in1k"`), or `"random:resnet50"` for untrained ones;
             - `"hf-hub:org/name@revision"`: a timm model or an ensemble on the Hub;
             - a folder saved by timm (`timm.models.save_for_hf`), by `training/pretrain_members.py`, or an ensemble's;
             - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
               `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems;
-            - a timm model, or an ensemble, in memory. An ensemble's members are taken in, in their order, and its
-              projection too where it is the only one.
-        preprocessing: `"own"`: every member sees what timm's evaluation transform would give it. `"shared"`: all see
-            what the first one does, which is faster and changes the others' features.
-        seed: Of the untrained members: the one at place k has `seed + k`.
-        license: An SPDX-like identifier for the members whose source names none.
+            - a timm model or an ensemble in memory.
+
+            An ensemble contributes its members in their order, and also its projection if it is the only source.
+        preprocessing: `"own"`: every member gets its timm evaluation transform. `"shared"`: all members get the first
+            member's, which is faster and changes the features of the others.
+        seed: Random seed of the untrained members: member k has `seed + k`.
+        license: SPDX-like identifier for members whose source names no license.
 
     Returns:
-        The model in evaluation mode, on the CPU, in float32. Where each member came from, and the sha256 of its
-        weights, is in `config.members[k]["provenance"]`.
+        The model in evaluation mode, on the CPU, in float32. `config.members[k]["provenance"]` holds the source of
+        member k and the sha256 of its weights.
 
     Raises:
-        ValueError, FileNotFoundError: in one line that names the member and the way out.
+        ValueError, FileNotFoundError: for a member that cannot be loaded, in one line that names it and the remedy.
     """
     if preprocessing not in ("own", "shared"):
         raise ValueError(f"preprocessing={preprocessing!r} must be 'own' or 'shared'.")
-    if isinstance(members, str | Path | nn.Module):
-        members = [members]
-    members = list(members)
-    taken: list[_Member] = []
-    for source in members:
-        taken += _take(source, seed + len(taken))
-    if not taken:
+    sources = [members] if isinstance(members, Source) else list(members)
+    loaded: list[_Member] = []
+    for source in sources:
+        loaded += _load_members(source, seed + len(loaded))
+    if not loaded:
         raise ValueError("members is empty; name at least one, such as 'resnet50.a1_in1k' or a checkpoint file.")
-    for k, member in enumerate(taken):
+    for k, member in enumerate(loaded):
         if preprocessing == "shared":
-            member.spec["preprocessing"] = taken[0].spec["preprocessing"]
+            member.spec["preprocessing"] = loaded[0].spec["preprocessing"]
         if license:
             member.spec["provenance"].setdefault("license", license)
         member.spec["provenance"]["weights_sha256"] = weights_sha256(member.backbone.state_dict())
-        member.spec["num_features"] = _pooled_width(k, member)
-    projection = taken[0].projection if len(members) == 1 else None
-    width = None if projection is None else projection.out_features
-    config = ConcatEnsembleConfig(members=[member.spec for member in taken], projection_dim=width)
+        member.spec["num_features"] = _measure_num_features(k, member)
+    return _build_model(loaded, loaded[0].projection if len(sources) == 1 else None)
+
+
+def _build_model(members: list[_Member], projection: nn.Linear | None) -> ConcatEnsembleModel:
+    projection_dim = None if projection is None else projection.out_features
+    config = ConcatEnsembleConfig(members=[member.spec for member in members], projection_dim=projection_dim)
     with torch.device("meta"):
         model = ConcatEnsembleModel(config)
     model.projection = copy.deepcopy(projection)
-    model.members = nn.ModuleDict({str(k): member.backbone for k, member in enumerate(taken)})
+    model.members = nn.ModuleDict({str(k): member.backbone for k, member in enumerate(members)})
     return model.float().eval()
 
 
-def _take(source: str | Path | nn.Module, seed: int) -> list[_Member]:
+def _load_members(source: Source, seed: int) -> list[_Member]:
+    """Load one source, which may be an ensemble of several members."""
     if isinstance(source, nn.Module):
-        return _from_module(source)
+        return _load_module(source)
     text = str(source)
     if text.startswith(HUB):
-        return _from_hub(text)
+        return _load_from_hub(text)
     if text.startswith(RANDOM):
-        return [_untrained(text.removeprefix(RANDOM), seed)]
+        return [_make_untrained(text.removeprefix(RANDOM), seed)]
     if Path(text).is_dir():
-        return _from_folder(Path(text))
+        return _load_folder(Path(text))
     architecture, _, path = text.rpartition("=")
     if architecture or Path(path).is_file() or path.endswith((".safetensors", ".npz", *PICKLES)):
-        return [_from_file(Path(path), architecture)]
+        return [_load_file(Path(path), architecture)]
     if "/" in text:
-        near = difflib.get_close_matches(text, map(str, Path(text).parent.glob("*")), n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there is no folder {text}; {meant}Of the Hub's, name {HUB}ORG/NAME.")
-    return _pretrained(text)
+        hint = suggest(text, map(str, Path(text).parent.glob("*")), limit=1)
+        raise ValueError(f"there is no folder {text}{hint} For a model on the Hub, write {HUB}ORG/NAME.")
+    return _load_from_hub(HUB + _find_pretrained(text))
 
 
-def _from_module(module: nn.Module) -> list[_Member]:
-    if (
-        isinstance(module, ConcatEnsemblePreTrainedModel)
-        or getattr(getattr(module, "config", None), "model_type", "") == "concat_ensemble"
-    ):
-        specs = [module.config.members[k] for k in module.config.built_members]
-        # Copies: the ensemble that is taken in keeps its dtype, its mode and its place.
-        return [
-            _Member(
-                copy.deepcopy(member).cpu().float(), json.loads(json.dumps(spec)), getattr(module, "projection", None)
-            )
-            for member, spec in zip(module.members.values(), specs, strict=True)
-        ]
+def _load_module(module: nn.Module) -> list[_Member]:
+    if getattr(getattr(module, "config", None), "model_type", "") == "concat_ensemble":
+        return _copy_members(module)
     if not hasattr(module, "pretrained_cfg"):
         raise ValueError(
-            f"{type(module).__name__} is not a timm model; members are timm architectures: make it with timm.create_model(...)."
+            f"{type(module).__name__} is not a timm model, as members must be; make it with timm.create_model(...)."
         )
-    bare = create_backbone(module.pretrained_cfg["architecture"], **_model_args(module))
-    load_backbone(bare, module.state_dict(), f"the {type(module).__name__} in memory")
-    return [_described(bare, {"source": "a model in memory"}, pretrained_cfg=module.pretrained_cfg)]
+    backbone = create_backbone(module.pretrained_cfg["architecture"], **_select_model_args(module))
+    load_backbone(backbone, module.state_dict(), f"the {type(module).__name__} in memory")
+    return [_make_member(backbone, {"source": "a model in memory"}, module.pretrained_cfg)]
 
 
-def _pretrained(name: str) -> list[_Member]:
-    _known(name)
+def _copy_members(ensemble: nn.Module) -> list[_Member]:
+    """Copy an ensemble's members, so that the ensemble itself keeps its dtype, mode and device."""
+    projection = getattr(ensemble, "projection", None)
+    return [
+        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), projection)
+        for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True)
+    ]
+
+
+def _find_pretrained(name: str) -> str:
+    """Hub id of the weights that timm knows by this name."""
+    _check_architecture(name)
     try:
-        known = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # timm's way of saying that the architecture has no such weights
-        known = None
-    if known is None or not known.hf_hub_id:
+        pretrained = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # timm's error for an architecture without such weights
+        pretrained = None
+    if pretrained is None or not pretrained.hf_hub_id:
         architecture = name.split(".")[0]
-        near = difflib.get_close_matches(name, timm.list_pretrained(f"{architecture}.*"), n=3)
-        meant = f"did you mean {' or '.join(near)}? Else " if near else ""
+        hint = suggest(name, timm.list_pretrained(f"{architecture}.*"))
         raise ValueError(
-            f"timm has no pretrained weights for {name!r}; {meant}give {architecture}=FILE, or random:{architecture} for untrained ones."
+            f"timm has no pretrained weights for {name!r}{hint} For other weights, give {architecture}=FILE; "
+            f"for untrained ones, random:{architecture}."
         )
-    repo = known.hf_hub_id + (f"{known.architecture}.{known.tag}" if known.hf_hub_id.endswith("/") else "")
-    return _from_hub(HUB + repo)
+    repo = pretrained.hf_hub_id
+    return f"{repo}{pretrained.architecture}.{pretrained.tag}" if repo.endswith("/") else repo
 
 
-def _untrained(name: str, seed: int) -> _Member:
-    _known(name)
+def _make_untrained(name: str, seed: int) -> _Member:
+    _check_architecture(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = create_backbone(name)
-    return _described(
-        backbone,
-        {
-            "source": f"{RANDOM}{name}",
-            "objective": "none (random weights)",
-            "seed": seed,
-            "steps": 0,
-            "license": "apache-2.0",
-        },
-    )
+    provenance = {"source": f"{RANDOM}{name}", "objective": "none (random weights)", "seed": seed, "steps": 0}
+    return _make_member(backbone, provenance | {"license": "apache-2.0"})
 
 
-def _from_hub(name: str) -> list[_Member]:
+def _load_from_hub(name: str) -> list[_Member]:
     repo, _, revision = name.removeprefix(HUB).partition("@")
+    commit = _find_commit(repo, revision or None)
+    config = _read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
+    if config.get("model_type") == "concat_ensemble":
+        members = _copy_members(ConcatEnsembleModel.from_pretrained(repo, revision=commit))
+        for member in members:
+            member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
+        return members
+    model_args = _read_model_args(config, name)
+    with torch.device("meta"):  # refuses a model that is too large before it takes memory
+        create_backbone(config["architecture"], **model_args)
+    backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
+    license = backbone.pretrained_cfg.get("license")
+    return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
+
+
+def _find_commit(repo: str, revision: str | None) -> str:
+    """The commit of a revision on the Hub or, without a network, in the cache."""
+    name = f"{HUB}{repo}" + (f"@{revision}" if revision else "")
     try:
-        # One question without retries; the file downloads below would ask six times over half a minute before they
-        # gave up.
-        commit = HfApi(library_name="concat-ensemble").model_info(repo, revision=revision or None, timeout=10).sha
+        # One request without retries: file downloads would retry for half a minute before they fail.
+        return HfApi(library_name="concat-ensemble").model_info(repo, revision=revision, timeout=10).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ValueError(
-            f"{name} is not on the Hub ({first_line(error)}); check its name and revision, or log in with hf auth login."
+            f"{name} is not on the Hub ({first_line(error)}); check its name and revision, "
+            "or log in with hf auth login."
         ) from error
-    except (ConnectionError, HTTPError):  # no network: what the cache has
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    except (ConnectionError, HTTPError):
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise ValueError(
                 f"cannot reach the Hub for {name}, and it is not in the cache; give ARCHITECTURE=FILE or a folder."
             ) from None
-        commit = Path(cached).parent.name  # the cache keeps a folder per commit
-    config = _read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
-    if config.get("model_type") == "concat_ensemble":
-        taken = _from_module(ConcatEnsembleModel.from_pretrained(repo, revision=commit))
-        for member in taken:
-            member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
-        return taken
-    model_args = _checked_args(config, name)
-    with torch.device("meta"):  # one too large is refused here
-        create_backbone(config["architecture"], **model_args)
-    backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
-    return [
-        _described(
-            backbone,
-            {
-                "source": HUB + repo,
-                "hub_id": repo,
-                "revision": commit,
-                "license": backbone.pretrained_cfg.get("license"),
-            },
-        )
-    ]
+        return Path(cached).parent.name  # the cache has a folder for each commit
 
 
-def _from_folder(folder: Path) -> list[_Member]:
+def _load_folder(folder: Path) -> list[_Member]:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} has no config.json; give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE."
         )
     config = _read_config(folder / "config.json")
     if config.get("model_type") == "concat_ensemble":
-        return _from_module(ConcatEnsembleModel.from_pretrained(folder))
-    model_args = _checked_args(config, str(folder))
-    weights = folder / "model.safetensors"
-    if not weights.is_file() and (folder / "pytorch_model.bin").is_file():
-        raise ValueError(
-            f"{folder} has its weights in pytorch_model.bin; give {config['architecture']}={folder / 'pytorch_model.bin'} if you want it read."
-        )
+        return _copy_members(ConcatEnsembleModel.from_pretrained(folder))
+    model_args = _read_model_args(config, str(folder))
+    architecture, weights, pickled = config["architecture"], folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not weights.is_file() and pickled.is_file():
+        raise ValueError(f"{folder} has pickled weights; to read them, give {architecture}={pickled}.")
     tensors = read_checkpoint(weights)[0]
-    with torch.device("meta"):  # one that the file does not hold is refused before it takes memory
-        found = fitting(create_backbone(config["architecture"], **model_args), tensors, str(weights))
-    backbone = create_backbone(config["architecture"], **model_args)
-    backbone.load_state_dict(found, strict=False)
-    pretrained = config.get("pretrained_cfg") or {}
-    provenance = {"source": folder.name, "license": pretrained.get("license")} | (config.get("provenance") or {})
-    return [_described(backbone, provenance, pretrained_cfg=pretrained)]
+    with torch.device("meta"):  # refuses a checkpoint of another architecture before the model takes memory
+        tensors = match_state_dict(create_backbone(architecture, **model_args), tensors, str(weights))
+    backbone = create_backbone(architecture, **model_args)
+    backbone.load_state_dict(tensors, strict=False)
+    pretrained_cfg = config.get("pretrained_cfg") or {}
+    provenance = {"source": folder.name, "license": pretrained_cfg.get("license")} | (config.get("provenance") or {})
+    return [_make_member(backbone, provenance, pretrained_cfg)]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Of timm's or of an ensemble's folder."""
-    try:
-        config = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:  # ValueError: not JSON, or not text
-        raise ValueError(f"{path} is not JSON ({error}); save the model again.") from error
-    if not isinstance(config, dict) or not all(
-        isinstance(config.get(key) or {}, dict) for key in ("model_args", "pretrained_cfg", "provenance")
-    ):
-        raise ValueError(f"{path} is not a model's config; save the model again.")
-    return config
-
-
-def _checked_args(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """A stranger's arguments for timm, without those that timm itself would give."""
-    _known(config.get("architecture"))
-    given = config.get("model_args") or {}
-    with error_prefix(source):
-        return validate_model_args({key: value for key, value in given.items() if key not in OURS})
-
-
-def _from_file(path: Path, architecture: str) -> _Member:
+def _load_file(path: Path, architecture: str) -> _Member:
     is_jax = path.suffix == ".npz"
     tensors, metadata = ({}, {}) if is_jax else read_checkpoint(path)
     architecture = architecture or metadata.get("architecture") or path.name.split(".")[0]
     if architecture not in timm_architectures():
         raise ValueError(f"{path}: {architecture!r} is not a timm architecture; name it as ARCHITECTURE={path.name}.")
-    found = convert(architecture, tensors)
-    backbone = create_backbone(found.architecture, **found.model_args)
+    converted = convert(architecture, tensors)
+    backbone = create_backbone(converted.architecture, **converted.model_args)
     if is_jax:
         load_jax_vit(backbone, path)
     else:
-        load_backbone(backbone, found.tensors, str(path))
+        load_backbone(backbone, converted.tensors, str(path))
     provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
-    return _described(backbone, provenance, pretrained_cfg=backbone.pretrained_cfg | found.pretrained_cfg)
+    return _make_member(backbone, provenance, backbone.pretrained_cfg | converted.pretrained_cfg)
 
 
-def _known(name: Any) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read config.json of a timm model or an ensemble."""
+    try:
+        config = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:  # ValueError: not JSON, or not text
+        raise ValueError(f"{path} is not JSON ({error}); save the model again.") from error
+    sections = ("model_args", "pretrained_cfg", "provenance")
+    if not isinstance(config, dict) or not all(isinstance(config.get(key) or {}, dict) for key in sections):
+        raise ValueError(f"{path} is not a model's config; save the model again.")
+    return config
+
+
+def _read_model_args(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Check the model arguments in a config that anybody may have written."""
+    _check_architecture(config.get("architecture"))
+    model_args = config.get("model_args") or {}
+    with error_prefix(source):
+        return validate_model_args({key: model_args[key] for key in model_args if key not in IGNORED_MODEL_ARGS})
+
+
+def _check_architecture(name: Any) -> None:
     if str(name).split(".")[0] not in timm_architectures():
         raise ValueError(describe_unknown_architecture(name))
 
 
-def _model_args(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in getattr(module, "_model_args", {}).items() if key not in REFUSED_MODEL_ARGS}
+def _select_model_args(backbone: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in getattr(backbone, "_model_args", {}).items() if key not in REFUSED_MODEL_ARGS}
 
 
-def _described(
+def _make_member(
     backbone: nn.Module, provenance: dict[str, Any], pretrained_cfg: dict[str, Any] | None = None
 ) -> _Member:
-    timm_logger = logging.getLogger("timm.data.model_config")
-    timm_logger.setLevel(
-        logging.ERROR
-    )  # it warns that a grey model's mean is averaged over the channels, which is what we want
+    """Add the spec of a member; `pretrained_cfg` says which pixels it takes, by default the backbone's own."""
+    # timm warns that it averages the mean of a grayscale model over its channels, which is intended.
+    logging.getLogger("timm.data.model_config").setLevel(logging.ERROR)
     name = backbone.pretrained_cfg["architecture"]
     try:
         pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or backbone.pretrained_cfg)
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
     except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: its pretrained_cfg does not say what it sees ({error!r}).") from error
+        raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
     if channels not in IMAGE_MODES:
         modes = " or ".join(map(str, IMAGE_MODES))
         raise ValueError(f"{name}: it takes {channels} channels; images have {modes}.")
@@ -310,7 +298,7 @@ def _described(
         preprocessing = validate_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]})
     spec = dict.fromkeys(MEMBER_KEYS) | {
         "architecture": name,
-        "model_args": _model_args(backbone),
+        "model_args": _select_model_args(backbone),
         "preprocessing": preprocessing,
         "provenance": {key: value for key, value in provenance.items() if value is not None},
     }
@@ -318,18 +306,19 @@ def _described(
 
 
 @torch.no_grad()
-def _pooled_width(k: int, member: _Member) -> int:
-    """Width of the pooled features, measured: timm's `num_features` is another number for MobileNetV3, EfficientViT
-    and InceptionNeXt.
-    """
-    name, size = member.spec["architecture"], member.spec["preprocessing"]["input_size"]
+def _measure_num_features(k: int, member: _Member) -> int:
+    """Run a member once: timm's `num_features` is another number for MobileNetV3, EfficientViT and InceptionNeXt."""
+    name, input_size = member.spec["architecture"], member.spec["preprocessing"]["input_size"]
     try:
-        pooled = member.backbone.eval()(torch.zeros(1, *size))
+        pooled = member.backbone.eval()(torch.zeros(1, *input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"member {k} ({name}) cannot take an image of {tuple(size)}: {first_line(error)}") from error
-    if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2:
-        got = tuple(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
         raise ValueError(
-            f"member {k} ({name}) has no pooled features: it returns {got}, not (B, num_features); set its global_pool or take another."
+            f"member {k} ({name}) cannot take an image of {tuple(input_size)}: {first_line(error)}"
+        ) from error
+    if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2:
+        output = tuple(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
+        raise ValueError(
+            f"member {k} ({name}) has no pooled features: it returns {output}, not (B, num_features); "
+            "set its global_pool or use another model."
         )
     return pooled.shape[1]

@@ -1,7 +1,7 @@
-"""Checkpoints of the paper's systems (Figures 4 and 5) in the layouts of those who trained them, under timm's keys.
+"""Checkpoints of the paper's systems (Figures 4 and 5), from the layouts of their authors to timm's keys.
 
-Each `from_...` is a pure function of a state dict. It renames keys and leaves alone those that it does not know, so that
-`checkpoints.load_backbone` can name them.
+Each `from_...` is a pure function of a state dict. It renames the keys that it knows and leaves the others unchanged,
+so that `checkpoints.load_backbone` can list them.
 """
 
 import re
@@ -12,18 +12,16 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.members.checkpoints import WRAPPERS, refuse_bomb
+from concat_ensemble.members.checkpoints import WRAPPERS, Tensors, refuse_bomb
 
-Tensors = dict[str, torch.Tensor]
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
-# What all these authors evaluate with: the shorter side to 256, then the 224 x 224 in the middle.
+# Evaluation transform of all these authors: resize the shorter side to 256, crop the central 224 x 224.
 EVALUATION = {
     "input_size": (3, 224, 224),
     "crop_pct": 0.875,
@@ -36,7 +34,7 @@ EVALUATION = {
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What `timm.create_model` and `load_backbone` need; `pretrained_cfg` is what timm's own is to be overlaid with."""
+    """Arguments for `timm.create_model` and `load_backbone`; `pretrained_cfg` overrides entries of timm's."""
 
     architecture: str
     tensors: Tensors
@@ -45,19 +43,19 @@ class Converted:
 
 
 def convert(architecture: str, tensors: Tensors) -> Converted:
-    """Recognise a layout by its keys, and give `tensors` timm's.
+    """Recognize the layout of a checkpoint by its keys, and rename these to timm's.
 
     A ResNet whose first convolution has 64 w channels is w times as wide as `architecture`. timm's `resnet50` cannot
-    widen its stem; its `resnetv2_50` can, and without pre-activation it is the same network.
+    widen its stem, but its `resnetv2_50` can, and without pre-activation it is the same network.
 
     Args:
-        architecture: What the checkpoint is said to be: `resnet50` or `regnety_320`, for instance.
-        tensors: As `checkpoints.read_checkpoint` gives them. What has timm's keys already comes back as it is.
+        architecture: timm name of the architecture, such as `resnet50` or `regnety_320`.
+        tensors: As read by `checkpoints.read_checkpoint`. Tensors with timm's keys are returned unchanged.
     """
-    known = [of for name, mark, of in LAYOUTS if architecture.startswith(name) and any(map(mark.search, tensors))]
-    for layout in known:
-        tensors = layout(tensors)
-    pretrained_cfg = EVALUATION if known else {}
+    pretrained_cfg = {}
+    for family, mark, rename in LAYOUTS:
+        if architecture.startswith(family) and any(map(mark.search, tensors)):
+            tensors, pretrained_cfg = rename(tensors), EVALUATION
     stem = next((tensor for key, tensor in tensors.items() if WRAPPERS.sub("", key) == "conv1.weight"), None)
     if re.fullmatch(r"resnet(50|101|152)", architecture) and stem is not None and len(stem) in (128, 192, 256, 320):
         return Converted(
@@ -70,23 +68,21 @@ def convert(architecture: str, tensors: Tensors) -> Converted:
 
 
 def from_timecat(tensors: Tensors) -> Tensors:
-    """ResNet-50 of the paper's Figure 4 (`facebookresearch/richreps-timecat`, trained with AlgoPerf), which names the two
-    parts of a shortcut.
-    """
-    return _renamed(tensors, [(r"\bdownsample\.conv\.", "downsample.0."), (r"\bdownsample\.bn\.", "downsample.1.")])
+    """ResNet-50 of the paper's Figure 4 (`facebookresearch/richreps-timecat`), which names a shortcut's two layers."""
+    return _rename(tensors, [(r"\bdownsample\.conv\.", "downsample.0."), (r"\bdownsample\.bn\.", "downsample.1.")])
 
 
 def from_swav(tensors: Tensors) -> Tensors:
     """SwAV's ResNet-50 (`facebookresearch/swav`; the paper's Figure 5), without its projection head and prototypes.
 
-    Its stem pads by 1 and then by 2, which is torchvision's 3.
+    Its stem pads by 1 and then by 2, which equals torchvision's padding by 3.
     """
-    return _renamed(tensors, [(r"^(projection_head|prototypes)\..*", "")])
+    return _rename(tensors, [(r"^(projection_head|prototypes)\..*", "")])
 
 
 def from_wide_resnet(tensors: Tensors) -> Tensors:
-    """A ResNet with torchvision's keys, under those of timm's `resnetv2` with `preact=False`."""
-    return _renamed(tensors, [
+    """A ResNet with torchvision's keys, for timm's `resnetv2` with `preact=False`."""
+    rules = [
         (r"^conv1\.", "stem.conv."),
         (r"^bn1\.", "stem.norm."),
         (r"^layer(\d)\.", lambda stage: f"stages.{int(stage[1]) - 1}.blocks."),
@@ -94,15 +90,16 @@ def from_wide_resnet(tensors: Tensors) -> Tensors:
         (r"\bdownsample\.0\.", "downsample.conv."),
         (r"\bdownsample\.1\.", "downsample.norm."),
         (r"^fc\.", "head.fc."),
-    ])  # fmt: skip
+    ]
+    return _rename(tensors, rules)
 
 
 def from_vissl(tensors: Tensors) -> Tensors:
-    """RegNet-Y of SEER (`facebookresearch/vissl`; the paper's Figure 5): ClassyVision's blocks under VISSL's stages.
+    """RegNet-Y of SEER (`facebookresearch/vissl`; the paper's Figure 5): ClassyVision's blocks in VISSL's stages.
 
-    Large ones were trained in parts, which stand between a stage and its blocks.
+    In large networks, VISSL splits a stage into parts, whose names stand between those of the stage and its blocks.
     """
-    return _renamed(tensors, [
+    rules = [
         (r"^_feature_blocks\.conv1\.stem\.0\.", "stem.conv."),
         (r"^_feature_blocks\.conv1\.stem\.1\.", "stem.bn."),
         (
@@ -119,10 +116,11 @@ def from_vissl(tensors: Tensors) -> Tensors:
         (r"\.f\.final_bn\.", ".conv3.bn."),
         (r"\.f\.se\.excitation\.0\.", ".se.fc1."),
         (r"\.f\.se\.excitation\.2\.", ".se.fc2."),
-    ])  # fmt: skip
+    ]
+    return _rename(tensors, rules)
 
 
-# Architectures of timm, a key that only this layout has, and what reads it.
+# Family of architectures, pattern of keys that only this layout has, and converter.
 LAYOUTS = (
     ("resnet", re.compile(r"\blayer\d\.0\.downsample\.(conv|bn)\."), from_timecat),
     ("resnet", re.compile(r"\b(projection_head|prototypes)\."), from_swav),
@@ -131,14 +129,14 @@ LAYOUTS = (
 
 
 def load_jax_vit(backbone: nn.Module, path: Path) -> None:
-    """Load Google's `.npz` weights (original and augreg; the paper's Figure 5) into a timm ViT made with `num_classes=0`,
-    by timm's own reader, and see that nothing was left out, resized or spread.
+    """Load Google's `.npz` weights (original and augreg; the paper's Figure 5) into a timm ViT with `num_classes=0`.
 
-    timm's GELU is exact, as in the port that the paper's authors ran; Flax's own is the tanh approximation.
+    timm reads the file; this checks that it neither omitted, resized nor broadcast anything. timm's GELU is exact, as
+    in the port that the paper's authors used; Flax has the tanh approximation.
 
     Raises:
-        ValueError: when the file holds something else than the weights of this architecture, or objects.
-        FileNotFoundError: when there is none.
+        ValueError: if the file holds objects, or anything but the weights of this architecture.
+        FileNotFoundError: if it does not exist.
     """
     name = backbone.pretrained_cfg.get("architecture")
     if not isinstance(backbone, VisionTransformer):
@@ -146,37 +144,33 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}.")
     refuse_bomb(path)
-    wrong = f"{path} does not hold the weights of {name}"
+    mismatch, remedy = f"{path} does not hold the weights of {name}", "name the right architecture, as NAME=FILE"
     try:
         with np.load(path, allow_pickle=False) as file:
             sizes = {key: file[key].size for key in file.files}
         backbone.load_pretrained(str(path))
     except KeyError as error:
-        raise ValueError(f"{wrong}; missing: {error.args[0]}. Name the right architecture, as NAME=FILE.") from error
-    except (AttributeError, BadZipFile, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:  # all seen
+        raise ValueError(f"{mismatch}; missing: {error.args[0]}; {remedy}.") from error
+    except (AttributeError, BadZipFile, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{mismatch} ({first_line(error)}); {remedy}, or fetch the file again.") from error
+    actual = sum(size for key, size in sizes.items() if not re.search(r"(^|/)(head|pre_logits)/", key))
+    expected = sum(parameter.numel() for parameter in backbone.parameters())
+    if actual != expected:  # timm resizes position embeddings and ignores further blocks
         raise ValueError(
-            f"{wrong} ({first_line(error)}); name the right one, as NAME=FILE, or fetch it again."
-        ) from error
-    held = sum(size for key, size in sizes.items() if not re.search(r"(^|/)(head|pre_logits)/", key))
-    wanted = sum(parameter.numel() for parameter in backbone.parameters())
-    if held != wanted:  # timm resizes position embeddings and ignores further blocks
-        raise ValueError(
-            f"{wrong}: it has {held:,} numbers, not {wanted:,}; name the one of its depth and image size, as NAME=FILE."
+            f"{mismatch}: it has {actual:,} numbers, not {expected:,}; {remedy} (depth and image size count)."
         )
 
 
-def _renamed(tensors: Tensors, rules: list[Rule]) -> Tensors:
-    """Apply regular expressions in their order to each key, behind the wrappers that training put before it; a key that
-    nothing is left of is dropped.
-    """
-    found: Tensors = {}
+def _rename(tensors: Tensors, rules: list[Rule]) -> Tensors:
+    """Apply regular expressions in order to the part of each key after its wrappers; drop keys that become empty."""
+    renamed: Tensors = {}
     for key, tensor in tensors.items():
         wrappers = re.match(f"(?:{WRAPPERS.pattern})*", key)[0]
         name = key.removeprefix(wrappers)
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        if wrappers + name in found:
+        if wrappers + name in renamed:
             raise ValueError(f"the checkpoint has {name} under two names, one of them {key}; remove one.")
         if name:
-            found[wrappers + name] = tensor
-    return found
+            renamed[wrappers + name] = tensor
+    return renamed

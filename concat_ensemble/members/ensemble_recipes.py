@@ -12,8 +12,13 @@ ENSEMBLES = files("concat_ensemble.members") / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleRecipe:
-    """What an ensemble's file says: `members` as `assemble` takes them, with what is known of each alone; the `provenance`
-    of them all; and in words where their `checkpoints` come from.
+    """The content of a recipe file.
+
+    Args:
+        recipe: Name of the file without its extension.
+        members: Sources for `assemble`, each with provenance of its own or None.
+        provenance: Provenance of all members.
+        checkpoints: Where to download the checkpoint files, in words.
     """
 
     recipe: str
@@ -21,27 +26,28 @@ class EnsembleRecipe:
     provenance: dict | None = None
     checkpoints: str | None = None
 
-    def described(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Each member, its file in `folder` if it has one, and its provenance.
+    def resolve_members(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """The source of each member, with checkpoint files in `folder`, and its provenance.
 
         Raises:
-            ValueError: for a file that is not there, saying where it comes from.
+            ValueError: for a file that is not there, with where to download it.
         """
-        found = {}
+        members = {}
         for source, own in self.members.items():
             architecture, is_file, name = source.rpartition("=")
             if is_file and not (folder / name).is_file():
                 raise ValueError(
-                    f"no {folder / name}; it is in {self.checkpoints}; say where with --checkpoints FOLDER."
+                    f"no {folder / name}; it is in {self.checkpoints}; name its folder with --checkpoints FOLDER."
                 )
             member = f"{architecture}={folder / name}" if is_file else name
-            found[member] = {"ensemble_recipe": self.recipe} | (self.provenance or {}) | (own or {})
-        return found
+            members[member] = {"ensemble_recipe": self.recipe} | (self.provenance or {}) | (own or {})
+        return members
 
 
 def ensemble_recipe(name: str) -> EnsembleRecipe:
-    """
+    """Read one of the package's recipes.
+
     Raises:
-        ValueError: for an unknown name, with those that are near and all there are.
+        ValueError: for an unknown name, with similar names and all names.
     """
     return read_recipe(EnsembleRecipe, find_recipe(name, ENSEMBLES))

@@ -5,7 +5,8 @@ import torch
 from datasets import DatasetDict
 from torch import nn
 
-from concat_ensemble.data.loading import class_names, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names, read_labels
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
@@ -37,5 +38,5 @@ def pixel_table(dataset: DatasetDict, mode: str) -> FeatureTable:
         )
         for name, split in images.items()
     }
-    labels = {name: np.asarray(split.with_format("numpy")["label"][:]) for name, split in dataset.items()}
+    labels = {name: read_labels(split) for name, split in dataset.items()}
     return FeatureTable({name: [block] for name, block in rows.items()}, labels, class_names(dataset["train"]))

@@ -58,7 +58,7 @@ def build_ensemble(
         raise ValueError(f"--dtype {dtype}: give {', '.join(DTYPES)}.")
     if recipe and members:
         raise ValueError(f"--recipe {recipe} names its members; leave out {' '.join(members)}, or --recipe.")
-    provenances = ensemble_recipe(recipe).described(checkpoints) if recipe else {}
+    provenances = ensemble_recipe(recipe).resolve_members(checkpoints) if recipe else {}
     sources = list(provenances) if recipe else list(members)
     model = assemble(sources, preprocessing=preprocessing, seed=seed, license=license)
     if dtype != "float32":  # a member's digest is that of its weights in float32: assemble again what rounding left

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from concat_ensemble.console import errors
-from concat_ensemble.data.loading import class_names
+from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble

@@ -21,7 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from concat_ensemble.data.loading import Scatter, class_names, decode_image, load_data, load_stream, read_image
+from concat_ensemble.data.images import decode_image, read_image
+from concat_ensemble.data.labels import class_names, read_labels
+from concat_ensemble.data.loading import load_data, load_stream
+from concat_ensemble.data.scattered import Scatter
 from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.training.recipe import NetworkSettings, Settings
@@ -125,7 +128,7 @@ class Images:
         if not settings.evaluate_every:  # then the validation images are training images too
             self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
         self.class_names, self.size = class_names(self.split), len(self.split)
-        self.train_labels = torch.as_tensor(self.split.with_format("numpy")["label"][:])
+        self.train_labels = torch.as_tensor(read_labels(self.split))
         if settings.augmentation == "scatter":
             self._images = torch.stack([self._read(index) for index in range(self.size)])
         if settings.turned:
@@ -180,7 +183,7 @@ class Images:
         )
 
     def labels(self, split: str) -> np.ndarray:
-        return np.asarray(self.data[split].with_format("numpy")["label"][:])
+        return read_labels(self.data[split])
 
     def _read(self, index: int) -> torch.Tensor:
         """A training image with values in [0, 1]."""

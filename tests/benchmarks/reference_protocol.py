@@ -34,7 +34,8 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.data.loading import class_names, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names
 from concat_ensemble.probes.intervals import paired_difference, wilson_interval
 
 EPOCHS, DECAYS, BATCH = 28, 6, 256

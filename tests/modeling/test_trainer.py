@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data.loading import class_names, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names
 
 STEPS = 6
 

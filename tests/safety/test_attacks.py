@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from concat_ensemble import ConcatEnsembleModel, load_data
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
-from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.images import read_image
 from concat_ensemble.data.options import DatasetOptions
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES
 from concat_ensemble.reporting.model_card import NOTE, write_card

@@ -72,7 +72,7 @@ ROW = {"name": "pair", "kind": "ensemble", "width": 32, "num_members": 2, "steps
 RESULTS = {"protocol": "x", "ensemble": "pair", "dataset": {"name": "digits", "classes": [1], "test_images": 9}, "probe": {"kind": "linear"},
            "rows": [ROW, ROW | {"name": "raw pixels", "kind": "control"}], "versions": {"torch": "2"}, "seconds": {"total": 1.0}}  # fmt: skip
 DATASET_RECIPES = [
-    yaml.safe_load(path.read_text()) for path in sorted((ROOT / "concat_ensemble/recipes").glob("*.yaml"))[:5]
+    yaml.safe_load(path.read_text()) for path in sorted((ROOT / "concat_ensemble/data/recipes").glob("*.yaml"))[:5]
 ]
 TRAINING_RECIPES = [
     yaml.safe_load(path.read_text()) for path in sorted((ROOT / "training/recipes").glob("*timecat.yaml"))

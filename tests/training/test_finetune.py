@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import LinearProbe, assemble, extract_features, load_data
-from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.images import read_image
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.results import Results
 from concat_ensemble.training.finetuning import (

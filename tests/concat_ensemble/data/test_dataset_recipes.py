@@ -1,4 +1,4 @@
-"""Recipes as files, and as `probe --recipe` runs them: on folders here that have the Hub id for a path."""
+"""Recipe files, and `probe --recipe` on folders whose paths are the Hub ids of the recipes."""
 
 import inspect
 import json
@@ -10,21 +10,21 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from concat_ensemble.data.dataset_recipes import DATASETS, METRICS, NAMING, DatasetRecipe, dataset_recipe
+from concat_ensemble.data.dataset_recipes import DATASETS, LOAD_ARGUMENTS, METRICS, DatasetRecipe, dataset_recipe
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.studies.results import Results
 
-ASKED_FOR = "imagenet1k inaturalist2018 cifar10 cifar100 camelyon17 flowers102 oxford-pets dtd food101 stanford-cars"
-ASKED_FOR += " fgvc-aircraft caltech101 eurosat svhn mnist stl10"
+EXPECTED = "imagenet1k inaturalist2018 cifar10 cifar100 camelyon17 flowers102 oxford-pets dtd food101 stanford-cars"
+EXPECTED += " fgvc-aircraft caltech101 eurosat svhn mnist stl10"
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def test_every_dataset_asked_for_has_a_recipe():
-    assert recipe_names(DATASETS) == sorted(ASKED_FOR.split())
+def test_every_usual_dataset_has_a_recipe():
+    assert recipe_names(DATASETS) == sorted(EXPECTED.split())
 
 
 @pytest.mark.parametrize("name", recipe_names(DATASETS))
@@ -39,18 +39,18 @@ def test_a_recipe_is_valid_and_opens_with_its_command(name):
     assert f"{recipe.test_images:,}" in text
 
 
-def test_recipes_speak_of_what_load_data_and_the_metrics_know():
-    assert set(NAMING) <= set(inspect.signature(load_data).parameters)
+def test_load_arguments_and_metrics_exist():
+    assert set(LOAD_ARGUMENTS) <= set(inspect.signature(load_data).parameters)
     measured = ProbeMetrics().compute(predictions=np.eye(6), references=list(range(6)))
     assert set(METRICS) <= set(measured)
 
 
-def test_an_unknown_recipe_is_told_the_near_ones_and_all():
+def test_the_message_about_an_unknown_recipe_lists_similar_names_and_all_names():
     with pytest.raises(
         ValueError, match=r"no recipe 'cifar-100'; did you mean cifar100 or cifar10\?.*caltech101, .*svhn"
     ):
         dataset_recipe("cifar-100")
-    with pytest.raises(ValueError, match=r"no recipe 'list'; there are caltech101"):
+    with pytest.raises(ValueError, match=r"no recipe 'list'.*caltech101"):
         dataset_recipe("list")
 
 
@@ -58,7 +58,7 @@ GOOD = {"name": "me/mine", "num_classes": 2, "test_images": 5, "metric": "top1",
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"label_colum": "y"}, "no field 'label_colum'; did you mean label_column"),
         ({"num_classes": "2"}, "num_classes='2' must be int"),
@@ -68,23 +68,23 @@ GOOD = {"name": "me/mine", "num_classes": 2, "test_images": 5, "metric": "top1",
         ({"license": None}, "license=None must be str"),
     ],
 )
-def test_a_bad_recipe_is_refused(change, said, tmp_path):
+def test_a_bad_recipe_is_refused(change, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(json.dumps(GOOD | change))
-    with pytest.raises(ValueError, match=f"mine.yaml: {said}"):
+    with pytest.raises(ValueError, match=f"mine.yaml: {message}"):
         DatasetRecipe.read(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: [", "is not YAML"),
         ("", "holds NoneType; write one 'field: value'"),
         ("name: x\nlicense: MIT", "lacks num_classes"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(text, said, tmp_path):
+def test_a_file_that_is_not_a_recipe_is_refused(text, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"mine.yaml {said}"):
+    with pytest.raises(ValueError, match=f"mine.yaml {message}"):
         DatasetRecipe.read(tmp_path / "mine.yaml")
 
 
@@ -165,7 +165,7 @@ def test_several_recipes_give_one_table_and_one_that_fails_loses_none(run, folde
 
 
 def test_the_test_split_of_a_recipe_is_never_trained_or_chosen_on(tmp_path, monkeypatch, on_hub):
-    """Food-101 calls it `validation`, which is not to be found a second time by that name."""
+    """Food-101 calls it `validation`, and it must not be used as a validation split by that name."""
     monkeypatch.chdir(tmp_path)
     data = on_hub("food101", train=5, validation=1).load(limit=101)
     shown = {kind: {image["bytes"] for image in split["image"]} for kind, split in data.items()}
@@ -173,7 +173,7 @@ def test_the_test_split_of_a_recipe_is_never_trained_or_chosen_on(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--recipe", "cifar9"], ["no recipe 'cifar9'", "did you mean cifar10", "stl10"]),
         (["--recipe", "cifar10", "--dataset", "digits"], ["--recipe cifar10 does not go with --dataset"]),
@@ -183,5 +183,5 @@ def test_the_test_split_of_a_recipe_is_never_trained_or_chosen_on(tmp_path, monk
         (["--recipe", "mnist"], ["no dataset 'ylecun/mnist'"]),
     ],
 )
-def test_probe_refuses(words, said, refused, folder):
-    refused(["probe", "pair", *words], *said)
+def test_probe_refuses(words, message, refused, folder):
+    refused(["probe", "pair", *words], *message)

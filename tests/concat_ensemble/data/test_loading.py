@@ -12,7 +12,10 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from concat_ensemble import ConcatEnsembleImageProcessor, load_data
-from concat_ensemble.data.loading import Scatter, class_names, load_stream, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names
+from concat_ensemble.data.loading import load_stream
+from concat_ensemble.data.scattered import Scatter
 
 # --- the embedded digits ---------------------------------------------------------------------------------------------
 
@@ -22,7 +25,7 @@ def pixels(split, index):
 
 
 def rows(split):
-    """What tells an image of `digits` or any in-memory dataset: its bytes."""
+    """The encoded bytes of each image, which identify it in the digits and in any dataset in memory."""
     return [image["bytes"] for image in split["image"]]
 
 
@@ -30,7 +33,7 @@ def labels(split):
     return np.asarray(split["label"][:])
 
 
-def test_digits_are_scikit_learns_in_its_order_and_scaled_to_8_bits():
+def test_digits_are_those_of_scikit_learn_scaled_to_8_bits():
     data, source = load_data("digits"), load_digits()
     assert {kind: len(split) for kind, split in data.items()} == {"train": 718, "validation": 180, "test": 899}
     assert class_names(data["train"]) == list("0123456789")
@@ -55,7 +58,7 @@ def test_digits_are_fixed_by_the_seed(name):
     assert rows(first["test"]) != rows(other["test"])
 
 
-def test_the_place_of_a_digit_does_not_depend_on_the_classes_kept():
+def test_the_place_of_a_digit_does_not_depend_on_the_selected_classes():
     everything = {row for split in load_data("scattered:digits").values() for row in rows(split)}
     few = [row for split in load_data("scattered:digits", classes=[7, 8]).values() for row in rows(split)]
     assert len(few) == 179 + 174 and set(few) <= everything
@@ -70,13 +73,13 @@ def white(number, side=8):
 
 
 def test_images_from_anywhere_can_be_scattered(tmp_path):
-    """... onto the same canvas wherever they lie, and however many lie beside them."""
+    """The canvas of an image depends neither on where it is stored nor on the other images."""
     load_data("digits", limit=400)["train"].to_parquet(tmp_path / "train.parquet")
     whole, few = (load_data(f"scattered:parquet:{tmp_path}", limit=limit) for limit in (None, 20))
     assert all(set(rows(few[kind])) < set(rows(whole[kind])) for kind in whole)
     embedded = {row for split in load_data("scattered:digits").values() for row in rows(split)}
     assert {row for split in whole.values() for row in rows(split)} < embedded
-    with pytest.raises(ValueError, match="scattered: wants images of one size; the train split has several"):
+    with pytest.raises(ValueError, match="scattered: the images of the train split differ in size"):
         sizes = [PILImage.new("L", (8 + n % 2, 8)) for n in range(20)]
         mixed = Dataset.from_dict({"image": sizes, "label": [n % 2 for n in range(20)]})
         mixed.cast_column("image", Image()).to_parquet(tmp_path / "mixed.parquet")
@@ -106,7 +109,7 @@ def test_scatter_uses_torchs_seed_when_it_has_no_generator():
 
 
 def test_a_scattered_square_keeps_its_area_and_goes_everywhere_it_fits():
-    """Half the canvas wide: 16x16 = 256 white pixels, their centre uniform over the middle half, 8 to 24 (standard deviation 16 / sqrt 12)."""
+    """Half the canvas wide: 16x16 = 256 white pixels, with a center uniform from 8 to 24 (deviation 16 / sqrt 12)."""
     scatter = Scatter(size=32, scale=(0.5, 0.5), degrees=0, noise=0, generator=torch.Generator().manual_seed(0))
     canvas = scatter(white(2000))[:, 0].double()
     area = canvas.sum((1, 2))
@@ -158,12 +161,12 @@ def test_cuts_are_complete_disjoint_stratified_and_deterministic(counts, test_si
     data, again = (
         load_data(numbered(order), test_size=test_size, validation_size=validation_size, seed=seed) for _ in range(2)
     )
-    found = {kind: [int(row) for row in rows(split)] for kind, split in data.items()}
-    assert sorted(chain(*found.values())) == list(range(len(order)))
-    assert found == {kind: [int(row) for row in rows(split)] for kind, split in again.items()}
-    assert all(found[kind] == sorted(found[kind]) for kind in found), "rows stay in the dataset's order"
+    numbers = {kind: [int(row) for row in rows(split)] for kind, split in data.items()}
+    assert sorted(chain(*numbers.values())) == list(range(len(order)))
+    assert numbers == {kind: [int(row) for row in rows(split)] for kind, split in again.items()}
+    assert all(numbers[kind] == sorted(numbers[kind]) for kind in numbers), "rows stay in the dataset's order"
     for kind, split in data.items():
-        assert labels(split).tolist() == [order[row] for row in found[kind]], "an image keeps its label"
+        assert labels(split).tolist() == [order[row] for row in numbers[kind]], "an image keeps its label"
     assert np.abs(np.bincount(labels(data["test"])) - test_size * np.array(counts)).max() <= 1.5
     left = np.array(counts) - np.bincount(labels(data["test"]))
     assert np.abs(np.bincount(labels(data["validation"])) - validation_size * left).max() <= 1.5
@@ -235,26 +238,26 @@ def test_few_labels_are_as_many_of_each_class_and_leave_the_test_as_it_is(shots,
     assert counts.tolist() == [shots] * 10
 
 
-# --- a stream ---------------------------------------------------------------------------------------------------------
+# --- a stream ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "parquet:"])
 def test_a_stream_has_the_images_of_the_training_split(prefix, splits, tmp_path):
     folder = write_parquet(numbered_classes(splits), tmp_path)
-    found = [(row["image"]["bytes"], row["label"]) for row in load_stream(f"{prefix}{folder}")]
+    streamed = [(row["image"]["bytes"], row["label"]) for row in load_stream(f"{prefix}{folder}")]
     table = pq.read_table(folder / "train-00000-of-00001.parquet").to_pylist()
-    assert found == [(row["image"]["bytes"], row["label"]) for row in table]
+    assert streamed == [(row["image"]["bytes"], row["label"]) for row in table]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("digits", "digits cannot be streamed: it is here already"),
-        ("parquet:{}", "its labels are string, and which classes there are is not told"),
+        ("parquet:{}", "its labels are string .*cast them to ClassLabel"),
         ("nonesuch", "no dataset 'nonesuch'"),
     ],
 )
-def test_what_cannot_be_streamed_is_said(name, message, splits, tmp_path):
+def test_a_dataset_that_cannot_be_streamed_is_refused(name, message, splits, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_stream(name.format(write_parquet(splits, tmp_path)))
 
@@ -263,7 +266,7 @@ def test_what_cannot_be_streamed_is_said(name, message, splits, tmp_path):
 
 
 def contents(data):
-    """Every image with its class name, by split: what must be the same wherever a dataset comes from."""
+    """Every image with its class name, by split, which must not depend on where a dataset is stored."""
     return {
         kind: sorted((pixels(split, n).tobytes(), class_names(split)[label]) for n, label in enumerate(labels(split)))
         for kind, split in data.items()
@@ -307,7 +310,7 @@ def write_saved(splits, folder):
 def test_a_dataset_is_the_same_from_disk_as_in_memory(write, name, splits, tmp_path):
     expected = load_data(splits)
     data = load_data(name.format(write(splits, tmp_path)))
-    # a folder of images is read class by class, so that the cut falls elsewhere; the test split is named in each
+    # a folder of images is read class by class, so its cuts differ; the test split exists in each and is not cut
     kinds = ["test"] if write is write_images else ["train", "validation", "test"]
     assert {kind: contents(data)[kind] for kind in kinds} == {kind: contents(expected)[kind] for kind in kinds}
     assert len(data["train"]) == len(expected["train"]) and class_names(data["train"]) == ["a", "b"]
@@ -339,7 +342,7 @@ def test_columns_are_found_by_type_and_common_names(image, label, images):
     assert data["train"].column_names == ["image", "label"] and class_names(data["train"]) == ["x", "y"]
 
 
-def test_columns_are_taken_as_named(images):
+def test_named_columns_are_used(images):
     other = images(["dark"] * 20, image="photo").select_columns("photo")
     wide = concatenate_datasets([images(["x", "y"] * 10), other], axis=1).add_column("colour", ["red", "blue"] * 10)
     data = load_data(wide, label_column="colour", image_column="photo")
@@ -404,7 +407,7 @@ def flat(value, mode, palette=None):
 
 
 def upside_down():
-    """A white top row, stored as its camera held it: rotated by 180 degrees, which the EXIF tag tells."""
+    """An image with a white top row, stored rotated by 180 degrees with the EXIF tag that says so."""
     array = np.zeros((4, 4), np.uint8)
     array[3] = 255
     exif = PILImage.Exif()
@@ -442,7 +445,7 @@ def processed(image, channels=3):
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_images_of_every_mode_are_read_right(kind):
+def test_images_of_every_mode_are_read_correctly(kind):
     image, value = IMAGES[kind]
     expected = np.broadcast_to(np.reshape(value, (-1, 1, 1)), (3, 4, 4))
     np.testing.assert_allclose(processed(image), expected, atol=1e-3)
@@ -500,7 +503,7 @@ def with_labels(values, feature=None):
 
 AB = ["a", "b"] * 20
 NAMED = ClassLabel(names=["a", "b"])
-# Dataset, arguments, and what the one-line answer must say: the value, and the way out.
+# Dataset, arguments, and a pattern of the one-line message: the value and the remedy.
 BAD_DATA = {
     "missing label column": (with_labels(AB), {"label_column": "breed"}, "no column 'breed'; it has image, label"),
     "missing image column": (with_labels(AB), {"image_column": "photo"}, "no column 'photo'; it has image, label"),
@@ -548,7 +551,7 @@ BAD_DATA = {
         {},
         "labels of the train split are (float|double).*class names or whole numbers",
     ),
-    "several labels an image": (with_labels([[0], [0, 1]] * 20), {}, "class names or whole numbers are wanted"),
+    "several labels an image": (with_labels([[0], [0, 1]] * 20), {}, "must be class names or whole numbers"),
     "hidden labels": (with_labels([-1, -1] * 20, NAMED), {}, r"labels are hidden \(-1\); name a split that has them"),
     "hidden test labels": (
         DatasetDict(train=with_labels(AB), test=with_labels([-1, -1], NAMED)),
@@ -559,20 +562,20 @@ BAD_DATA = {
     "one label a class": (with_labels(AB), {"shots": 1}, "shots=1 must be at least 2"),
     "more labels than images": (with_labels(AB), {"shots": 15}, "shots=15: a class has 10 images for training"),
     "negative limit": (with_labels(AB), {"limit": -1}, "limit=-1"),
-    "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a share between 0 and 1"),
-    "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a share between 0 and 1"),
+    "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a fraction between 0 and 1"),
+    "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a fraction between 0 and 1"),
     "test share of everything": (with_labels(AB), {"test_size": 0.999}, "cannot cut test_size=0.999 off 40 images"),
     "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits, nor a path here"),
     "misspelt name": ("digit", {}, "no dataset 'digit'"),
     "unknown Hub id": ("nobody/nonesuch", {}, "no dataset 'nobody/nonesuch'"),
     "missing path": ("/nonesuch/folder", {}, "no dataset '/nonesuch/folder'.*nor a path here"),
-    "missing parquet": ("parquet:/nonesuch.parquet", {}, r"there is no /nonesuch\.parquet"),
-    "missing folder": ("imagefolder:/nonesuch", {}, "there is no /nonesuch"),
+    "missing parquet": ("parquet:/nonesuch.parquet", {}, r"'parquet:/nonesuch\.parquet'"),
+    "missing folder": ("imagefolder:/nonesuch", {}, "'imagefolder:/nonesuch'"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_named_with_the_way_out(case):
+def test_the_message_about_bad_data_has_the_value_and_the_remedy(case):
     dataset, arguments, message = BAD_DATA[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_data(dataset, **arguments)
@@ -593,7 +596,7 @@ def test_a_file_of_another_kind_is_named(name, message, tmp_path):
 
 
 def test_a_damaged_parquet_file_is_named(splits, tmp_path):
-    """Whole at its end, where the columns stand, and not within."""
+    """The end of the file, which lists the columns, is intact, but not its middle."""
     splits["train"].to_parquet(tmp_path / "x.parquet")
     whole = (tmp_path / "x.parquet").read_bytes()
     (tmp_path / "x.parquet").write_bytes(whole[:40] + b"\xff" * 200 + whole[240:])
@@ -613,7 +616,7 @@ def test_an_empty_saved_dataset_is_named(splits, tmp_path):
         load_data(tmp_path / "none")
 
 
-def test_too_few_images_for_a_cut_are_said_to_be_too_few():
+def test_too_few_images_for_a_cut_are_refused():
     with pytest.raises(ValueError, match="cannot cut"):
         load_data(with_labels(["a", "b", "a"]))
 

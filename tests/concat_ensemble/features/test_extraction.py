@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
-from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.images import read_image
 
 SHAPES = [(1, 0), (7, 0), (64, 0), (7, 2)]  # batch size (30 images: the last batch of 7 has two), workers
 

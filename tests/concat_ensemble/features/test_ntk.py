@@ -20,7 +20,7 @@ from concat_ensemble import (
     assemble,
     extract_features,
 )
-from concat_ensemble.data.loading import read_image
+from concat_ensemble.data.images import read_image
 from concat_ensemble.features.extractor import is_ensemble
 from concat_ensemble.features.ntk import NTK, NTKFeatures
 from concat_ensemble.features.table import FeatureTable

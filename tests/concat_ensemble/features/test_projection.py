@@ -4,7 +4,8 @@ import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleImageProcessor, ConcatEnsembleModel, extract_features
-from concat_ensemble.data.loading import class_names, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names
 from concat_ensemble.features.projection import Projection, principal_projection, random_projection, with_projection
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.studies.probing import probe_ensemble, with_head

@@ -19,7 +19,7 @@ def zeros(state):
     return {key: torch.zeros_like(tensor) for key, tensor in state.items()}
 
 
-# What training scripts leave behind, from a network's state dict `s` with its classifier `fc`.
+# Contents of checkpoint files, made from the state dict `s` of a network with a classifier `fc`.
 WRAPPINGS = {
     "as it is": lambda s: s,
     "DistributedDataParallel": lambda s: prefixed(s, "module."),
@@ -78,7 +78,7 @@ def test_old_torch_format_and_safetensors_metadata_are_read(tmp_path):
     assert read_checkpoint(tmp_path / "x.safetensors")[1] == {"license": "mit"}
 
 
-def test_what_does_not_fit_is_listed(trained, backbone):
+def test_keys_that_do_not_match_are_listed(trained, backbone):
     state = trained.state_dict()
     del state["layer1.0.conv1.weight"], state["bn1.bias"]
     state |= {"layer9.weight": torch.ones(1), "conv1.0.weight": torch.ones(2, 2)}
@@ -165,7 +165,7 @@ def test_unknown_kinds_and_missing_files_are_named(tmp_path):
 
 
 def test_sha256_by_hand():
-    """Eight zero bytes after the line that says what they are: a stored hash must mean the same in later versions."""
+    """Eight zero bytes after the line that describes them: stored hashes must be valid in later versions."""
     assert weights_sha256({"w": torch.zeros(2)}) == hashlib.sha256(b"w torch.float32 (2,)\n" + bytes(8)).hexdigest()
 
 

@@ -1,5 +1,5 @@
-"""Layouts of the paper's systems: the original architectures, written out small, filled at random and saved as their
-authors saved them, must give the features that timm's give after conversion.
+"""Layouts of the paper's systems: small original architectures with random weights, saved as their authors save them,
+must give the same features as timm's architectures after conversion.
 """
 
 import json
@@ -35,14 +35,15 @@ def prefixed(state, prefix):
 
 
 def filled(model, seed=0):
-    """Every number at random, so that none of them can be lost unseen; variances above zero."""
+    """Fill all tensors with random numbers, so that a lost one is noticed; variances are positive."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator)
                 scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.2
-                tensor.copy_(1 + noise.abs() if key.endswith("var") else scale * noise + (key.endswith("weight") and tensor.ndim == 1))  # fmt: skip
+                is_scale = key.endswith("weight") and tensor.ndim == 1
+                tensor.copy_(1 + noise.abs() if key.endswith("var") else scale * noise + is_scale)
     return model.eval()
 
 
@@ -146,7 +147,8 @@ class OriginalRegNetY(nn.Module):
 def jax_vit_weights(tokens=5, width=48, heads=3, depth=2):
     rng = np.random.default_rng(0)
     shapes = {"cls": (1, 1, width), "embedding/kernel": (16, 16, 3, width), "embedding/bias": (width,)}
-    shapes |= {"Transformer/posembed_input/pos_embedding": (1, tokens, width), "head/kernel": (width, 7), "head/bias": (7,)}  # fmt: skip
+    shapes["Transformer/posembed_input/pos_embedding"] = (1, tokens, width)
+    shapes |= {"head/kernel": (width, 7), "head/bias": (7,)}
     shapes |= {"pre_logits/kernel": (width, width), "pre_logits/bias": (width,)}
     shapes |= {f"Transformer/encoder_norm/{name}": (width,) for name in ("scale", "bias")}
     for n in range(depth):
@@ -175,8 +177,10 @@ def original_vit(weights, images):
     for n in range(2):
         block = f"Transformer/encoderblock_{n}"
         attention, y = f"{block}/MultiHeadDotProductAttention_1", norm(x, f"{block}/LayerNorm_0")
-        q, k, v = (torch.einsum("btd,dhk->bthk", y, w[f"{attention}/{name}/kernel"]) + w[f"{attention}/{name}/bias"]
-                   for name in ("query", "key", "value"))  # fmt: skip
+        q, k, v = (
+            torch.einsum("btd,dhk->bthk", y, w[f"{attention}/{name}/kernel"]) + w[f"{attention}/{name}/bias"]
+            for name in ("query", "key", "value")
+        )
         share = torch.einsum("bqhk,bthk->bhqt", q / q.shape[-1] ** 0.5, k).softmax(-1)
         mixed = torch.einsum("bhqt,bthk->bqhk", share, v)
         x = x + torch.einsum("bqhk,hkd->bqd", mixed, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
@@ -191,7 +195,7 @@ def original_vit(weights, images):
 SMALL = {"layers": (2, 1, 1, 1), "channels": (8, 16, 32, 64)}
 WIDE = {"layers": (2, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_chs": 8, "width_factor": 2, "preact": False}
 HEADS = {"projection_head.0.weight": torch.ones(3, 3), "prototypes.prototypes0.weight": torch.ones(3, 3)}
-# Original, its checkpoint from its state dict, the architecture that a user names, and timm's.
+# Original network, its checkpoint made from its state dict, and timm's architecture, arguments and converter.
 CASES = {
     "timecat": (
         lambda: OriginalResNet(names=("conv", "bn")),
@@ -242,12 +246,12 @@ def test_features_are_the_original_architectures(case, tmp_path):
     original = filled(make())
     torch.save(wrap(original.state_dict()), tmp_path / "checkpoint.torch")
     tensors = read_checkpoint(tmp_path / "checkpoint.torch")[0]
-    kept = dict(tensors)
+    before = dict(tensors)
     converted = converter(tensors)
-    assert tensors == kept, "a pure function leaves what it was given"
+    assert tensors == before, "a converter does not change its argument"
     if (
         architecture != "resnetv2_50"
-    ):  # the small ones are of no width that `convert` knows; the real ones follow below
+    ):  # these small ones have no width that `convert` knows; real ones are tested below
         assert convert(architecture, tensors).tensors.keys() == converted.keys()
         assert convert(architecture, tensors).pretrained_cfg["crop_pct"] == 0.875
     backbone = filled(timm.create_model(architecture, num_classes=0, **model_args), seed=1)
@@ -260,53 +264,56 @@ def test_features_are_the_original_architectures(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Of each layout a state dict as it is read, its converter and the backbone that it is for."""
-    found = {}
+    """For each layout, a state dict as read from a file, its converter and the backbone that it is for."""
+    layouts = {}
     for case in ("timecat", "SwAV, wide", "SEER"):
         make, wrap, (architecture, model_args, converter) = CASES[case]
         content = wrap(filled(make()).state_dict())
         content = content.get("model_params", content)
         trunk = content["classy_state_dict"]["base_model"]["model"]["trunk"] if case == "SEER" else content
-        found[case] = trunk, converter, timm.create_model(architecture, num_classes=0, **model_args)
-    return found
+        layouts[case] = trunk, converter, timm.create_model(architecture, num_classes=0, **model_args)
+    return layouts
 
 
 @settings(max_examples=15)
 @given(case=st.sampled_from(["timecat", "SwAV, wide", "SEER"]), place=st.integers(0, 10**6), bad=st.booleans())
-def test_a_checkpoint_that_is_nearly_right_is_refused(loaded, case, place, bad):
+def test_a_checkpoint_with_one_wrong_tensor_is_refused(loaded, case, place, bad):
     tensors, converter, backbone = loaded[case]
-    keys = [key for key in tensors if not key.endswith(("tracked", "fc.weight")) and ("head" not in key and "proto" not in key)]  # fmt: skip
+    keys = [key for key in tensors if not key.endswith(("tracked", "fc.weight"))]
+    keys = [key for key in keys if "head" not in key and "proto" not in key]
     key = keys[place % len(keys)]
     broken = dict(tensors)
     if bad:
         broken[key] = torch.zeros(3, 1)
-        said = r"other shape: \S+ \(3, 1\) for "
+        message = r"other shape: \S+ \(3, 1\) for "
     else:
         broken[key + "x"] = broken.pop(key)
-        said = r"missing: \S+; unexpected: \S+x\."
-    with pytest.raises(ValueError, match=rf"mine does not hold the weights of \w+; {said}"):
+        message = r"missing: \S+; unexpected: \S+x\."
+    with pytest.raises(ValueError, match=rf"mine does not hold the weights of \w+; {message}"):
         load_backbone(backbone, converter(broken), "mine")
 
 
 @pytest.mark.parametrize(("width", "millions"), [(2, 94), (4, 375), (5, 586)])
 def test_a_wide_resnet50_is_built_as_wide_as_its_stem(width, millions):
-    """Parameters as SwAV's README has them; on the meta device, where size costs nothing."""
+    """Numbers of parameters as in SwAV's README, counted on the meta device, where size costs nothing."""
     with torch.device("meta"):
         original = OriginalResNet(64 * width, 64 * width, (3, 4, 6, 3), swav=True)
-        found = convert("resnet50", prefixed(original.state_dict() | HEADS, "module."))
-        wanted = timm.create_model(found.architecture, num_classes=0, **found.model_args).state_dict()
-    assert found.model_args["width_factor"] == width and found.pretrained_cfg["interpolation"] == "bilinear"
-    assert {key.removeprefix("module."): t.shape for key, t in found.tensors.items()} == {k: t.shape for k, t in wanted.items()}  # fmt: skip
+        converted = convert("resnet50", prefixed(original.state_dict() | HEADS, "module."))
+        expected = timm.create_model(converted.architecture, num_classes=0, **converted.model_args).state_dict()
+    assert converted.model_args["width_factor"] == width and converted.pretrained_cfg["interpolation"] == "bilinear"
+    shapes = {key.removeprefix("module."): tensor.shape for key, tensor in converted.tensors.items()}
+    assert shapes == {key: tensor.shape for key, tensor in expected.items()}
     assert round(sum(parameter.numel() for parameter in original.parameters()) / 1e6) == millions
-    json.dumps(found.model_args)
+    json.dumps(converted.model_args)
 
 
-def test_what_has_timms_keys_comes_back_as_it_is():
+def test_tensors_with_timms_keys_are_returned_unchanged():
     for architecture in ("resnet10t", "regnety_002", "vit_tiny_patch16_224", "resnetv2_50"):
         with torch.device("meta"):
             state = timm.create_model(architecture).state_dict()
-        found = convert(architecture, state)
-        assert found.tensors is state and (found.architecture, found.model_args, found.pretrained_cfg) == (architecture, {}, {})  # fmt: skip
+        converted = convert(architecture, state)
+        assert converted.tensors is state and converted.architecture == architecture
+        assert converted.model_args == converted.pretrained_cfg == {}
 
 
 def test_two_names_for_one_tensor_are_refused():
@@ -335,7 +342,7 @@ KEY = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda w: w | {KEY + "s": w.pop(KEY)}, rf"missing: {KEY}"),
         (lambda w: w | {KEY: np.zeros((48, 5), np.float32)}, r"\(The size of tensor"),
@@ -346,15 +353,15 @@ KEY = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
         (lambda w: {"weight": w["cls"]}, r"did not find a supported"),
     ],
 )
-def test_npz_that_is_nearly_right_is_refused(vit, change, said, tmp_path):
+def test_npz_with_one_wrong_array_is_refused(vit, change, message, tmp_path):
     np.savez(tmp_path / "ViT.npz", **change(jax_vit_weights()))
-    with pytest.raises(ValueError, match=f"ViT.npz does not hold the weights of vit_tiny_patch16_224.*{said}"):
+    with pytest.raises(ValueError, match=f"ViT.npz does not hold the weights of vit_tiny_patch16_224.*{message}"):
         load_jax_vit(vit, tmp_path / "ViT.npz")
 
 
-def test_npz_that_is_none_is_refused(vit, tmp_path):
+def test_a_damaged_or_missing_npz_file_is_refused(vit, tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(ValueError, match=r"cut.npz does not hold .*fetch it again"):
+    with pytest.raises(ValueError, match=r"cut.npz does not hold .*fetch the file again"):
         load_jax_vit(vit, tmp_path / "cut.npz")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*none.npz"):
         load_jax_vit(vit, tmp_path / "none.npz")
@@ -366,7 +373,7 @@ def test_npz_that_is_none_is_refused(vit, tmp_path):
 
 
 @pytest.mark.parametrize("name", recipe_names(ENSEMBLES))
-def test_a_recipe_names_what_there_is(name):
+def test_a_recipe_names_existing_members(name):
     recipe, lines = ensemble_recipe(name), (ENSEMBLES / f"{name}.yaml").read_text().splitlines()
     comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     files = " --checkpoints FOLDER" if recipe.checkpoints else ""
@@ -413,14 +420,17 @@ def test_the_command_builds_a_recipe(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--recipe", "swav-cat9"], ["no recipe 'swav-cat9'; did you mean swav-cat", "resnet50-trainings"]),
         (["--recipe", "cifar100"], ["no recipe 'cifar100'"]),
-        (["--recipe", "swav-cat5"], ["no swav_400ep_pretrain.pth.tar", "facebookresearch/swav", "--checkpoints FOLDER"]),
-        (["random:resnet18", "--recipe", "swav-cat5"], ["--recipe swav-cat5 names its members; leave out random:resnet18"]),
+        (
+            ["--recipe", "swav-cat5"],
+            ["no swav_400ep_pretrain.pth.tar", "facebookresearch/swav", "--checkpoints FOLDER"],
+        ),
+        (["random:resnet18", "--recipe", "swav-cat5"], ["--recipe swav-cat5", "leave out random:resnet18"]),
         (["--recipe", "vit-objectives"], ["cannot reach the Hub", "vit_base_patch16_224.augreg_in21k"]),
     ],
-)  # fmt: skip
-def test_build_refuses(words, said, refused):
-    refused(["build", *words, "--output", "made"], *said)
+)
+def test_build_refuses(words, message, refused):
+    refused(["build", *words, "--output", "made"], *message)

@@ -12,7 +12,8 @@ from concat_ensemble import (
     extract_features,
     load_data,
 )
-from concat_ensemble.data.loading import class_names, read_image
+from concat_ensemble.data.images import read_image
+from concat_ensemble.data.labels import class_names
 from concat_ensemble.features.projection import principal_projection
 from concat_ensemble.studies.controls import pixel_table
 from concat_ensemble.studies.probing import probe_ensemble, with_head

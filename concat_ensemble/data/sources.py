@@ -1,0 +1,103 @@
+"""Where a dataset comes from, and how `datasets` loads it from there."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import sklearn.datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
+
+from concat_ensemble.data.images import encode_image
+from concat_ensemble.data.splits import SPLIT_NAMES
+from concat_ensemble.errors import first_line
+
+DIGITS = "digits"
+BUILDERS = ("parquet", "imagefolder", "csv", "json")
+
+
+def load_source(
+    name: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, streaming: bool = False
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
+    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`.
+
+    Raises:
+        ValueError: for a dataset that does not exist or cannot be read.
+    """
+    if isinstance(name, Dataset):
+        return {"train": name}
+    if isinstance(name, DatasetDict):
+        return dict(name)
+    if name == DIGITS:
+        return {"train": load_digits()}
+    builder, location = identify_source(str(name))
+    try:
+        loaded = _load(builder, location, config=config, revision=revision, streaming=streaming)
+    except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
+        raise ValueError(
+            f"no dataset {str(name)!r}: it is neither {DIGITS}, nor a path here, and the Hub does not give it "
+            f"({first_line(error)})."
+        ) from error
+    except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load dataset {str(name)!r}: {first_line(error)}") from error
+    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+
+
+def identify_source(name: str) -> tuple[str, str]:
+    """Find a source's kind (one of `BUILDERS`, `"saved"` or `"hub"`) and location (files, a folder or a Hub id)."""
+    builder, _, location = name.partition(":")
+    if builder in BUILDERS and location:
+        return builder, location
+    path = Path(name)
+    if not path.exists():
+        return "hub", name
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return "saved", name
+        has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+        return ("parquet" if has_parquet else "imagefolder"), name
+    if path.suffix == ".parquet":
+        return "parquet", name
+    raise ValueError(
+        f"{path} is a {path.suffix or 'file'}; give a folder of images or a .parquet file, "
+        f"or write its kind before it, as in csv:{path}."
+    )
+
+
+def load_digits() -> Dataset:
+    """Load the 1,797 handwritten digits that come with scikit-learn: 8x8 pixels, 17 gray levels."""
+    digits = sklearn.datasets.load_digits()
+    pixels = (digits.images / 16 * 255).round().astype(np.uint8)
+    features = Features(image=Image(decode=False), label=ClassLabel(names=[str(digit) for digit in range(10)]))
+    columns = {"image": [encode_image(image) for image in pixels], "label": digits.target}
+    return Dataset.from_dict(columns, features=features)
+
+
+def _load(builder: str, location: str, *, config: str | None, revision: str | None, streaming: bool):
+    if builder == "saved":
+        return load_from_disk(location)
+    if builder == "hub":
+        if not Path(datasets.config.HF_DATASETS_CACHE, location.replace("/", "___")).exists():
+            # One request with a short timeout: load_dataset would retry for half a minute before it fails.
+            HfApi(library_name="concat-ensemble").dataset_info(location, revision=revision, timeout=10)
+        return load_dataset(location, config, revision=revision, streaming=streaming)
+    if builder == "imagefolder":
+        return load_dataset("imagefolder", data_dir=location, streaming=streaming)
+    return load_dataset(builder, data_files=_find_data_files(location, builder), streaming=streaming)
+
+
+def _find_data_files(location: str, builder: str) -> str | dict[str, list[str]]:
+    """Group the files of a folder by the split that their names begin with; return a file or pattern unchanged."""
+    folder = Path(location)
+    if not folder.is_dir():
+        return location
+    files = sorted(folder.glob(f"*.{builder}")) or sorted(folder.glob(f"data/*.{builder}"))
+    if not files:
+        raise FileNotFoundError(f"there is no .{builder} file in {folder}.")
+    files_by_split: dict[str, list[str]] = {}
+    for file in files:
+        kinds = [kind for kind, names in SPLIT_NAMES.items() if file.stem.startswith(names)]
+        files_by_split.setdefault(kinds[0] if kinds else "train", []).append(str(file))
+    return files_by_split
