@@ -23,6 +23,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
 from torch import nn
 
+from concat_ensemble.data.labels import read_labels
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.names import COMPONENTS, STUDIES
