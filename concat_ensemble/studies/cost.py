@@ -1,4 +1,4 @@
-"""What an image costs: parameters, floating-point operations, and measured seconds."""
+"""What a network costs for one image: parameters, floating-point operations and measured seconds."""
 
 from __future__ import annotations
 
@@ -13,49 +13,62 @@ from torch.utils.flop_counter import FlopCounterMode
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.studies.results import Cost
 
-TIMED_BATCHES, MOST_IMAGES = 3, 64
-BATCH_GFLOPS = {"cpu": 20, "cuda": 5_000}  # less than a second; a giant member is timed on one image
+TIMED_BATCHES, MAX_IMAGES = 3, 64
+BATCH_GFLOPS = {"cpu": 20, "cuda": 5_000}  # takes less than a second; a giant member is timed on one image
+
+
+def count_flops(module: nn.Module, *inputs: torch.Tensor) -> int:
+    """Floating-point operations of one forward pass of `module` on `inputs`; multiplications and additions count one each.
+
+    The module runs as it is, so call `eval()` first. Module and inputs may be on the meta device.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        module(*inputs)
+    return counter.get_total_flops()
 
 
 def member_costs(model: nn.Module, device: str | torch.device | None = None) -> list[Cost]:
-    """Of each built member of an ensemble, counted in a forward pass of one image; and timed on `device` if one is given
-    (the median of three batches, without reading the images; seconds of one core, or of the GPU).
+    """The cost of one image for each built member of an ensemble.
+
+    Args:
+        model: An ensemble.
+        device: Where to time the members: seconds of one CPU core or of the GPU, the median of three batches, without
+            reading the images. Members are not timed when left out.
     """
     costs = []
     for name, member in model.members.items():
         pixels = torch.zeros(1, *model.config.members[int(name)]["preprocessing"]["input_size"])
         weight = next(member.parameters())
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            member(pixels.to(weight.device, weight.dtype))
-        parameters = sum(parameter.numel() for parameter in member.parameters())
-        cost = Cost(counter.get_total_flops() / 1e9, parameters / 1e6)
+        gflops = count_flops(member, pixels.to(weight.device, weight.dtype)) / 1e9
+        cost = Cost(gflops, sum(parameter.numel() for parameter in member.parameters()) / 1e6)
         if device is not None:
-            cost.seconds = _seconds(member, pixels.to(weight.dtype), cost.gflops, torch.device(device))
+            cost.seconds = _time_one_image(member, pixels.to(weight.dtype), cost.gflops, torch.device(device))
         costs.append(cost)
     return costs
 
 
-def hardware(device: str | torch.device) -> str:
-    """On what was timed, for people."""
+def describe_hardware(device: str | torch.device) -> str:
+    """Name of the hardware that `member_costs` timed the members on."""
     is_gpu = torch.device(device).type == "cuda"
     return torch.cuda.get_device_name(device) if is_gpu else "one CPU core"
 
 
 @torch.no_grad()
-def _seconds(member: nn.Module, pixels: torch.Tensor, gflops: float, device: torch.device) -> float:
+def _time_one_image(member: nn.Module, pixels: torch.Tensor, gflops: float, device: torch.device) -> float:
+    """Seconds for each image of a batch of `pixels` (1, C, H, W)."""
     if next(member.parameters()).device.type != device.type:
         member = copy.deepcopy(member).to(device)
-    images = max(1, min(MOST_IMAGES, int(BATCH_GFLOPS.get(device.type, 20) / max(gflops, 1e-9))))
-    batch, taken = pixels.to(device).expand(images, -1, -1, -1).contiguous(), []
-    # A core's own time, which other programs on a busy machine do not stretch; a GPU has no such clock.
+    batch_size = max(1, min(MAX_IMAGES, int(BATCH_GFLOPS.get(device.type, 20) / max(gflops, 1e-9))))
+    batch, seconds = pixels.to(device).expand(batch_size, -1, -1, -1).contiguous(), []
+    # The process's own time on a CPU is not stretched by other programs on a busy machine; a GPU has no such clock.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    # As `extract_features` runs it: else faults on fresh pages may cost as much as the arithmetic.
+    # As in `extract_features`: without this, page faults on fresh memory may cost as much as the arithmetic.
     with keep_freed_memory():
-        for _ in range(1 + TIMED_BATCHES):  # the first one warms up
+        for _ in range(1 + TIMED_BATCHES):  # the first batch warms up
             started = clock()
             member(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            taken.append((clock() - started) / images)
-    return statistics.median(taken[1:])
+            seconds.append((clock() - started) / batch_size)
+    return statistics.median(seconds[1:])

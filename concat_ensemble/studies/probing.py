@@ -20,7 +20,7 @@ from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.studies.controls import pixel_table, untrained_like
-from concat_ensemble.studies.cost import hardware, member_costs
+from concat_ensemble.studies.cost import describe_hardware, member_costs
 from concat_ensemble.studies.results import Cost, Results, Row, Run, pack_bits
 
 NOTHING = Cost(0.0, 0.0)
@@ -99,7 +99,7 @@ def probe_ensemble(
         members_sha256=members_sha256(model.config),
         versions=versions(),
         seconds={"extraction": extracted - started, "total": time.perf_counter() - started},
-        hardware=hardware(device),
+        hardware=describe_hardware(device),
     )
     return results, probes[name]
 
