@@ -39,12 +39,10 @@ def card(
     concat-ensemble card two-resnets --check
     """
     from concat_ensemble.reporting.card_index import index_text, write_index
-    from concat_ensemble.reporting.model_card import check_card, write_card, written_alike
+    from concat_ensemble.reporting.model_card import check_card, check_files, write_card
 
     if index:
-        written_alike({folder / "README.md": index_text(folder)}, f"{folder} --index") if check else write_index(
-            folder
-        )
+        check_files({folder / "README.md": index_text(folder)}, f"{folder} --index") if check else write_index(folder)
     elif check:
         check_card(folder)
     else:
@@ -69,15 +67,15 @@ def verify(
     one does not, or where the card is not what the results give.
     """
     from concat_ensemble.reporting.model_card import check_card
-    from concat_ensemble.studies.verification import fetched, verify_ensemble
+    from concat_ensemble.studies.verification import fetch_ensemble, verify_ensemble
 
-    folder = fetched(ensemble, revision)
+    folder = fetch_ensemble(ensemble, revision)
     check_card(folder)
     found = verify_ensemble(
         folder, load_model(str(folder), 0), quiet=quiet or as_json, batch_size=batch_size, num_workers=workers
     )
     if as_json:
-        sys.stdout.write(json.dumps([check.told for check in found], indent=1) + "\n")
+        sys.stdout.write(json.dumps([check.as_dict() for check in found], indent=1) + "\n")
     else:
         table = Table("dataset", "", "on the card", "its run here", "95% interval", "again", "holds")
         for check in found:

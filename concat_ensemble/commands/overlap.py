@@ -74,7 +74,7 @@ def show_overlap(found) -> None:
     for k, one in enumerate(found.subjects):
         cells = (
             f"{one.num_features:,}",
-            f"{one.dead:.1%}",
+            f"{one.dead_share:.1%}",
             f"{one.effective_rank:.1f}",
             "",
             "",
@@ -82,8 +82,8 @@ def show_overlap(found) -> None:
             f"{100 * one.top1:.1f}",
         )
         table.add_row(one.name, "", *cells, style="bold")
-        for r in (r for r in found.relations if r.wanted == k):
-            cells = f"{r.cka:.2f}", f"{r.r2:.2f}", f"{r.untrained_r2:.2f}", f"{100 * r.rest_top1:.1f}"
-            table.add_row("", r.source, "", "", "", *cells)
+        for r in (r for r in found.relations if r.target == k):
+            cells = f"{r.cka:.2f}", f"{r.r2:.2f}", f"{r.untrained_r2:.2f}", f"{100 * r.residual_top1:.1f}"
+            table.add_row("", r.source_name, "", "", "", *cells)
     print_unfolded(table)
     out.print("\n".join(found.verdict), soft_wrap=True, markup=False)

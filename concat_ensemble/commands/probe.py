@@ -141,7 +141,8 @@ def _probe_on(
     """Results on one dataset, named by `asked` and had by `load`: probed and saved to `path`, or read from there."""
     from concat_ensemble.data.loading import class_names
     from concat_ensemble.reporting.model_card import write_card
-    from concat_ensemble.studies.probing import members_sha256, probe_ensemble, with_head
+    from concat_ensemble.studies.probing import probe_ensemble, with_head
+    from concat_ensemble.studies.provenance import members_sha256
     from concat_ensemble.studies.results import Results
 
     if path.is_dir():
@@ -190,7 +191,8 @@ def _test_of(data) -> str:
 def show(results) -> None:
     """The table of a probe, as the card has it."""
     from concat_ensemble.data.naming import describe_dataset
-    from concat_ensemble.reporting.model_card import headings, row_texts, verdict
+    from concat_ensemble.reporting.tables import headings, row_texts
+    from concat_ensemble.reporting.verdicts import verdict
 
     over = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
     table = Table(

@@ -143,10 +143,10 @@ def select(
 
 def show_selection(found, quick: bool) -> None:
     """What each member is worth, the best subset of each size, and what to do."""
-    from concat_ensemble.studies.results import points
+    from concat_ensemble.studies.results import format_points
 
     table = Table(
-        title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held:,} others in % "
+        title=f"ridge probes fitted on {found.n_train:,} images, top-1 on {found.n_held_out:,} others in % "
         f"[95% interval]; protocol {found.protocol}",
         title_justify="left",
     )
@@ -154,9 +154,9 @@ def show_selection(found, quick: bool) -> None:
         table.add_column(heading, justify="left" if heading in ("member", "advice") else "right")
     for part, cost, name, width in zip(found.contributions, found.costs, found.names, found.feature_dims, strict=True):
         alone = found[[part.member]].top1
-        shapley = "" if part.shapley is None else points(part.shapley, part.shapley_interval)
+        shapley = "" if part.shapley is None else format_points(part.shapley, part.shapley_interval)
         table.add_row(str(part.member), name, f"{width:,}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}",
-                      f"{100 * alone:.1f}", points(part.gain, part.gain_interval), shapley, part.advice)  # fmt: skip
+                      f"{100 * alone:.1f}", format_points(part.gain, part.gain_interval), shapley, part.advice)  # fmt: skip
     print_unfolded(table)
     table = Table("best of its size", "top-1", "GFLOPs", "M parameters")
     for size in range(1, len(found.names) + 1):
@@ -168,6 +168,6 @@ def show_selection(found, quick: bool) -> None:
     print_unfolded(table)
     out.print(found.verdict, soft_wrap=True)
     if quick:
-        steps = "; ".join(f"{member} {points(gain, interval)}" for member, gain, interval in found.order)
+        steps = "; ".join(f"{member} {format_points(gain, interval)}" for member, gain, interval in found.greedy_order)
         out.print(f"Best first, each to those before it: {steps}.", soft_wrap=True)
         out.print(found.outlook, soft_wrap=True)

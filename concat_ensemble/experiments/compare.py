@@ -30,7 +30,8 @@ from rich.table import Table
 from concat_ensemble.console import be_quiet
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.files import write_json
-from concat_ensemble.reporting.model_card import FIGURES, verdict, write_card
+from concat_ensemble.reporting.model_card import FIGURES, write_card
+from concat_ensemble.reporting.verdicts import verdict
 from concat_ensemble.studies.results import RESULTS, Results, Row, t_interval
 
 HERE = Path(__file__).parents[2] / "training"

@@ -18,7 +18,7 @@ BATCH_GFLOPS = {"cpu": 20, "cuda": 5_000}  # takes less than a second; a giant m
 
 
 def count_flops(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """Floating-point operations of one forward pass of `module` on `inputs`; multiplications and additions count one each.
+    """Count floating-point operations of one forward pass; multiplications and additions count one each.
 
     The module runs as it is, so call `eval()` first. Module and inputs may be on the meta device.
     """

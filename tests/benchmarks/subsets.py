@@ -15,7 +15,7 @@ import numpy as np
 from concat_ensemble import RidgeProbe
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection import L2_STRENGTHS, _Scorer, select_members
+from concat_ensemble.studies.selection import L2_STRENGTHS, make_scorer, select_members
 
 
 def table(rows: int, held: int, width: int, classes: int) -> FeatureTable:
@@ -40,7 +40,7 @@ def main() -> None:
     alone, estimator, together = [], [], []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        right = _Scorer(features["train"], features["validation"], features, L2_STRENGTHS).right(range(4))
+        right = make_scorer(features["train"], features["validation"], L2_STRENGTHS).correct(range(4))
         alone.append(time.perf_counter() - started)
         started = time.perf_counter()
         probe = RidgeProbe(L2_STRENGTHS)
