@@ -7,7 +7,7 @@ from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
 from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.reporting.model_card import CARD
-from concat_ensemble.reporting.rendering import escape_names, markdown_row, one_line
+from concat_ensemble.reporting.rendering import escape_names, one_line
 from concat_ensemble.reporting.tables import best_member, hardest_first, row_texts
 from concat_ensemble.studies.results import RESULTS, Results
 
@@ -58,19 +58,13 @@ def index_text(folder: Path) -> str:
 def _ensemble_row(name: str, study: Results) -> str:
     best, texts = best_member(study), row_texts(study, study.rows[0])
     member = row_texts(study, best) if best else {"top1": "", "paired": ""}
-    controls = ("untrained members", "raw pixels")
-    return markdown_row(
-        [
-            f"[{name}]({name}/{CARD})",
-            describe_dataset(study.dataset),
-            f"{texts['top1']} [{texts['interval'].replace(' to ', ', ')}]",
-            member["top1"],
-            member["paired"],
-            *(row_texts(study, study[control])["top1"] if control in study else "" for control in controls),
-            str(study.repeats),
-            *(texts[key] for key in ("num_members", "num_features", "parameters")),
-        ]
-    )
+    interval = texts["interval"].replace(" to ", ", ")
+    cells = [f"[{name}]({name}/{CARD})", describe_dataset(study.dataset), f"{texts['top1']} [{interval}]"]
+    cells += [member["top1"], member["paired"]]
+    for control in ("untrained members", "raw pixels"):
+        cells.append(row_texts(study, study[control])["top1"] if control in study else "")
+    cells += [str(study.repeats), texts["num_members"], texts["num_features"], texts["parameters"]]
+    return f"| {' | '.join(cells)} |"
 
 
 def _recipe_row(name: str) -> str:
@@ -83,4 +77,4 @@ def _recipe_row(name: str) -> str:
         for key in ("pretraining_data", "license")
     )
     cells = [f"`{name}`", members, pretraining_data, licenses or "as each states on the Hub"]
-    return markdown_row([one_line(cell) for cell in cells])
+    return f"| {' | '.join(map(one_line, cells))} |"

@@ -46,8 +46,3 @@ def escape_names(study: Results) -> Results:
     """The same results with the names of the ensemble and of the rows escaped for Markdown."""
     rows = [dataclasses.replace(row, name=escape_text(row.name)) for row in study.rows]
     return dataclasses.replace(study, ensemble=escape_text(study.ensemble), rows=rows)
-
-
-def markdown_row(cells: list[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"

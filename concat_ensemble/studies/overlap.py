@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ def measure_overlap(
     Raises:
         ValueError: for one subject, fewer than 4 training images, or a control with other feature_dims.
     """
-    groups, count = list(subjects.values()), len(subjects)
+    count = len(subjects)
     if count < 2 or len(table["train"]) < 4:
         raise ValueError(f"{count} to compare on {len(table['train'])} training images: take 2 and 4 at least.")
     if table.feature_dims != untrained.feature_dims:
@@ -92,95 +91,68 @@ def measure_overlap(
             f"untrained members with feature_dims={untrained.feature_dims} are no control for {table.feature_dims}; "
             "extract them from untrained_like(model)."
         )
-    measured = _Moments.measure(table, untrained, groups)
-    described = [_describe_subject(measured, table, k, name) for k, name in enumerate(subjects)]
+    measured = _Moments(table, untrained, subjects)
+    described = [_describe_subject(measured, table, k) for k in range(count)]
     # One subject predicts all the others in one factorization. Of three or more, all the others predict each one too.
     plans = [((k,), _without(k, count)) for k in range(count)]
     if count > 2:
         plans += [(_without(k, count), (k,)) for k in range(count)]
     relations = []
     for sources, targets in track(plans, "overlap", disable=quiet or not sys.stderr.isatty()):
-        name = f"the {len(sources)} others" if len(sources) > 1 else described[sources[0]].name
-        relations += _measure_relations(measured, table, sources=sources, targets=targets, source_name=name)
+        relations += _measure_relations(measured, table, sources, targets)
     relations.sort(key=lambda relation: (relation.target, len(relation.sources), -relation.r2))
     labels = table.labels["test"]
     return Overlap(described, relations, float(np.bincount(labels).max() / len(labels)), *measured.sizes)
 
 
-@dataclass
 class _Moments:
     """What one pass over the rows of each split keeps. D: number of the table's features, and of the control's."""
 
-    groups: list[Sequence[int]]  # for each subject, the positions of its members
-    num_features: int  # D
-    sizes: list[int]  # rows of train, validation and test
-    mean: np.ndarray  # (2 D,) of the training rows, the table's features before the control's
-    scale: np.ndarray  # (2 D,)
-    train: torch.Tensor  # (2 D, 2 D) float64 X'X / n of the standardized rows
-    validation: torch.Tensor  # the same
-    test: torch.Tensor  # the same
-    pooled: torch.Tensor  # (D, D) X'X / n of training and validation rows
-    covariance: torch.Tensor  # (D, D) of the training rows before they are scaled
-    columns: list[torch.Tensor]  # for each subject, the numbers of its features
-    squared_norms: torch.Tensor  # (subjects, n) of the centered training rows
-    living: list[torch.Tensor]  # for each subject, (its features,) bool
-
-    @classmethod
-    def measure(cls, table: FeatureTable, untrained: FeatureTable, groups: list[Sequence[int]]) -> _Moments:
+    def __init__(self, table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]]):
         splits = [
             TableSplit(table.blocks[name] + untrained.blocks[name], table.labels[name])
             for name in ("train", "validation", "test")
         ]
-        sizes, num_features = [len(split) for split in splits], sum(table.feature_dims)
-        mean, scale = moments(splits[0])
-        rows = StandardizedFeatures(splits[0], mean, scale)
-        train, validation, test = rows.gram(), *(StandardizedFeatures(s, mean, scale).gram() for s in splits[1:])
-        pooled = (sizes[0] * train + sizes[1] * validation)[:num_features, :num_features] / (sizes[0] + sizes[1])
-        blocks = torch.arange(num_features, device=rows.device).split(table.feature_dims)
-        columns = [torch.cat([blocks[k] for k in group]) for group in groups]
-        scales = torch.from_numpy(scale[:num_features]).to(train)
-        covariance = train[:num_features, :num_features] * scales[:, None] * scales
-        chunks = [
-            torch.stack([(chunk[:, own] * scales[own]).square().sum(1) for own in columns])
+        self.names, self.groups = list(subjects), list(subjects.values())
+        self.sizes, self.num_features = [len(split) for split in splits], sum(table.feature_dims)
+        # (2 D,) of the training rows, the table's features before the control's.
+        self.mean, self.scale = moments(splits[0])
+        # (2 D, 2 D) float64 X'X / n of each split's standardized rows.
+        rows = StandardizedFeatures(splits[0], self.mean, self.scale)
+        self.train = rows.gram()
+        self.validation, self.test = (StandardizedFeatures(s, self.mean, self.scale).gram() for s in splits[1:])
+        # (D, D) the same of training and validation rows together, and the training rows' covariance before scaling.
+        n_train, n_validation, own = *self.sizes[:2], slice(self.num_features)
+        self.pooled = (n_train * self.train + n_validation * self.validation)[own, own] / (n_train + n_validation)
+        scales = torch.from_numpy(self.scale[own]).to(self.train)
+        self.covariance = self.train[own, own] * scales[:, None] * scales
+        # For each subject the numbers of its features, which of these are living, and its rows' squared norms (n,).
+        blocks = torch.arange(self.num_features, device=rows.device).split(table.feature_dims)
+        self.columns = [torch.cat([blocks[k] for k in group]) for group in self.groups]
+        variances = [self.covariance.diagonal()[columns] for columns in self.columns]
+        self.living = [variance > DEAD_SHARE**2 * variance.mean() for variance in variances]
+        norms = [
+            torch.stack([(chunk[:, columns] * scales[columns]).square().sum(1) for columns in self.columns])
             for _, chunk in rows.chunks()
         ]
-        variances = [covariance.diagonal()[own] for own in columns]
-        return cls(
-            groups=groups,
-            num_features=num_features,
-            sizes=sizes,
-            mean=mean,
-            scale=scale,
-            train=train,
-            validation=validation,
-            test=test,
-            pooled=pooled,
-            covariance=covariance,
-            columns=columns,
-            squared_norms=torch.cat(chunks, 1),
-            living=[variance > DEAD_SHARE**2 * variance.mean() for variance in variances],
-        )
+        self.squared_norms = torch.cat(norms, 1)
 
 
-def _describe_subject(measured: _Moments, table: FeatureTable, k: int, name: str) -> Subject:
+def _describe_subject(measured: _Moments, table: FeatureTable, k: int) -> Subject:
     """Measure subject `k` by itself."""
     own, members = measured.columns[k], table.members(measured.groups[k])
     eigenvalues = torch.linalg.eigvalsh(measured.covariance[own][:, own]).clamp_min(0)
     entropy = torch.special.entr(eigenvalues / eigenvalues.sum().clamp_min(1e-300)).sum()
     probe = LinearProbe().fit(members["train"], validation=members["validation"])
     dead_share = 1 - float(measured.living[k].double().mean())
-    return Subject(name, len(own), dead_share, float(entropy.exp()), probe.score(members["test"]))
+    return Subject(measured.names[k], len(own), dead_share, float(entropy.exp()), probe.score(members["test"]))
 
 
 def _measure_relations(
-    measured: _Moments,
-    table: FeatureTable,
-    *,
-    sources: tuple[int, ...],
-    targets: tuple[int, ...],
-    source_name: str,
+    measured: _Moments, table: FeatureTable, sources: tuple[int, ...], targets: tuple[int, ...]
 ) -> list[Relation]:
     """Predict each of `targets` from `sources` together."""
+    name = measured.names[sources[0]] if len(sources) == 1 else f"the {len(sources)} others"
     a, b = (torch.cat([measured.columns[k] for k in subjects]) for subjects in (sources, targets))
     r2, untrained_r2 = _held_out_r2(measured, a, b), _held_out_r2(measured, a + measured.num_features, b)
     weight, test_weight = _residual_weight(measured.pooled, a, b), _residual_weight(measured.test, a, b)
@@ -196,7 +168,7 @@ def _measure_relations(
         pairs = zip(r2[part].tolist(), living.tolist(), strict=True)
         relation = Relation(
             sources=sources,
-            source_name=source_name,
+            source_name=name,
             target=k,
             cka=_linear_cka(measured.covariance, (a, source_norms), (own, measured.squared_norms[k])),
             r2=_mean_r2(r2[part], living),

@@ -109,8 +109,7 @@ class Overlap:
             ValueError: when the file is not one that `save` wrote.
         """
         with explain_errors(path, "comparison", "compare again with --overwrite"):
-            content, version = decode_file(path)
-            overlap = msgspec.convert(_upgrade(content) if version == 1 else content, cls)
+            overlap = msgspec.convert(decode_file(path, _upgrade), cls)
             if {relation.target for relation in overlap.relations} != set(range(len(overlap.subjects))):
                 raise ValueError("its relations must be about each of its subjects")
         return overlap

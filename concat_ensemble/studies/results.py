@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,8 +183,7 @@ class Results:
             ValueError: when the file is not one that `save` wrote.
         """
         with explain_errors(path, "results", "probe again with --overwrite"):
-            content, version = decode_file(path)
-            results = msgspec.convert(_upgrade(content) if version == 1 else content, cls)
+            results = msgspec.convert(decode_file(path, _upgrade), cls)
             msgspec.convert(results.dataset, DatasetSettings)
             for row in results.rows:
                 _check_row(row)
@@ -218,13 +217,13 @@ def explain_errors(path: Path, kind: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{path} is not a {kind} file ({error}); {remedy}.") from error
 
 
-def decode_file(path: Path) -> tuple[dict[str, Any], int]:
-    """Content and schema version of a results, selection or overlap file; 0.1.0 wrote none, which is version 1."""
+def decode_file(path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Content of a results, selection or overlap file; `upgrade` renames what 0.1.0 wrote, without a schema version."""
     content = msgspec.json.decode(Path(path).read_bytes())
     version = content.get("schema_version", 1)
     if version not in (1, SCHEMA_VERSION):
         raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
-    return content, version
+    return upgrade(content) if version == 1 else content
 
 
 def hash_protocol(*, probe: dict[str, Any], **settings: Any) -> str:

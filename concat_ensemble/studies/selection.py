@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -69,11 +68,19 @@ def select_members(
     path = search.greedy_path()
     for k in range(count):  # the first members
         search.probe(range(k + 1))
-    budget = _Budget(max_members, max_gflops, max_parameters)
-    best = _choose(list(search.probed.values()), budget, costs, seed)
+    affordable = [s for s in search.probed.values() if _is_affordable(s, max_members, max_gflops, max_parameters)]
+    if not affordable:
+        raise ValueError(
+            f"no subset is within the budget; the cheapest member has {min(c.gflops for c in costs):.2f} GFLOPs and "
+            f"the smallest {min(c.million_parameters for c in costs):.1f} million parameters."
+        )
+    best = _choose(affordable, seed)
     # These may probe more subsets, so they come before the list of all.
-    contributions = [_measure_contribution(search, k, best, exhaustive, seed) for k in range(count)]
-    gains = [search.gain(larger, smaller) for smaller, larger in itertools.pairwise(path)]
+    contributions = [_measure_contribution(search, k, best, shapley=exhaustive, seed=seed) for k in range(count)]
+    order = []
+    for smaller, larger in itertools.pairwise(path):
+        gain = search.gain(larger, smaller)
+        order.append((larger[-1], float(gain.mean()), bootstrap_mean(gain, seed)))
     return Selection(
         names=list(names),
         feature_dims=table.feature_dims,
@@ -82,10 +89,7 @@ def select_members(
         contributions=contributions,
         similarity=search.scorers[0].similarity(),
         best=best,
-        greedy_order=[
-            (members[-1], float(gain.mean()), bootstrap_mean(gain, seed))
-            for members, gain in zip(path[1:], gains, strict=True)
-        ],
+        greedy_order=order,
         n_train=search.n_train,
         n_held_out=len(search.guess_correct),
         probe={"kind": "ridge", "l2_strengths": list(l2_strengths), "folds": folds, "seed": seed},
@@ -98,22 +102,6 @@ def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
     chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset["train"]))[:number])
     few = dataset["train"].select(chosen)
     return DatasetDict(train=few.select(range(0, number, 2)), validation=few.select(range(1, number, 2)))
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """Limits for the chosen subset; None where there is none."""
-
-    members: int | None
-    gflops: float | None
-    million_parameters: float | None
-
-    def allows(self, subset: Subset) -> bool:
-        return not (
-            (self.members is not None and len(subset.members) > self.members)
-            or (self.gflops is not None and subset.cost.gflops > self.gflops)
-            or (self.million_parameters is not None and subset.cost.million_parameters > self.million_parameters)
-        )
 
 
 class _Search:
@@ -264,16 +252,18 @@ def _subsets(count: int) -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in range(1, count + 1))
 
 
-def _choose(subsets: list[Subset], budget: _Budget, costs: Sequence[Cost], seed: int) -> tuple[int, ...]:
-    """The members of the cheapest subset within the budget that is as good as the best one there."""
-    affordable = [subset for subset in subsets if budget.allows(subset)]
-    if not affordable:
-        raise ValueError(
-            f"no subset is within the budget; the cheapest member has {min(c.gflops for c in costs):.2f} GFLOPs and "
-            f"the smallest {min(c.million_parameters for c in costs):.1f} million parameters."
-        )
-    top = max(affordable, key=lambda subset: subset.top1)
-    as_good = [subset for subset in affordable if _is_as_good(subset.correct, top.correct, seed)]
+def _is_affordable(
+    subset: Subset, max_members: int | None, max_gflops: float | None, max_parameters: float | None
+) -> bool:
+    sizes = len(subset.members), subset.cost.gflops, subset.cost.million_parameters
+    limits = max_members, max_gflops, max_parameters
+    return all(limit is None or size <= limit for size, limit in zip(sizes, limits, strict=True))
+
+
+def _choose(subsets: list[Subset], seed: int) -> tuple[int, ...]:
+    """The members of the cheapest subset that is as good as the best one."""
+    top = max(subsets, key=lambda subset: subset.top1)
+    as_good = [subset for subset in subsets if _is_as_good(subset.correct, top.correct, seed)]
     return min(as_good, key=lambda subset: (subset.cost.gflops, -subset.top1)).members
 
 
@@ -284,14 +274,14 @@ def _is_as_good(correct: np.ndarray, best: np.ndarray, seed: int) -> bool:
     return negligible or loss.mean() <= loss.std() / math.sqrt(len(loss))
 
 
-def _measure_contribution(search: _Search, k: int, best: tuple[int, ...], exhaustive: bool, seed: int) -> Contribution:
-    """What member `k` adds to the chosen members and, after an exhaustive search, its Shapley value."""
+def _measure_contribution(search: _Search, k: int, best: tuple[int, ...], *, shapley: bool, seed: int) -> Contribution:
+    """What member `k` adds to the chosen members and, where all subsets were probed, its Shapley value."""
     without = [other for other in best if other != k]
     gain = search.gain([*without, k], without)
     contribution = Contribution(k, k in best, float(gain.mean()), bootstrap_mean(gain, seed), None, None)
-    if exhaustive:
-        shapley = _shapley_values(search, k)
-        contribution.shapley, contribution.shapley_interval = float(shapley.mean()), bootstrap_mean(shapley, seed)
+    if shapley:
+        values = _shapley_values(search, k)
+        contribution.shapley, contribution.shapley_interval = float(values.mean()), bootstrap_mean(values, seed)
     return contribution
 
 

@@ -67,14 +67,6 @@ class Contribution:
         return "beyond the budget" if beyond_chance else "drop"
 
 
-ADVICE_SENTENCES = {
-    "keep": "Keep",
-    "drop": "Drop",
-    "not sure": "Not sure about",
-    "beyond the budget": "No budget for",
-}
-
-
 @dataclass
 class Selection:
     """Subsets of an ensemble's members on a dataset, best first, and what follows from them.
@@ -125,9 +117,11 @@ class Selection:
         member = contribution.member
         low, high = (100 * bound for bound in contribution.gain_interval)
         others = [k for k in self.best if k != member]
+        advice = {"not sure": "Not sure about", "beyond the budget": "No budget for"}
+        action = advice.get(contribution.advice, contribution.advice.capitalize())
         baseline = f"when added to {format_members(others)}" if others else "over guessing"
         return (
-            f"{ADVICE_SENTENCES[contribution.advice]} member {member} ({self.names[member]}): its gain is "
+            f"{action} member {member} ({self.names[member]}): its gain is "
             f"{100 * contribution.gain:.1f} points [{low:.1f}, {high:.1f}] {baseline}."
         )
 
@@ -160,8 +154,7 @@ class Selection:
             ValueError: when the file is not one that `save` wrote.
         """
         with explain_errors(path, "selection", "select again with --overwrite"):
-            content, version = decode_file(path)
-            selection = msgspec.convert(_upgrade(content) if version == 1 else content, cls)
+            selection = msgspec.convert(decode_file(path, _upgrade), cls)
             members = set(range(len(selection.names)))
             if {contribution.member for contribution in selection.contributions} != members:
                 raise ValueError("its contributions must be those of its members")

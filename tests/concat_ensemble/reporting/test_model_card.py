@@ -240,7 +240,7 @@ def test_compute_is_called_equal_within_one_percent_only(baseline, text, study):
     assert describe_compute(results) == (f"Training pair took 1,000 GFLOP; {text}." if text else "")
 
 
-# --- what users write into a card, and what strangers write into a config ----------------------------------------------
+# --- what users write into a card, and what strangers write into a config
 
 
 def test_sections_and_metadata_of_the_user_survive(card, folder):

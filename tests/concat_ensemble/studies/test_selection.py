@@ -21,7 +21,7 @@ from concat_ensemble.studies.selection_results import FEW_IMAGES, Selection
 
 @pytest.fixture(scope="module")
 def table():
-    """Four members of eight features: two that each distinguish thirds of nine classes, a copy of the first, and noise."""
+    """Four members of eight features: two that each distinguish three groups of classes, a copy of one, and noise."""
     rng = np.random.default_rng(0)
     blocks, labels = {}, {}
     for split, number in {"train": 600, "validation": 500, "test": 10}.items():
