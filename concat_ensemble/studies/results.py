@@ -218,7 +218,7 @@ def explain_errors(path: Path, kind: str, remedy: str) -> Iterator[None]:
 
 
 def decode_file(path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Content of a results, selection or overlap file; `upgrade` renames what 0.1.0 wrote, without a schema version."""
+    """Content of a results, selection or overlap file; `upgrade` renames that of 0.1.0, which has no version."""
     content = msgspec.json.decode(Path(path).read_bytes())
     version = content.get("schema_version", 1)
     if version not in (1, SCHEMA_VERSION):

@@ -7,7 +7,7 @@ from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
 
 def test_mean_and_students_interval_by_hand(study):
-    """0.7, 0.8, 0.9: mean 0.8, deviation 0.1, t(2 degrees) = 4.302653, half-width 4.302653 * 0.1 / sqrt 3 = 0.248414."""
+    """0.7, 0.8, 0.9: mean 0.8, deviation 0.1, t(2 degrees) = 4.302653, half 4.302653 * 0.1 / sqrt 3 = 0.248414."""
     row = study(pair=[0.7, 0.8, 0.9])["pair"]
     assert row.mean == pytest.approx(0.8)
     assert row.interval == pytest.approx((0.551586, 1.048414), abs=1e-6)
