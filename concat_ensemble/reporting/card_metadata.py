@@ -37,8 +37,8 @@ def card_metadata(
     title: str, config: ConcatEnsembleConfig, studies: dict[str, Results], earlier: dict[str, Any]
 ) -> ModelCardData:
     """The metadata that config and results give, with the user's tags and keys from the `earlier` metadata."""
-    users = {key: value for key, value in earlier.items() if key not in OWN_KEYS}
-    tags = list(dict.fromkeys([*TAGS, *(users.pop("tags", None) or [])]))
+    users: dict[str, Any] = {key: value for key, value in earlier.items() if key not in OWN_KEYS}
+    tags: list[str] = list(dict.fromkeys([*TAGS, *(users.pop("tags", None) or [])]))
     provenances = [config.members[k]["provenance"] for k in config.built_members]
     hub_members = list(dict.fromkeys(str(p["hub_id"]) for p in provenances if is_hub_id(p.get("hub_id"))))
     licenses = member_licenses(config)
@@ -120,7 +120,7 @@ def _dataset_id(dataset: dict[str, Any]) -> str:
 
 
 def probe_name(study: Results) -> str:
-    return PROBE_NAMES.get(study.probe.get("kind"), PROBE_NAMES["linear"])
+    return PROBE_NAMES.get(study.probe.get("kind", ""), PROBE_NAMES["linear"])
 
 
 def is_classifier(config: ConcatEnsembleConfig) -> bool:

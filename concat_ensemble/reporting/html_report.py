@@ -109,10 +109,11 @@ def _describe_dataset(name: str, studies: list[tuple[str, Results]]) -> dict[str
 def _describe_selection(title: str, selection: Selection) -> dict[str, Any]:
     best, members = selection[selection.best], []
     for one in selection.contributions:
-        has_shapley = one.shapley is not None and one.shapley_interval is not None
-        shapley = format_points(one.shapley, one.shapley_interval) if has_shapley else ""
-        gain = format_points(one.gain, one.gain_interval)
-        members.append([f"{one.member}: {selection.names[one.member]}", "yes" if one.chosen else "no", gain, shapley])
+        name, chosen = f"{one.member}: {selection.names[one.member]}", "yes" if one.chosen else "no"
+        cells = [name, chosen, format_points(one.gain, one.gain_interval), ""]
+        if one.shapley is not None and one.shapley_interval is not None:
+            cells[-1] = format_points(one.shapley, one.shapley_interval)
+        members.append(cells)
     accuracy = f"{100 * best.top1:.1f} at {best.cost.gflops:.2f} GFLOPs"
     return {"title": title, "members": members, "best": f"{' + '.join(map(str, best.members))}: {accuracy}"}
 

@@ -43,7 +43,8 @@ def joint_license(licenses: Iterable[str | None]) -> str:
     without members.
     """
     ids = set(licenses)
-    if not ids or not ids <= REQUIREMENTS.keys():
+    requirements = {name: required for name, required in REQUIREMENTS.items() if name in ids}
+    if not ids or len(requirements) < len(ids):
         return OTHER
-    required = frozenset().union(*(REQUIREMENTS[name] for name in ids))
-    return min((name for name in ids if REQUIREMENTS[name] == required), default=OTHER)
+    required = frozenset().union(*requirements.values())
+    return min((name for name in requirements if requirements[name] == required), default=OTHER)

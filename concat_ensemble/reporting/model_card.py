@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _render_files(
     content, environment = _card_content(title, config, studies), make_environment(keep_trailing_newline=True)
     metadata = card_metadata(title, config, studies, earlier_metadata)
     text = environment.get_template("card.md.jinja").render(**content)
-    template, _, _ = environment.loader.get_source(environment, "card.md.jinja")
+    template = files("concat_ensemble.reporting").joinpath("templates/card.md.jinja").read_text()
     texts = {folder / CARD: f"---\n{metadata.to_yaml()}\n---\n\n{keep_user_sections(text, body, template)}"}
     license = folder / LICENSE
     if metadata.license == OTHER and (not license.is_file() or WRITTEN_BY in license.read_text()):
@@ -239,7 +240,7 @@ def _describe_study(study: Results) -> dict[str, Any]:
         )
     return {
         "title": describe_dataset(study.dataset),
-        "probe": PROBE_DESCRIPTIONS.get(study.probe.get("kind"), PROBE_DESCRIPTIONS["linear"]),
+        "probe": PROBE_DESCRIPTIONS.get(study.probe.get("kind", ""), PROBE_DESCRIPTIONS["linear"]),
         "protocol": study.protocol,
         "has_deviation": study.rows[0].resample_deviation is not None,
         "hardware": study.hardware,

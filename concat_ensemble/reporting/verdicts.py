@@ -53,15 +53,15 @@ def against(study: Results) -> str:
 def describe_compute(study: Results) -> str:
     """What training the ensemble and each baseline cost, and which costs are equal; empty where that is not known."""
     subject = study.rows[0]
-    baselines = [row for row in study.rows if row.kind == "baseline" and row.gflops]
-    if not subject.gflops or not baselines:
+    if not subject.gflops:
         return ""
-    sentences = [f"Training {subject.name} took {subject.gflops:,.0f} GFLOP"]
-    for row in baselines:
-        ratio = row.gflops / subject.gflops
-        compared = "equal compute" if abs(ratio - 1) <= EQUAL_COMPUTE else f"{ratio:.2f} times as much"
-        sentences.append(f"{short_name(study, row)} took {row.gflops:,.0f} GFLOP, {compared}")
-    return "; ".join(sentences) + "."
+    sentences = []
+    for row in study.rows:
+        if row.kind == "baseline" and row.gflops:
+            ratio = row.gflops / subject.gflops
+            compared = "equal compute" if abs(ratio - 1) <= EQUAL_COMPUTE else f"{ratio:.2f} times as much"
+            sentences.append(f"{short_name(study, row)} took {row.gflops:,.0f} GFLOP, {compared}")
+    return f"Training {subject.name} took {subject.gflops:,.0f} GFLOP; {'; '.join(sentences)}." if sentences else ""
 
 
 def _rival(study: Results) -> Row | None:

@@ -3,17 +3,16 @@
 import numpy as np
 import torch
 from datasets import DatasetDict
-from torch import nn
 
 from concat_ensemble.data.loading import class_names, read_image
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 
 PIXEL_SIDE = 32
 
 
-def untrained_like(model: nn.Module, seed: int) -> ConcatEnsembleModel:
+def untrained_like(model: ConcatEnsemblePreTrainedModel, seed: int) -> ConcatEnsembleModel:
     """An ensemble with the same architectures and random weights: as many features, none of them learned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -26,6 +26,7 @@ from concat_ensemble.features.projection import standardised_projection
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.members.assemble import assemble
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.ridge import Gram
@@ -38,7 +39,12 @@ RESIDUAL_L2_STRENGTH = 1e-4
 
 
 def compare_models(
-    models: dict[str, torch.nn.Module], dataset: DatasetDict, *, seed: int = 0, quiet: bool = False, **extraction
+    models: dict[str, ConcatEnsemblePreTrainedModel],
+    dataset: DatasetDict,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+    **extraction,
 ) -> Overlap:
     """Compare one ensemble's members, or several ensembles as wholes, without their projections.
 
@@ -101,8 +107,9 @@ def measure_overlap(
     for sources, targets in track(plans, "overlap", disable=quiet or not sys.stderr.isatty()):
         relations += _measure_relations(measured, table, sources, targets)
     relations.sort(key=lambda relation: (relation.target, len(relation.sources), -relation.r2))
-    labels = table.labels["test"]
-    return Overlap(described, relations, float(np.bincount(labels).max() / len(labels)), *measured.sizes)
+    labels, (n_train, n_validation, n_test) = table.labels["test"], measured.sizes
+    majority_share = float(np.bincount(labels).max() / len(labels))
+    return Overlap(described, relations, majority_share, n_train, n_validation, n_test)
 
 
 class _Moments:
@@ -245,7 +252,7 @@ def _unbiased_norm(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.T
     return float(inner + a_norms.sum() * b_norms.sum() / (n - 1) / (n - 2))
 
 
-def _name_subjects(models: dict[str, torch.nn.Module], members: list[dict]) -> dict[str, list[int]]:
+def _name_subjects(models: dict[str, ConcatEnsemblePreTrainedModel], members: list[dict]) -> dict[str, Sequence[int]]:
     """The positions of each subject's members among `members`, which are those of all models in order."""
     if len(models) == 1:
         return {f"member {k} ({member['architecture']})": [k] for k, member in enumerate(members)}

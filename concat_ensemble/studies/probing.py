@@ -15,7 +15,10 @@ from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection, random_projection
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleForImageClassification,
+    ConcatEnsemblePreTrainedModel,
+)
 from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
@@ -36,12 +39,12 @@ class Candidate(NamedTuple):
 
 
 def probe_ensemble(
-    model: nn.Module,
+    model: ConcatEnsemblePreTrainedModel,
     dataset: DatasetDict,
     *,
     name: str = "ensemble",
     described: dict | None = None,
-    baselines: dict[str, nn.Module] | None = None,
+    baselines: dict[str, ConcatEnsemblePreTrainedModel] | None = None,
     num_resamples: int = 5,
     seed: int = 0,
     quiet: bool = False,
@@ -102,7 +105,9 @@ def probe_ensemble(
     return results, probes[name]
 
 
-def probe_again(model: nn.Module, dataset: DatasetDict, name: str, seed: int, **extraction) -> dict[str, float]:
+def probe_again(
+    model: ConcatEnsemblePreTrainedModel, dataset: DatasetDict, name: str, seed: int, **extraction
+) -> dict[str, float]:
     """Top-1 of the ensemble, its first members, each member and its projections, by their names in `Results`."""
     table = extract_features(model, dataset, **extraction)
     costs = [NO_COST] * len(model.members)
@@ -110,7 +115,9 @@ def probe_again(model: nn.Module, dataset: DatasetDict, name: str, seed: int, **
     return {row.name: _fit(row, features, seed).score(features["test"]) for row, features in candidates}
 
 
-def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:
+def with_head(
+    model: ConcatEnsemblePreTrainedModel, probe: LinearProbe, names: list[str]
+) -> ConcatEnsembleForImageClassification:
     """The ensemble with a head from the coefficients of `probe`; it shares the members' weights.
 
     Args:
@@ -143,7 +150,7 @@ def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatE
 
 
 def _ensemble_candidates(
-    model: nn.Module, table: FeatureTable, name: str, *, costs: list[Cost], seed: int
+    model: ConcatEnsemblePreTrainedModel, table: FeatureTable, name: str, *, costs: list[Cost], seed: int
 ) -> list[Candidate]:
     """The ensemble, its first members, each member, and the ensemble projected to the features of one member."""
     dims, count = table.feature_dims, len(table.feature_dims)  # one block where the model has a projection
@@ -173,7 +180,9 @@ def _ensemble_candidates(
     return candidates
 
 
-def _baseline_candidate(name: str, baseline: nn.Module, table: FeatureTable, device: str | torch.device) -> Candidate:
+def _baseline_candidate(
+    name: str, baseline: ConcatEnsemblePreTrainedModel, table: FeatureTable, device: str | torch.device
+) -> Candidate:
     row = Row(name, "baseline", sum(table.feature_dims), len(baseline.members), *training_cost(baseline))
     row.cost = sum(member_costs(baseline, device), NO_COST)
     return Candidate(row, table)
@@ -209,7 +218,7 @@ def _measure(probe: LinearProbe, table: FeatureTable, num_resamples: int, seed: 
         resamples.append(resampled.fit(labeled.select(rows)).score(test))
     return Run(
         seed=seed,
-        metrics=ProbeMetrics().compute(predictions=scores, references=test.labels),
+        metrics=ProbeMetrics().compute(predictions=scores, references=test.labels) or {},
         l2_strength=probe.l2_strength_,
         n_train=len(labeled),
         n_test=len(test),

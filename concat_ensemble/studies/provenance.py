@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+    from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 
 PACKAGES = ("concat-ensemble", "torch", "timm", "transformers", "scikit-learn")
 
@@ -24,7 +23,9 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in PACKAGES}
 
 
-def training_cost(model: nn.Module, positions: Sequence[int] | None = None) -> tuple[int | None, float | None]:
+def training_cost(
+    model: ConcatEnsemblePreTrainedModel, positions: Sequence[int] | None = None
+) -> tuple[int | None, float | None]:
     """Training steps and training GFLOP of some built members together, by position; of all when left out.
 
     Either is None when a member's provenance does not state it.
@@ -32,6 +33,6 @@ def training_cost(model: nn.Module, positions: Sequence[int] | None = None) -> t
     built = model.config.built_members
     members = built if positions is None else [built[k] for k in positions]
     provenances = [model.config.members[k]["provenance"] for k in members]
-    steps = [provenance.get("steps") for provenance in provenances]
-    gflops = [(provenance.get("compute") or {}).get("gflops") for provenance in provenances]
+    steps: list[Any] = [provenance.get("steps") for provenance in provenances]
+    gflops: list[Any] = [(provenance.get("compute") or {}).get("gflops") for provenance in provenances]
     return None if None in steps else sum(steps), None if None in gflops else sum(gflops)

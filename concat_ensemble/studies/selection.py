@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
     number = min(QUICK_IMAGES, len(dataset["train"]))
     chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset["train"]))[:number])
     few = dataset["train"].select(chosen)
-    return DatasetDict(train=few.select(range(0, number, 2)), validation=few.select(range(1, number, 2)))
+    return DatasetDict({"train": few.select(range(0, number, 2)), "validation": few.select(range(1, number, 2))})
 
 
 class _Search:
@@ -139,7 +140,7 @@ class _Search:
 
     def greedy_path(self) -> list[tuple[int, ...]]:
         """No member, the best member, this one and the best beside it, and so on to all members."""
-        path = [()]
+        path: list[tuple[int, ...]] = [()]
         for _ in range(self.num_members):
             members = path[-1]
             top1 = [-1.0 if k in members else self.probe((*members, k)).top1 for k in range(self.num_members)]
@@ -222,7 +223,8 @@ class _KernelScorer(_Scorer):
         self.targets = one_hot - self.shares
 
     def correct(self, members):
-        kernel, held_out = (sum(kernels[k] for k in members) for kernels in (self.kernels, self.held_out_kernels))
+        kernel = reduce(torch.add, [self.kernels[k] for k in members])
+        held_out = reduce(torch.add, [self.held_out_kernels[k] for k in members])
         weights = Gram(kernel, self.targets, self.shares).solutions(self.l2_strengths)
         correct = [(held_out @ weight + self.shares).argmax(1) == self.truth for weight in weights]
         return torch.stack(correct).cpu().numpy()

@@ -39,8 +39,8 @@ class Subset:
     top1: float
     l2_strength: float
     cost: Cost
-    # (N,) bool for each held-out image; files do not store it
-    correct: np.ndarray | None = field(default=None, repr=False, compare=False)
+    # (N,) bool for each held-out image; empty from a file, which does not store it
+    correct: np.ndarray = field(default_factory=lambda: np.empty(0, bool), repr=False, compare=False)
 
     def __post_init__(self):
         self.members = tuple(self.members)

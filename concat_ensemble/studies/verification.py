@@ -8,12 +8,12 @@ from typing import Any
 from datasets import DatasetDict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-from torch import nn
 
 from concat_ensemble.data.dataset_recipes import dataset_recipe
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.errors import first_line
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.studies.probing import probe_again
 from concat_ensemble.studies.provenance import members_sha256
@@ -46,7 +46,7 @@ class Check:
         return dataclasses.asdict(self) | {"holds": self.holds}
 
 
-def verify_ensemble(folder: Path, model: nn.Module, **extraction) -> list[Check]:
+def verify_ensemble(folder: Path, model: ConcatEnsemblePreTrainedModel, **extraction) -> list[Check]:
     """Probe an ensemble and its parts again on every dataset of the results in `folder`.
 
     Raises:
@@ -90,7 +90,7 @@ def fetch_ensemble(ensemble: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _verify_study(study: Results, model: nn.Module, **extraction) -> list[Check]:
+def _verify_study(study: Results, model: ConcatEnsemblePreTrainedModel, **extraction) -> list[Check]:
     seed = study.dataset.get("seed", 0)
     top1 = probe_again(model, load_recorded_dataset(study.dataset), study.ensemble, seed, **extraction)
     checks = []
