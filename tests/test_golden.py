@@ -15,7 +15,7 @@ from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor, 
 from concat_ensemble.features.extraction import block_names
 from concat_ensemble.features.extractor import PooledFeatures
 from concat_ensemble.features.store import Block
-from concat_ensemble.reporting.model_card import row_texts
+from concat_ensemble.reporting.tables import row_texts
 from concat_ensemble.studies.results import Results
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,9 +67,10 @@ def test_an_old_results_file_loads_with_the_same_numbers(name):
 
 
 def numbers(results: Results) -> dict:
-    """What a reader of the results is shown."""
-    keys = ("top1", "interval", "paired", "p", "draws", "steps", "gflops", "width")
-    rows = [{key: row_texts(results, row)[key] for key in keys} for row in results.rows]
+    """What a reader of the results is shown, under the keys of 0.1.0."""
+    keys = {key: key for key in ("top1", "interval", "paired", "p", "steps", "gflops")}
+    keys |= {"draws": "deviation", "width": "num_features"}
+    rows = [{old: row_texts(results, row)[new] for old, new in keys.items()} for row in results.rows]
     return {"protocol": results.protocol, "repeats": results.repeats, "rows": rows}
 
 

@@ -1,4 +1,4 @@
-"""The cards in model_cards/ are what their results give."""
+"""The cards in model_cards/ are those that their results give."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_there_are_cards():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_card_is_made_of_its_results_byte_for_byte(folder, tmp_path):
+def test_a_card_is_what_its_results_give_byte_for_byte(folder, tmp_path):
     again = tmp_path / folder.name
     shutil.copytree(folder, again, ignore=shutil.ignore_patterns("*.md", "*.png"))
     write_card(again)
@@ -28,10 +28,10 @@ def test_a_card_is_made_of_its_results_byte_for_byte(folder, tmp_path):
     assert figures == {str(path.relative_to(again)) for path in again.rglob("*.png")}
 
 
-def test_the_index_is_made_of_them_all():
+def test_the_index_lists_all_of_them():
     assert (CARDS / "README.md").read_text() == index_text(CARDS)
 
 
-def test_no_path_of_a_machine_is_in_them():
+def test_they_contain_no_path_of_a_machine():
     for path in [*CARDS.rglob("*.md"), *CARDS.rglob("*.json")]:
         assert not any(start in path.read_text() for start in ("/work/", "/home/", "/root/", "/tmp/")), path

@@ -82,6 +82,9 @@ def test_no_module_takes_part_in_a_circle():
         ("concat_ensemble.reporting.card_metadata", {"matplotlib", "timm"}),
         ("concat_ensemble.data.naming", {"matplotlib", "torch", "datasets"}),
         ("concat_ensemble.studies.results", {"matplotlib", "timm", "datasets"}),
+        ("concat_ensemble.studies.provenance", {"matplotlib", "timm", "torch"}),
+        ("concat_ensemble.reporting.tables", {"matplotlib", "timm", "torch"}),
+        ("concat_ensemble.reporting.html_report", {"timm", "torch", "datasets"}),
     ],
 )
 def test_small_things_load_nothing_large(module, unwanted):

@@ -31,11 +31,11 @@ def card(
     concat-ensemble card two-resnets --check
     """
     from concat_ensemble.reporting.card_index import index_text, write_index
-    from concat_ensemble.reporting.model_card import check_card, write_card, written_alike
+    from concat_ensemble.reporting.model_card import check_card, check_files, write_card
 
     path = folder / "README.md"
     if index and check:
-        written_alike({path: index_text(folder)}, f"{folder} --index")
+        check_files({path: index_text(folder)}, f"{folder} --index")
     elif index:
         write_index(folder)
     elif check:

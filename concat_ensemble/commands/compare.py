@@ -50,11 +50,11 @@ def overlap_table(overlap) -> Table:
     """Each member or ensemble by itself, and below it how well the others predict it."""
     table = Table("", "from", "features", "dead", "rank", "CKA", "R2", "from untrained", "top-1 (of the rest) in %")
     for k, subject in enumerate(overlap.subjects):
-        own = f"{subject.num_features:,}", f"{subject.dead:.1%}", f"{subject.effective_rank:.1f}"
+        own = f"{subject.num_features:,}", f"{subject.dead_share:.1%}", f"{subject.effective_rank:.1f}"
         table.add_row(subject.name, "", *own, "", "", "", f"{100 * subject.top1:.1f}", style="bold")
         for relation in overlap.relations:
-            if relation.wanted == k:
+            if relation.target == k:
                 r2 = f"{relation.r2:.2f}", f"{relation.untrained_r2:.2f}"
-                rest = f"{100 * relation.rest_top1:.1f}"
-                table.add_row("", relation.source, "", "", "", f"{relation.cka:.2f}", *r2, rest)
+                rest = f"{100 * relation.residual_top1:.1f}"
+                table.add_row("", relation.source_name, "", "", "", f"{relation.cka:.2f}", *r2, rest)
     return table

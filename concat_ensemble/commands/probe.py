@@ -62,7 +62,8 @@ def probe(
 def print_results(results) -> None:
     """Print the table of a probe as the card shows it."""
     from concat_ensemble.data.naming import describe_dataset
-    from concat_ensemble.reporting.model_card import headings, row_texts, verdict
+    from concat_ensemble.reporting.tables import headings, row_texts
+    from concat_ensemble.reporting.verdicts import verdict
 
     repeats = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
     title = f"{describe_dataset(results.dataset)}; {repeats}; protocol {results.protocol}"

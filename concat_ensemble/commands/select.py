@@ -55,23 +55,25 @@ def select(
 
 def print_selection(selection, quick: bool) -> None:
     """Print what each member is worth, the best subset of each size, and what to do."""
-    from concat_ensemble.studies.results import points
+    from concat_ensemble.studies.results import format_points
 
     options.print_table(contribution_table(selection))
     options.print_table(best_table(selection))
     out.print(selection.verdict, soft_wrap=True)
     if quick:
-        steps = "; ".join(f"{member} {points(gain, interval)}" for member, gain, interval in selection.order)
+        steps = "; ".join(
+            f"{member} {format_points(gain, interval)}" for member, gain, interval in selection.greedy_order
+        )
         out.print(f"Best first, each to those before it: {steps}.", soft_wrap=True)
         out.print(selection.outlook, soft_wrap=True)
 
 
 def contribution_table(selection) -> Table:
     """What each member costs and adds."""
-    from concat_ensemble.studies.results import points
+    from concat_ensemble.studies.results import format_points
 
     title = (
-        f"ridge probes fitted on {selection.n_train:,} images, top-1 on {selection.n_held:,} others in % "
+        f"ridge probes fitted on {selection.n_train:,} images, top-1 on {selection.n_held_out:,} others in % "
         f"[95% interval]; protocol {selection.protocol}"
     )
     table = Table(title=title, title_justify="left")
@@ -81,8 +83,8 @@ def contribution_table(selection) -> Table:
     for part in selection.contributions:
         k, cost = part.member, selection.costs[part.member]
         sizes = f"{selection.feature_dims[k]:,}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}"
-        alone, gain = f"{100 * selection[[k]].top1:.1f}", points(part.gain, part.gain_interval)
-        shapley = "" if part.shapley is None else points(part.shapley, part.shapley_interval)
+        alone, gain = f"{100 * selection[[k]].top1:.1f}", format_points(part.gain, part.gain_interval)
+        shapley = "" if part.shapley is None else format_points(part.shapley, part.shapley_interval)
         table.add_row(str(k), selection.names[k], *sizes, alone, gain, shapley, part.advice)
     return table
 

@@ -26,14 +26,14 @@ def verify(
     """
     from concat_ensemble.reporting.model_card import check_card
     from concat_ensemble.studies.ensembles import load_ensemble
-    from concat_ensemble.studies.verification import fetched, verify_ensemble
+    from concat_ensemble.studies.verification import fetch_ensemble, verify_ensemble
 
-    folder = fetched(ensemble, revision)
+    folder = fetch_ensemble(ensemble, revision)
     check_card(folder)
     settings = dataclasses.asdict(extraction) | {"quiet": extraction.quiet or as_json}
     checks = verify_ensemble(folder, load_ensemble(str(folder)), **settings)
     if as_json:
-        print_json([check.told for check in checks])
+        print_json([check.as_dict() for check in checks])
     else:
         print_table(check_table(checks))
     failed = [f"{check.name} on {check.dataset} {100 * check.again:.1f}" for check in checks if not check.holds]

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.desk import SUBJECT
-from concat_ensemble.reporting.model_card import FIGURES, verdict, write_card
+from concat_ensemble.reporting.model_card import FIGURES, write_card
+from concat_ensemble.reporting.verdicts import verdict
 from concat_ensemble.studies.results import RESULTS, Results, Row
 
 TOGETHER = f"{SUBJECT}-together"  # CAT4 with members that were trained in one pass, on the same batches

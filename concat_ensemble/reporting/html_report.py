@@ -1,150 +1,145 @@
-"""One HTML page that compares ensembles, from their results, selections and overlaps alone."""
+"""One HTML page that compares ensembles, from their files of results, selections and comparisons alone."""
 
 import base64
 import hashlib
 import io
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
 import matplotlib
+import msgspec
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.reporting.figures import LITERAL
-from concat_ensemble.reporting.model_card import HEADINGS, hardest_first, row_texts
-from concat_ensemble.studies.results import Results, Row, points
+from concat_ensemble.reporting.rendering import make_environment
+from concat_ensemble.reporting.tables import HEADINGS, hardest_first, row_texts
+from concat_ensemble.studies.overlap_results import Overlap
+from concat_ensemble.studies.results import RESULTS, Results, Row, format_points
+from concat_ensemble.studies.selection_results import Selection
 
-# What a figure has for its axis of cost: the first that all of its rows know.
-COSTS = {
-    "GFLOPs per image": lambda row: row.cost and row.cost.gflops,
-    "GFLOP of training": lambda row: row.gflops,
-    "columns": lambda row: row.num_features,
-}
 MARKERS = {"ensemble": "o", "first_members": ".", "member": "+", "projected": "D", "baseline": "s"}
 
 
+class NamedRow(NamedTuple):
+    """A row of some results, and the folder that they are in."""
+
+    folder: str
+    study: Results
+    row: Row
+
+
 def write_report(folders: list[Path], output: Path) -> Path:
-    """Write one page that needs nothing but itself.
+    """Write one page that needs no other file.
 
     Args:
-        folders: Of ensembles, or any with `*.json` of `probe`, `select` and `compare` in them or in `results`, `selection`
-            and `overlap` below.
-        output: The file.
+        folders: Folders of ensembles, or others with JSON files of `probe`, `select` and `compare`, in them or in
+            their subfolders `results`, `selection` and `overlap`.
+        output: The file to write.
 
     Raises:
-        ValueError: for a folder without results, and a file of these that cannot be read.
+        ValueError: for a folder without results, and for a file of these kinds that is malformed.
     """
-    found: dict[str, list] = {"studies": [], "selections": [], "overlaps": []}
+    studies, selections, overlaps = [], [], []
     for folder in folders:
-        paths = [
-            path for part in ("", "results", "selection", "overlap") for path in sorted((folder / part).glob("*.json"))
-        ]
-        before = len(found["studies"])
-        for path in paths:
-            kind, content = _read(path)
-            if kind:
-                found[kind].append((str(folder), content))
-        if len(found["studies"]) == before:
-            raise ValueError(f"{folder} has no results; make some with concat-ensemble probe.")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("concat_ensemble.reporting", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # The page's policy lets the one script run whose digest it names.
+        files = _load_folder(folder)
+        studies += [(str(folder), content) for content in files.values() if isinstance(content, Results)]
+        for path, content in files.items():
+            if isinstance(content, Selection):
+                selections.append(_describe_selection(f"{folder} on {path.stem}", content))
+            if isinstance(content, Overlap):
+                overlaps.append(_describe_overlap(str(folder), content))
+    environment = make_environment(autoescape=True, keep_trailing_newline=True)
+    # The page's policy allows only the script with this digest.
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     datasets: dict[str, list[tuple[str, Results]]] = {}
-    for name, study in sorted(found["studies"], key=lambda pair: hardest_first(pair[1])):
-        datasets.setdefault(describe_dataset(study.dataset), []).append((name, study))
-    page = environment.get_template("report.html.jinja").render(
-        datasets=[_dataset(name, studies) for name, studies in datasets.items()],
-        selections=found["selections"],
-        overlaps=found["overlaps"],
-    )
+    for folder, study in sorted(studies, key=lambda pair: hardest_first(pair[1])):
+        datasets.setdefault(describe_dataset(study.dataset), []).append((folder, study))
+    described = [_describe_dataset(name, studies) for name, studies in datasets.items()]
+    template = environment.get_template("report.html.jinja")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page)
+    output.write_text(template.render(datasets=described, selections=selections, overlaps=overlaps))
     return output
 
 
-def _read(path: Path) -> tuple[str | None, Any]:
-    """Which list of the page a file belongs to, and what it says there."""
+def _load_folder(folder: Path) -> dict[Path, Results | Selection | Overlap | None]:
+    """The JSON files of an ensemble's folder, some results among them."""
+    parts = [folder, folder / RESULTS, folder / "selection", folder / "overlap"]
+    files = {path: _load(path) for part in parts for path in sorted(part.glob("*.json"))}
+    if not any(isinstance(content, Results) for content in files.values()):
+        raise ValueError(f"{folder} has no results; make some with concat-ensemble probe.")
+    return files
+
+
+def _load(path: Path) -> Results | Selection | Overlap | None:
+    """Whichever kind of file this is; None for others, such as a config."""
     try:
-        content = json.loads(path.read_text())
-        keys = set(content) if isinstance(content, dict) else set()
-        if {"rows", "probe"} <= keys:
-            return "studies", Results.load(path)
-        if {"subsets", "contributions"} <= keys:
-            return "selections", _selection(path.stem, content)
-        if {"subjects", "relations"} <= keys:
-            return "overlaps", _overlap(content)
-        return None, None  # a config, or somebody's own
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); write it anew.") from error
+        content = msgspec.json.decode(path.read_bytes())
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); repair or delete it.") from error
+    keys = set(content) if isinstance(content, dict) else set()
+    if {"rows", "probe"} <= keys:
+        return Results.load(path)
+    if {"subsets", "contributions"} <= keys:
+        return Selection.load(path)
+    if {"subjects", "relations"} <= keys:
+        return Overlap.load(path)
+    return None
 
 
-def _dataset(name: str, studies: list[tuple[str, Results]]) -> dict[str, Any]:
-    """A table of all that was probed on a dataset, the best first, and its figure."""
-    rows = [(folder, study, row) for folder, study in studies for row in study.rows]
-    rows.sort(key=lambda found: -found[2].mean)
+def _describe_dataset(name: str, studies: list[tuple[str, Results]]) -> dict[str, Any]:
+    """The table of everything that was probed on a dataset, best first, and its figure."""
+    rows = [NamedRow(folder, study, row) for folder, study in studies for row in study.rows]
+    rows.sort(key=lambda named: -named.row.mean)
     texts = [row_texts(study, row) for _, study, row in rows]
-    for (folder, _, _), cells in zip(rows, texts, strict=True):
-        cells["name"] = f"{folder}: {cells['name']}" if len(studies) > 1 else cells["name"]
-    shown = {key: text.format("ensemble") for key, text in HEADINGS.items() if any(cells[key] for cells in texts)}
+    if len(studies) > 1:
+        for named, cells in zip(rows, texts, strict=True):
+            cells["name"] = f"{named.folder}: {cells['name']}"
+    headings = {key: text.format("ensemble") for key, text in HEADINGS.items() if any(cells[key] for cells in texts)}
     return {
         "name": name,
-        "headings": list(shown.values()),
-        "rows": [(row.kind, [cells[key] for key in shown]) for (_, _, row), cells in zip(rows, texts, strict=True)],
-        "figure": Markup(_figure(rows)),
+        "headings": list(headings.values()),
+        "rows": [(named.row.kind, [cells[key] for key in headings]) for named, cells in zip(rows, texts, strict=True)],
+        "figure": Markup(_plot(rows)),
     }
 
 
-def _selection(dataset: str, content: dict) -> dict[str, Any]:
-    best = next(subset for subset in content["subsets"] if subset["members"] == content["best"])
-    members = [
-        {
-            "name": f"{one['member']}: {content['names'][one['member']]}",
-            "chosen": bool(one["chosen"]),
-            "gain": points(one["gain"], one["gain_interval"]),
-            "shapley": "" if one["shapley"] is None else points(one["shapley"], one["shapley_interval"]),
-        }
-        for one in content["contributions"]
-    ]
-    chosen = " + ".join(map(str, best["members"]))
-    return {"dataset": dataset, "members": members, "best": f"{chosen}: {100 * best['top1']:.1f} at {best['cost']['gflops']:.2f} GFLOPs"}  # fmt: skip
+def _describe_selection(title: str, selection: Selection) -> dict[str, Any]:
+    best, members = selection[selection.best], []
+    for one in selection.contributions:
+        name, chosen = f"{one.member}: {selection.names[one.member]}", "yes" if one.chosen else "no"
+        cells = [name, chosen, format_points(one.gain, one.gain_interval), ""]
+        if one.shapley is not None and one.shapley_interval is not None:
+            cells[-1] = format_points(one.shapley, one.shapley_interval)
+        members.append(cells)
+    accuracy = f"{100 * best.top1:.1f} at {best.cost.gflops:.2f} GFLOPs"
+    return {"title": title, "members": members, "best": f"{' + '.join(map(str, best.members))}: {accuracy}"}
 
 
-def _overlap(content: dict) -> dict[str, Any]:
-    names = [subject["name"] for subject in content["subjects"]]
-    relations = [
-        [names[one["wanted"]], one["source"], *(f"{one[key]:.2f}" for key in ("r2", "untrained_r2", "cka")), f"{100 * one['rest_top1']:.1f}"]
-        for one in content["relations"]
-    ]  # fmt: skip
-    return {
-        "dataset": describe_dataset(content["dataset"]),
-        "relations": relations,
-        "verdict": list(content["verdict"]),
-    }
+def _describe_overlap(folder: str, overlap: Overlap) -> dict[str, Any]:
+    relations = []
+    for one in overlap.relations:
+        numbers = [f"{one.r2:.2f}", f"{one.untrained_r2:.2f}", f"{one.cka:.2f}", f"{100 * one.residual_top1:.1f}"]
+        relations.append([overlap.subjects[one.target].name, one.source_name, *numbers])
+    title = f"{folder} on {describe_dataset(overlap.dataset)}"
+    return {"title": title, "relations": relations, "verdict": overlap.verdict}
 
 
 @LITERAL
-def _figure(rows: list[tuple[str, Results, Row]]) -> str:
-    """Top-1 against cost as SVG, its letters as paths."""
-    colors = {name: f"C{n}" for n, name in enumerate(sorted({folder for folder, _, _ in rows}))}
+def _plot(rows: list[NamedRow]) -> str:
+    """Top-1 against cost as SVG, with letters as paths."""
+    colors = {folder: f"C{n}" for n, folder in enumerate(sorted({named.folder for named in rows}))}
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    shown = [(folder, row) for folder, _, row in rows if row.kind in MARKERS]
-    cost = next(name for name in COSTS if all(COSTS[name](row) for _, row in shown) or name == "columns")
-    for folder, row in shown:
+    points = [named for named in rows if named.row.kind in MARKERS]
+    axis, costs = _cost_axis([named.row for named in points])
+    for (folder, _, row), cost in zip(points, costs, strict=True):
         low, high = row.interval
         spread = [[100 * max(row.mean - low, 0)], [100 * max(high - row.mean, 0)]]
-        axes.errorbar(COSTS[cost](row), 100 * row.mean, spread, color=colors[folder], marker=MARKERS[row.kind], alpha=0.8,
-                      elinewidth=0.8, label=folder if row.kind == "ensemble" else None)  # fmt: skip
+        style = {"color": colors[folder], "marker": MARKERS[row.kind], "alpha": 0.8, "elinewidth": 0.8}
+        axes.errorbar(cost, 100 * row.mean, spread, label=folder if row.kind == "ensemble" else None, **style)
     for folder, _, row in rows:
         if row.kind == "control":
             axes.axhline(100 * row.mean, color=colors[folder], linestyle=":", linewidth=0.8)
@@ -152,11 +147,22 @@ def _figure(rows: list[tuple[str, Results, Row]]) -> str:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel(cost)
+    axes.set_xlabel(axis)
     axes.set_ylabel("top-1 (%)")
     if len(colors) > 1:
         axes.legend(fontsize=8, frameon=False)
-    text = io.StringIO()
+    svg = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "concat-ensemble", "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
+
+
+def _cost_axis(rows: list[Row]) -> tuple[str, list[float]]:
+    """Label and values of the first measure of cost that all rows have."""
+    gflops = [row.cost.gflops for row in rows if row.cost and row.cost.gflops]
+    if len(gflops) == len(rows):
+        return "GFLOPs per image", gflops
+    training = [row.gflops for row in rows if row.gflops]
+    if len(training) == len(rows):
+        return "GFLOP of training", training
+    return "features", [row.num_features for row in rows]

@@ -1,21 +1,21 @@
-"""What may be said of the licence of several members together: never more than the least free of them allows."""
+"""The licence of several members together: at least as restrictive as each of theirs."""
 
 from collections.abc import Iterable
 
-OTHER = "other"  # the Hub's word for a licence that it does not know, which needs a name and a link
+OTHER = "other"  # the Hub's id for a licence that it does not know, which needs a name and a link
 
 _NOTICE = frozenset({"keep the notice"})
 _NAMES = _NOTICE | {"do not use the names"}
 _CHANGES = _NAMES | {"state changes"}
-_CC_BY = _CHANGES | {"add no locks"}
-_NC = _CC_BY | {"no commerce"}
+_CC_BY = _CHANGES | {"no technical restrictions"}
+_NC = _CC_BY | {"no commercial use"}
 _MPL = _CHANGES | {"source of files"}
 _LGPL = _MPL | {"source of the library"}
 _GPL = _LGPL | {"source of the whole"}
 
-# What each of the Hub's licence ids asks of whoever passes the work on. One that asks for more than another covers both;
-# two that each ask for something of their own cover neither.
-ASKS = {
+# What each of the Hub's licence ids requires of those who pass the work on. A licence whose requirements include
+# another's covers both works; where each of two requires something that the other does not, neither covers both.
+REQUIREMENTS = {
     "cc0-1.0": frozenset(),
     "unlicense": frozenset(),
     "mit": _NOTICE,
@@ -37,11 +37,14 @@ ASKS = {
 
 
 def joint_license(licenses: Iterable[str | None]) -> str:
-    """The most restrictive of the members' licences, as a Hub id, if it asks for all that the others ask for; else `other`:
-    for licences in conflict, one that is unknown (`ASKS`) or not stated, and for no members.
+    """The Hub id of the member licence that requires all that the others require.
+
+    `other` where there is none: for conflicting licences, for one that is not stated or not in `REQUIREMENTS`, and
+    without members.
     """
-    named = set(licenses)
-    if not named or not named <= ASKS.keys():
+    ids = set(licenses)
+    requirements = {name: required for name, required in REQUIREMENTS.items() if name in ids}
+    if not ids or len(requirements) < len(ids):
         return OTHER
-    asked = frozenset().union(*(ASKS[name] for name in named))
-    return min((name for name in named if ASKS[name] == asked), default=OTHER)
+    required = frozenset().union(*requirements.values())
+    return min((name for name in requirements if requirements[name] == required), default=OTHER)

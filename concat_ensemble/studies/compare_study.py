@@ -11,7 +11,8 @@ from pathlib import Path
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.studies.ensembles import load_ensemble
 from concat_ensemble.studies.outputs import check_file
-from concat_ensemble.studies.overlap import Overlap, compare_models
+from concat_ensemble.studies.overlap import compare_models
+from concat_ensemble.studies.overlap_results import Overlap
 
 
 @dataclass

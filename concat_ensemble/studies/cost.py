@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,12 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.studies.results import Cost
 
+if TYPE_CHECKING:
+    from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
+
 TIMED_BATCHES, MAX_IMAGES = 3, 64
 BATCH_GFLOPS = {"cpu": 20, "cuda": 5_000}  # takes less than a second; a giant member is timed on one image
 
 
 def count_flops(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """Floating-point operations of one forward pass of `module` on `inputs`; multiplications and additions count one each.
+    """Count floating-point operations of one forward pass; multiplications and additions count one each.
 
     The module runs as it is, so call `eval()` first. Module and inputs may be on the meta device.
     """
@@ -28,7 +32,7 @@ def count_flops(module: nn.Module, *inputs: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def member_costs(model: nn.Module, device: str | torch.device | None = None) -> list[Cost]:
+def member_costs(model: ConcatEnsemblePreTrainedModel, device: str | torch.device | None = None) -> list[Cost]:
     """The cost of one image for each built member of an ensemble.
 
     Args:

@@ -15,7 +15,8 @@ from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForI
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.options import ProbeOptions
 from concat_ensemble.studies.outputs import check_parent
-from concat_ensemble.studies.probing import members_sha256, probe_ensemble, with_head
+from concat_ensemble.studies.probing import probe_ensemble, with_head
+from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
 

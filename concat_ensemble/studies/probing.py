@@ -1,9 +1,9 @@
-"""Probing an ensemble on a dataset: itself, its prefixes, its members, what it is compared with, and the controls."""
+"""Probing an ensemble on a dataset, beside its parts, other ensembles and the controls."""
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,40 +15,54 @@ from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection, random_projection
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleForImageClassification,
+    ConcatEnsemblePreTrainedModel,
+)
 from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 from concat_ensemble.studies.cost import describe_hardware, member_costs
+from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import Cost, Results, Row, Run, pack_bits
 
-NOTHING = Cost(0.0, 0.0)
-NEVER = -1e4  # the logit of a class without training images: it is not chosen
+NO_COST = Cost(0.0, 0.0)
+NEVER = -1e4  # the logit of a class without training images, so that it is not predicted
+
+
+class Candidate(NamedTuple):
+    """A row of the results, still without runs, and the features to probe for it."""
+
+    row: Row
+    table: FeatureTable
 
 
 def probe_ensemble(
-    model: nn.Module,
+    model: ConcatEnsemblePreTrainedModel,
     dataset: DatasetDict,
     *,
     name: str = "ensemble",
     described: dict | None = None,
-    baselines: dict[str, nn.Module] | None = None,
+    baselines: dict[str, ConcatEnsemblePreTrainedModel] | None = None,
     num_resamples: int = 5,
     seed: int = 0,
     quiet: bool = False,
     **extraction,
 ) -> tuple[Results, LinearProbe]:
-    """Linear probes of everything that a reader of the number would ask for.
+    """Fit linear probes of an ensemble and of everything that its accuracy should be compared with.
+
+    These are its first members, each member alone, the ensemble projected to the features of one member, the
+    baselines, untrained members and raw pixels.
 
     Args:
-        model: The ensemble. Its members run once; prefixes and single members are columns of the same table.
+        model: The ensemble. Its members run once; its parts are columns of the same table.
         dataset: From `load_data`.
-        name: Of the ensemble, in the table.
-        described: How the dataset was named, for the record.
-        baselines: Other ensembles on the same images, such as the longer or wider single network.
-        num_resamples: Bootstrap resamples of the training images, for how much the result depends on them.
-        seed: Of the untrained members, the random projection and the draws; recorded with every run.
+        name: Name of the ensemble in the table.
+        described: Settings of the dataset, for the record.
+        baselines: Other ensembles by name, such as one network that was trained longer or is wider.
+        num_resamples: Number of bootstrap resamples of the training images.
+        seed: Seed of the untrained members, the random projection and the resamples; recorded with every run.
         extraction: Further arguments of `extract_features`.
 
     Returns:
@@ -56,36 +70,23 @@ def probe_ensemble(
     """
     started = time.perf_counter()
     table = extract_features(model, dataset, quiet=quiet, **extraction)
-    extracted = time.perf_counter()
+    seconds = {"extraction": time.perf_counter() - started}
     device = extraction.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     costs = member_costs(model, device)
-    candidates = list(_candidates(model, table, name, seed, costs))
+    candidates = _ensemble_candidates(model, table, name, costs=costs, seed=seed)
+    baselines = dict(baselines or {})
     if model.config.projection_dim is not None:
-        baselines = {f"{name}, not projected": model.export_active(model.config.built_members)} | (baselines or {})
-    for other, baseline in (baselines or {}).items():
+        baselines = {f"{name}, not projected": model.export_active(model.config.built_members), **baselines}
+    for other, baseline in baselines.items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        row = Row(other, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
-        row.cost = sum(member_costs(baseline, device), NOTHING)
-        candidates.append((row, features))
+        candidates.append(_baseline_candidate(other, baseline, features, device))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
-    row = Row(
-        "untrained members",
-        "control",
-        sum(untrained.feature_dims),
-        len(model.members),
-        0,
-        0.0,
-        cost=sum(costs, NOTHING),
-    )
-    candidates.append((row, untrained))
-    modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
-    pixels = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
-    candidates.append((Row("raw pixels", "control", pixels.feature_dims[0], 0, 0, 0.0), pixels))
+    candidates += _control_candidates(model.config, dataset, untrained, sum(costs, NO_COST))
 
     probes = {}
     for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
-        probes[row.name] = _fitted(row, features, seed)
-        row.runs.append(_measured(probes[row.name], features, num_resamples, seed))
+        probes[row.name] = _fit(row, features, seed)
+        row.runs.append(_measure(probes[row.name], features, num_resamples, seed))
     results = Results(
         ensemble=name,
         dataset=described or {},
@@ -98,55 +99,32 @@ def probe_ensemble(
         rows=[row for row, _ in candidates],
         members_sha256=members_sha256(model.config),
         versions=versions(),
-        seconds={"extraction": extracted - started, "total": time.perf_counter() - started},
+        seconds=seconds | {"total": time.perf_counter() - started},
         hardware=describe_hardware(device),
     )
     return results, probes[name]
 
 
-def probe_again(model: nn.Module, dataset: DatasetDict, name: str, seed: int, **extraction) -> dict[str, float]:
-    """Top-1 of the ensemble, its prefixes, its members and itself narrowed, by the names that they have in `Results`."""
+def probe_again(
+    model: ConcatEnsemblePreTrainedModel, dataset: DatasetDict, name: str, seed: int, **extraction
+) -> dict[str, float]:
+    """Top-1 of the ensemble, its first members, each member and its projections, by their names in `Results`."""
     table = extract_features(model, dataset, **extraction)
-    costs = [NOTHING] * len(model.members)
-    return {
-        row.name: _fitted(row, features, seed).score(features["test"])
-        for row, features in _candidates(model, table, name, seed, costs)
-    }
+    costs = [NO_COST] * len(model.members)
+    candidates = _ensemble_candidates(model, table, name, costs=costs, seed=seed)
+    return {row.name: _fit(row, features, seed).score(features["test"]) for row, features in candidates}
 
 
-def _fitted(row: Row, features: FeatureTable, seed: int) -> LinearProbe:
-    probe = LinearProbe(standardize=row.kind != "projected", seed=seed)
-    return probe.fit(features["train"], validation=features["validation"])
+def with_head(
+    model: ConcatEnsemblePreTrainedModel, probe: LinearProbe, names: list[str]
+) -> ConcatEnsembleForImageClassification:
+    """The ensemble with a head from the coefficients of `probe`; it shares the members' weights.
 
-
-def _candidates(
-    model: nn.Module, table: FeatureTable, name: str, seed: int, costs: list[Cost]
-) -> Iterator[tuple[Row, FeatureTable]]:
-    """The ensemble, its prefixes, each member, and itself at one member's width."""
-    widths, count = table.feature_dims, len(table.feature_dims)
-
-    def row(name: str, kind: str, width: int, part: Sequence[int]) -> Row:
-        cost = sum((costs[k] for k in part), NOTHING)
-        return Row(name, kind, width, len(part), *training_cost(model, part), cost=cost)
-
-    everyone = range(len(costs))
-    yield row(name, "ensemble", sum(widths), everyone), table
-    for k in range(count - 1, 1, -1):
-        yield row(f"{name}, first {k} members", "first_members", sum(widths[:k]), range(k)), table.members(range(k))
-    if count == 1:
-        return
-    for k in range(count):
-        yield row(f"{name}, member {k} alone", "member", widths[k], [k]), table.members([k])
-    width = max(widths)
-    for how, projection in (
-        ("PCA", principal_projection(table, width)),
-        ("random projection", random_projection(table, width, seed)),
-    ):
-        yield row(f"{name}, {how} to {width}", "projected", width, everyone), projection(table)
-
-
-def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatEnsembleForImageClassification:
-    """The ensemble with the head that `probe` found on all its features; it shares the members' weights."""
+    Args:
+        model: The ensemble that `probe` was fitted on all features of.
+        probe: The fitted probe.
+        names: Names of all classes. One without training images gets a logit too low to be predicted.
+    """
     config = ConcatEnsembleConfig(
         members=model.config.members,
         standardize=True,
@@ -159,55 +137,92 @@ def with_head(model: nn.Module, probe: LinearProbe, names: list[str]) -> ConcatE
     classifier.members, classifier.projection = model.members, model.projection
     classifier.classifier = nn.Linear(config.num_features, len(names))
     weight, bias = torch.zeros(len(names), config.num_features), torch.full((len(names),), NEVER)
-    weight[probe.classes_], bias[probe.classes_] = (
-        torch.tensor(probe.coef_).float(),
-        torch.tensor(probe.intercept_).float(),
-    )
-    head = {"classifier.weight": weight, "classifier.bias": bias}
-    head |= {"feature_mean": torch.tensor(probe.mean_).float(), "feature_scale": torch.tensor(probe.scale_).float()}
+    weight[probe.classes_] = torch.tensor(probe.coef_).float()
+    bias[probe.classes_] = torch.tensor(probe.intercept_).float()
+    head = {
+        "classifier.weight": weight,
+        "classifier.bias": bias,
+        "feature_mean": torch.tensor(probe.mean_).float(),
+        "feature_scale": torch.tensor(probe.scale_).float(),
+    }
     classifier.load_state_dict(head, strict=False, assign=True)
     return classifier.eval()
 
 
-def members_sha256(config: ConcatEnsembleConfig) -> list[str]:
-    """Digests of the built members' weights, by which results are known to be theirs."""
-    return [config.members[k]["provenance"].get("weights_sha256", "") for k in config.built_members]
+def _ensemble_candidates(
+    model: ConcatEnsemblePreTrainedModel, table: FeatureTable, name: str, *, costs: list[Cost], seed: int
+) -> list[Candidate]:
+    """The ensemble, its first members, each member, and the ensemble projected to the features of one member."""
+    dims, count = table.feature_dims, len(table.feature_dims)  # one block where the model has a projection
+    all_members = range(len(costs))
 
+    def row(name: str, kind: str, num_features: int, members: Sequence[int]) -> Row:
+        cost = sum((costs[k] for k in members), NO_COST)
+        return Row(name, kind, num_features, len(members), *training_cost(model, members), cost=cost)
 
-def versions() -> dict[str, str]:
-    return {
-        package: version(package) for package in ("concat-ensemble", "torch", "timm", "transformers", "scikit-learn")
+    candidates = [Candidate(row(name, "ensemble", sum(dims), all_members), table)]
+    if count == 1:
+        return candidates
+    for k in range(count - 1, 1, -1):
+        first = row(f"{name}, first {k} members", "first_members", sum(dims[:k]), range(k))
+        candidates.append(Candidate(first, table.members(range(k))))
+    for k in range(count):
+        alone = row(f"{name}, member {k} alone", "member", dims[k], [k])
+        candidates.append(Candidate(alone, table.members([k])))
+    largest = max(dims)
+    projections = {
+        "PCA": principal_projection(table, largest),
+        "random projection": random_projection(table, largest, seed),
     }
+    for method, projection in projections.items():
+        projected = row(f"{name}, {method} to {largest}", "projected", largest, all_members)
+        candidates.append(Candidate(projected, projection(table)))
+    return candidates
 
 
-def _measured(probe: LinearProbe, table: FeatureTable, num_resamples: int, seed: int) -> Run:
-    """The one look at the test split, with the probe and with others like it on training images drawn anew."""
-    test, known = table["test"], TableSplit.concatenate([table["train"], table["validation"]])
+def _baseline_candidate(
+    name: str, baseline: ConcatEnsemblePreTrainedModel, table: FeatureTable, device: str | torch.device
+) -> Candidate:
+    row = Row(name, "baseline", sum(table.feature_dims), len(baseline.members), *training_cost(baseline))
+    row.cost = sum(member_costs(baseline, device), NO_COST)
+    return Candidate(row, table)
+
+
+def _control_candidates(
+    config: ConcatEnsembleConfig, dataset: DatasetDict, untrained: FeatureTable, cost: Cost
+) -> list[Candidate]:
+    """Untrained members, at the `cost` of the ensemble, and raw pixels in the color mode of the members."""
+    num_features, count = sum(untrained.feature_dims), len(config.built_members)
+    members = Row("untrained members", "control", num_features, count, steps=0, gflops=0.0, cost=cost)
+    modes = {config.members[k]["preprocessing"]["image_mode"] for k in config.built_members}
+    table = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
+    pixels = Row("raw pixels", "control", table.feature_dims[0], steps=0, gflops=0.0)
+    return [Candidate(members, untrained), Candidate(pixels, table)]
+
+
+def _fit(row: Row, table: FeatureTable, seed: int) -> LinearProbe:
+    probe = LinearProbe(standardize=row.kind != "projected", seed=seed)
+    return probe.fit(table["train"], validation=table["validation"])
+
+
+def _measure(probe: LinearProbe, table: FeatureTable, num_resamples: int, seed: int) -> Run:
+    """Score `probe`, and probes like it on bootstrap resamples of the training images, on the test split."""
+    test, labeled = table["test"], TableSplit.concatenate([table["train"], table["validation"]])
     scores = np.full((len(test), len(table.class_names)), NEVER)
     scores[:, probe.classes_] = probe.logits(test)
-    chosen = scores.argmax(axis=1)
-    rng, drawn = np.random.default_rng(seed), []
+    predicted = scores.argmax(axis=1)
+    rng, resamples = np.random.default_rng(seed), []
     for _ in range(num_resamples):
-        numbers = np.sort(rng.integers(0, len(known), len(known)))
-        again = LinearProbe([probe.l2_strength_], probe.standardize, tol=1e-4)
-        drawn.append(again.fit(known.select(numbers)).score(test))
+        rows = np.sort(rng.integers(0, len(labeled), len(labeled)))
+        resampled = LinearProbe([probe.l2_strength_], probe.standardize, tol=1e-4)
+        resamples.append(resampled.fit(labeled.select(rows)).score(test))
     return Run(
         seed=seed,
-        metrics=ProbeMetrics().compute(predictions=scores, references=test.labels),
+        metrics=ProbeMetrics().compute(predictions=scores, references=test.labels) or {},
         l2_strength=probe.l2_strength_,
-        n_train=len(known),
+        n_train=len(labeled),
         n_test=len(test),
-        intervals={metric: list(bounds) for metric, bounds in bootstrap_intervals(chosen, test.labels, seed).items()},
-        resamples=drawn,
-        correct=pack_bits(chosen == test.labels),
+        intervals={metric: list(ends) for metric, ends in bootstrap_intervals(predicted, test.labels, seed).items()},
+        resamples=resamples,
+        correct=pack_bits(predicted == test.labels),
     )
-
-
-def training_cost(model: nn.Module, numbers=None) -> tuple[int | None, float | None]:
-    """Steps and GFLOP that the training of these members took, each where all of them say."""
-    built = model.config.built_members
-    chosen = built if numbers is None else [built[k] for k in numbers]
-    provenances = [model.config.members[k]["provenance"] for k in chosen]
-    steps = [provenance.get("steps") for provenance in provenances]
-    gflops = [(provenance.get("compute") or {}).get("gflops") for provenance in provenances]
-    return None if None in steps else sum(steps), None if None in gflops else sum(gflops)

@@ -1,4 +1,7 @@
-"""Results of a probe as a file: what was measured, on what, how often, and how sure it is."""
+"""The results file of a probe: what was measured, on which data, how often and how precisely.
+
+Loads neither timm nor matplotlib, so that reports and cards can read results without them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +24,10 @@ from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import paired_difference, t_interval, wilson_interval
 
 RESULTS = "results"  # the folder of results files in an ensemble's folder
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2  # of results, selection and overlap files
 # "first_members": the first 2, 3, ... members; "projected": the ensemble projected to the features of one member
 KINDS = ("ensemble", "first_members", "member", "projected", "baseline", "control")
-# Version 1 (0.1.0) had other names. Protocols are hashes over its names, so that they stay what they were.
+# Version 1 (0.1.0) used other names. Protocols are hashes over those names, so that they stay what they were.
 VERSION_1_KINDS = {"prefix": "first_members", "narrowed": "projected"}
 VERSION_1_ROW = {"width": "num_features"}
 VERSION_1_RUN = {"strength": "l2_strength", "draws": "resamples", "right": "correct"}
@@ -44,11 +48,11 @@ class DatasetSettings:
 
 @dataclass
 class Cost:
-    """Of one image through a member: multiplications and additions count one each."""
+    """Cost of one image through one or several members. Multiplications and additions count one operation each."""
 
     gflops: float
     million_parameters: float
-    seconds: float = 0.0  # in a batch, where it was measured
+    seconds: float = 0.0  # in a batch; 0 where it was not measured
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -73,7 +77,7 @@ class Run:
 
     @property
     def correct_images(self) -> np.ndarray | None:
-        """(N,) bool, in the order of the test split; None where the run does not say."""
+        """(N,) bool, in the order of the test split; None where the run does not record it."""
         if not self.correct:
             return None
         bits = np.frombuffer(base64.b64decode(self.correct), dtype=np.uint8)
@@ -81,25 +85,26 @@ class Run:
 
 
 def pack_bits(correct: np.ndarray) -> str:
-    """(N,) bool as a results file stores it."""
+    """Encode (N,) bool the way a results file stores it."""
     return base64.b64encode(np.packbits(correct).tobytes()).decode()
 
 
 @dataclass
 class Row:
-    """One line of the table: the same features, probed in one or several repeats."""
+    """One row of the table: the same features, probed in one or several repeats."""
 
     name: str
-    kind: str
+    kind: str  # one of KINDS
     num_features: int
     num_members: int = 0
-    steps: int | None = None  # spent on training the members, in all
-    gflops: float | None = None  # the same in floating-point operations, where every member says
+    steps: int | None = None  # training steps of all members together; None where a member does not state them
+    gflops: float | None = None  # training compute of all members together; None where a member does not state it
     runs: list[Run] = field(default_factory=list)
-    cost: Cost | None = None  # of one image, where it runs through a network
+    cost: Cost | None = None  # of one image; None for features that need no network
 
     @property
     def top1(self) -> np.ndarray:
+        """(number of repeats,) shares."""
         return np.array([run.metrics["top1"] for run in self.runs])
 
     @property
@@ -108,7 +113,7 @@ class Row:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%: Student's over repeats where there are several, else Wilson's over the test images."""
+        """95% interval of `mean`: Student's t over several repeats, else Wilson's over the test images."""
         return t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
 
     @property
@@ -120,7 +125,7 @@ class Row:
 
 @dataclass
 class Results:
-    """All rows of one (ensemble, dataset, probe)."""
+    """All rows of one ensemble, dataset and probe. The first row is the ensemble itself."""
 
     ensemble: str
     dataset: dict[str, Any]
@@ -130,45 +135,42 @@ class Results:
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    hardware: str = ""  # on which the rows' seconds were measured
+    hardware: str = ""  # that the seconds of the rows' costs were measured on
 
     def __getitem__(self, name: str) -> Row:
-        if name not in self:
-            raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
-        return next(row for row in self.rows if row.name == name)
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
 
     def __contains__(self, name: str) -> bool:
         return any(row.name == name for row in self.rows)
 
     @property
     def protocol(self) -> str:
-        """Eight characters that are the same only where data, splits, solver, grid and selection are (seeds aside)."""
-        version_1 = {new: old for old, new in VERSION_1_PROBE.items()}
-        settings = {
-            "dataset": {key: value for key, value in self.dataset.items() if key != "seed"},
-            "probe": {version_1.get(key, key): value for key, value in self.probe.items()},
-        }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        """Eight characters that agree only where data, splits, solver, grid and selection do; seeds are left out."""
+        dataset = {key: value for key, value in self.dataset.items() if key != "seed"}
+        return hash_protocol(dataset=dataset, probe=self.probe)
 
     @property
     def repeats(self) -> int:
         return len(self.rows[0].runs)
 
     def difference(self, name: str, other: str) -> tuple[float, tuple[float, float], float]:
-        """Mean top-1 of `name` minus `other`, paired, its 95% interval, and the p-value of there being none.
+        """Paired difference of mean top-1, `name` minus `other`: mean, 95% interval, p-value of no difference.
 
-        Over several repeats Student's; for one repeat over its test images, by the bootstrap and McNemar's test
-        (infinite, and 1, where a run does not say which images it got right).
+        Student's t over several repeats; the bootstrap and McNemar's test over the test images of a single repeat. The
+        interval is infinite and p is 1 where a run does not record which images it predicts correctly.
         """
         paired = self[name].top1 - self[other].top1
         if self.repeats > 1:
             error = paired.std(ddof=1) / np.sqrt(self.repeats)
             p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else float(paired[0] == 0)
             return float(paired.mean()), t_interval(paired), p
-        mine, its = self[name].runs[0].correct_images, self[other].runs[0].correct_images
-        if mine is None or its is None:
+        first, second = self[name].runs[0].correct_images, self[other].runs[0].correct_images
+        if first is None or second is None:
             return float(paired[0]), (-float("inf"), float("inf")), 1.0
-        return paired_difference(mine, its)
+        return paired_difference(first, second)
 
     def save(self, path: Path) -> None:
         write_json(path, {"schema_version": SCHEMA_VERSION, "protocol": self.protocol, **dataclasses.asdict(self)})
@@ -180,63 +182,77 @@ class Results:
         Raises:
             ValueError: when the file is not one that `save` wrote.
         """
-        try:
-            content = msgspec.json.decode(Path(path).read_bytes())
-            version = content.get("schema_version", 1)
-            if version not in (1, SCHEMA_VERSION):
-                raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
-            results = msgspec.convert(_from_version_1(content) if version == 1 else content, cls)
+        with explain_errors(path, "results", "probe again with --overwrite"):
+            results = msgspec.convert(decode_file(path, _upgrade), cls)
             msgspec.convert(results.dataset, DatasetSettings)
             for row in results.rows:
                 _check_row(row)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a results file ({error}); probe again with --overwrite.") from error
-        if not results.rows or len({len(row.runs) for row in results.rows}) > 1 or not results.repeats:
-            raise ValueError(
-                f"{path} is not a results file (its rows must all have the same number of runs); probe again with --overwrite."
-            )
+            if not results.rows or len({len(row.runs) for row in results.rows}) > 1 or not results.repeats:
+                raise ValueError("its rows must all have the same number of runs, at least one")
         return results
 
     @classmethod
     def merged(cls, repeats: list[Results]) -> Results:
-        """Repeats with different seeds as one.
+        """Merge results of single repeats with different seeds.
 
         Raises:
-            ValueError: when they were not measured alike.
+            ValueError: when their protocols or rows differ.
         """
-        if (
-            len({result.protocol for result in repeats}) > 1
-            or len({tuple(row.name for row in result.rows) for result in repeats}) > 1
-        ):
-            raise ValueError("repeats differ in protocol or rows; probe them again alike.")
-        rows = [
+        rows = {tuple(row.name for row in result.rows) for result in repeats}
+        if len({result.protocol for result in repeats}) > 1 or len(rows) > 1:
+            raise ValueError("repeats differ in protocol or rows; probe them again with the same settings.")
+        merged = [
             dataclasses.replace(row, runs=[run for result in repeats for run in result[row.name].runs])
             for row in repeats[0].rows
         ]
-        return dataclasses.replace(repeats[0], rows=rows)
+        return dataclasses.replace(repeats[0], rows=merged)
 
 
-def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file that 0.1.0 wrote under today's names."""
-    return content | {
-        "probe": _rename(content["probe"], VERSION_1_PROBE),
-        "rows": [_row_from_version_1(row) for row in content["rows"]],
-    }
+@contextmanager
+def explain_errors(path: Path, kind: str, remedy: str) -> Iterator[None]:
+    """Turn whatever reading a malformed file raises into one ValueError with the file's name and the remedy."""
+    try:
+        yield
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a {kind} file ({error}); {remedy}.") from error
 
 
-def _row_from_version_1(row: dict[str, Any]) -> dict[str, Any]:
-    kind = VERSION_1_KINDS.get(row["kind"], row["kind"])
-    name = f"{row['name']} members" if kind == "first_members" else row["name"]
-    runs = [_rename(run, VERSION_1_RUN) for run in row["runs"]]
-    return _rename(row, VERSION_1_ROW) | {"name": name, "kind": kind, "runs": runs}
+def decode_file(path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Content of a results, selection or overlap file; `upgrade` renames that of 0.1.0, which has no version."""
+    content = msgspec.json.decode(Path(path).read_bytes())
+    version = content.get("schema_version", 1)
+    if version not in (1, SCHEMA_VERSION):
+        raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
+    return upgrade(content) if version == 1 else content
 
 
-def _rename(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def hash_protocol(*, probe: dict[str, Any], **settings: Any) -> str:
+    """Eight characters that stand for a probe's settings and the others, under the names that 0.1.0 used."""
+    version_1 = {new: old for old, new in VERSION_1_PROBE.items()}
+    content = json.dumps(settings | {"probe": rename_keys(probe, version_1)}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def rename_keys(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The same values, where `names` maps old keys to new ones."""
     return {names.get(key, key): value for key, value in content.items()}
 
 
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Bring the content of a version 1 file to today's names."""
+    rows = [_upgrade_row(row) for row in content["rows"]]
+    return content | {"probe": rename_keys(content["probe"], VERSION_1_PROBE), "rows": rows}
+
+
+def _upgrade_row(row: dict[str, Any]) -> dict[str, Any]:
+    kind = VERSION_1_KINDS.get(row["kind"], row["kind"])
+    name = f"{row['name']} members" if kind == "first_members" else row["name"]
+    runs = [rename_keys(run, VERSION_1_RUN) for run in row["runs"]]
+    return rename_keys(row, VERSION_1_ROW) | {"name": name, "kind": kind, "runs": runs}
+
+
 def _check_row(row: Row) -> None:
-    """Raise ValueError for values that no probe gives: results of strangers are shown on cards and pages."""
+    """Raise ValueError for values that no probe gives: cards and pages show the results of strangers."""
     if row.kind not in KINDS or min(row.num_features, row.num_members) < 0:
         raise ValueError(f"its row {row.name!r} is of kind {row.kind!r}, not one of {', '.join(KINDS)}")
     for run in row.runs:
@@ -246,11 +262,11 @@ def _check_row(row: Row) -> None:
 
 
 def short_name(results: Results, row: Row) -> str:
-    """A row's name where the ensemble's own stands beside it."""
+    """A row's name without the ensemble's, for a place that names the ensemble."""
     return row.name.removeprefix(f"{results.ensemble}, ")
 
 
-def points(difference: float, interval: Sequence[float]) -> str:
-    """A difference of shares in points, with its interval unless a repeat does not say which images it got right."""
+def format_points(difference: float, interval: Sequence[float]) -> str:
+    """Format a difference of shares in percentage points, followed by its interval where that is finite."""
     low, high = interval
     return f"{100 * difference:+.1f}" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else "")

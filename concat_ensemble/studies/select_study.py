@@ -22,7 +22,8 @@ from concat_ensemble.studies.options import SelectOptions
 from concat_ensemble.studies.outputs import check_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble
 from concat_ensemble.studies.results import RESULTS, Results
-from concat_ensemble.studies.selection import QUICK_FOLDS, Selection, quick_part, select_members
+from concat_ensemble.studies.selection import QUICK_FOLDS, quick_part, select_members
+from concat_ensemble.studies.selection_results import Selection
 
 
 @dataclass

@@ -33,7 +33,8 @@ from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.reporting.model_card import write_card
-from concat_ensemble.studies.probing import members_sha256, training_cost, versions, with_head
+from concat_ensemble.studies.probing import with_head
+from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import Size

@@ -16,7 +16,8 @@ from concat_ensemble import extract_features, load_data
 from concat_ensemble.features.table import FeatureTable, TableSplit
 from concat_ensemble.studies.ensembles import load_ensemble
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection import L2_STRENGTHS, NEGLIGIBLE, QUICK_FOLDS, _Scorer, select_members
+from concat_ensemble.studies.selection import L2_STRENGTHS, QUICK_FOLDS, make_scorer, select_members
+from concat_ensemble.studies.selection_results import NEGLIGIBLE
 
 
 def few(table: FeatureTable, number: int, seed: int) -> FeatureTable:
@@ -34,19 +35,19 @@ def main() -> None:
     parser.add_argument("--dataset", default="scattered:digits")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--looks", type=int, nargs="+", default=[250, 500, 1_000])
-    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--resamples", type=int, default=20)
     options = parser.parse_args()
     model = load_ensemble(options.ensemble, seed=0)
     table = extract_features(model, load_data(options.dataset, limit=options.limit))
     known, test = TableSplit.concatenate([table["train"], table["validation"]]), table["test"]
-    scorer = _Scorer(known, test, table, L2_STRENGTHS)
+    scorer = make_scorer(known, test, L2_STRENGTHS)
     rights = {}
 
     def right(members) -> np.ndarray:
         """(N,) on the test images, at the l2_strength that is best there: the same favour for all."""
         members = tuple(sorted(members))
         if members not in rights:
-            found = scorer.right(members)
+            found = scorer.correct(members)
             rights[members] = found[found.mean(axis=1).argmax()].astype(float)
         return rights[members]
 

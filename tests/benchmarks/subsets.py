@@ -16,7 +16,7 @@ import numpy as np
 from concat_ensemble import RidgeProbe
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection import L2_STRENGTHS, _Scorer, select_members
+from concat_ensemble.studies.selection import L2_STRENGTHS, make_scorer, select_members
 
 
 def make_table(rows: int, validation_rows: int, feature_dim: int, num_classes: int) -> FeatureTable:
@@ -44,7 +44,7 @@ def main() -> None:
     scorer_seconds, probe_seconds, subsets_seconds = [], [], []
     for _ in range(options.repeats):
         started = time.perf_counter()
-        correct = _Scorer(table["train"], table["validation"], table, L2_STRENGTHS).right(range(4))
+        correct = make_scorer(table["train"], table["validation"], L2_STRENGTHS).correct(range(4))
         scorer_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         probe = RidgeProbe(L2_STRENGTHS)

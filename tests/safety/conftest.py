@@ -21,7 +21,7 @@ import torch
 
 from concat_ensemble import assemble
 from concat_ensemble.commands.app import main
-from concat_ensemble.studies.probing import members_sha256
+from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import Results, Row, Run
 
 torch.set_num_threads(1)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.data.dataset_recipes import DatasetRecipe
-from concat_ensemble.reporting.model_card import row_texts, verdict
+from concat_ensemble.reporting.tables import row_texts
+from concat_ensemble.reporting.verdicts import verdict
 from concat_ensemble.studies.results import Results
 from concat_ensemble.training.recipe import Recipe
 

@@ -7,7 +7,7 @@ from concat_ensemble.reporting.figures import equal_steps, plot_accuracy_against
 from concat_ensemble.studies.results import Row, Run
 
 
-def drawn(results, path):
+def draw(results, path):
     plot_accuracy_against_members(results, path)
     return Image.open(path)
 
@@ -16,7 +16,7 @@ def test_writes_a_png_of_1050_by_630_with_something_on_it(study, tmp_path):
     results = study(
         **{"pair": [0.8, 0.82], "one": [0.7, 0.75], "untrained members": [0.5, 0.52], "raw pixels": [0.4, 0.41]}
     )
-    image = drawn(results, tmp_path / "figures" / "x.png")
+    image = draw(results, tmp_path / "figures" / "x.png")
     assert (image.format, image.size) == ("PNG", (1050, 630))
     blue = (np.abs(np.asarray(image.convert("RGB")).astype(int) - (0x1F, 0x5F, 0xA8)).max(-1) < 20).sum()
     assert blue > 100, "the line of the ensembles at equal steps"
@@ -25,21 +25,21 @@ def test_writes_a_png_of_1050_by_630_with_something_on_it(study, tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("images", [1, 2, 10, 50, 100, 1000])
 def test_draws_any_accuracy_of_one_repeat(share, images, study, tmp_path):
-    """At 0 and 1 the interval's end is the share itself, up to rounding: a length below zero is none that matplotlib draws."""
+    """At 0 and 1 the interval ends at the share itself, up to rounding; matplotlib refuses negative lengths."""
     results = study(pair=[share], one=[share])
     for row in results.rows:
         row.runs[0].n_test = images
-    narrow = Row("pair, PCA to 16", "projected", 16, 2, 20, runs=[Run(0, {"top1": share}, 0.1, 50, images)])
-    results.rows.append(narrow)
-    assert drawn(results, tmp_path / "x.png").size == (1050, 630)
+    projected = Row("pair, PCA to 16", "projected", 16, 2, 20, runs=[Run(0, {"top1": share}, 0.1, 50, images)])
+    results.rows.append(projected)
+    assert draw(results, tmp_path / "x.png").size == (1050, 630)
 
 
 def test_draws_an_ensemble_of_one_member_alone(study, tmp_path):
-    assert drawn(study(pair=[0.5]), tmp_path / "x.png").size == (1050, 630)
+    assert draw(study(pair=[0.5]), tmp_path / "x.png").size == (1050, 630)
 
 
 def test_the_line_joins_those_trained_for_about_as_long(study):
-    """20 steps: 22 is CAT1's eighth more; 40 is not equal training, and stands as a level of its own."""
+    """Of 20 steps, 22 counts as equal, since CAT1 has an eighth more; 40 does not, and becomes a level of its own."""
     results = study(pair=[0.8], one=[0.7], long=[0.9], **{"raw pixels": [0.3]})
     results["one"].steps, results["long"].steps, results["raw pixels"].steps = 22, 40, 0
     line, levels = equal_steps(results)

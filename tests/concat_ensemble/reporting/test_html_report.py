@@ -1,15 +1,19 @@
-"""The page of `concat-ensemble report`: what is on it, that it needs nothing else, and that a browser shows it."""
+"""The page of `concat-ensemble report`: its content, that it needs no other file, and that a browser shows it."""
 
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from concat_ensemble.reporting.html_report import write_report
-from concat_ensemble.studies.selection import Contribution, Cost, Selection, Subset
+from concat_ensemble.studies.overlap_results import Overlap, Relation, Subject
+from concat_ensemble.studies.results import Cost
+from concat_ensemble.studies.selection_results import Contribution, Selection, Subset
 
 SCRIPT = '<script>document.title = "evil"</script>'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -46,34 +50,32 @@ def two(study, tmp_path):
         study({"name": dataset}, pair=[0.9], cat1=[0.8], **{"raw pixels": [0.123]}).save(
             tmp_path / name / f"results/{dataset}.json"
         )
-    subset = Subset((0,), 0.75, 0.1, Cost(1.5, 2), None)
-    contribution = Contribution(0, True, 0.25, (0.2, 0.3), None, None)
-    Selection(["resnet18"], [512], [Cost(1.5, 2)], [subset], [contribution], [[1.0]], (0,), [], 9, 9, {}).save(tmp_path / "two/selection/digits.json")  # fmt: skip
-    relation = {
-        "given": [1],
-        "source": "b",
-        "wanted": 0,
-        "cka": 0.5,
-        "r2": 0.97,
-        "untrained_r2": 0.1,
-        "rest_top1": 0.11,
-    }
-    overlap = {
-        "dataset": {"name": "digits"},
-        "subjects": [{"name": "a"}, {"name": "b"}],
-        "relations": [relation],
-        "verdict": ["a repeats b."],
-    }
-    (tmp_path / "two/overlap").mkdir()
-    (tmp_path / "two/overlap/digits.json").write_text(json.dumps(overlap))
+    selection = Selection(
+        names=["resnet18"],
+        feature_dims=[512],
+        costs=[Cost(1.5, 2)],
+        subsets=[Subset((0,), 0.75, 0.1, Cost(1.5, 2))],
+        contributions=[Contribution(0, True, 0.25, (0.2, 0.3), None, None)],
+        similarity=[[1.0]],
+        best=(0,),
+        greedy_order=[],
+        n_train=9,
+        n_held_out=9,
+        probe={},
+    )
+    selection.save(tmp_path / "two/selection/digits.json")
+    relation = Relation((1,), "b", 0, 0.5, 0.97, 0.1, [0.97], 0.11, (0.05, 0.2))
+    relations = [relation, replace(relation, sources=(0,), source_name="a", target=1, r2=0.12)]
+    overlap = Overlap([Subject("a", 1, 0.0, 1.0, 0.8), Subject("b", 1, 0.0, 1.0, 0.7)], relations, 0.1, 9, 9, 9)
+    overlap.save(tmp_path / "two/overlap/digits.json", dataset={"name": "digits"})
     (tmp_path / "one/config.json").write_text("{}")
     return [tmp_path / "one", tmp_path / "two"]
 
 
-def test_the_page_has_every_row_and_what_members_add_and_share(two, tmp_path):
+def test_the_page_has_every_row_and_what_members_add_and_predict(two, tmp_path):
     text = write_report(two, tmp_path / "page/x.html").read_text()
     rows = Page(text).rows
-    assert len(rows) == 1 + 6 + 1 + 3 + 2 + 2  # headings and results on two datasets, selection, overlap
+    assert len(rows) == 1 + 6 + 1 + 3 + 2 + 3  # headings and results on two datasets, selection, overlap
     (heading, *digits), (alone, *flowers) = rows[:7], rows[7:11]
     assert heading[:4] == alone[:4] == ["", "top-1", "95% interval", "ensemble minus it, paired"]
     assert {tuple(row[:2]) for row in digits} == {
@@ -83,15 +85,24 @@ def test_the_page_has_every_row_and_what_members_add_and_share(two, tmp_path):
     }
     assert [row[0] for row in flowers] == ["pair", "cat1", "raw pixels"], "the best first"
     assert ["0: resnet18", "yes", "+25.0 [+20.0, +30.0]", ""] in rows
-    assert ["a", "b", "0.97", "0.10", "0.50", "11.0"] in rows and "a repeats b." in text
+    assert ["a", "b", "0.97", "0.10", "0.50", "11.0"] in rows and "a repeats b: R2 0.97" in text
     assert write_report(two, tmp_path / "again.html").read_text() == text
+
+
+def test_a_page_is_made_of_files_of_version_1(two, tmp_path):
+    """The files beside the tests of `studies` were written by 0.1.0."""
+    for kind in ("selection", "overlap"):
+        source = Path(__file__).parents[1] / "studies" / f"{kind}-version-1.json"
+        shutil.copy(source, two[1] / kind / "digits.json")
+    text = write_report(two, tmp_path / "x.html").read_text()
+    assert "1: parity" in text and "copy repeats halves: R2 1.00" in text
 
 
 def test_the_page_loads_nothing_and_runs_one_script(two, tmp_path):
     text = write_report(two, tmp_path / "x.html").read_text()
-    found = Page(text).tags
-    assert [tag for tag, _ in found].count("script") == 1 and [tag for tag, _ in found].count("svg") == 2
-    for tag, attributes in found:
+    elements = Page(text).tags
+    assert [tag for tag, _ in elements].count("script") == 1 and [tag for tag, _ in elements].count("svg") == 2
+    for tag, attributes in elements:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href"):
@@ -100,23 +111,21 @@ def test_the_page_loads_nothing_and_runs_one_script(two, tmp_path):
 
 
 def tags(page):
-    """Outside of the figure, which has a panel for each dataset."""
+    """The tags outside of the figures, which have a panel for each dataset."""
     return [tag for tag, _ in Page(re.sub("(?s)<svg.*?</svg>", "<svg></svg>", page)).tags]
 
 
 @pytest.mark.parametrize(
     "text", [SCRIPT, '" onmouseover="alert(1)', "</table></svg><h1>", "{{ 7 * 7 }}", r"$\frac{1}$", "&lt;"]
 )
-def test_whatever_is_named_is_text(text, two, tmp_path):
-    def named(text, page, *instead_of):
+def test_names_from_strangers_are_text(text, two, tmp_path):
+    def rename(text, page, *names):
         for path in two[1].rglob("*.json"):
-            path.write_text(
-                re.sub("|".join(map(json.dumps, instead_of)), lambda _: json.dumps(text), path.read_text())
-            )
+            path.write_text(re.sub("|".join(map(json.dumps, names)), lambda _: json.dumps(text), path.read_text()))
         return write_report(two, tmp_path / page).read_text()
 
-    clean = named("harmless", "x.html", "digits", "pair", "resnet18", "b")
-    page = named(text, "y.html", "harmless")
+    clean = rename("harmless", "x.html", "digits", "pair", "resnet18", "b")
+    page = rename(text, "y.html", "harmless")
     assert tags(page) == tags(clean)
     assert (
         any(text.split()[0] in cell for row in Page(page).rows for cell in row) and "49" not in page.split("<svg")[0]
@@ -142,7 +151,7 @@ def test_the_command_writes_the_page_once(two, run, tmp_path):
     assert code == 2 and "empty has no results" in err
 
 
-# Sorts by top-1 twice, as a reader would, and says what it sees.
+# Sorts by top-1 twice, as a reader would, and reports what it sees.
 DRIVER = """<script>
 addEventListener("load", () => {
   const frame = document.querySelector("iframe").contentDocument;
@@ -159,10 +168,11 @@ addEventListener("load", () => {
 def test_a_browser_shows_sorts_and_fits_it_on_a_phone(two, tmp_path):
     write_report(two, tmp_path / "x.html")
     (tmp_path / "driver.html").write_text(DRIVER)
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr",
-               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "driver.html").as_uri()]  # fmt: skip
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    title, up, down, fits = re.search("<title>(.*?)</title>", seen.stdout)[1].split("|")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    options += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+    command = [BROWSER, *options, (tmp_path / "driver.html").as_uri()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title, up, down, fits = re.search("<title>(.*?)</title>", process.stdout)[1].split("|")
     assert title == "Ensembles compared" and fits == "true"
     assert up.split() == sorted(up.split(), key=float) and down.split() == up.split()[::-1] and len(up.split()) == 6
-    assert "CONSOLE" not in seen.stderr, seen.stderr
+    assert "CONSOLE" not in process.stderr, process.stderr

@@ -1,4 +1,4 @@
-"""The card's metadata as the Hub validates them: the real client asks a server here, which knows the rules by heart."""
+"""The card's metadata as the Hub validates them: the real client, with a local server that applies the Hub's rules."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from concat_ensemble.reporting.licenses import ASKS
+from concat_ensemble.reporting.licenses import REQUIREMENTS
 
 CARDS = sorted((Path(__file__).parents[3] / "model_cards").glob("*/README.md"))
 REPO_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -22,15 +22,15 @@ VALIDATE = (
 
 
 def faults(content: str) -> list[str]:
-    """As hub-docs' modelcard.md and the server's own messages have them."""
+    """Violations of the rules in hub-docs' modelcard.md, in the words of the Hub's server."""
     data = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)[1])
-    found = []
+    errors = []
 
-    def must(holds, what):
+    def must(holds, field):
         if not holds:
-            found.append(f'"{what}" is invalid')
+            errors.append(f'"{field}" is invalid')
 
-    must(data.get("license") in {*ASKS, "other"}, "license")
+    must(data.get("license") in {*REQUIREMENTS, "other"}, "license")
     if data.get("license") == "other":
         must(re.fullmatch(r"[a-z0-9.-]+", data.get("license_name", "")), "license_name")
         must(re.fullmatch(r"LICENSE(\.md)?|https?://\S+", data.get("license_link", "")), "license_link")
@@ -60,21 +60,18 @@ def faults(content: str) -> list[str]:
                 all(isinstance(metric["type"], str) and "value" in metric for metric in result["metrics"]),
                 f"{at}.metrics",
             )
-    return found
+    return errors
 
 
 @pytest.fixture
 def hub():
     class Rules(BaseHTTPRequestHandler):
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found = (
-                faults(asked["content"])
-                if (self.path, asked["repoType"]) == ("/api/validate-yaml", "model")
-                else ["?"]
-            )
-            answer = "\n".join(found).encode()
-            self.send_response(400 if found else 200)
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            is_model = (self.path, request["repoType"]) == ("/api/validate-yaml", "model")
+            errors = faults(request["content"]) if is_model else ["not a request for a model card"]
+            answer = "\n".join(errors).encode()
+            self.send_response(400 if errors else 200)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -88,7 +85,7 @@ def hub():
     server.shutdown()
 
 
-def validated(hub, *paths):
+def validate(hub, *paths):
     environment = os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", VALIDATE, *map(str, paths)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -96,8 +93,8 @@ def validated(hub, *paths):
 
 def test_the_hub_accepts_the_cards(hub, tmp_path):
     assert len(CARDS) >= 2
-    done = validated(hub, *CARDS)
-    assert done.returncode == 0, done.stderr
+    process = validate(hub, *CARDS)
+    assert process.returncode == 0, process.stderr
     broken = tmp_path / "README.md"
     broken.write_text(CARDS[0].read_text().replace("license: apache-2.0", "license: whatever"))
-    assert '"license" is invalid' in validated(hub, broken).stderr, "else the rules find nothing"
+    assert '"license" is invalid' in validate(hub, broken).stderr, "the rules are applied"

@@ -8,7 +8,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from concat_ensemble import ConcatEnsembleConfig, assemble
-from concat_ensemble.reporting.model_card import against, check_card, compute_sentence, verdict, write_card
+from concat_ensemble.reporting.model_card import check_card, write_card
+from concat_ensemble.reporting.verdicts import against, describe_compute, verdict
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.results import Cost
 
@@ -22,8 +23,8 @@ def card(folder, study):
     hashes = [member["provenance"]["weights_sha256"] for member in config.members]
 
     def write(studies: dict | None = None, provenance: list[dict] | None = None, **how):
-        for member, digest, told in zip(config.members, hashes, provenance or [{}, {}], strict=True):
-            member["provenance"] = {"weights_sha256": digest, "source": "here"} | told
+        for member, digest, own in zip(config.members, hashes, provenance or [{}, {}], strict=True):
+            member["provenance"] = {"weights_sha256": digest, "source": "here"} | own
         config.save_pretrained(folder)
         for name, rows in (studies or {}).items():
             study(how.get("dataset"), hashes, **rows).save(folder / "results" / f"{name}.json")
@@ -34,17 +35,17 @@ def card(folder, study):
 
 
 def tables(text):
-    """The tables as a renderer finds them: lists of rows, each a list of cells."""
+    """The tables as a renderer parses them: lists of rows, each a list of cells."""
     tokens = MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
-    found = []
+    parsed = []
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
         if token.type == "table_open":
-            found.append([])
+            parsed.append([])
         elif token.type == "tr_open":
-            found[-1].append([])
+            parsed[-1].append([])
         elif token.type in ("th_open", "td_open"):
-            found[-1][-1].append(following.content)
-    return found
+            parsed[-1][-1].append(following.content)
+    return parsed
 
 
 def test_metadata_is_what_the_hub_wants(card):
@@ -116,7 +117,8 @@ def test_tables_are_whole_with_a_cell_for_every_column(repeats, card):
 
 
 def test_the_numbers_of_the_table_are_those_of_the_results(card):
-    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5, t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
+    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences
+    0.1, 0.15, mean 12.5, t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
     text, _ = card({"digits": REPEATS})
     _, first, second, *_ = tables(text)[0]
     assert first == ["**pair**", "85.0", "21.5 to 148.5", "", "", "32", "2", "20"]
@@ -130,8 +132,8 @@ def test_the_hardest_dataset_comes_first_and_few_labels_last(card, folder):
 
 
 def test_members_are_shown_with_their_provenance(card, ensemble):
-    told = [{"pretraining_data": "digits, classes 0, 1", "steps": 400, "seed": 7}, {"source": "runs/x"}]
-    text, _ = card({}, told)
+    provenance = [{"pretraining_data": "digits, classes 0, 1", "steps": 400, "seed": 7}, {"source": "runs/x"}]
+    text, _ = card({}, provenance)
     first, second = tables(text)[-1][1:]
     digest = ensemble.config.members[0]["provenance"]["weights_sha256"][:12]
     assert (
@@ -147,7 +149,7 @@ def test_provenance_cannot_break_the_table(card):
     text, _ = card({}, [{"source": "a | b"}, {"pretraining_data": "one\ntwo"}])
     table = tables(text)[-1]
     assert [len(row) for row in table] == [10, 10, 10]
-    assert table[2][8] == "not stated" and table[1][5] == "not stated", "nothing has moved to another column"
+    assert table[2][8] == "not stated" and table[1][5] == "not stated", "nothing has moved to another cell"
 
 
 def test_figures_are_drawn_and_linked(card, folder):
@@ -157,7 +159,7 @@ def test_figures_are_drawn_and_linked(card, folder):
     assert all((folder / name).stat().st_size > 10_000 for name in linked)
 
 
-def test_says_how_it_was_made_and_loaded(card):
+def test_the_card_has_the_commands_that_made_and_load_it(card):
     text, _ = card({"digits": REPEATS}, [{"command": "concat-ensemble build a b"}] * 2, title="me/pair")
     assert text.count("concat-ensemble build a b\n") == 1 and "concat-ensemble probe pair\n" in text
     assert 'AutoModel.from_pretrained("me/pair", trust_remote_code=True)' in text
@@ -192,7 +194,7 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "text"),
     [
         ({"pair": [0.9, 0.91], "one": [0.7, 0.71]}, "pair is 20.0 points above one."),
         ({"pair": [0.7, 0.71], "one": [0.9, 0.91]}, "pair is 20.0 points below one."),
@@ -203,8 +205,8 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
         ({"pair": [0.9], "untrained members": [0.95], "raw pixels": [0.2]}, "Untrained members do about as well"),
     ],
 )
-def test_the_verdict_speaks_for_and_against(rows, said, study):
-    assert said in verdict(study(**rows))
+def test_the_verdict_speaks_for_and_against(rows, text, study):
+    assert text in verdict(study(**rows))
 
 
 def test_the_verdict_leaves_out_warnings_that_do_not_hold(study):
@@ -225,24 +227,23 @@ def test_the_card_of_a_freshly_assembled_ensemble_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("baseline", "said"),
+    ("baseline", "text"),
     [
-        (1_009.0, "one 1,009 GFLOP, equal compute"),
-        (1_125.0, "one 1,125 GFLOP, 1.12 times as much"),
+        (1_009.0, "one took 1,009 GFLOP, equal compute"),
+        (1_125.0, "one took 1,125 GFLOP, 1.12 times as much"),
         (None, ""),
     ],
 )
-def test_compute_is_called_equal_within_a_hundredth_only(baseline, said, study):
+def test_compute_is_called_equal_within_one_percent_only(baseline, text, study):
     results = study(pair=[0.9], one=[0.8])
     results["pair"].gflops, results["one"].gflops = 1_000.0, baseline
-    told = compute_sentence(results)
-    assert told == (f"Training pair took 1,000 GFLOP; {said}." if said else "")
+    assert describe_compute(results) == (f"Training pair took 1,000 GFLOP; {text}." if text else "")
 
 
-# --- what people write into a card, and what strangers write into a config ---------------------------------------------
+# --- what users write into a card, and what strangers write into a config
 
 
-def test_sections_and_metadata_of_ones_own_survive(card, folder):
+def test_sections_and_metadata_of_the_user_survive(card, folder):
     text, _ = card({"digits": REPEATS}, title="me/pair")
     own = "## Thanks\n\nTo all.\n\n```bash\n## no heading\n```"
     text = text.replace("## Limits and biases", f"{own}\n\n## Limits and biases").replace(
@@ -257,7 +258,7 @@ def test_sections_and_metadata_of_ones_own_survive(card, folder):
     assert card()[0] == again, "once more changes nothing"
 
 
-def test_check_names_the_line_that_is_not_what_the_results_give(card, folder, study):
+def test_check_names_the_first_line_that_differs_from_the_results(card, folder, study):
     text, _ = card({"digits": REPEATS})
     check_card(folder)
     (folder / "README.md").write_text(text.replace("| 85.0 |", "| 95.0 |"))
@@ -272,11 +273,12 @@ def test_check_names_the_line_that_is_not_what_the_results_give(card, folder, st
         check_card(folder)
 
 
-def test_names_of_strangers_do_nothing(card):
+def test_names_from_strangers_are_shown_as_text(card):
     bad = "<script>alert(1)</script> ![x](javascript:1) `code` [l](http://a.b)"
     card({}, [{"license": ["mit"], "recipe": "x", "command": {}, "ensemble_recipe": [], "hub_id": 3}, {"steps": {}}])
-    told = {"source": bad, "license": bad, "hub_id": bad, "command": "```\n<script>"}
-    text, data = card({"digits": {bad: [0.5, 0.6], "one": [0.4, 0.5]}}, [told, told], dataset={"name": bad}, title=bad)
+    provenance = {"source": bad, "license": bad, "hub_id": bad, "command": "```\n<script>"}
+    rows = {bad: [0.5, 0.6], "one": [0.4, 0.5]}
+    text, data = card({"digits": rows}, [provenance, provenance], dataset={"name": bad}, title=bad)
     tokens = [
         t
         for block in MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
@@ -292,15 +294,16 @@ def test_names_of_strangers_do_nothing(card):
     assert data.base_model is None and text.count("```") % 2 == 0
 
 
-def test_what_speaks_against_it_has_a_section(card, study):
+def test_results_that_speak_against_the_ensemble_have_a_section(card, study):
     text, _ = card(
         {"digits": {"pair": [0.7, 0.71], "one": [0.9, 0.91], "two": [0.7, 0.72], "raw pixels": [0.1, 0.11]}}
     )
     assert (
-        "## When it does not help\n\n- **digits, classes 5, 6, 100 test images.** Better: one. Not beaten beyond chance: two."
-        in text
+        "## When it does not help\n\n- **digits, classes 5, 6, 100 test images.** "
+        "Better than the ensemble: one. No difference beyond chance: two." in text
     )
-    assert against(study(**{"pair": [0.9], "raw pixels": [0.3]})) == "It beats all that it was compared with."
+    text = against(study(**{"pair": [0.9], "raw pixels": [0.3]}))
+    assert text == "The ensemble is better than everything that it was compared with."
 
 
 def test_costs_are_columns_where_they_were_measured(folder, study, ensemble):
@@ -313,18 +316,18 @@ def test_costs_are_columns_where_they_were_measured(folder, study, ensemble):
     assert r"measured on a \<b\>GPU" in (folder / "README.md").read_text()
 
 
-def test_a_registered_benchmark_has_an_eval_results_file_too(card, folder):
-    how = {"name": "org/bench", "on_hub": True, "revision": "r1", "benchmark": "task", "classes": None}
-    card({"part": REPEATS}, dataset=how | {"limit": 100})
+def test_a_benchmark_of_the_hub_has_an_eval_results_file_too(card, folder):
+    dataset = {"name": "org/bench", "on_hub": True, "revision": "r1", "benchmark": "task", "classes": None}
+    card({"part": REPEATS}, dataset=dataset | {"limit": 100})
     assert not (folder / ".eval_results").exists(), "a part of a benchmark is no result on it"
-    card({"bench": REPEATS}, dataset=how)
+    card({"bench": REPEATS}, dataset=dataset)
     (entry,) = yaml.safe_load((folder / ".eval_results" / "bench.yaml").read_text())
     assert entry["dataset"] == {"id": "org/bench", "task_id": "task", "revision": "r1"} and entry["value"] == 85.0
 
 
 def test_the_card_is_the_golden_one(card):
-    """In golden_card.md `<...>` stands for what differs from run to run."""
+    """In golden_card.md, `<...>` stands for text that differs from run to run."""
     golden = (Path(__file__).parent / "golden_card.md").read_text()
-    told = [{"license": "mit", "command": "concat-ensemble build a b"}, {"license": "apache-2.0"}]
-    text, _ = card({"digits": REPEATS}, told)
+    provenance = [{"license": "mit", "command": "concat-ensemble build a b"}, {"license": "apache-2.0"}]
+    text, _ = card({"digits": REPEATS}, provenance)
     assert re.fullmatch(re.escape(golden).replace(re.escape("<...>"), r"[^\n|]*"), text)

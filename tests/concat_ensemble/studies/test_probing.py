@@ -25,12 +25,12 @@ def trio(backbone):
 
 
 @pytest.fixture(scope="module")
-def found(trio, digits, backbone):
+def probed(trio, digits, backbone):
     return probe_ensemble(trio, digits, name="trio", baselines={"one": assemble([backbone(5)])}, quiet=True)
 
 
-def test_rows_are_the_ensemble_its_parts_and_all_controls(found):
-    results, _ = found
+def test_rows_are_the_ensemble_its_parts_baselines_and_controls(probed):
+    results, _ = probed
     assert [(row.name, row.kind, row.num_features, row.num_members) for row in results.rows] == [
         ("trio", "ensemble", 56, 3),
         ("trio, first 2 members", "first_members", 32, 2),
@@ -44,13 +44,11 @@ def test_rows_are_the_ensemble_its_parts_and_all_controls(found):
         ("raw pixels", "control", 64, 0),
     ]
     run = results.rows[0].runs[0]
-    assert (run.n_train, run.n_test) == (60, 30), (
-        "30 of training and of validation: the probe is fitted on both in the end"
-    )
+    assert (run.n_train, run.n_test) == (60, 30), "30 training and 30 validation images: the last fit is on both"
 
 
-def test_an_image_costs_what_it_costs_the_members(found, trio):
-    results, _ = found
+def test_the_cost_of_an_image_is_the_sum_over_the_members(probed, trio):
+    results, _ = probed
     alone = [results[f"trio, member {k} alone"].cost for k in range(3)]
     parameters = [sum(tensor.numel() for tensor in member.parameters()) / 1e6 for member in trio.members.values()]
     assert [cost.million_parameters for cost in alone] == pytest.approx(parameters)
@@ -60,8 +58,8 @@ def test_an_image_costs_what_it_costs_the_members(found, trio):
     assert results["raw pixels"].cost is None and results.hardware
 
 
-def test_every_accuracy_is_that_of_its_own_features(found, trio, digits):
-    results, probe = found
+def test_every_accuracy_is_that_of_its_own_features(probed, trio, digits):
+    results, probe = probed
     table = extract_features(trio, digits, quiet=True)
     tables = {
         "trio": (table, True),
@@ -76,10 +74,10 @@ def test_every_accuracy_is_that_of_its_own_features(found, trio, digits):
     assert probe.score(table["test"]) == pytest.approx(results["trio"].mean)
 
 
-def test_provenance_says_whose_weights_and_steps_these_are(found, trio, backbone, digits):
-    results, _ = found
+def test_results_record_weights_and_training_steps(probed, trio, backbone, digits):
+    results, _ = probed
     assert results.members_sha256 == [member["provenance"]["weights_sha256"] for member in trio.config.members]
-    assert results["trio"].steps is None, "members in memory do not say how long they were trained"
+    assert results["trio"].steps is None, "members in memory do not state their training steps"
     pair = assemble([backbone(0), backbone(1)])
     for member, steps in zip(pair.config.members, (30, 50), strict=True):
         member["provenance"]["steps"] = steps
@@ -94,7 +92,7 @@ def test_a_single_member_has_no_parts(backbone, digits):
     assert [row.name for row in results.rows] == ["solo", "untrained members", "raw pixels"]
 
 
-def test_the_test_split_changes_nothing_that_is_learnt(ensemble, digits):
+def test_the_test_split_changes_nothing_that_is_fitted(ensemble, digits):
     blank = digits["train"].select([0] * 5)
     other = DatasetDict(digits | {"test": blank})
     (results, probe), (changed, same) = (probe_ensemble(ensemble, data, quiet=True) for data in (digits, other))
@@ -102,8 +100,8 @@ def test_the_test_split_changes_nothing_that_is_learnt(ensemble, digits):
     assert [row.runs[0].l2_strength for row in results.rows] == [row.runs[0].l2_strength for row in changed.rows]
 
 
-def test_the_head_predicts_what_the_probe_does(found, trio, digits, tmp_path):
-    _, probe = found
+def test_the_head_predicts_what_the_probe_predicts(probed, trio, digits, tmp_path):
+    _, probe = probed
     with_head(trio, probe, class_names(digits["train"])).save_pretrained(tmp_path)
     model = ConcatEnsembleForImageClassification.from_pretrained(tmp_path)
     processor = ConcatEnsembleImageProcessor.from_pretrained(tmp_path)
@@ -116,7 +114,7 @@ def test_the_head_predicts_what_the_probe_does(found, trio, digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def lacking(images):
-    """The class b is among the classes and in the test split, but in no training row."""
+    """The class b has test images but no training images."""
     return load_data(
         DatasetDict(train=images(["a", "c"] * 30), test=images(["a"] * 10 + ["b"] * 4 + ["c"] * 16, seed=1))
     )
@@ -126,7 +124,9 @@ def test_classes_without_training_images_do_not_shift_the_others(ensemble, lacki
     results, probe = probe_ensemble(ensemble, lacking, quiet=True)
     expected = probe.score(extract_features(ensemble, lacking, quiet=True)["test"])
     assert results["ensemble"].mean == pytest.approx(expected)
-    assert results["raw pixels"].mean == pytest.approx(26 / 30), "brightness tells a from c, and b is nobody's"
+    assert results["raw pixels"].mean == pytest.approx(26 / 30), (
+        "brightness distinguishes a and c; b is never predicted"
+    )
 
 
 def test_a_head_has_a_row_for_every_class(ensemble, lacking):
@@ -136,7 +136,7 @@ def test_a_head_has_a_row_for_every_class(ensemble, lacking):
     with torch.no_grad():
         logits = model(**processor([read_image(lacking["test"], n) for n in range(30)])).logits
     assert logits.shape == (30, 3)
-    assert set(logits.argmax(1).tolist()) <= {0, 2}, "the class that it never saw is not predicted"
+    assert set(logits.argmax(1).tolist()) <= {0, 2}, "a class without training images is not predicted"
 
 
 def test_two_classes_get_a_head_of_two_rows(ensemble, images):
@@ -145,13 +145,13 @@ def test_two_classes_get_a_head_of_two_rows(ensemble, images):
     assert with_head(ensemble, probe, ["a", "b"]).classifier.weight.shape == (2, 32)
 
 
-def test_an_ensemble_with_a_head_is_probed_as_one_without(found, trio, digits):
-    results, probe = found
+def test_an_ensemble_with_a_head_is_probed_as_one_without(probed, trio, digits):
+    results, probe = probed
     again, _ = probe_ensemble(with_head(trio, probe, ["0", "1", "2"]), digits, name="trio", quiet=True)
     assert again["trio"].mean == results["trio"].mean
 
 
-def test_a_dataset_of_colour_gets_colour_pixels():
+def test_a_dataset_with_colors_gets_color_pixels():
     arrays = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
     dataset = Dataset.from_dict({"image": [Image.fromarray(a) for a in arrays], "label": ["a", "b"] * 10})
     results, _ = probe_ensemble(assemble("random:test_vit"), load_data(dataset), quiet=True)

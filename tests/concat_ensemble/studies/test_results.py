@@ -7,7 +7,7 @@ from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
 
 def test_mean_and_students_interval_by_hand(study):
-    """0.7, 0.8, 0.9: mean 0.8, standard deviation 0.1, t(2 degrees) = 4.302653, half-width 4.302653 * 0.1 / sqrt 3 = 0.248414."""
+    """0.7, 0.8, 0.9: mean 0.8, deviation 0.1, t(2 degrees) = 4.302653, half 4.302653 * 0.1 / sqrt 3 = 0.248414."""
     row = study(pair=[0.7, 0.8, 0.9])["pair"]
     assert row.mean == pytest.approx(0.8)
     assert row.interval == pytest.approx((0.551586, 1.048414), abs=1e-6)
@@ -27,9 +27,9 @@ def test_difference_is_paired(study):
 
 
 def test_one_repeat_is_paired_image_by_image():
-    """Of ten images the first gets 0 to 7 right, the second 0, 1, 8: six won, one lost. McNemar: 2 * (1 + 7) / 2^7."""
-    runs = [Run(0, {"top1": n / 10}, 0.1, 50, 10, correct=pack_bits(np.isin(np.arange(10), which)))
-            for n, which in ((8, range(8)), (3, [0, 1, 8]))]  # fmt: skip
+    """Of ten images the first predicts 0 to 7, the second 0, 1, 8: six wins, one loss. McNemar: 2 * (1 + 7) / 2^7."""
+    correct = [np.isin(np.arange(10), images) for images in (range(8), [0, 1, 8])]
+    runs = [Run(0, {"top1": bits.mean()}, 0.1, 50, 10, correct=pack_bits(bits)) for bits in correct]
     rows = [Row(name, "ensemble", 4, runs=[run]) for name, run in zip("ab", runs, strict=True)]
     results = Results("a", {}, {}, rows)
     mean, (low, high), p = results.difference("a", "b")
@@ -37,10 +37,10 @@ def test_one_repeat_is_paired_image_by_image():
     assert low <= 0.5 <= high and low in np.arange(-10, 11) / 10
     for row in rows:
         row.runs[0].correct = ""
-    assert results.difference("a", "b")[1:] == ((-np.inf, np.inf), 1.0), "an older file does not say which images"
+    assert results.difference("a", "b")[1:] == ((-np.inf, np.inf), 1.0), "an older file does not record which images"
 
 
-def test_the_deviation_over_draws_is_that_of_the_draws(study):
+def test_the_deviation_over_resamples_by_hand(study):
     results = study(pair=[0.5, 0.6])
     assert results["pair"].resample_deviation is None
     results["pair"].runs[0].resamples, results["pair"].runs[1].resamples = [0.4, 0.5, 0.6], [0.5, 0.5, 0.5]
@@ -59,7 +59,7 @@ def test_merged_repeats_are_rows_with_several_runs(study):
     one, two = study(pair=[0.5], other=[0.4]), study({"seed": 1}, pair=[0.7], other=[0.3])
     merged = Results.merged([one, two])
     assert merged["pair"].top1.tolist() == [0.5, 0.7] and merged["other"].top1.tolist() == [0.4, 0.3]
-    assert merged.repeats == 2 and one.repeats == 1, "and those merged stay as they are"
+    assert merged.repeats == 2 and one.repeats == 1, "the merged results stay as they are"
     assert merged.protocol == one.protocol
 
 
@@ -70,9 +70,9 @@ def test_merged_repeats_are_rows_with_several_runs(study):
         lambda study: study(other=[0.4], pair=[0.5]),
         lambda study: study({"limit": 5}, pair=[0.5], other=[0.4]),
     ],
-    ids=["a row less", "other order", "other data"],
+    ids=["a row less", "another order", "other data"],
 )
-def test_what_was_measured_otherwise_is_not_merged(other, study):
+def test_results_of_different_protocols_are_not_merged(other, study):
     with pytest.raises(ValueError, match="repeats differ in protocol or rows"):
         Results.merged([study(pair=[0.5], other=[0.4]), other(study)])
 

@@ -1,0 +1,123 @@
+"""The file of a comparison: how much of each member's features the others predict, and the conclusions in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from concat_ensemble.files import write_json
+from concat_ensemble.studies.results import SCHEMA_VERSION, decode_file, explain_errors, rename_keys
+
+REPEAT_R2 = 0.9  # a subject with this mean R2 or more repeats the others
+DEAD_SHARE = 0.01  # a feature is dead if it deviates less than this share of its subject's root mean square deviation
+# Version 1 (0.1.0) used other names.
+VERSION_1_OVERLAP = {"guessing": "majority_share"}
+VERSION_1_SUBJECT = {"width": "num_features", "dead": "dead_share"}
+VERSION_1_RELATION = {
+    "given": "sources",
+    "source": "source_name",
+    "wanted": "target",
+    "features": "feature_r2",
+    "rest_top1": "residual_top1",
+    "rest_interval": "residual_interval",
+}
+
+
+@dataclass
+class Subject:
+    """A member, or an ensemble as a whole, by itself."""
+
+    name: str
+    num_features: int
+    dead_share: float  # share of its features that are dead
+    effective_rank: float  # exp of the entropy of the covariance's eigenvalues (Roy and Vetterli 2007)
+    top1: float  # of a linear probe, on the test split
+
+
+@dataclass
+class Relation:
+    """How well the features of the subjects `sources`, side by side, predict those of the subject `target`."""
+
+    sources: tuple[int, ...]
+    source_name: str
+    target: int
+    cka: float
+    r2: float  # mean over living features; a feature predicted worse than by its mean counts 0
+    untrained_r2: float  # the same with untrained networks in place of `sources`
+    feature_r2: list[float | None]  # R2 of each feature; None for dead ones
+    residual_top1: float  # of a linear probe of the residual, which `sources` do not predict, on the test split
+    residual_interval: tuple[float, float]  # 95%, Wilson's
+
+
+@dataclass
+class Overlap:
+    """Each subject's relations to the others, from the most predictive one on, then to all of them together."""
+
+    subjects: list[Subject]
+    relations: list[Relation]
+    majority_share: float  # share of the most frequent class in the test split
+    n_train: int
+    n_validation: int
+    n_test: int
+    dataset: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def verdict(self) -> list[str]:
+        """A sentence for each subject: which one it repeats, or what it has that the others lack."""
+        sentences = [self._describe(k) for k in range(len(self.subjects))]
+        if min(self.n_train, self.n_test) < sum(subject.num_features for subject in self.subjects):
+            sentences.append("There are fewer images than features: R2 and the top-1 of residuals are underestimated.")
+        return sentences
+
+    def _describe(self, k: int) -> str:
+        """The sentence about subject `k`, from the first relation that makes it a repeat, else from all the others."""
+        subject, relations = self.subjects[k], [relation for relation in self.relations if relation.target == k]
+        repeats = [relation for relation in relations if relation.r2 >= REPEAT_R2]
+        relation = repeats[0] if repeats else relations[-1]
+        low, high = (100 * bound for bound in relation.residual_interval)
+        if repeats and relation.untrained_r2 >= REPEAT_R2:
+            finding = "repeats, as untrained networks do,"
+        elif repeats:
+            finding = "repeats"
+        elif low > 100 * self.majority_share:
+            finding = "has features that help on this dataset beyond"
+        else:
+            finding = "has no features shown to help on this dataset beyond"
+        return (
+            f"{subject.name} {finding} {relation.source_name}: R2 {relation.r2:.2f} ({relation.untrained_r2:.2f} from "
+            f"untrained networks; {REPEAT_R2} or more is a repeat). Top-1 is {100 * relation.residual_top1:.1f} "
+            f"[{low:.1f}, {high:.1f}] from its residual, {100 * subject.top1:.1f} from all its features, and "
+            f"{100 * self.majority_share:.1f} by guessing."
+        )
+
+    def save(self, path: Path, *, command: str = "", dataset: dict[str, Any] | None = None) -> None:
+        """Write the comparison as JSON, with the command and the dataset that gave it."""
+        content = dataclasses.asdict(dataclasses.replace(self, command=command, dataset=dataset or {}))
+        thresholds = {"repeat_r2": REPEAT_R2, "dead_share": DEAD_SHARE}
+        write_json(path, {"schema_version": SCHEMA_VERSION, **content, **thresholds, "verdict": self.verdict})
+
+    @classmethod
+    def load(cls, path: Path) -> Overlap:
+        """Read a file that this version or an earlier one wrote.
+
+        Raises:
+            ValueError: when the file is not one that `save` wrote.
+        """
+        with explain_errors(path, "comparison", "compare again with --overwrite"):
+            overlap = msgspec.convert(decode_file(path, _upgrade), cls)
+            if {relation.target for relation in overlap.relations} != set(range(len(overlap.subjects))):
+                raise ValueError("its relations must be about each of its subjects")
+        return overlap
+
+
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Bring the content of a version 1 file to today's names."""
+    return rename_keys(content, VERSION_1_OVERLAP) | {
+        "subjects": [rename_keys(subject, VERSION_1_SUBJECT) for subject in content["subjects"]],
+        "relations": [rename_keys(relation, VERSION_1_RELATION) for relation in content["relations"]],
+    }
