@@ -144,7 +144,8 @@ def fine_tune(
         (tuned,) = loop.networks_to_save()
     logits = predict_logits(tuned, images, "test", accelerator)
     if accelerator.is_main_process:
-        save_classifier(tuned.float(), folder, logits, images=images, identity=identity, seconds=loop.seconds)
+        tuned.float()
+        save_classifier(tuned, folder, logits, settings, images=images, identity=identity, seconds=loop.seconds)
     loop.finish()
 
 
@@ -165,26 +166,34 @@ def predict_logits(network: nn.Module, images: Images, split: str, accelerator: 
 
 
 def save_classifier(
-    model: nn.Module, folder: Path, logits: np.ndarray, *, images: Images, identity: dict, seconds: float
+    model: nn.Module,
+    folder: Path,
+    logits: np.ndarray,
+    settings: FineTuning,
+    *,
+    images: Images,
+    identity: dict,
+    seconds: float,
 ) -> None:
     """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
     replaces `folder` as a whole; the model does not change.
     """
     saved = copy.copy(model)  # the same weights under another config
-    saved.config = describe_fine_tuning(model, images)
+    saved.config = describe_fine_tuning(model, settings, images.pixels.input_size)
     results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
     with replace_result(folder, identity) as aside:
         saved.save_pretrained(aside)
         results.save(aside / RESULTS / "fine-tuned.json")
         write_card(aside, title=folder.name)
-    top1, steps = 100 * results.rows[0].mean, images.settings.steps
-    print(f"{folder}: top-1 {top1:.1f} on {len(logits):,} test images, {steps:,} steps", flush=True)
+    top1 = 100 * results.rows[0].mean
+    print(f"{folder}: top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps", flush=True)
 
 
-def describe_fine_tuning(model: nn.Module, images: Images) -> ConcatEnsembleConfig:
+def describe_fine_tuning(
+    model: nn.Module, settings: FineTuning, input_size: tuple[int, int, int]
+) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
-    config, settings = copy.deepcopy(model.config), images.settings
-    num_images = settings.steps * settings.batch_size
+    config, num_images = copy.deepcopy(model.config), settings.steps * settings.batch_size
     for k, member in model.members.items():
         spec = config.members[int(k)]
         provenance = spec["provenance"]
@@ -193,7 +202,7 @@ def describe_fine_tuning(model: nn.Module, images: Images) -> ConcatEnsembleConf
         if "steps" in provenance:  # else the cost of pretraining is not known
             provenance["steps"] += settings.steps
         if "compute" in provenance:
-            size = Size.measure(spec["architecture"], spec["model_args"], images.pixels.input_size, 0)
+            size = Size.measure(spec["architecture"], spec["model_args"], input_size, 0)
             provenance["compute"]["images"] += num_images
             provenance["compute"]["gflops"] += round(size.training_flops(num_images) / 1e9, 3)
     return config

@@ -192,7 +192,9 @@ def test_saving_twice_gives_the_same_files(ensemble, tmp_path):
     before = copy.deepcopy(classifier.config.to_dict())
     logits = np.random.default_rng(0).normal(size=(len(images.labels("test")), 3))
     for parent in ("first", "second"):
-        save_classifier(classifier, tmp_path / parent / "whole", logits, images=images, identity={}, seconds=1.0)
+        save_classifier(
+            classifier, tmp_path / parent / "whole", logits, settings, images=images, identity={}, seconds=1
+        )
     assert classifier.config.to_dict() == before
     files = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
