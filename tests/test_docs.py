@@ -37,9 +37,9 @@ BACKBONES = [
 ELSEWHERE = {
     "pip install .": "tests/test_wheel.py",
     "make test": "this run",
-    "make demo": "tests/training/test_compare.py",
-    "concat-ensemble reproduce all": "tests/training/test_reproduce.py",
-    "concat-ensemble mixture scattered_digits": "tests/training/test_mixture.py",
+    "make demo": "tests/concat_ensemble/experiments/test_compare.py",
+    "concat-ensemble reproduce all": "tests/concat_ensemble/experiments/test_reproduce.py",
+    "concat-ensemble mixture scattered_digits": "tests/concat_ensemble/experiments/test_mixture.py",
 }
 # Of datasets; what another page made is replaced.
 SMALLER = {command: ["--limit", "12", "--overwrite"] for command in ("probe", "select", "compare")}

@@ -15,6 +15,7 @@ LAYERS = [
     {"modeling"},
     {"members", "data"},
     {"features"},
+    {"ntk"},  # a deprecated alias
     {"probes"},
     {"studies"},
     {"reporting"},

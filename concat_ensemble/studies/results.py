@@ -183,8 +183,10 @@ class Results:
             ValueError: when the file is not one that `save` wrote.
         """
         with explain_errors(path, "results", "probe again with --overwrite"):
-            results = msgspec.convert(decode_file(path, _upgrade), cls)
+            content = decode_file(path, _upgrade)
+            results = msgspec.convert(content, cls)
             msgspec.convert(results.dataset, DatasetSettings)
+            refuse_unknown_keys(content, cls)
             for row in results.rows:
                 _check_row(row)
             if not results.rows or len({len(row.runs) for row in results.rows}) > 1 or not results.repeats:
@@ -224,6 +226,13 @@ def decode_file(path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]])
     if version not in (1, SCHEMA_VERSION):
         raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
     return upgrade(content) if version == 1 else content
+
+
+def refuse_unknown_keys(content: dict[str, Any], cls: type) -> None:
+    """Raise ValueError for keys that are not fields of `cls`: msgspec would ignore them."""
+    known = {"schema_version", "protocol", *(field.name for field in dataclasses.fields(cls))}
+    if unknown := sorted(content.keys() - known):
+        raise ValueError(f"it has the unknown key {unknown[0]!r}")
 
 
 def hash_protocol(*, probe: dict[str, Any], **settings: Any) -> str:

@@ -607,9 +607,9 @@ def run0(**changes):
 
 
 RESULTS = {
-    "an endless test split": run0(n_test=10**15, right="AA=="),
+    "an endless test split": run0(n_test=10**15, correct="AA=="),
     "no test images": run0(n_test=0),
-    "right answers in no base64": run0(right="<script>"),
+    "correct images in no base64": run0(correct="<script>"),
     "an accuracy above one": run0(metrics={"top1": 1e308}),
     "an accuracy that is none": run0(metrics={"top1": float("nan")}),
     "no accuracy": run0(metrics={}),
