@@ -1,5 +1,5 @@
-"""Hypothesis tries the same examples every time: a test that passed once passes again. Where pytest runs a worker on each core, each keeps to its
-own.
+"""Hypothesis tries the same examples every time: a test that passed once passes again. Where pytest runs a worker on
+each core, each keeps to its own.
 """
 
 import os

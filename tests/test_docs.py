@@ -1,7 +1,8 @@
 """Every block of code in README and docs runs, and its commands are what a reader would type.
 
-They run in order, a page after the other, in one folder and one process, with a Hub on loopback: its backbones have random weights and its datasets a few images, so
-commands get a smaller `--limit`. What trains for long is run in a few steps, or stands in `ELSEWHERE` with the test that runs it.
+They run in order, a page after the other, in one folder and one process, with a Hub on loopback: its backbones have
+random weights and its datasets a few images, so commands get a smaller `--limit`. What trains for long is run in a few
+steps, or stands in `ELSEWHERE` with the test that runs it.
 """
 
 import io
@@ -74,7 +75,9 @@ def parquet(labels: list[int], names: list[str], image: str, label: str) -> byte
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A process with the package, in a folder with some photos, the demo's networks and the ensembles that the pages speak of."""
+    """A process with the package, in a folder with some photos, the demo's networks and the ensembles that the pages
+    speak of.
+    """
     with HubServer(tmp_path_factory.mktemp("hub")) as hub:
         torch.manual_seed(0)
         for name in BACKBONES:

@@ -1,4 +1,5 @@
-"""Files and keys that version 0.1.0 wrote, kept byte for byte: what it stored must be found, and what it wrote must load, for ever.
+"""Files and keys that version 0.1.0 wrote, kept byte for byte: what it stored must be found, and what it wrote must
+load, for ever.
 
 `tests/golden/` was written by the code of 0.1.0 and is never written again.
 """

@@ -1,4 +1,4 @@
-"""Rooms import from rooms below them only, wherever in a file the import stands, and small things load nothing large."""
+"""Rooms import from rooms below them only, anywhere in a file, and small things load nothing large."""
 
 import ast
 import subprocess

@@ -35,7 +35,8 @@ def theory(
     if as_json:
         print_file(path)
         return
-    counts = f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures; {cancellations.exact:,}"
+    counts = f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures; "
+    counts += f"{cancellations.exact:,}"
     largest = f"{cancellations.largest_covariance:.0e}"
     out.print(
         f"Proposition 2.1: {counts} exact proportions that cancel, with a covariance of at most {largest}.",

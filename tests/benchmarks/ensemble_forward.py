@@ -2,12 +2,13 @@
 
     .venv/bin/python tests/benchmarks/ensemble_forward.py
 
-Prints, for ResNet-18 x 4 and ViT-tiny x 4 with random weights at 224 pixels and each batch size: the loop's time, and for each way
-to run the ensemble its share of that time and, in brackets, its largest output difference from the loop, relative to the largest
-output. `folded` and what is compiled are also in channels_last. Needs the extra `export`.
+Prints, for ResNet-18 x 4 and ViT-tiny x 4 with random weights at 224 pixels and each batch size: the loop's time, and
+for each way to run the ensemble its share of that time and, in brackets, its largest output difference from the loop,
+relative to the largest output. `folded` and what is compiled are also in channels_last. Needs the extra `export`.
 
-Each repeat times the loop and all ways in turn, so that what else the machine does falls on all of them; a share is the median over
-the repeats of the share within each, and a time the fastest of `--calls` calls. Compiling and exporting are not counted.
+Each repeat times the loop and all ways in turn, so that what else the machine does falls on all of them; a share is
+the median over the repeats of the share within each, and a time the fastest of `--calls` calls. Compiling and
+exporting are not counted.
 """
 
 import argparse

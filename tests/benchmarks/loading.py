@@ -2,8 +2,9 @@
 
     .venv/bin/python tests/benchmarks/loading.py
 
-Prints, for four ResNet-50s of random weights, both times and their ratio: medians over the repeats, each of which times both in turn, from files that the
-system has in memory. Before it takes memory an ensemble's files are compared with what its config builds; timm alone does not do that.
+Prints, for four ResNet-50s of random weights, both times and their ratio: medians over the repeats, each of which
+times both in turn, from files that the system has in memory. Before it takes memory an ensemble's files are compared
+with what its config builds; timm alone does not do that.
 """
 
 import argparse
@@ -50,8 +51,10 @@ def main() -> None:
         ][1:]  # the first one warms up
     theirs, ours = (median(times) for times in zip(*taken, strict=True))
     ratios = [ours / theirs for theirs, ours in taken]
-    print(f"timm one after the other {theirs:.2f} s, from_pretrained {ours:.2f} s: ratio {median(ratios):.2f} "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    print(
+        f"timm one after the other {theirs:.2f} s, from_pretrained {ours:.2f} s: ratio {median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     .venv/bin/python tests/benchmarks/quick_selection.py ENSEMBLE --dataset DATASET --limit 1500 --looks 250 500 1000
 
-Features of all images are extracted once. Each look draws some training images and does what `select --quick` does with them. The truth for each member is
-the gain of the chosen members with it over those without it, fitted on all training and validation images and measured on the test images. Printed per size
-of the look: how often the 95% interval holds the truth (itself known to about the deviation printed), how often a member that is advised to be dropped truly
-adds less than half a point, and one that is advised to be kept adds something.
+Features of all images are extracted once. Each look draws some training images and does what `select --quick` does
+with them. The truth for each member is the gain of the chosen members with it over those without it, fitted on all
+training and validation images and measured on the test images. Printed per size of the look: how often the 95%
+interval holds the truth (itself known to about the deviation printed), how often a member that is advised to be
+dropped truly adds less than half a point, and one that is advised to be kept adds something.
 """
 
 import argparse
@@ -69,8 +70,10 @@ def main() -> None:
                 if part.advice == "keep":
                     kept.append(gain.mean() > 0)
         print(
-            f"{number} images, {options.resamples} looks: {np.mean(inside):.0%} of {len(inside)} intervals hold the truth "
-            f"(known to {100 * np.mean(deviations):.2f} points); 'drop' right {sum(dropped)} of {len(dropped)}; 'keep' right {sum(kept)} of {len(kept)}"
+            f"{number} images, {options.resamples} looks: {np.mean(inside):.0%} of {len(inside)} intervals "
+            "hold the truth "
+            f"(known to {100 * np.mean(deviations):.2f} points); 'drop' right {sum(dropped)} of {len(dropped)}; "
+            f"'keep' right {sum(kept)} of {len(kept)}"
         )
 
 

@@ -2,9 +2,10 @@
 
     .venv/bin/python tests/benchmarks/shared_decoding.py
 
-Images are 256 x 256 crops of scikit-learn's photographs, as JPEG, with timm's training augmentation at 224. Printed for each M: image views per second of M
-passes over the images and of one pass for all M, with --workers reading processes, and their ratio; alone, and with the training steps of M networks (a
-ResNet-10 of an eighth of the usual widths, where reading is the bottleneck as it is on a fast GPU). Medians of --repeats, both sides in turn.
+Images are 256 x 256 crops of scikit-learn's photographs, as JPEG, with timm's training augmentation at 224. Printed
+for each M: image views per second of M passes over the images and of one pass for all M, with --workers reading
+processes, and their ratio; alone, and with the training steps of M networks (a ResNet-10 of an eighth of the usual
+widths, where reading is the bottleneck as it is on a fast GPU). Medians of --repeats, both sides in turn.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def main() -> None:
         batches = images.size // options.batch_size
         views = batches * options.batch_size
         print(
-            f"{views} JPEGs, {options.workers} workers, {torch.get_num_threads()} cores; views per second, medians of {options.repeats}"
+            f"{views} JPEGs, {options.workers} workers, {torch.get_num_threads()} cores; views per second, "
+            f"medians of {options.repeats}"
         )
         for training in (False, True):
             for count in (1, 2, 4):

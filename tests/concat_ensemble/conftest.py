@@ -31,7 +31,9 @@ threadpool_limits(1)  # threads that wait for each other make tiny problems ten 
 
 @pytest.fixture(scope="session")
 def backbone():
-    """`backbone(seed)`: a grey resnet10t, as timm makes it, of 16 features that sees 32x32 pixels; with other `model_args` if wanted."""
+    """`backbone(seed)`: a grey resnet10t, as timm makes it, of 16 features that sees 32x32 pixels; with other
+    `model_args` if wanted.
+    """
 
     def make(seed: int = 0, architecture: str = "resnet10t", pixels: dict | None = None, **model_args):
         grey = {"in_chans": 1, "channels": (8, 8, 16, 16), "stem_width": 8, "num_classes": 0}
@@ -86,7 +88,9 @@ def table(ensemble, digits):
 
 @pytest.fixture
 def study():
-    """`study(name=[top-1 of each repeat], ...)`: results by hand on 100 test images; the first is the ensemble, of two members."""
+    """`study(name=[top-1 of each repeat], ...)`: results by hand on 100 test images; the first is the ensemble, of two
+    members.
+    """
 
     def make(dataset: dict | None = None, hashes=("a" * 64, "b" * 64), **top1) -> Results:
         rows = []
@@ -146,7 +150,7 @@ def contents():
 
 @pytest.fixture
 def refused(run, contents, tmp_path):
-    """Run a command that must exit with 2, say one line with all of `said` on stderr, and leave every file as it was."""
+    """Run a command that must exit with 2, print one line with all of `said`, and leave every file as it was."""
 
     def refused(words, *said):
         before = contents(tmp_path)

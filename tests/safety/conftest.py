@@ -47,15 +47,18 @@ def made(backbone, tmp_path_factory):
     """An ensemble of two members with one results file, saved; no test changes it."""
     path, model = tmp_path_factory.mktemp("made"), assemble([backbone, backbone])
     model.save_pretrained(path)
-    rows = [Row(n, kind, 32, 2, runs=[Run(0, {"top1": 0.5}, 0.1, 10, 10)]) for n, kind in (("pair", "ensemble"), ("raw pixels", "control"))]  # fmt: skip
+    rows = [
+        Row(n, kind, 32, 2, runs=[Run(0, {"top1": 0.5}, 0.1, 10, 10)])
+        for n, kind in (("pair", "ensemble"), ("raw pixels", "control"))
+    ]
     Results("pair", {"name": "digits"}, {}, rows, members_sha256(model.config)).save(path / "results/digits.json")
     return path
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A folder to attack from, which is where the process stands; `canary`, which running code would make; and `outside`,
-    with something precious. Afterwards both are as before, and no attack took much memory or time.
+    """A folder to attack from, which is where the process stands; `canary`, which running code would make; and
+    `outside`, with something precious. Afterwards both are as before, and no attack took much memory or time.
     """
     world = tmp_path / "world"
     world.mkdir()

@@ -1,5 +1,5 @@
-"""What a stranger can hand over, made for real and given to what a user would type. Around each, `world` sees that nothing
-is executed, written outside, lost, or takes a gigabyte.
+"""What a stranger can hand over, made for real and given to what a user would type. Around each, `world` sees that
+nothing is executed, written outside, lost, or takes a gigabyte.
 """
 
 import io
@@ -238,7 +238,7 @@ CONFIGS = {
     "a crop that enlarges endlessly": (sees(crop_pct=1e-300), "crop_pct"),
     "a mean beyond floats": (sees(mean=[10**400]), "mean"),
     "a provenance that is no dict": (member(provenance=[1]), "provenance"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attack", CONFIGS)
@@ -358,7 +358,7 @@ TIMM = {
     "a picture as wide as the sea": ({"pretrained_cfg": {"input_size": [1, 10**6, 10**6]}}, "input_size"),
     "pixels of nothing": ({"pretrained_cfg": {"input_size": 5, "mean": None}}, "pretrained_cfg"),
     "no dict": ({"pretrained_cfg": "x"}, "not a model's config"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attack", TIMM)
@@ -581,12 +581,19 @@ def test_an_image_that_is_none(attack, processor, world):
 
 DATASETS = {
     "a script": {"data.py": CODE, "dataset_infos.json": "{}"},
-    "a saved dataset elsewhere": {"state.json": '{"_data_files": [{"filename": "../../outside/precious.txt"}], "_split": null}', "dataset_info.json": "{}"},
+    "a saved dataset elsewhere": {
+        "state.json": '{"_data_files": [{"filename": "../../outside/precious.txt"}], "_split": null}',
+        "dataset_info.json": "{}",
+    },
     "a saved dataset of pickles": {"state.json": pickle.dumps(Evil()), "dataset_info.json": "{}"},
     "metadata that points outside": {"metadata.csv": "file_name,label\n../outside/precious.txt,a\n"},
     "a table of another kind": {"train.parquet": pickle.dumps(Evil())},
-    "a table with addresses": {"train.json": "".join(json.dumps({"image": "https://evil.example/x.png", "label": n % 2}) + "\n" for n in range(20))},
-}  # fmt: skip
+    "a table with addresses": {
+        "train.json": "".join(
+            json.dumps({"image": "https://evil.example/x.png", "label": n % 2}) + "\n" for n in range(20)
+        )
+    },
+}
 
 
 @pytest.mark.parametrize("attack", DATASETS)

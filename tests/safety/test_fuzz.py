@@ -1,4 +1,4 @@
-"""Garbage and near-misses as configs, recipes and results: an error is a ValueError or an OSError, or there is none."""
+"""Garbage and near-misses as configs, recipes and results raise ValueError or OSError, or nothing."""
 
 import copy
 import json
@@ -18,7 +18,28 @@ from concat_ensemble.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 FEW, MANY = 150, 25_000  # of each of the four readers: 600, and 100,000
-SIGNS = st.sampled_from([float("nan"), float("inf"), -1, 0, 1, 2**31, 10**400, 1e308, "", "../x", "https://x", "\x00", "os.system", [], {}, [[]], True, None])  # fmt: skip
+SIGNS = st.sampled_from(
+    [
+        float("nan"),
+        float("inf"),
+        -1,
+        0,
+        1,
+        2**31,
+        10**400,
+        1e308,
+        "",
+        "../x",
+        "https://x",
+        "\x00",
+        "os.system",
+        [],
+        {},
+        [[]],
+        True,
+        None,
+    ]
+)
 ANYTHING = st.recursive(
     SIGNS | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -59,19 +80,63 @@ def near(draw, good):
 KEYS = sorted(
     set(dir(ConcatEnsembleConfig)) | {"num_labels", "torch_dtype", "attn_implementation", "quantization_config"}
 )
-PIXELS = {"input_size": [3, 32, 32], "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic",
-          "mean": [0.5] * 3, "std": [0.5] * 3, "image_mode": "RGB"}  # fmt: skip
+PIXELS = {
+    "input_size": [3, 32, 32],
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "image_mode": "RGB",
+}
 CONFIG = {
-    "members": [{"architecture": "resnet10t", "model_args": {"channels": [8, 8, 16, 16], "act_layer": "gelu"}, "num_features": 16,
-                 "preprocessing": PIXELS, "provenance": {"license": "mit"}}],
-    "active_members": [0], "standardize": False, "dtype": "float32", "id2label": {"0": "a", "1": "b"}, "initializer_range": 0.02,
-    "architectures": ["ConcatEnsembleModel"], "problem_type": None, "return_dict": True,
-}  # fmt: skip
-ROW = {"name": "pair", "kind": "ensemble", "width": 32, "num_members": 2, "steps": 5, "gflops": 1.0, "runs": [
-    {"seed": 0, "metrics": {"top1": 0.5}, "l2_strength": 0.1, "n_train": 9, "n_test": 9, "right": "AAA=", "draws": [0.5, 0.6],
-     "intervals": {"top1": [0.4, 0.6]}}]}  # fmt: skip
-RESULTS = {"protocol": "x", "ensemble": "pair", "dataset": {"name": "digits", "classes": [1], "test_images": 9}, "probe": {"kind": "linear"},
-           "rows": [ROW, ROW | {"name": "raw pixels", "kind": "control"}], "versions": {"torch": "2"}, "seconds": {"total": 1.0}}  # fmt: skip
+    "members": [
+        {
+            "architecture": "resnet10t",
+            "model_args": {"channels": [8, 8, 16, 16], "act_layer": "gelu"},
+            "num_features": 16,
+            "preprocessing": PIXELS,
+            "provenance": {"license": "mit"},
+        }
+    ],
+    "active_members": [0],
+    "standardize": False,
+    "dtype": "float32",
+    "id2label": {"0": "a", "1": "b"},
+    "initializer_range": 0.02,
+    "architectures": ["ConcatEnsembleModel"],
+    "problem_type": None,
+    "return_dict": True,
+}
+ROW = {
+    "name": "pair",
+    "kind": "ensemble",
+    "width": 32,
+    "num_members": 2,
+    "steps": 5,
+    "gflops": 1.0,
+    "runs": [
+        {
+            "seed": 0,
+            "metrics": {"top1": 0.5},
+            "l2_strength": 0.1,
+            "n_train": 9,
+            "n_test": 9,
+            "right": "AAA=",
+            "draws": [0.5, 0.6],
+            "intervals": {"top1": [0.4, 0.6]},
+        }
+    ],
+}
+RESULTS = {
+    "protocol": "x",
+    "ensemble": "pair",
+    "dataset": {"name": "digits", "classes": [1], "test_images": 9},
+    "probe": {"kind": "linear"},
+    "rows": [ROW, ROW | {"name": "raw pixels", "kind": "control"}],
+    "versions": {"torch": "2"},
+    "seconds": {"total": 1.0},
+}
 DATASET_RECIPES = [
     yaml.safe_load(path.read_text()) for path in sorted((ROOT / "concat_ensemble/data/recipes").glob("*.yaml"))[:5]
 ]
@@ -91,8 +156,12 @@ def as_yaml(value):
 def texts(good, write):
     """Mostly near misses; anything at all; and a good file with its bytes cut, doubled and changed."""
     written = st.builds(write, st.one_of(*[near(one) for one in good]) | ANYTHING)
-    cut = st.builds(lambda text, at, put: text[:at] + put + text[at + len(put) :], st.sampled_from([write(one) for one in good]),
-                    st.integers(0, 400), st.text(st.characters(codec="utf-8"), max_size=4))  # fmt: skip
+    cut = st.builds(
+        lambda text, at, put: text[:at] + put + text[at + len(put) :],
+        st.sampled_from([write(one) for one in good]),
+        st.integers(0, 400),
+        st.text(st.characters(codec="utf-8"), max_size=4),
+    )
     return written | cut
 
 

@@ -411,8 +411,9 @@ def test_a_shard_cut_short_is_named(folder, refused):
 
 
 def interrupted(place) -> tuple[int, str]:
-    """Exit code and output of a probe that gets a Ctrl-C once its progress bar, which is there on a terminal alone, shows
-    that images are being read."""
+    """Exit code and output of a probe that gets a Ctrl-C once its progress bar, which is there on a terminal alone,
+    shows that images are being read.
+    """
     terminal, side = pty.openpty()
     words = [PROGRAM, "probe", "pair", "--dataset", "scattered:digits", "--batch-size", "1"]
     environment = ONE_THREAD | {"TERM": "xterm", "HF_ASSETS_CACHE": str(place.parent / f"{place.name}-features")}

@@ -11,7 +11,7 @@ from concat_ensemble.studies.results import Results
 
 
 def test_select_writes_the_subset_it_recommends(run, folder):
-    """The digits' classes cannot tell these untrained members much apart, but what is said, written and probed agrees."""
+    """These untrained members differ little on the digits, but what is printed, written and probed agrees."""
     words = ["select", "pair", "--dataset", "digits", "--limit", "200", "--output", "chosen"]
     code, out, err = run(*words)
     assert code == 0, err
