@@ -37,7 +37,7 @@ def load_source(
         loaded = _load(builder, location, config=config, revision=revision, streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         raise ValueError(
-            f"no dataset {str(name)!r}: it is neither {DIGITS}, nor a path here, and the Hub does not give it "
+            f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it "
             f"({first_line(error)})."
         ) from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:

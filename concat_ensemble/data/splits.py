@@ -125,5 +125,5 @@ def _draw_shots(split: Dataset, shots: int, seed: int) -> Dataset:
     subsets = [order[labels == label][:shots] for label in np.unique(labels)]
     fewest = min(map(len, subsets))
     if fewest < shots:
-        raise ValueError(f"shots={shots}: a class has {fewest} images for training and validation; ask for fewer.")
+        raise ValueError(f"shots={shots}: a class has {fewest} images for training and validation; use fewer.")
     return split.select(np.sort(np.concatenate(subsets)))
