@@ -65,12 +65,12 @@ def document(name: str, item) -> str:
 def file_list() -> str:
     """The files of the package, room by room, each with the first line of its docstring."""
     lines = ["```text", "concat_ensemble/"]
-    lines += [f"  {path.name:<36}{first_line(path)}" for path in sorted((ROOT / "concat_ensemble").glob("*.py"))]
+    lines += [f"  {path.name:<40}{first_line(path)}" for path in sorted((ROOT / "concat_ensemble").glob("*.py"))]
     for room in ROOMS:
         folder = ROOT / "modeling" if room == "modeling" else ROOT / "concat_ensemble" / room
-        lines.append(f"  {room + '/':<36}{first_line(folder / '__init__.py')}")
+        lines.append(f"  {room + '/':<40}{first_line(folder / '__init__.py')}")
         files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-        lines += [f"    {path.name:<34}{first_line(path)}" for path in files]
+        lines += [f"    {path.name:<38}{first_line(path)}" for path in files]
     return "\n".join([*lines, "```"])
 
 

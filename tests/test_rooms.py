@@ -62,16 +62,13 @@ def test_the_payload_imports_nothing_of_the_package():
 
 
 def test_no_module_takes_part_in_a_circle():
-    modules = {
-        "concat_ensemble." + ".".join(path.relative_to(ROOT / "concat_ensemble").with_suffix("").parts): path
-        for path in SOURCES
-    }
-    edges = {
-        name: {
-            other for other in modules for found in imports(path) if found == other or found.startswith(other + ".")
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+    edges = {}
+    for name, path in zip(names, SOURCES, strict=True):
+        imported = imports(path)  # `a.b.c` may be the module a.b.c, or the name c of the module a.b
+        edges[name] = {
+            other for other in names if imported & {other} or any(i.startswith(f"{other}.") for i in imported)
         }
-        for name, path in modules.items()
-    }
     while leaves := {name for name, others in edges.items() if not others & edges.keys()}:
         edges = {name: others for name, others in edges.items() if name not in leaves}
     assert not edges, f"these import each other: {sorted(edges)}"

@@ -119,7 +119,7 @@ def _run_study(
                 "add --overwrite, or name another --output."
             )
         if not extraction.quiet:
-            errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
+            errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True, markup=False)
         return ProbeStudy(results, path, is_new=False)
     check_parent(path)
     _check_repeats(dataset, options.repeats)

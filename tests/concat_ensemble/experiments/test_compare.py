@@ -85,7 +85,8 @@ def test_the_printed_folder_is_complete_and_the_printed_lines_load_it(demo):
     assert all(Image.open(named / figure).size == (1050, 630) for figure in figures)
     assert "# cat4\n" in card and "mean over 2 repeats" in card and "concat-ensemble probe" in card
     assert re.search(
-        r"Training cat4 took [\d,]+ GFLOP; cat1 [\d,]+ GFLOP, 1\.12 times as much; cat2 [\d,]+ GFLOP, equal compute",
+        r"Training cat4 took [\d,]+ GFLOP; cat1 took [\d,]+ GFLOP, 1\.12 times as much; "
+        r"cat2 took [\d,]+ GFLOP, equal compute",
         card,
     )
 
