@@ -1,6 +1,5 @@
 """Every recipe, run for a few steps; those for ImageNet with small images of digits."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import yaml
 
 from concat_ensemble import load_data
+from concat_ensemble.training import distillation, finetuning, pretraining
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 IMAGENET = [path for path in RECIPES if path.stem.startswith("imagenet")]
@@ -23,23 +23,16 @@ def digits(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def members(script, tmp_path_factory) -> Path:
+def members(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("members")
-    recipe = "training/recipes/scattered_digits_timecat.yaml"
-    script(
-        sys.executable,
-        "training/pretrain_members.py",
-        recipe,
-        "--smoke",
-        "--cpu",
-        "--members",
-        "[2]",
-        "--snapshots",
-        "0",
-        "--output",
-        output,
-    )
+    recipe = RECIPES[0].parent / "scattered_digits_timecat.yaml"
+    run(pretraining, recipe, "--smoke", "--cpu", "--members", "[2]", "--snapshots", "0", "--output", output)
     return output
+
+
+def run(module, *words) -> None:
+    """Run a training in this process; the scripts themselves are launched in the tests of each."""
+    module.main(list(map(str, words)))
 
 
 def few(path: Path):
@@ -49,27 +42,27 @@ def few(path: Path):
 
 
 @pytest.mark.parametrize("path", map(few, RECIPES))
-def test_every_recipe_runs(path, digits, members, script, tmp_path):
+def test_every_recipe_runs(path, digits, members, tmp_path):
     smoke = [path, "--smoke", "--cpu", "--output", tmp_path]
     if path in IMAGENET:
         size = ["--input-size", "[3, 32, 32]", "--total-steps", "5", "--mixed-precision", "no"]
         size += ["--model-args", "{img_size: 32, drop_path_rate: 0.1}"] if "vit" in path.stem else []
-        script(sys.executable, "training/pretrain_members.py", *smoke, *size, "--dataset", digits, "--batch-size", "4")
+        run(pretraining, *smoke, *size, "--dataset", digits, "--batch-size", "4")
         count = yaml.safe_load(path.read_text())["members"][0]
         assert (tmp_path / f"cat{count}" / "model.safetensors.index.json").is_file()
         return
     data = ["--dataset", digits] if "mnist" in path.stem else []
     if path.stem.endswith(("timecat", "seeds")):
-        script(sys.executable, "training/pretrain_members.py", *smoke, *data)
+        run(pretraining, *smoke, *data)
         made = "cat4-s" if path.stem.endswith("timecat") else "w2"
         assert (tmp_path / made / "config.json").is_file()
     elif path.stem.endswith("distill"):
         teachers = f"[{members / 'members' / 'cat2-0'}, {members / 'members' / 'cat2-1'}]"
-        script(sys.executable, "training/distill.py", *smoke, *data, "--teachers", teachers)
+        run(distillation, *smoke, *data, "--teachers", teachers)
         assert (tmp_path / "distilled" / "config.json").is_file()
     else:
         data = ["--dataset", f"scattered:{digits}"] if data else []
-        script(sys.executable, "training/finetune.py", *smoke, *data, "--model", members / "cat2")
+        run(finetuning, *smoke, *data, "--model", members / "cat2")
         assert (tmp_path / "two-stage" / "config.json").is_file()
 
 
@@ -86,7 +79,7 @@ def test_a_resnet50_recipe_runs_at_full_width(digits, script, tmp_path):
         "--output",
         tmp_path,
     ]
-    script(sys.executable, "training/pretrain_members.py", *words)
+    run(pretraining, *words)
     assert len(list((tmp_path / "members").iterdir())) == 4
 
 
