@@ -117,7 +117,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def fold_batchnorm(self) -> "ConcatEnsemblePreTrainedModel":
         """Fold BatchNorm into the convolutions, in place: see `concat_ensemble.inference.folding`, which does it."""
         remedy = "pip install concat-ensemble, then call concat_ensemble.inference.folding.fold_batchnorm(model)"
-        raise NotImplementedError(f"fold_batchnorm() needs the package; {remedy}.")
+        raise RuntimeError(f"fold_batchnorm() needs the package; {remedy}.")
 
     def _check_not_folded(self, action: str) -> None:
         if any(getattr(module, "is_folded_batchnorm", False) for module in self.members.modules()):
