@@ -3,10 +3,12 @@
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 
+from concat_ensemble.data.columns import read_features
+
 
 def class_names(split: Dataset | IterableDataset) -> list[str]:
     """Names of a split's classes, in the order of their numbers."""
-    return list(split.features["label"].names)
+    return list(read_features(split)["label"].names)
 
 
 def read_labels(split: Dataset) -> np.ndarray:

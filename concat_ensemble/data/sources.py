@@ -1,11 +1,22 @@
 """Where a dataset comes from, and how `datasets` loads it from there."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import datasets
+import datasets.config
 import numpy as np
 import sklearn.datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
@@ -20,7 +31,7 @@ BUILDERS = ("parquet", "imagefolder", "csv", "json")
 
 def load_source(
     name: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, streaming: bool = False
-) -> dict[str, Dataset] | dict[str, IterableDataset]:
+) -> Mapping[str, Dataset | IterableDataset]:
     """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`.
 
     Raises:
@@ -29,7 +40,7 @@ def load_source(
     if isinstance(name, Dataset):
         return {"train": name}
     if isinstance(name, DatasetDict):
-        return dict(name)
+        return {str(kind): split for kind, split in name.items()}
     if name == DIGITS:
         return {"train": load_digits()}
     builder, location = identify_source(str(name))
@@ -42,7 +53,9 @@ def load_source(
         ) from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load dataset {str(name)!r}: {first_line(error)}") from error
-    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    if isinstance(loaded, Dataset | IterableDataset):
+        return {"train": loaded}
+    return {str(kind): split for kind, split in loaded.items()}
 
 
 def identify_source(name: str) -> tuple[str, str]:
@@ -68,14 +81,16 @@ def identify_source(name: str) -> tuple[str, str]:
 
 def load_digits() -> Dataset:
     """Load the 1,797 handwritten digits that come with scikit-learn: 8x8 pixels, 17 gray levels."""
-    digits = sklearn.datasets.load_digits()
-    pixels = (digits.images / 16 * 255).round().astype(np.uint8)
+    rows, labels = sklearn.datasets.load_digits(return_X_y=True)
+    pixels = (np.asarray(rows).reshape(-1, 8, 8) / 16 * 255).round().astype(np.uint8)
     features = Features(image=Image(decode=False), label=ClassLabel(names=[str(digit) for digit in range(10)]))
-    columns = {"image": [encode_image(image) for image in pixels], "label": digits.target}
+    columns = {"image": [encode_image(image) for image in pixels], "label": labels}
     return Dataset.from_dict(columns, features=features)
 
 
-def _load(builder: str, location: str, *, config: str | None, revision: str | None, streaming: bool):
+def _load(
+    builder: str, location: str, *, config: str | None, revision: str | None, streaming: bool
+) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
     if builder == "saved":
         return load_from_disk(location)
     if builder == "hub":

@@ -26,7 +26,7 @@ def bootstrap_intervals(predictions: np.ndarray, labels: np.ndarray, seed: int =
         "mean_per_class": np.nanmean(recall, axis=1),  # over the classes that are in the resample
         "macro_f1": np.nanmean(f1, axis=1),
     }
-    return {name: tuple(map(float, np.percentile(values, [2.5, 97.5]))) for name, values in metrics.items()}
+    return {name: _central_95(values) for name, values in metrics.items()}
 
 
 def paired_difference(
@@ -49,8 +49,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     values, counts = np.unique(values, return_counts=True)
     number = counts.sum()
     means = np.random.default_rng(seed).multinomial(number, counts / number, NUM_RESAMPLES) @ values / number
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return _central_95(means)
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
@@ -67,3 +66,8 @@ def wilson_interval(share: float, number: int) -> tuple[float, float]:
     the bootstrap and share +- 2 standard deviations do not."""
     interval = stats.binomtest(round(share * number), number).proportion_ci(WILSON_LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def _central_95(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
