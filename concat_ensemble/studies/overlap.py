@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ RESIDUAL_L2_STRENGTH = 1e-4
 
 
 def compare_models(
-    models: dict[str, ConcatEnsemblePreTrainedModel],
+    models: Mapping[str, ConcatEnsemblePreTrainedModel],
     dataset: DatasetDict,
     *,
     seed: int = 0,
@@ -117,7 +117,7 @@ class _Moments:
 
     def __init__(self, table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]]):
         splits = [
-            TableSplit(table.blocks[name] + untrained.blocks[name], table.labels[name])
+            TableSplit([*table.blocks[name], *untrained.blocks[name]], table.labels[name])
             for name in ("train", "validation", "test")
         ]
         self.names, self.groups = list(subjects), list(subjects.values())
@@ -252,7 +252,9 @@ def _unbiased_norm(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.T
     return float(inner + a_norms.sum() * b_norms.sum() / (n - 1) / (n - 2))
 
 
-def _name_subjects(models: dict[str, ConcatEnsemblePreTrainedModel], members: list[dict]) -> dict[str, Sequence[int]]:
+def _name_subjects(
+    models: Mapping[str, ConcatEnsemblePreTrainedModel], members: list[dict]
+) -> dict[str, Sequence[int]]:
     """The positions of each subject's members among `members`, which are those of all models in order."""
     if len(models) == 1:
         return {f"member {k} ({member['architecture']})": [k] for k, member in enumerate(members)}
