@@ -83,9 +83,8 @@ def _describe(hint: Any, error: msgspec.ValidationError) -> str:
     """What a field must be: msgspec's message in the words of YAML."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
-    expected = (
-        str(error).removeprefix("Expected ").replace("`", "").replace("array", "list").replace("object", "mapping")
-    )
+    expected = str(error).removeprefix("Expected ").replace("`", "")
+    expected = expected.replace("array", "list").replace("object", "mapping")
     if "float" in expected and "got str" in expected:
         return f"{expected} (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)"
     return "a smaller number" if expected == "Number out of range" else expected

@@ -19,24 +19,14 @@ DATASETS = files("concat_ensemble.data") / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecipe:
-    """The content of a recipe file: arguments of `load_data`, the sizes to expect, and the customary metric.
+    """The content of a recipe file: arguments of `load_data`, the sizes to expect, and the customary metric."""
 
-    Args:
-        recipe: Name of the file without its extension.
-        name, config, revision, image_column, label_column: As for `load_data`.
-        train_split, validation_split, test_split: As for `load_data`.
-        num_classes, test_images: Sizes that `load` checks.
-        metric: One of `METRICS`.
-        license: License of the dataset, in words.
-        benchmark: Id of the task in the dataset's `eval.yaml`, if the Hub has registered the dataset as a benchmark.
-    """
-
-    recipe: str
+    recipe: str  # name of the file without its extension
     name: str
-    num_classes: int
+    num_classes: int  # checked by `load`, like the next
     test_images: int
-    metric: str
-    license: str
+    metric: str  # one of `METRICS`
+    license: str  # of the dataset, in words
     config: str | None = None
     revision: str | None = None
     image_column: str | None = None
@@ -44,7 +34,7 @@ class DatasetRecipe:
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
-    benchmark: str | None = None
+    benchmark: str | None = None  # id of the task in `eval.yaml`, if the Hub has registered the dataset as a benchmark
 
     @classmethod
     def read(cls, path: Traversable) -> Self:

@@ -110,10 +110,8 @@ def _describe_selection(title: str, selection: Selection) -> dict[str, Any]:
     best, members = selection[selection.best], []
     for one in selection.contributions:
         name, chosen = f"{one.member}: {selection.names[one.member]}", "yes" if one.chosen else "no"
-        cells = [name, chosen, format_points(one.gain, one.gain_interval), ""]
-        if one.shapley is not None and one.shapley_interval is not None:
-            cells[-1] = format_points(one.shapley, one.shapley_interval)
-        members.append(cells)
+        numbers = format_points(one.gain, one.gain_interval), format_points(one.shapley, one.shapley_interval)
+        members.append([name, chosen, *numbers])
     accuracy = f"{100 * best.top1:.1f} at {best.cost.gflops:.2f} GFLOPs"
     return {"title": title, "members": members, "best": f"{' + '.join(map(str, best.members))}: {accuracy}"}
 

@@ -13,6 +13,7 @@ stay in memory.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,7 @@ import torch
 from datasets import DatasetDict
 from rich.progress import track
 
+from concat_ensemble.data.splits import SPLIT_NAMES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import standardized_projection
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
@@ -36,6 +38,7 @@ from concat_ensemble.studies.overlap_results import DEAD_SHARE, Overlap, Relatio
 L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 # So weak that the residual of a copy or of a linear map does no better than guessing (test_overlap.py).
 RESIDUAL_L2_STRENGTH = 1e-4
+Side = tuple[torch.Tensor, torch.Tensor]  # the numbers of some features, and the squared norms (n,) of their rows
 
 
 def compare_models(
@@ -116,10 +119,7 @@ class _Moments:
     """What one pass over the rows of each split keeps. D: number of the table's features, and of the control's."""
 
     def __init__(self, table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]]):
-        splits = [
-            TableSplit([*table.blocks[name], *untrained.blocks[name]], table.labels[name])
-            for name in ("train", "validation", "test")
-        ]
+        splits = [TableSplit([*table.blocks[s], *untrained.blocks[s]], table.labels[s]) for s in SPLIT_NAMES]
         self.names, self.groups = list(subjects), list(subjects.values())
         self.sizes, self.num_features = [len(split) for split in splits], sum(table.feature_dims)
         # (2 D,) of the training rows, the table's features before the control's.
@@ -235,16 +235,13 @@ def _probe_residual(
     return probe.score(residual["test"])
 
 
-def _linear_cka(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """||X_a' X_b||^2 divided by ||X_a' X_a|| ||X_b' X_b||; each side is (columns, squared row norms)."""
-    first, second = sides
-    across, *within = (
-        _unbiased_norm(covariance, *pair) for pair in ((first, second), (first, first), (second, second))
-    )
+def _linear_cka(covariance: torch.Tensor, a: Side, b: Side) -> float:
+    """||X_a' X_b||^2 divided by ||X_a' X_a|| ||X_b' X_b||."""
+    across, *within = (_unbiased_norm(covariance, *sides) for sides in ((a, b), (a, a), (b, b)))
     return across / (within[0] * within[1]) ** 0.5 if min(within) > 0 else 0.0
 
 
-def _unbiased_norm(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tensor]) -> float:
+def _unbiased_norm(covariance: torch.Tensor, *sides: Side) -> float:
     """Unbiased estimate of ||X_a' X_b||^2 (Song et al. 2012, equation 5, from kernels without their diagonals)."""
     (a, a_norms), (b, b_norms) = sides
     n = len(a_norms)
@@ -258,11 +255,8 @@ def _name_subjects(
     """The positions of each subject's members among `members`, which are those of all models in order."""
     if len(models) == 1:
         return {f"member {k} ({member['architecture']})": [k] for k, member in enumerate(members)}
-    subjects, start = {}, 0
-    for name, model in models.items():
-        subjects[name] = list(range(start, start + len(model.members)))
-        start += len(model.members)
-    return subjects
+    numbers = iter(range(len(members)))
+    return {name: list(itertools.islice(numbers, len(model.members))) for name, model in models.items()}
 
 
 def _without(k: int, count: int) -> tuple[int, ...]:

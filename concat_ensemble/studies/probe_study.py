@@ -114,10 +114,8 @@ def _run_study(
         results = Results.load(path)
         has_head = (folder / "head.safetensors").is_file()
         if not _is_same(results, ensemble, dataset, options) or (options.save_head and not has_head):
-            raise ValueError(
-                f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head; "
-                "add --overwrite, or name another --output."
-            )
+            problem = f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head"
+            raise ValueError(f"{problem}; add --overwrite, or name another --output.")
         if not extraction.quiet:
             errors.print(f"{path} is there already; --overwrite probes again.", markup=False)
         return ProbeStudy(results, path, is_new=False)
@@ -133,13 +131,8 @@ def _run_study(
 def _is_same(results: Results, ensemble: ConcatEnsembleModel, dataset: DatasetOptions, options: ProbeOptions) -> bool:
     """Whether results of an earlier run are those that this run would give."""
     same_weights = results.members_sha256 == members_sha256(ensemble.config)
-    same_data = dataset.record.items() <= results.dataset.items()
-    return (
-        same_weights
-        and same_data
-        and results.repeats == options.repeats
-        and all(Path(baseline).name in results for baseline in (options.baselines or []))
-    )
+    same_data = dataset.record.items() <= results.dataset.items() and results.repeats == options.repeats
+    return same_weights and same_data and all(Path(name).name in results for name in options.baselines or [])
 
 
 def _probe_repeats(

@@ -121,8 +121,7 @@ def with_head(
     """The ensemble with a head from the coefficients of `probe`; it shares the members' weights.
 
     Args:
-        model: The ensemble that `probe` was fitted on all features of.
-        probe: The fitted probe.
+        probe: Fitted on all features of `model`.
         names: Names of all classes. One without training images gets a logit too low to be predicted.
     """
     config = ConcatEnsembleConfig(
@@ -170,11 +169,8 @@ def _ensemble_candidates(
         alone = row(f"{name}, member {k} alone", "member", dims[k], [k])
         candidates.append(Candidate(alone, table.members([k])))
     largest = max(dims)
-    projections = {
-        "PCA": principal_projection(table, largest),
-        "random projection": random_projection(table, largest, seed),
-    }
-    for method, projection in projections.items():
+    projections = principal_projection(table, largest), random_projection(table, largest, seed)
+    for method, projection in zip(("PCA", "random projection"), projections, strict=True):
         projected = row(f"{name}, {method} to {largest}", "projected", largest, all_members)
         candidates.append(Candidate(projected, projection(table)))
     return candidates
