@@ -13,10 +13,7 @@ def select_columns(split: Split, kind: str, *, image_column: str | None, label_c
     """Keep the columns of images and labels, renamed to `image` (encoded) and `label`.
 
     A column that is not named is found by its type, then by common names; of several `ClassLabel` columns, one with a
-    common name is preferred.
-
-    Raises:
-        ValueError: for a column that does not exist or cannot be found; `kind` names the split.
+    common name is preferred. Raises ValueError if none is found in the split, which `kind` names.
     """
     features = read_features(split)
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
@@ -37,11 +34,7 @@ def select_columns(split: Split, kind: str, *, image_column: str | None, label_c
 
 
 def read_features(split: Dataset | IterableDataset) -> Features:
-    """The columns of a split with their types.
-
-    Raises:
-        ValueError: for a stream that does not state them.
-    """
+    """The columns of a split with their types. Raises ValueError for a stream that does not state them."""
     if split.features is None:
         raise ValueError("the stream does not state its columns and their types; set streaming=False.")
     return split.features

@@ -38,11 +38,7 @@ class DatasetRecipe:
 
     @classmethod
     def read(cls, path: Traversable) -> Self:
-        """Read a recipe file.
-
-        Raises:
-            ValueError: naming the file and the key that is unknown, missing, or of another type.
-        """
+        """Read a recipe file. Raises ValueError for a key that is unknown, missing, or of another type."""
         recipe = read_recipe(cls, path)
         if recipe.metric not in METRICS:
             raise ValueError(f"{path.name}: metric={recipe.metric!r} must be one of {', '.join(METRICS)}.")
@@ -60,11 +56,7 @@ class DatasetRecipe:
         return {**self.load_arguments, "recipe": self.recipe, "metric": self.metric, **benchmark}
 
     def load(self, *, limit: int | None = None, shots: int | None = None, seed: int = 0) -> DatasetDict:
-        """Load the dataset with `load_data`, and check its sizes.
-
-        Raises:
-            ValueError: if the dataset cannot be loaded, or has another number of classes or test images.
-        """
+        """Load the dataset with `load_data`. Raises ValueError for another number of classes or test images."""
         data = load_data(**self.load_arguments, limit=limit, shots=shots, seed=seed)
         actual = {"classes": len(class_names(data["train"])), "test images": len(data["test"])}
         expected = {"classes": self.num_classes, "test images": min(self.test_images, limit or self.test_images)}
@@ -78,9 +70,5 @@ class DatasetRecipe:
 
 
 def dataset_recipe(name: str) -> DatasetRecipe:
-    """Read one of the package's recipes.
-
-    Raises:
-        ValueError: for an unknown name, with similar names and all names.
-    """
+    """Read one of the package's recipes. Raises ValueError for an unknown name, with similar ones."""
     return DatasetRecipe.read(find_recipe(name, DATASETS))

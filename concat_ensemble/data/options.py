@@ -93,11 +93,7 @@ class DatasetOptions:
         return re.sub(r"[^a-z0-9]+", "-", f"{self.study}-{limit}-{shots}".lower()).strip("-") or "dataset"
 
     def load(self) -> "DatasetDict":
-        """The splits `train`, `validation` and `test`.
-
-        Raises:
-            ValueError, FileNotFoundError: as `load_data` and `DatasetRecipe.load`.
-        """
+        """The splits `train`, `validation` and `test`; errors are those of `load_data` and `DatasetRecipe.load`."""
         from concat_ensemble.data.dataset_recipes import dataset_recipe
         from concat_ensemble.data.loading import load_data
 

@@ -32,11 +32,8 @@ BUILDERS = ("parquet", "imagefolder", "csv", "json")
 def load_source(
     name: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, streaming: bool = False
 ) -> Mapping[str, Dataset | IterableDataset]:
-    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`.
-
-    Raises:
-        ValueError: for a dataset that does not exist or cannot be read.
-    """
+    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`. Raises
+    ValueError if it does not exist or cannot be read."""
     if isinstance(name, Dataset):
         return {"train": name}
     if isinstance(name, DatasetDict):

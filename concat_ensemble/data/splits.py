@@ -17,10 +17,7 @@ SPLIT_NAMES = {
 
 def pick_splits(source: Mapping[str, Dataset | IterableDataset], names: dict[str, str | None]) -> dict[str, Dataset]:
     """Pick a split of `source` for each of `train`, `validation` and `test`, by its name in `names` or a common name.
-
-    Raises:
-        ValueError: for a split that does not exist or is empty, or if there is no training split.
-    """
+    Raises ValueError for a split that does not exist or is empty, and without a training split."""
     named = {name.partition("[")[0] for name in names.values() if name}
     picked = {kind: pick_split(source, kind, name, exclude=named) for kind, name in names.items()}
     splits = {kind: split for kind, split in picked.items() if isinstance(split, Dataset)}
@@ -37,9 +34,7 @@ def pick_split(
     """Pick a split by name, as in `train[:80%]`, or by the common names of its kind if `name` is None.
 
     A dataset's only split is its training split, whatever its name. Names in `exclude` do not count as common names.
-
-    Raises:
-        ValueError: for a split that does not exist, or a malformed slice.
+    Raises ValueError for a split that does not exist, or a malformed slice.
     """
     if name is None:
         candidates = [split for split in source if split not in exclude]

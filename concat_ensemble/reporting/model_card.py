@@ -72,11 +72,7 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 
 
 def check_card(folder: Path) -> None:
-    """Check that the card of an ensemble's folder is what `write_card` would write.
-
-    Raises:
-        ValueError: naming the first line that differs, or the file that is missing.
-    """
+    """Check that the card of an ensemble's folder is what `write_card` would write; see `check_files`."""
     config, studies = _read(folder)
     for stem in studies:
         figure = folder / FIGURES / f"{stem}.png"
@@ -86,11 +82,8 @@ def check_card(folder: Path) -> None:
 
 
 def check_files(texts: dict[Path, str], arguments: str) -> None:
-    """Check that files have these texts, which `concat-ensemble card` with these arguments would write.
-
-    Raises:
-        ValueError: naming the first line that differs, or the file that is missing.
-    """
+    """Check that files have these texts, which `concat-ensemble card` with these arguments would write. Raises
+    ValueError naming the first line that differs, or the file that is missing."""
     remedy = f"write it with concat-ensemble card {arguments}."
     for path, text in texts.items():
         if not path.is_file():
@@ -114,7 +107,8 @@ def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
     for path in sorted((folder / RESULTS).glob("*.json")):
         studies[path.stem] = Results.load(path)
         if studies[path.stem].members_sha256 != members_sha256(config):
-            raise ValueError(f"{path} was measured on other weights than {folder} has; probe again with --overwrite.")
+            problem = f"{path} was measured on other weights than {folder} holds"
+            raise ValueError(f"{problem}; probe again with --overwrite.")
     return config, dict(sorted(studies.items(), key=lambda item: hardest_first(item[1])))
 
 

@@ -222,11 +222,7 @@ class Results(ResultsFile):
 
     @classmethod
     def merged(cls, repeats: list[Results]) -> Results:
-        """Merge results of single repeats with different seeds.
-
-        Raises:
-            ValueError: when their protocols or rows differ.
-        """
+        """Merge single repeats with different seeds. Raises ValueError if their protocols or rows differ."""
         rows = {tuple(row.name for row in result.rows) for result in repeats}
         if len({result.protocol for result in repeats}) > 1 or len(rows) > 1:
             raise ValueError("repeats differ in protocol or rows; probe them again with the same settings.")

@@ -66,11 +66,7 @@ def load_recorded_dataset(recorded: dict[str, Any]) -> DatasetDict:
 
 
 def fetch_ensemble(ensemble: str, revision: str | None = None) -> Path:
-    """The folder of an ensemble, downloaded where `ensemble` is a Hub id.
-
-    Raises:
-        ValueError: when it is neither a folder nor on the Hub.
-    """
+    """The folder of an ensemble, downloaded where `ensemble` is a Hub id. Raises ValueError if it is neither."""
     if Path(ensemble).is_dir():
         return Path(ensemble)
     try:
