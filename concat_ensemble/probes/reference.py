@@ -74,9 +74,7 @@ class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
             [(fit_on, score_on)] = self._selection_splits(train, validation, seed=self.seed)
             models = self._train(fit_on, l2_strengths)
             self.path_ = {s: model.score(score_on) for s, model in zip(l2_strengths, models, strict=True)}
-            self.l2_strength_ = max(
-                self.path_, key=self.path_.__getitem__
-            )  # the first of equals, which is the strongest
+            self.l2_strength_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals: the strongest
         [model] = self._train(merge(train, validation), [self.l2_strength_])
         self._set_model(model)
 
@@ -154,8 +152,5 @@ class Heads:
     @torch.no_grad()
     def models(self, classes: np.ndarray) -> list[LinearModel]:
         tensors = (*self.fold(), self.mean, (self.variance + EPSILON).sqrt())
-        coefs, intercepts, mean, scale = (tensor.cpu().numpy() for tensor in tensors)
-        return [
-            LinearModel(classes, coef, intercept, mean, scale)
-            for coef, intercept in zip(coefs, intercepts, strict=True)
-        ]
+        coefs, biases, mean, scale = (tensor.cpu().numpy() for tensor in tensors)
+        return [LinearModel(classes, coef, bias, mean, scale) for coef, bias in zip(coefs, biases, strict=True)]

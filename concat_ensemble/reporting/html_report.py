@@ -34,13 +34,8 @@ class NamedRow(NamedTuple):
 def write_report(folders: list[Path], output: Path) -> Path:
     """Write one page that needs no other file.
 
-    Args:
-        folders: Folders of ensembles, or others with JSON files of `probe`, `select` and `compare`, in them or in
-            their subfolders `results`, `selection` and `overlap`.
-        output: The file to write.
-
-    Raises:
-        ValueError: for a folder without results, and for a file of these kinds that is malformed.
+    Folders are those of ensembles, or others with JSON files of `probe`, `select` and `compare`, in them or in their
+    subfolders `results`, `selection` and `overlap`. Raises ValueError for one without results, or a malformed file.
     """
     studies, selections, overlaps = [], [], []
     for folder in folders:

@@ -52,10 +52,7 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 
     What users wrote into an earlier card stays: sections (`## `) under other headings, each after the section that it
     followed, and metadata under other keys.
-
-    Args:
-        folder: With `config.json`, and `results/*.json` as `concat-ensemble probe` writes them.
-        title: Title of the card; that of the earlier card, or the folder's name, when left out.
+    The title is that of the earlier card, or the folder's name, when left out.
 
     Raises:
         ValueError: when the folder holds no ensemble, or results of other weights.

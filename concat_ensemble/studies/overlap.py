@@ -51,14 +51,8 @@ def compare_models(
 ) -> Overlap:
     """Compare one ensemble's members, or several ensembles as wholes, without their projections.
 
-    Args:
-        models: Ensembles by name.
-        dataset: From `load_data`.
-        seed: Seed of the untrained networks.
-        extraction: Further arguments of `extract_features`.
-
-    Raises:
-        ValueError: for a single ensemble of one member, and where `measure_overlap` raises it.
+    `seed` is that of the untrained networks, and `extraction` are further arguments of `extract_features`. Raises
+    ValueError for a single ensemble of one member, and where `measure_overlap` does.
     """
     whole = assemble([model.export_active(model.config.built_members) for model in models.values()])
     subjects = _name_subjects(models, whole.config.members)
@@ -85,8 +79,7 @@ def measure_overlap(
     contain. Where rows are few for the features, the residual is too small.
 
     Args:
-        table: With the splits `train`, `validation` and `test`.
-        untrained: The control, features of `controls.untrained_like`: blocks of the same feature_dims.
+        table, untrained: Features of all splits, and those of `controls.untrained_like`, of the same feature_dims.
         subjects: The positions of each subject's members in the table, by the subject's name.
 
     Raises:

@@ -57,7 +57,6 @@ def probe_ensemble(
 
     Args:
         model: The ensemble. Its members run once; its parts are columns of the same table.
-        dataset: From `load_data`.
         name: Name of the ensemble in the table.
         described: Settings of the dataset, for the record.
         baselines: Other ensembles by name, such as one network that was trained longer or is wider.
@@ -118,11 +117,9 @@ def probe_again(
 def with_head(
     model: ConcatEnsemblePreTrainedModel, probe: LinearProbe, names: list[str]
 ) -> ConcatEnsembleForImageClassification:
-    """The ensemble with a head from the coefficients of `probe`; it shares the members' weights.
+    """The ensemble with a head from the coefficients of a probe of all its features; it shares the members' weights.
 
-    Args:
-        probe: Fitted on all features of `model`.
-        names: Names of all classes. One without training images gets a logit too low to be predicted.
+    A class of `names` without training images gets a logit too low to be predicted.
     """
     config = ConcatEnsembleConfig(
         members=model.config.members,

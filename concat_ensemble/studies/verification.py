@@ -40,11 +40,8 @@ class Check:
 
 
 def verify_ensemble(folder: Path, model: ConcatEnsemblePreTrainedModel, **extraction) -> list[Check]:
-    """Probe an ensemble and its parts again on every dataset of the results in `folder`.
-
-    Raises:
-        ValueError: for no results, results of other weights than `model`'s, or a dataset that cannot be loaded.
-    """
+    """Probe an ensemble and its parts again on every dataset of the results in `folder`. Raises ValueError for no
+    results, results of other weights than `model`'s, or a dataset that cannot be loaded."""
     checks = []
     for path in sorted((folder / RESULTS).glob("*.json")):
         study = Results.load(path)
