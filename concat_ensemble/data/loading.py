@@ -111,8 +111,6 @@ def load_stream(
     stream = select_columns(stream, "train", image_column=image_column, label_column=label_column)
     feature = read_features(stream)["label"]
     if not isinstance(feature, ClassLabel):
-        raise ValueError(
-            f"{name} cannot be streamed: its labels are {feature.dtype} and do not list the classes; "
-            "cast them to ClassLabel, or set streaming=False."
-        )
+        problem = f"{name} cannot be streamed: its labels are {feature.dtype} and do not list the classes"
+        raise ValueError(f"{problem}; cast them to ClassLabel, or set streaming=False.")
     return stream

@@ -23,10 +23,8 @@ class DatasetOptions:
     """A labelled image dataset: its name, columns and splits, and how many of its images are used.
 
     The fields are arguments of `load_data`, except that `classes` is a text, and that a `recipe` may take the place of
-    the name, columns and splits.
-
-    Raises:
-        ValueError: for classes that cannot be parsed, or a recipe together with a field that it determines.
+    the name, columns and splits. Raises ValueError for classes that cannot be parsed, or a recipe together with a
+    field that it determines.
     """
 
     name: str | None = option(

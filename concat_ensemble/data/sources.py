@@ -44,10 +44,8 @@ def load_source(
     try:
         loaded = _load(builder, location, config=config, revision=revision, streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
-        raise ValueError(
-            f"no dataset {str(name)!r}: it is neither {DIGITS}, nor a path here, and the Hub does not give it "
-            f"({first_line(error)})."
-        ) from error
+        problem = f"no dataset {str(name)!r}: it is neither {DIGITS}, nor a path here, and the Hub does not give it"
+        raise ValueError(f"{problem} ({first_line(error)}).") from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load dataset {str(name)!r}: {first_line(error)}") from error
     if isinstance(loaded, Dataset | IterableDataset):
@@ -70,10 +68,8 @@ def identify_source(name: str) -> tuple[str, str]:
         return ("parquet" if has_parquet else "imagefolder"), name
     if path.suffix == ".parquet":
         return "parquet", name
-    raise ValueError(
-        f"{path} is a {path.suffix or 'file'}; give a folder of images or a .parquet file, "
-        f"or write its kind before it, as in csv:{path}."
-    )
+    remedy = f"give a folder of images or a .parquet file, or write its kind before it, as in csv:{path}."
+    raise ValueError(f"{path} is a {path.suffix or 'file'}; {remedy}")
 
 
 def load_digits() -> Dataset:

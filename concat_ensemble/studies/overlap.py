@@ -89,10 +89,8 @@ def measure_overlap(
     if count < 2 or len(table["train"]) < 4:
         raise ValueError(f"{count} to compare on {len(table['train'])} training images: take 2 and 4 at least.")
     if table.feature_dims != untrained.feature_dims:
-        raise ValueError(
-            f"untrained members with feature_dims={untrained.feature_dims} are no control for {table.feature_dims}; "
-            "extract them from untrained_like(model)."
-        )
+        control = f"untrained members with feature_dims={untrained.feature_dims} are no control"
+        raise ValueError(f"{control} for {table.feature_dims}; extract them from untrained_like(model).")
     measured = _Moments(table, untrained, subjects)
     described = [_describe_subject(measured, table, k) for k in range(count)]
     # One subject predicts all the others in one factorization. Of three or more, all the others predict each one too.

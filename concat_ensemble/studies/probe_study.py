@@ -58,14 +58,9 @@ def run_probe_studies(
 ) -> ProbeStudies:
     """Probe an ensemble on one or several datasets and write a results file for each; results that exist are read.
 
-    Args:
-        model: Folder or Hub id of an ensemble, or any member that `assemble` accepts.
-        datasets: One that fails does not stop the others.
-        on_study: Called after each dataset, for instance to write the ensemble's card.
-
-    Raises:
-        ValueError: for options that do not go together.
-        ValueError, OSError: where there is one dataset, and it or its results file cannot be used.
+    `model` is a folder or Hub id of an ensemble, or any member that `assemble` accepts. `on_study` is called after
+    each dataset. Raises ValueError for options that do not go together, and the ValueError or OSError of a dataset
+    where there is only one; of several, one that fails does not stop the others.
     """
     options, extraction = options or ProbeOptions(), extraction or ExtractionOptions()
     _check_options(model, datasets, options)
@@ -166,7 +161,6 @@ def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:
         return
     first, second = (dataclasses.replace(dataset, seed=dataset.seed + number).load()["test"] for number in range(2))
     if list(first["label"]) == list(second["label"]) and first[0]["image"] == second[0]["image"]:
-        raise ValueError(
-            f"--repeats {repeats} would measure the same images each time, since {dataset.record['name']} has a test "
-            "split of its own; draw from it with --limit or --shots, or leave --repeats out."
-        )
+        reason = f"since {dataset.record['name']} has a test split of its own"
+        remedy = "draw from it with --limit or --shots, or leave --repeats out."
+        raise ValueError(f"--repeats {repeats} would measure the same images each time, {reason}; {remedy}")

@@ -78,7 +78,9 @@ def probe_ensemble(
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members), **baselines}
     for other, baseline in baselines.items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        candidates.append(_baseline_candidate(other, baseline, features, device))
+        row = Row(other, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
+        row.cost = sum(member_costs(baseline, device), NO_COST)
+        candidates.append(Candidate(row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
     candidates += _control_candidates(model.config, dataset, untrained, sum(costs, NO_COST))
 
@@ -171,14 +173,6 @@ def _ensemble_candidates(
         projected = row(f"{name}, {method} to {largest}", "projected", largest, all_members)
         candidates.append(Candidate(projected, projection(table)))
     return candidates
-
-
-def _baseline_candidate(
-    name: str, baseline: ConcatEnsemblePreTrainedModel, table: FeatureTable, device: str | torch.device
-) -> Candidate:
-    row = Row(name, "baseline", sum(table.feature_dims), len(baseline.members), *training_cost(baseline))
-    row.cost = sum(member_costs(baseline, device), NO_COST)
-    return Candidate(row, table)
 
 
 def _control_candidates(

@@ -70,10 +70,9 @@ def select_members(
     budget = max_members, max_gflops, max_parameters
     affordable = [subset for subset in search.probed.values() if _is_affordable(subset, budget)]
     if not affordable:
-        raise ValueError(
-            f"no subset is within the budget; the cheapest member has {min(c.gflops for c in costs):.2f} GFLOPs and "
-            f"the smallest {min(c.million_parameters for c in costs):.1f} million parameters."
-        )
+        least = f"{min(c.gflops for c in costs):.2f} GFLOPs"
+        fewest = f"{min(c.million_parameters for c in costs):.1f} million parameters"
+        raise ValueError(f"no subset is within the budget; the cheapest member has {least} and the smallest {fewest}.")
     best = _choose(affordable, seed)
     # These may probe more subsets, so they come before the list of all.
     contributions = [_measure_contribution(search, k, best, shapley=exhaustive, seed=seed) for k in range(count)]

@@ -112,10 +112,8 @@ class Selection(ResultsFile):
         advice = {"not sure": "Not sure about", "beyond the budget": "No budget for"}
         action = advice.get(contribution.advice, contribution.advice.capitalize())
         baseline = f"when added to {format_members(others)}" if others else "over guessing"
-        return (
-            f"{action} member {member} ({self.names[member]}): its gain is "
-            f"{100 * contribution.gain:.1f} points [{low:.1f}, {high:.1f}] {baseline}."
-        )
+        gain = f"{100 * contribution.gain:.1f} points [{low:.1f}, {high:.1f}]"
+        return f"{action} member {member} ({self.names[member]}): its gain is {gain} {baseline}."
 
     @property
     def outlook(self) -> str:
