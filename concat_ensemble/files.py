@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _umask() -> int:
     return umask
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Traversable) -> Any:
     """Read a YAML file as plain values. Aliases are refused: ten lines of them can expand to a billion words.
 
     Raises:

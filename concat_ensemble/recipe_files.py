@@ -18,11 +18,7 @@ def recipe_names(folder: Traversable) -> list[str]:
 
 
 def find_recipe(name: str, folder: Traversable) -> Traversable:
-    """Find the file of a recipe.
-
-    Raises:
-        ValueError: for an unknown name, with similar names and all names.
-    """
+    """Find the file of a recipe. Raises ValueError for an unknown name, with similar names and all names."""
     names = recipe_names(folder)
     if name not in names:
         raise ValueError(f"no recipe {name!r}{suggest(name, names)} The recipes are {', '.join(names)}.")
@@ -31,10 +27,7 @@ def find_recipe(name: str, folder: Traversable) -> Traversable:
 
 def read_recipe(cls: type[T], path: Traversable) -> T:
     """Read a dataclass from a recipe's file, whose keys are its fields. The field `recipe` gets the file's name.
-
-    Raises:
-        ValueError: naming the file and the field that is unknown, missing or not valid.
-    """
+    Raises ValueError naming the file and the field that is unknown, missing or not valid."""
     fields = read_fields(cls, path, recipe=path.name.removesuffix(".yaml"))
     try:
         check_fields(cls, fields)
@@ -44,11 +37,8 @@ def read_recipe(cls: type[T], path: Traversable) -> T:
 
 
 def read_fields(cls: type, path: Traversable, **changes: Any) -> dict[str, Any]:
-    """Read the fields of a dataclass from a YAML file, for `check_fields`. `changes` replace the file's values.
-
-    Raises:
-        ValueError: naming the file and the field that is unknown or missing.
-    """
+    """Read the fields of a dataclass from a YAML file, for `check_fields`. `changes` replace the file's values. Raises
+    ValueError naming the file and the field that is unknown or missing."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds {type(content).__name__}; write one 'field: value' on each line.")
@@ -67,10 +57,7 @@ def read_fields(cls: type, path: Traversable, **changes: Any) -> dict[str, Any]:
 
 def check_fields(cls: type, values: dict[str, Any]) -> None:
     """Check values against a dataclass's annotations, among them `Literal` and `Annotated[..., msgspec.Meta(...)]`.
-
-    Raises:
-        ValueError: naming the first field that does not fit, its value, and what is valid.
-    """
+    Raises ValueError naming the first field that does not fit, its value, and what is valid."""
     hints = get_type_hints(cls, include_extras=True)
     for name, value in values.items():
         try:
@@ -83,9 +70,8 @@ def _describe(hint: Any, error: msgspec.ValidationError) -> str:
     """What a field must be: msgspec's message in the words of YAML."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
-    expected = (
-        str(error).removeprefix("Expected ").replace("`", "").replace("array", "list").replace("object", "mapping")
-    )
+    expected = str(error).removeprefix("Expected ").replace("`", "")
+    expected = expected.replace("array", "list").replace("object", "mapping")
     if "float" in expected and "got str" in expected:
         return f"{expected} (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)"
     return "a smaller number" if expected == "Number out of range" else expected

@@ -1,7 +1,7 @@
 """`compare`: which members repeat each other."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,6 +10,9 @@ from concat_ensemble.commands import options
 from concat_ensemble.commands.options import AsJson, Output, Overwrite, Recipes
 from concat_ensemble.console import out
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+
+if TYPE_CHECKING:
+    from concat_ensemble.studies.overlap_results import Overlap
 
 
 def compare(
@@ -46,7 +49,7 @@ def compare(
         out.print(f"written: {study.path}, {figure}", soft_wrap=True)
 
 
-def overlap_table(overlap) -> Table:
+def overlap_table(overlap: "Overlap") -> Table:
     """Each member or ensemble by itself, and below it how well the others predict it."""
     table = Table("", "from", "features", "dead", "rank", "CKA", "R2", "from untrained", "top-1 (of the rest) in %")
     for k, subject in enumerate(overlap.subjects):

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +13,10 @@ from concat_ensemble.commands.options import AsJson, Model
 from concat_ensemble.console import out
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.studies.options import ProbeOptions
+
+if TYPE_CHECKING:
+    from concat_ensemble.studies.probe_study import ProbeStudy
+    from concat_ensemble.studies.results import Results, Row
 
 
 def probe(
@@ -40,7 +44,7 @@ def probe(
     datasets = dataset.with_recipes(recipe or [])
     probing = dataclasses.replace(probing, command=options.command_line())
 
-    def on_study(study) -> None:
+    def on_study(study: "ProbeStudy") -> None:
         if study.is_new and is_local_ensemble(model):
             write_card(Path(model))
 
@@ -59,7 +63,7 @@ def probe(
         raise ValueError(f"{len(studies.failures)} of {len(datasets)} recipes failed: {reasons}")
 
 
-def print_results(results) -> None:
+def print_results(results: "Results") -> None:
     """Print the table of a probe as the card shows it."""
     from concat_ensemble.data.naming import describe_dataset
     from concat_ensemble.reporting.tables import headings, row_texts
@@ -78,7 +82,7 @@ def print_results(results) -> None:
     out.print(verdict(results).replace("**", ""))
 
 
-def print_recipes(studies: dict) -> None:
+def print_recipes(studies: "dict[str, Results]") -> None:
     """Print one table of several recipes' results, each in its own metric: the ensemble, its best member, the
     baselines and the controls."""
     columns = {f"{recipe}\n{study.dataset['metric']}": metric_column(study) for recipe, study in studies.items()}
@@ -90,7 +94,7 @@ def print_recipes(studies: dict) -> None:
     options.print_table(table)
 
 
-def metric_column(results) -> dict[str, str]:
+def metric_column(results: "Results") -> dict[str, str]:
     """The cells of a recipe's column, by the names of the rows."""
     metric = results.dataset["metric"]
     members = [percent_in_metric(row, metric) for row in results.rows if row.kind == "member"]
@@ -101,12 +105,11 @@ def metric_column(results) -> dict[str, str]:
     return {name: "{:.1f} [{:.1f}, {:.1f}]".format(*percent) for name, percent in (column | others).items()}
 
 
-def percent_in_metric(row, metric: str) -> list[float]:
+def percent_in_metric(row: "Row", metric: str) -> list[float]:
     """The mean over repeats, and its 95% interval: Student's over the repeats, or over the test images of a single
     one, by bootstrap resamples for a metric that is not a share of them."""
-    as_top1 = dataclasses.replace(
-        row, runs=[dataclasses.replace(run, metrics={"top1": run.metrics[metric]}) for run in row.runs]
-    )
+    runs = [dataclasses.replace(run, metrics={"top1": run.metrics[metric]}) for run in row.runs]
+    as_top1 = dataclasses.replace(row, runs=runs)
     resampled = metric != "top1" and len(row.runs) == 1
     interval = row.runs[0].intervals[metric] if resampled else as_top1.interval
     return [100 * share for share in (as_top1.mean, *interval)]

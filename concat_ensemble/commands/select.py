@@ -1,6 +1,7 @@
 """`select`: which members to keep."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -10,6 +11,10 @@ from concat_ensemble.commands.probe import print_results
 from concat_ensemble.console import out
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.studies.options import SelectOptions
+
+if TYPE_CHECKING:
+    from concat_ensemble.studies.select_study import SelectStudy
+    from concat_ensemble.studies.selection_results import Selection
 
 
 def select(
@@ -35,7 +40,7 @@ def select(
         raise ValueError("select chooses for one dataset; give one --recipe.")
     selecting = dataclasses.replace(selecting, command=options.command_line())
 
-    def on_selection(study) -> None:
+    def on_selection(study: "SelectStudy") -> None:
         figure = study.path.with_suffix(".png")
         plot_accuracy_against_cost(study.selection, figure)
         if as_json:
@@ -53,7 +58,7 @@ def select(
             out.print(f"written: {output}", soft_wrap=True)
 
 
-def print_selection(selection, quick: bool) -> None:
+def print_selection(selection: "Selection", quick: bool) -> None:
     """Print what each member is worth, the best subset of each size, and what to do."""
     from concat_ensemble.studies.results import format_points
 
@@ -61,14 +66,12 @@ def print_selection(selection, quick: bool) -> None:
     options.print_table(best_table(selection))
     out.print(selection.verdict, soft_wrap=True)
     if quick:
-        steps = "; ".join(
-            f"{member} {format_points(gain, interval)}" for member, gain, interval in selection.greedy_order
-        )
-        out.print(f"Best first, each to those before it: {steps}.", soft_wrap=True)
+        steps = [f"{member} {format_points(gain, interval)}" for member, gain, interval in selection.greedy_order]
+        out.print(f"Best first, each to those before it: {'; '.join(steps)}.", soft_wrap=True)
         out.print(selection.outlook, soft_wrap=True)
 
 
-def contribution_table(selection) -> Table:
+def contribution_table(selection: "Selection") -> Table:
     """What each member costs and adds."""
     from concat_ensemble.studies.results import format_points
 
@@ -84,12 +87,12 @@ def contribution_table(selection) -> Table:
         k, cost = part.member, selection.costs[part.member]
         sizes = f"{selection.feature_dims[k]:,}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}"
         alone, gain = f"{100 * selection[[k]].top1:.1f}", format_points(part.gain, part.gain_interval)
-        shapley = "" if part.shapley is None else format_points(part.shapley, part.shapley_interval)
+        shapley = format_points(part.shapley, part.shapley_interval)
         table.add_row(str(k), selection.names[k], *sizes, alone, gain, shapley, part.advice)
     return table
 
 
-def best_table(selection) -> Table:
+def best_table(selection: "Selection") -> Table:
     """The best subset of each size."""
     table = Table("best of its size", "top-1", "GFLOPs", "M parameters")
     best = {}

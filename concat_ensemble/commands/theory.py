@@ -35,13 +35,10 @@ def theory(
     if as_json:
         print_file(path)
         return
-    counts = f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures; "
-    counts += f"{cancellations.exact:,}"
+    found = f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures"
+    exact = f"{cancellations.exact:,} exact proportions that cancel"
     largest = f"{cancellations.largest_covariance:.0e}"
-    out.print(
-        f"Proposition 2.1: {counts} exact proportions that cancel, with a covariance of at most {largest}.",
-        soft_wrap=True,
-    )
+    out.print(f"Proposition 2.1: {found}; {exact}, with a covariance of at most {largest}.", soft_wrap=True)
     print_table(counterexample_table(counterexample.rows, initialisations))
     out.print(counterexample.verdict, soft_wrap=True)
     if not quiet:

@@ -1,13 +1,16 @@
 """`verify`: whether the numbers on a card come out again."""
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from concat_ensemble.commands.options import AsJson, print_json, print_table
 from concat_ensemble.data.options import ExtractionOptions
+
+if TYPE_CHECKING:
+    from concat_ensemble.studies.verification import Check
 
 
 def verify(
@@ -33,18 +36,16 @@ def verify(
     settings = dataclasses.asdict(extraction) | {"quiet": extraction.quiet or as_json}
     checks = verify_ensemble(folder, load_ensemble(str(folder)), **settings)
     if as_json:
-        print_json([check.as_dict() for check in checks])
+        print_json([dataclasses.asdict(check) | {"holds": check.holds} for check in checks])
     else:
         print_table(check_table(checks))
     failed = [f"{check.name} on {check.dataset} {100 * check.again:.1f}" for check in checks if not check.holds]
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(checks)} numbers are not confirmed: {'; '.join(failed)}; "
-            "measure again with concat-ensemble probe --overwrite."
-        )
+        unconfirmed = f"{len(failed)} of {len(checks)} numbers are not confirmed: {'; '.join(failed)}"
+        raise ValueError(f"{unconfirmed}; measure again with concat-ensemble probe --overwrite.")
 
 
-def check_table(checks: list) -> Table:
+def check_table(checks: "list[Check]") -> Table:
     """Accuracies in %: on the card, of the run that used these weights with its interval, and measured again."""
     table = Table("dataset", "", "on the card", "its run here", "95% interval", "again", "confirmed")
     for check in checks:

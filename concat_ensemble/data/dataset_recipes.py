@@ -19,24 +19,14 @@ DATASETS = files("concat_ensemble.data") / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecipe:
-    """The content of a recipe file: arguments of `load_data`, the sizes to expect, and the customary metric.
+    """The content of a recipe file: arguments of `load_data`, the sizes to expect, and the customary metric."""
 
-    Args:
-        recipe: Name of the file without its extension.
-        name, config, revision, image_column, label_column: As for `load_data`.
-        train_split, validation_split, test_split: As for `load_data`.
-        num_classes, test_images: Sizes that `load` checks.
-        metric: One of `METRICS`.
-        license: License of the dataset, in words.
-        benchmark: Id of the task in the dataset's `eval.yaml`, if the Hub has registered the dataset as a benchmark.
-    """
-
-    recipe: str
+    recipe: str  # name of the file without its extension
     name: str
-    num_classes: int
+    num_classes: int  # checked by `load`, like the next
     test_images: int
-    metric: str
-    license: str
+    metric: str  # one of `METRICS`
+    license: str  # of the dataset, in words
     config: str | None = None
     revision: str | None = None
     image_column: str | None = None
@@ -44,15 +34,11 @@ class DatasetRecipe:
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
-    benchmark: str | None = None
+    benchmark: str | None = None  # id of the task in `eval.yaml`, if the Hub has registered the dataset as a benchmark
 
     @classmethod
     def read(cls, path: Traversable) -> Self:
-        """Read a recipe file.
-
-        Raises:
-            ValueError: naming the file and the key that is unknown, missing, or of another type.
-        """
+        """Read a recipe file. Raises ValueError for a key that is unknown, missing, or of another type."""
         recipe = read_recipe(cls, path)
         if recipe.metric not in METRICS:
             raise ValueError(f"{path.name}: metric={recipe.metric!r} must be one of {', '.join(METRICS)}.")
@@ -70,11 +56,7 @@ class DatasetRecipe:
         return {**self.load_arguments, "recipe": self.recipe, "metric": self.metric, **benchmark}
 
     def load(self, *, limit: int | None = None, shots: int | None = None, seed: int = 0) -> DatasetDict:
-        """Load the dataset with `load_data`, and check its sizes.
-
-        Raises:
-            ValueError: if the dataset cannot be loaded, or has another number of classes or test images.
-        """
+        """Load the dataset with `load_data`. Raises ValueError for another number of classes or test images."""
         data = load_data(**self.load_arguments, limit=limit, shots=shots, seed=seed)
         actual = {"classes": len(class_names(data["train"])), "test images": len(data["test"])}
         expected = {"classes": self.num_classes, "test images": min(self.test_images, limit or self.test_images)}
@@ -88,9 +70,5 @@ class DatasetRecipe:
 
 
 def dataset_recipe(name: str) -> DatasetRecipe:
-    """Read one of the package's recipes.
-
-    Raises:
-        ValueError: for an unknown name, with similar names and all names.
-    """
+    """Read one of the package's recipes. Raises ValueError for an unknown name, with similar ones."""
     return DatasetRecipe.read(find_recipe(name, DATASETS))

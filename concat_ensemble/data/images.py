@@ -10,20 +10,12 @@ from concat_ensemble.errors import first_line
 
 
 def read_image(split: Dataset, index: int) -> PIL.Image.Image:
-    """Decode image `index` of a split returned by `load_data`.
-
-    Raises:
-        ValueError: naming the image, if it cannot be read.
-    """
+    """Decode image `index` of a split returned by `load_data`. Raises ValueError naming it if it cannot be read."""
     return decode_image(split[index]["image"], describe_image(split, index))
 
 
 def decode_image(encoded: dict, name: str) -> PIL.Image.Image:
-    """Decode an image stored as {"bytes", "path"}; `name` is what error messages call it.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
+    """Decode an image stored as {"bytes", "path"}. Raises ValueError, with its `name`, if it cannot be read."""
     try:
         image = PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         image.load()

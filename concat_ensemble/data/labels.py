@@ -3,10 +3,12 @@
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 
+from concat_ensemble.data.columns import read_features
+
 
 def class_names(split: Dataset | IterableDataset) -> list[str]:
     """Names of a split's classes, in the order of their numbers."""
-    return list(split.features["label"].names)
+    return list(read_features(split)["label"].names)
 
 
 def read_labels(split: Dataset) -> np.ndarray:
@@ -15,11 +17,8 @@ def read_labels(split: Dataset) -> np.ndarray:
 
 
 def to_class_labels(split: Dataset, kind: str) -> Dataset:
-    """Convert a `label` column of names, whole numbers or booleans to `ClassLabel`, in sorted order.
-
-    Raises:
-        ValueError: for missing, hidden (-1) or unsuitable labels; `kind` names the split.
-    """
+    """Convert a `label` column of names, whole numbers or booleans to `ClassLabel`, in sorted order. Raises ValueError
+    for missing, hidden (-1) or unsuitable labels; `kind` names the split."""
     feature = split.features["label"]
     if split.data.column("label").null_count:
         raise ValueError(f"the {kind} split has images without a label; remove them or name another label_column.")
@@ -44,11 +43,8 @@ def unify_classes(splits: dict[str, Dataset]) -> dict[str, Dataset]:
 
 
 def select_classes(splits: dict[str, Dataset], classes: list[int | str]) -> dict[str, Dataset]:
-    """Keep the images of some classes, named or numbered, and number these from 0 in the dataset's order.
-
-    Raises:
-        ValueError: for an unknown class, or none.
-    """
+    """Keep the images of some classes, named or numbered, and number these from 0 in the dataset's order. Raises
+    ValueError for an unknown class, or none."""
     names = class_names(splits["train"])
     unknown = [c for c in classes if (c not in names if isinstance(c, str) else not 0 <= c < len(names))]
     if unknown or not classes:

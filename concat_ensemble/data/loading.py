@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 
-from concat_ensemble.data.columns import select_columns
+from concat_ensemble.data.columns import read_features, select_columns
 from concat_ensemble.data.labels import class_names, read_labels, select_classes, to_class_labels, unify_classes
 from concat_ensemble.data.scattered import scatter_split
 from concat_ensemble.data.sources import load_source
@@ -64,7 +64,8 @@ def load_data(
     if shots is not None and shots < 2:
         raise ValueError(f"shots={shots} must be at least 2: some are for validation.")
     scattered = isinstance(name, str) and name.startswith(SCATTERED)
-    source = load_source(name.removeprefix(SCATTERED) if scattered else name, config=config, revision=revision)
+    plain_name = name.removeprefix(SCATTERED) if isinstance(name, str) else name
+    source = load_source(plain_name, config=config, revision=revision)
     splits = pick_splits(source, {"train": train_split, "validation": validation_split, "test": test_split})
     for kind, split in splits.items():
         split = select_columns(split, kind, image_column=image_column, label_column=label_column)
@@ -83,7 +84,7 @@ def load_data(
         raise ValueError(f"the train split has the one class {only_class!r}; a probe needs two.")
     if scattered:
         splits = {kind: scatter_split(split, kind, seed) for kind, split in splits.items()}
-    return DatasetDict(splits)
+    return DatasetDict(splits.items())
 
 
 def load_stream(
@@ -108,10 +109,8 @@ def load_stream(
     if not isinstance(stream, IterableDataset):
         raise ValueError(f"{name} cannot be streamed: it is here already; set streaming=False.")
     stream = select_columns(stream, "train", image_column=image_column, label_column=label_column)
-    feature = stream.features["label"]
+    feature = read_features(stream)["label"]
     if not isinstance(feature, ClassLabel):
-        raise ValueError(
-            f"{name} cannot be streamed: its labels are {feature.dtype} and do not list the classes; "
-            "cast them to ClassLabel, or set streaming=False."
-        )
+        problem = f"{name} cannot be streamed: its labels are {feature.dtype} and do not list the classes"
+        raise ValueError(f"{problem}; cast them to ClassLabel, or set streaming=False.")
     return stream

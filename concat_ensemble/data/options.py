@@ -23,10 +23,8 @@ class DatasetOptions:
     """A labelled image dataset: its name, columns and splits, and how many of its images are used.
 
     The fields are arguments of `load_data`, except that `classes` is a text, and that a `recipe` may take the place of
-    the name, columns and splits.
-
-    Raises:
-        ValueError: for classes that cannot be parsed, or a recipe together with a field that it determines.
+    the name, columns and splits. Raises ValueError for classes that cannot be parsed, or a recipe together with a
+    field that it determines.
     """
 
     name: str | None = option(
@@ -93,11 +91,7 @@ class DatasetOptions:
         return re.sub(r"[^a-z0-9]+", "-", f"{self.study}-{limit}-{shots}".lower()).strip("-") or "dataset"
 
     def load(self) -> "DatasetDict":
-        """The splits `train`, `validation` and `test`.
-
-        Raises:
-            ValueError, FileNotFoundError: as `load_data` and `DatasetRecipe.load`.
-        """
+        """The splits `train`, `validation` and `test`; errors are those of `load_data` and `DatasetRecipe.load`."""
         from concat_ensemble.data.dataset_recipes import dataset_recipe
         from concat_ensemble.data.loading import load_data
 

@@ -57,10 +57,8 @@ class Scatter(v2.Transform):
 def scatter_split(split: Dataset, kind: str, seed: int) -> Dataset:
     """Put every image of a split on its own canvas of 32x32 pixels.
 
-    The canvas depends on the image's encoded bytes and the seed alone, not on the rest of the split.
-
-    Raises:
-        ValueError: if the images differ in size; `kind` names the split.
+    The canvas depends on the image's encoded bytes and the seed alone, not on the rest of the split. Raises ValueError
+    if the images differ in size; `kind` names the split.
     """
     images = [np.asarray(read_image(split, index).convert("L")) for index in range(len(split))]
     if len({image.shape for image in images}) > 1:

@@ -1,11 +1,22 @@
 """Where a dataset comes from, and how `datasets` loads it from there."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import datasets
+import datasets.config
 import numpy as np
 import sklearn.datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
@@ -20,29 +31,26 @@ BUILDERS = ("parquet", "imagefolder", "csv", "json")
 
 def load_source(
     name: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, streaming: bool = False
-) -> dict[str, Dataset] | dict[str, IterableDataset]:
-    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`.
-
-    Raises:
-        ValueError: for a dataset that does not exist or cannot be read.
-    """
+) -> Mapping[str, Dataset | IterableDataset]:
+    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`. Raises
+    ValueError if it does not exist or cannot be read."""
     if isinstance(name, Dataset):
         return {"train": name}
     if isinstance(name, DatasetDict):
-        return dict(name)
+        return {str(kind): split for kind, split in name.items()}
     if name == DIGITS:
         return {"train": load_digits()}
     builder, location = identify_source(str(name))
     try:
         loaded = _load(builder, location, config=config, revision=revision, streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
-        raise ValueError(
-            f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it "
-            f"({first_line(error)})."
-        ) from error
+        problem = f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it"
+        raise ValueError(f"{problem} ({first_line(error)}).") from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load dataset {str(name)!r}: {first_line(error)}") from error
-    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    if isinstance(loaded, Dataset | IterableDataset):
+        return {"train": loaded}
+    return {str(kind): split for kind, split in loaded.items()}
 
 
 def identify_source(name: str) -> tuple[str, str]:
@@ -60,22 +68,22 @@ def identify_source(name: str) -> tuple[str, str]:
         return ("parquet" if has_parquet else "imagefolder"), name
     if path.suffix == ".parquet":
         return "parquet", name
-    raise ValueError(
-        f"{path} is a {path.suffix or 'file'}; give a folder of images or a .parquet file, "
-        f"or write its kind before it, as in csv:{path}."
-    )
+    remedy = f"give a folder of images or a .parquet file, or write its kind before it, as in csv:{path}."
+    raise ValueError(f"{path} is a {path.suffix or 'file'}; {remedy}")
 
 
 def load_digits() -> Dataset:
     """Load the 1,797 handwritten digits that come with scikit-learn: 8x8 pixels, 17 gray levels."""
-    digits = sklearn.datasets.load_digits()
-    pixels = (digits.images / 16 * 255).round().astype(np.uint8)
+    rows, labels = sklearn.datasets.load_digits(return_X_y=True)
+    pixels = (np.asarray(rows).reshape(-1, 8, 8) / 16 * 255).round().astype(np.uint8)
     features = Features(image=Image(decode=False), label=ClassLabel(names=[str(digit) for digit in range(10)]))
-    columns = {"image": [encode_image(image) for image in pixels], "label": digits.target}
+    columns = {"image": [encode_image(image) for image in pixels], "label": labels}
     return Dataset.from_dict(columns, features=features)
 
 
-def _load(builder: str, location: str, *, config: str | None, revision: str | None, streaming: bool):
+def _load(
+    builder: str, location: str, *, config: str | None, revision: str | None, streaming: bool
+) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
     if builder == "saved":
         return load_from_disk(location)
     if builder == "hub":

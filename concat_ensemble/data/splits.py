@@ -1,6 +1,6 @@
 """Splits of a dataset: picking them by name, cutting the missing ones, and drawing smaller ones."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -15,31 +15,26 @@ SPLIT_NAMES = {
 }
 
 
-def pick_splits(source: dict[str, Dataset], names: dict[str, str | None]) -> dict[str, Dataset]:
+def pick_splits(source: Mapping[str, Dataset | IterableDataset], names: dict[str, str | None]) -> dict[str, Dataset]:
     """Pick a split of `source` for each of `train`, `validation` and `test`, by its name in `names` or a common name.
-
-    Raises:
-        ValueError: for a split that does not exist or is empty, or if there is no training split.
-    """
+    Raises ValueError for a split that does not exist or is empty, and without a training split."""
     named = {name.partition("[")[0] for name in names.values() if name}
     picked = {kind: pick_split(source, kind, name, exclude=named) for kind, name in names.items()}
-    if picked["train"] is None:
+    splits = {kind: split for kind, split in picked.items() if isinstance(split, Dataset)}
+    if "train" not in splits:
         raise ValueError(f"no training split among {sorted(source)}; name it with train_split.")
-    splits = {kind: split for kind, split in picked.items() if split is not None}
     for kind, split in splits.items():
         refuse_empty(split, kind)
     return splits
 
 
 def pick_split(
-    source: dict[str, Dataset | IterableDataset], kind: str, name: str | None, *, exclude: Collection[str] = ()
+    source: Mapping[str, Dataset | IterableDataset], kind: str, name: str | None, *, exclude: Collection[str] = ()
 ) -> Dataset | IterableDataset | None:
     """Pick a split by name, as in `train[:80%]`, or by the common names of its kind if `name` is None.
 
     A dataset's only split is its training split, whatever its name. Names in `exclude` do not count as common names.
-
-    Raises:
-        ValueError: for a split that does not exist, or a malformed slice.
+    Raises ValueError for a split that does not exist, or a malformed slice.
     """
     if name is None:
         candidates = [split for split in source if split not in exclude]
@@ -52,6 +47,8 @@ def pick_split(
     split = source[base]
     if not bracket:
         return split
+    if isinstance(split, IterableDataset):
+        raise ValueError(f"{kind}_split={name!r} is a slice, which a stream does not have; set streaming=False.")
     try:
         if not bounds.endswith("]"):
             raise ValueError("no closing bracket")

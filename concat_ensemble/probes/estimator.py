@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,6 +26,8 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
     A probe defines `_fit(train, validation)`, which learns from a split and sets `classes_` (`validation` is None if
     there are no validation rows), and `_logits(rows)`, which returns scores (n, C) for a chunk of rows (n, D).
     """
+
+    classes_: np.ndarray  # (C,)
 
     def fit(
         self, X: TableSplit | ArrayLike, y: ArrayLike | None = None, *, validation: TableSplit | tuple | None = None
@@ -70,7 +72,13 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
         """Top-1 accuracy, from 0 to 1. Rows of a class that is not in the training rows count as wrong."""
         return float(np.mean(self.predict(X) == (X.labels if isinstance(X, TableSplit) else np.asarray(y))))
 
-    def _validate(self, X, y=None, *, reset: bool = False) -> TableSplit:
+    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
+        raise NotImplementedError
+
+    def _logits(self, rows: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _validate(self, X: Any, y: Any = None, *, reset: bool = False) -> TableSplit:
         """X and y as a split. `reset` stores the number of features and the members, which later rows must match."""
         if isinstance(X, TableSplit):
             return self._validate_split(X, reset)
@@ -84,7 +92,7 @@ class FeatureProbe(ClassifierMixin, BaseEstimator):
         else:
             X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
             check_consistent_length(X, y)
-        return TableSplit([X], None if y is None else np.asarray(y))
+        return TableSplit([np.asarray(X)], np.asarray(y))
 
     def _validate_split(self, split: TableSplit, reset: bool) -> TableSplit:
         keys, num_features = split.keys, split.num_features
@@ -186,7 +194,7 @@ def merge(train: TableSplit, validation: TableSplit | None) -> TableSplit:
 
 
 def _chunks(split: TableSplit) -> Iterator[slice]:
-    num_rows = split.blocks[0].shape[0]  # there may be no labels
+    num_rows = split.blocks[0].shape[0]  # where rows come without labels, `labels` is an array of no dimension
     return (slice(start, start + CHUNK) for start in range(0, num_rows, CHUNK))
 
 

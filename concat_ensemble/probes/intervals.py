@@ -4,10 +4,11 @@ import numpy as np
 from scipy import stats
 
 NUM_RESAMPLES = 1_000
+Interval = tuple[float, float]
 WILSON_LEVEL = 0.9500000018071153  # exactly z = 1.959964, so that intervals stored by version 0.1.0 stay the same
 
 
-def bootstrap_intervals(predictions: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(predictions: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, Interval]:
     """95% bootstrap percentile intervals of `top1`, `mean_per_class` and `macro_f1` from class numbers (N,).
 
     To resample images is to resample the counts of the confusion matrix, so no prediction is repeated.
@@ -26,12 +27,10 @@ def bootstrap_intervals(predictions: np.ndarray, labels: np.ndarray, seed: int =
         "mean_per_class": np.nanmean(recall, axis=1),  # over the classes that are in the resample
         "macro_f1": np.nanmean(f1, axis=1),
     }
-    return {name: tuple(map(float, np.percentile(values, [2.5, 97.5]))) for name, values in metrics.items()}
+    return {name: _central_95(values) for name, values in metrics.items()}
 
 
-def paired_difference(
-    correct: np.ndarray, other_correct: np.ndarray, seed: int = 0
-) -> tuple[float, tuple[float, float], float]:
+def paired_difference(correct: np.ndarray, other_correct: np.ndarray, seed: int = 0) -> tuple[float, Interval, float]:
     """Compare two models on the same images by which images (N,) bool each classifies correctly.
 
     Returns:
@@ -44,16 +43,15 @@ def paired_difference(
     return float(differences.mean()), bootstrap_mean(differences, seed), float(p)
 
 
-def bootstrap_mean(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Interval:
     """95% bootstrap percentile interval of the mean of values (N,). Only counts of equal values are resampled."""
     values, counts = np.unique(values, return_counts=True)
     number = counts.sum()
     means = np.random.default_rng(seed).multinomial(number, counts / number, NUM_RESAMPLES) @ values / number
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return _central_95(means)
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float]:
+def t_interval(values: np.ndarray) -> Interval:
     """95% interval of the mean of at least two values (N,), by Student's t."""
     mean, error = float(values.mean()), stats.sem(values)
     if error == 0:  # scipy returns NaN
@@ -62,8 +60,13 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def wilson_interval(share: float, number: int) -> tuple[float, float]:
+def wilson_interval(share: float, number: int) -> Interval:
     """95% interval of a share k / `number` of independent images (Wilson 1927), which also holds near 0 and 1, where
     the bootstrap and share +- 2 standard deviations do not."""
     interval = stats.binomtest(round(share * number), number).proportion_ci(WILSON_LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def _central_95(values: np.ndarray) -> Interval:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -68,7 +68,7 @@ class LinearProbe(LinearModelMixin, ProbabilityProbe):
             scores.append([model.score(score_on) for model, _ in path])
             self.n_iter_ = max(self.n_iter_, *(solution.newton_steps for _, solution in path))
         self.path_ = {s: float(np.mean(top1)) for s, top1 in zip(l2_strengths, zip(*scores, strict=True), strict=True)}
-        self.l2_strength_ = max(self.path_, key=self.path_.get)  # the first of equals, which is the strongest
+        self.l2_strength_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals, which is the strongest
         model, solution = path[l2_strengths.index(self.l2_strength_)]
         return solution if np.array_equal(model.classes, classes) else None
 

@@ -143,8 +143,9 @@ def logistic_path(
     #     starts where the two solutions before it point to.
     # (B) The rows do not fit, so each pass reads them again. A sample that fits is solved first: it gives the
     #     preconditioner, and for each strength a start that leaves few steps.
+    sample_solutions: dict[float, Solution] = {}
     if X.in_memory or len(X) <= SAMPLE:
-        eigen, sample_solutions = eigenvectors(X), {}
+        eigen = eigenvectors(X)
     else:
         numbers, sample = X.sample(max(SAMPLE, 8 * X.shape[1]))
         settings = {"num_classes": num_classes, "start": start, "tol": 1e-4, "max_iter": max_iter}
@@ -156,15 +157,16 @@ def logistic_path(
         counts = torch.bincount(y, minlength=num_classes).to(X.dtype)
         frequencies = (counts + 0.5) / (len(X) + 0.5 * num_classes)
         start = Coefficients(counts.new_zeros(X.shape[1], num_classes), frequencies.log())
+    begin: Coefficients = start
     solved: list[Solution] = []  # the last two
     for l2_strength in l2_strengths:
         if sample_solutions:
-            start = sample_solutions[l2_strength]
+            begin = sample_solutions[l2_strength]
         elif len(solved) == 2:
-            start = extrapolate(*solved, l2_strength)
+            begin = extrapolate(*solved, l2_strength)
         elif solved:
-            start = solved[-1]
-        solution = minimize(Problem(X, y, l2_strength), start, eigen, tol=tol, max_iter=max_iter)
+            begin = solved[-1]
+        solution = minimize(Problem(X, y, l2_strength), begin, eigen, tol=tol, max_iter=max_iter)
         solved = [*solved[-1:], solution]
         yield replace(solution, bias=solution.bias - solution.bias.mean())
 
@@ -226,7 +228,7 @@ def minimize(problem: Problem, start: Coefficients, eigen: Eigen, *, tol: float,
 def line_search(problem: Problem, point: Point, step: Point, slope: float) -> float:
     """The length at which the slope along a step is at most a tenth of `slope` < 0, the one at its beginning. At weak
     strengths Newton's own length, 1, is several times too long; no rows are read, so the search is cheap."""
-    length, low, low_slope, high, high_slope = 1.0, 0.0, slope, None, None
+    length, low, low_slope, high, high_slope = 1.0, 0.0, slope, math.inf, math.inf
     for _ in range(MAX_TRIALS):
         slope_here = problem.slope(point.plus(step, length), step)
         if abs(slope_here) <= -slope / 10:
@@ -235,7 +237,7 @@ def line_search(problem: Problem, point: Point, step: Point, slope: float) -> fl
             low, low_slope = length, slope_here
         else:
             high, high_slope = length, slope_here
-        if high is None:
+        if high == math.inf:
             length = 2 * low
         else:  # false position
             length = low + (high - low) * min(max(low_slope / (low_slope - high_slope), 0.1), 0.9)

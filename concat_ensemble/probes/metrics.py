@@ -16,12 +16,8 @@ class ProbeMetrics(evaluate.Metric):
 
     def _info(self):
         features = {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="scores and labels",
-            features=datasets.Features(features),
-        )
+        description, inputs = self.__doc__ or "", "scores and labels"
+        return evaluate.MetricInfo(description, "", datasets.Features(features), inputs_description=inputs)
 
     def _compute(self, predictions, references):
         scores, labels = np.asarray(predictions), np.asarray(references)
@@ -30,7 +26,9 @@ class ProbeMetrics(evaluate.Metric):
         if len(classes) > 5:
             metrics["top5"] = float(top_k_accuracy_score(labels, scores, k=5, labels=classes))
         metrics["mean_per_class"] = float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
-        metrics["macro_f1"] = float(f1_score(labels, predicted, labels=classes, average="macro", zero_division=0))
+        # scikit-learn has no stubs: pyright takes the type of zero_division from its default, "warn".
+        macro_f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
+        metrics["macro_f1"] = float(macro_f1)
         metrics["calibration_error"] = calibration_error(softmax(scores, axis=1), labels)
         return metrics
 

@@ -122,7 +122,7 @@ class KNNProbe(ProbabilityProbe):
             for k, rows, log_shares in self._votes(bank, queries, ks):
                 correct[k] += np.sum(bank.classes[log_shares.argmax(1).cpu().numpy()] == queries.labels[rows])
             self.path_ = {k: float(count / len(queries)) for k, count in correct.items()}
-            self.k_ = max(self.path_, key=self.path_.get)  # the first of equals: the largest, which is the smoothest
+            self.k_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals: the largest, the smoothest
         self._bank = bank = Bank.from_split(merge(train, validation), self.standardize)
         self.bank_, self.classes_, self.feature_dims_ = bank.split, bank.classes, bank.feature_dims
         self.mean_, self.scale_ = bank.mean, bank.scale

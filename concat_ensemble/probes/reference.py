@@ -74,7 +74,7 @@ class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
             [(fit_on, score_on)] = self._selection_splits(train, validation, seed=self.seed)
             models = self._train(fit_on, l2_strengths)
             self.path_ = {s: model.score(score_on) for s, model in zip(l2_strengths, models, strict=True)}
-            self.l2_strength_ = max(self.path_, key=self.path_.get)  # the first of equals, which is the strongest
+            self.l2_strength_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals: the strongest
         [model] = self._train(merge(train, validation), [self.l2_strength_])
         self._set_model(model)
 
@@ -145,14 +145,12 @@ class Heads:
     @torch.no_grad()
     def add_weight_decay(self) -> None:
         """Add to the gradients what SGD's own weight_decay adds, with a different one for each head."""
-        self.weight.grad.addcmul_(self.decay[:, :, None], self.weight)
-        self.bias.grad.addcmul_(self.decay, self.bias)
+        for parameter, decay in ((self.weight, self.decay[:, :, None]), (self.bias, self.decay)):
+            if parameter.grad is not None:
+                parameter.grad.addcmul_(decay, parameter)
 
     @torch.no_grad()
     def models(self, classes: np.ndarray) -> list[LinearModel]:
         tensors = (*self.fold(), self.mean, (self.variance + EPSILON).sqrt())
-        coefs, intercepts, mean, scale = (tensor.cpu().numpy() for tensor in tensors)
-        return [
-            LinearModel(classes, coef, intercept, mean, scale)
-            for coef, intercept in zip(coefs, intercepts, strict=True)
-        ]
+        coefs, biases, mean, scale = (tensor.cpu().numpy() for tensor in tensors)
+        return [LinearModel(classes, coef, bias, mean, scale) for coef, bias in zip(coefs, biases, strict=True)]

@@ -92,7 +92,7 @@ class RidgeProbe(LinearModelMixin, FeatureProbe):
             self.path_ = {s: solver.model(s).score(validation) for s in l2_strengths}
             rows = merge(train, validation)
             solver = RidgeSolver(rows, standardize=self.standardize, in_memory=self.in_memory)
-        self.l2_strength_ = max(self.path_, key=self.path_.get)  # the first of equals, which is the strongest
+        self.l2_strength_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals, which is the strongest
         self._set_model(solver.model(self.l2_strength_))
 
 

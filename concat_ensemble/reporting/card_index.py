@@ -39,11 +39,7 @@ def write_index(folder: Path) -> Path:
 
 
 def index_text(folder: Path) -> str:
-    """The text of README.md for a folder of ensembles.
-
-    Raises:
-        ValueError: when no ensemble in it has results.
-    """
+    """The text of README.md for a folder of ensembles. Raises ValueError if none of them has results."""
     paths = sorted(folder.glob(f"*/{RESULTS}/*.json"))
     if not paths:
         raise ValueError(f"{folder} has no ensemble with results; probe one with concat-ensemble probe {folder}/NAME.")

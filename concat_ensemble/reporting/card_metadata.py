@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from concat_ensemble.data.naming import describe_dataset
-from concat_ensemble.reporting.licenses import OTHER, joint_license
+from concat_ensemble.reporting.licenses import LICENSE, OTHER, joint_license, license_name, member_licenses
 from concat_ensemble.reporting.rendering import one_line
 from concat_ensemble.studies.results import Results
 
 if TYPE_CHECKING:
     from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 
-LICENSE = "LICENSE.md"
 METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -50,9 +49,9 @@ def card_metadata(
     evaluations = [result for study in studies.values() for result in _evaluations(study)]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=pipeline_tag(config),
+        pipeline_tag="image-classification" if is_classifier(config) else "image-feature-extraction",
         license=license,
-        license_name=_license_name(licenses) if license == OTHER else None,
+        license_name=license_name(licenses) if license == OTHER else None,
         license_link=LICENSE if license == OTHER else None,
         tags=tags,
         base_model=hub_members or None,
@@ -125,21 +124,3 @@ def probe_name(study: Results) -> str:
 
 def is_classifier(config: ConcatEnsembleConfig) -> bool:
     return config.architectures == ["ConcatEnsembleForImageClassification"]
-
-
-def pipeline_tag(config: ConcatEnsembleConfig) -> str:
-    return "image-classification" if is_classifier(config) else "image-feature-extraction"
-
-
-def member_licenses(config: ConcatEnsembleConfig) -> list[str | None]:
-    """The licence of each built member from its provenance; None where it is not stated."""
-    licenses = [config.members[k]["provenance"].get("license") for k in config.built_members]
-    return [None if license is None else one_line(license) for license in licenses]
-
-
-def _license_name(licenses: list[str | None]) -> str:
-    """A name for licences that the Hub has no id for: the only one there is, `mixed` or `not-stated`."""
-    names = set(licenses)
-    if names <= {None}:
-        return "not-stated"
-    return re.sub(r"[^a-z0-9.-]+", "-", str(*names).lower()).strip("-") if len(names) == 1 else "mixed"

@@ -8,11 +8,7 @@ import yaml
 
 
 def split_metadata(card: str, path: Path) -> tuple[dict[str, Any], str]:
-    """Split a card into its metadata and its text.
-
-    Raises:
-        ValueError: naming `path`, when the metadata are not YAML.
-    """
+    """Split a card into its metadata and its text. Raises ValueError naming `path` if the metadata are not YAML."""
     block = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     if block is None:
         return {}, card

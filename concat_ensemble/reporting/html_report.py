@@ -34,13 +34,8 @@ class NamedRow(NamedTuple):
 def write_report(folders: list[Path], output: Path) -> Path:
     """Write one page that needs no other file.
 
-    Args:
-        folders: Folders of ensembles, or others with JSON files of `probe`, `select` and `compare`, in them or in
-            their subfolders `results`, `selection` and `overlap`.
-        output: The file to write.
-
-    Raises:
-        ValueError: for a folder without results, and for a file of these kinds that is malformed.
+    Folders are those of ensembles, or others with JSON files of `probe`, `select` and `compare`, in them or in their
+    subfolders `results`, `selection` and `overlap`. Raises ValueError for one without results, or a malformed file.
     """
     studies, selections, overlaps = [], [], []
     for folder in folders:
@@ -110,10 +105,8 @@ def _describe_selection(title: str, selection: Selection) -> dict[str, Any]:
     best, members = selection[selection.best], []
     for one in selection.contributions:
         name, chosen = f"{one.member}: {selection.names[one.member]}", "yes" if one.chosen else "no"
-        cells = [name, chosen, format_points(one.gain, one.gain_interval), ""]
-        if one.shapley is not None and one.shapley_interval is not None:
-            cells[-1] = format_points(one.shapley, one.shapley_interval)
-        members.append(cells)
+        numbers = format_points(one.gain, one.gain_interval), format_points(one.shapley, one.shapley_interval)
+        members.append([name, chosen, *numbers])
     accuracy = f"{100 * best.top1:.1f} at {best.cost.gflops:.2f} GFLOPs"
     return {"title": title, "members": members, "best": f"{' + '.join(map(str, best.members))}: {accuracy}"}
 

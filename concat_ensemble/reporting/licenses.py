@@ -1,7 +1,17 @@
-"""The licence of several members together: at least as restrictive as each of theirs."""
+"""The licences of members, and of several together: at least as restrictive as each of theirs."""
 
+from __future__ import annotations
+
+import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from concat_ensemble.reporting.rendering import one_line
+
+if TYPE_CHECKING:
+    from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+
+LICENSE = "LICENSE.md"
 OTHER = "other"  # the Hub's id for a licence that it does not know, which needs a name and a link
 
 _NOTICE = frozenset({"keep the notice"})
@@ -48,3 +58,25 @@ def joint_license(licenses: Iterable[str | None]) -> str:
         return OTHER
     required = frozenset().union(*requirements.values())
     return min((name for name in requirements if requirements[name] == required), default=OTHER)
+
+
+def member_licenses(config: ConcatEnsembleConfig) -> list[str | None]:
+    """The licence of each built member from its provenance; None where it is not stated."""
+    licenses = [config.members[k]["provenance"].get("license") for k in config.built_members]
+    return [None if license is None else one_line(license) for license in licenses]
+
+
+def license_name(licenses: list[str | None]) -> str:
+    """A name for licences that the Hub has no id for: the only one there is, `mixed` or `not-stated`."""
+    names = set(licenses)
+    if names <= {None}:
+        return "not-stated"
+    return re.sub(r"[^a-z0-9.-]+", "-", str(*names).lower()).strip("-") if len(names) == 1 else "mixed"
+
+
+def license_sentence(licenses: list[str | None]) -> str:
+    joint = joint_license(licenses)
+    if joint == OTHER:
+        return f"No known licence covers all members. Each keeps its own; [{LICENSE}]({LICENSE}) lists them."
+    reason = ", the most restrictive licence of a member" if len(set(licenses)) > 1 else ""
+    return f"Licence of the whole: `{joint}`{reason}."

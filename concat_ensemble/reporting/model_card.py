@@ -13,17 +13,15 @@ import yaml
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.reporting.card_metadata import (
-    LICENSE,
     benchmark_entries,
     card_metadata,
     is_classifier,
     is_hub_id,
-    member_licenses,
     probe_name,
 )
 from concat_ensemble.reporting.card_sections import keep_user_sections, split_metadata
 from concat_ensemble.reporting.figures import plot_accuracy_against_members
-from concat_ensemble.reporting.licenses import OTHER, joint_license
+from concat_ensemble.reporting.licenses import LICENSE, OTHER, license_sentence, member_licenses
 from concat_ensemble.reporting.rendering import escape_code, escape_names, escape_text, make_environment
 from concat_ensemble.reporting.tables import best_member, hardest_first, headings, member_gains, row_texts
 from concat_ensemble.reporting.verdicts import against, describe_compute, verdict
@@ -36,6 +34,10 @@ WRITTEN_BY = "<!-- Written by `concat-ensemble card`"
 NOTE = (
     f"{WRITTEN_BY} from config.json and results/. It keeps your own sections (##) and metadata where you put them and "
     "overwrites all other edits. -->"
+)
+ONE_REPEAT = (
+    "one repeat, with Wilson intervals over the test images; paired differences with bootstrap intervals and "
+    "McNemar's test"
 )
 PROBE_DESCRIPTIONS = {
     "linear": "Linear probe: multinomial logistic regression on frozen features. Its L2 strength is chosen on "
@@ -50,10 +52,7 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 
     What users wrote into an earlier card stays: sections (`## `) under other headings, each after the section that it
     followed, and metadata under other keys.
-
-    Args:
-        folder: With `config.json`, and `results/*.json` as `concat-ensemble probe` writes them.
-        title: Title of the card; that of the earlier card, or the folder's name, when left out.
+    The title is that of the earlier card, or the folder's name, when left out.
 
     Raises:
         ValueError: when the folder holds no ensemble, or results of other weights.
@@ -70,26 +69,18 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 
 
 def check_card(folder: Path) -> None:
-    """Check that the card of an ensemble's folder is what `write_card` would write.
-
-    Raises:
-        ValueError: naming the first line that differs, or the file that is missing.
-    """
+    """Check that the card of an ensemble's folder is what `write_card` would write; see `check_files`."""
     config, studies = _read(folder)
-    texts = _render_files(folder, None, config, studies)
     for stem in studies:
         figure = folder / FIGURES / f"{stem}.png"
         if not figure.is_file():
             raise ValueError(f"{figure} is not there; write it with concat-ensemble card {folder}.")
-    check_files(texts, str(folder))
+    check_files(_render_files(folder, None, config, studies), str(folder))
 
 
 def check_files(texts: dict[Path, str], arguments: str) -> None:
-    """Check that files have these texts, which `concat-ensemble card` with these arguments would write.
-
-    Raises:
-        ValueError: naming the first line that differs, or the file that is missing.
-    """
+    """Check that files have these texts, which `concat-ensemble card` with these arguments would write. Raises
+    ValueError naming the first line that differs, or the file that is missing."""
     remedy = f"write it with concat-ensemble card {arguments}."
     for path, text in texts.items():
         if not path.is_file():
@@ -113,9 +104,8 @@ def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
     for path in sorted((folder / RESULTS).glob("*.json")):
         studies[path.stem] = Results.load(path)
         if studies[path.stem].members_sha256 != members_sha256(config):
-            raise ValueError(
-                f"{path} was measured on other weights than {folder} holds; probe again with --overwrite."
-            )
+            problem = f"{path} was measured on other weights than {folder} holds"
+            raise ValueError(f"{problem}; probe again with --overwrite.")
     return config, dict(sorted(studies.items(), key=lambda item: hardest_first(item[1])))
 
 
@@ -160,7 +150,7 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
         "auto_class": "AutoModelForImageClassification" if is_classifier(config) else "AutoModel",
         "num_features": config.num_features,
         "members": members,
-        "license": _license_sentence(member_licenses(config)),
+        "license": license_sentence(member_licenses(config)),
         "studies": [_describe_study(study) | {"figure": f"{FIGURES}/{stem}.png"} for stem, study in escaped.items()],
         "gains": member_gains(architectures, list(escaped.values()), escape_text),
         "commands": list(dict.fromkeys(str(command) for command in commands if command)),
@@ -189,21 +179,10 @@ def _headline(studies: list[Results]) -> str:
     return f"Top-1 accuracy ({probe_name(studies[0])}): {'; '.join(accuracies)}."
 
 
-def _license_sentence(licenses: list[str | None]) -> str:
-    joint = joint_license(licenses)
-    if joint == OTHER:
-        return f"No known licence covers all members. Each keeps its own; [{LICENSE}]({LICENSE}) lists them."
-    reason = ", the most restrictive licence of a member" if len(set(licenses)) > 1 else ""
-    return f"Licence of the whole: `{joint}`{reason}."
-
-
 def _interval_covers(repeats: Iterable[int]) -> str:
     """The variation that the intervals of studies with these numbers of repeats include."""
-    covers = []
-    if any(count != 1 for count in repeats):
-        covers.append(
-            "variation over seeds and data (repeats share images, which makes the intervals somewhat narrow)"
-        )
+    repeated = "variation over seeds and data (repeats share images, which makes the intervals somewhat narrow)"
+    covers = [repeated] if any(count != 1 for count in repeats) else []
     if 1 in repeats:
         covers.append("variation over test images only (one repeat)")
     return ", or ".join(covers)
@@ -231,20 +210,14 @@ def _describe_study(study: Results) -> dict[str, Any]:
     for row, cells in zip(study.rows, texts, strict=True):
         if row.kind == "ensemble":
             cells["name"] = f"**{cells['name']}**"
-    if study.repeats > 1:
-        intervals = f"mean over {study.repeats} repeats with different seeds, with Student's t intervals"
-    else:
-        intervals = (
-            "one repeat, with Wilson intervals over the test images; paired differences with bootstrap intervals and "
-            "McNemar's test"
-        )
+    intervals = f"mean over {study.repeats} repeats with different seeds, with Student's t intervals"
     return {
         "title": describe_dataset(study.dataset),
         "probe": PROBE_DESCRIPTIONS.get(study.probe.get("kind", ""), PROBE_DESCRIPTIONS["linear"]),
         "protocol": study.protocol,
         "has_deviation": study.rows[0].resample_deviation is not None,
         "hardware": study.hardware,
-        "intervals": intervals,
+        "intervals": intervals if study.repeats > 1 else ONE_REPEAT,
         "headings": list(shown.values()),
         "rows": [[cells[key] for key in shown] for cells in texts],
         "verdict": verdict(study),

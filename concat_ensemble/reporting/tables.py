@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.studies.results import Results, Row, format_points, short_name
@@ -73,9 +73,7 @@ def hardest_first(study: Results) -> tuple[bool, float]:
     return "shots" in study.dataset, study.rows[0].mean
 
 
-def member_gains(
-    architectures: Sequence[str], studies: list[Results], escape: Callable[[str], str]
-) -> list[list[str]]:
+def member_gains(architectures: list[str], studies: list[Results], escape: Callable[[str], str]) -> list[list[str]]:
     """A table of each member's top-1 alone and of what it adds to the members before it, headings first.
 
     Its columns are the datasets on which all members and all first members were probed; empty where there are none.

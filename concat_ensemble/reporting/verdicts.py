@@ -20,31 +20,24 @@ def verdict(study: Results) -> str:
         comparisons = [f"{row.name.rpartition(', ')[2]} is {_compare(study, row, best)}" for row in projected]
         text += f" With no more features than one member: {'; '.join(comparisons)}."
     if rival := _rival(study):
-        text += (
-            f" **{rival.name.capitalize()} do about as well, so this dataset does not show that what the members "
-            "learned is useful.**"
-        )
+        doubt = "so this dataset does not show that what the members learned is useful"
+        text += f" **{rival.name.capitalize()} do about as well, {doubt}.**"
     return text
 
 
 def against(study: Results) -> str:
     """The rows that are as good as the ensemble or better, whatever else the table shows."""
     subject, best = study.rows[0], best_member(study)
-    better, level, level_projected = [], [], []
+    better, level = "Better than the ensemble", "No difference beyond chance"
+    level_projected = f"{level}, with no more features than one member"
+    names: dict[str, list[str]] = {better: [], level: [], level_projected: []}
     for row in study.rows[1:]:
         _, (low, high), _ = study.difference(subject.name, row.name)
         if low > 0 or (row.kind == "member" and row is not best):
             continue
-        rows = better if high < 0 else level_projected if row.kind == "projected" else level
-        rows.append(short_name(study, row))
-    sentences = []
-    if better:
-        sentences.append(f"Better than the ensemble: {'; '.join(better)}.")
-    if level:
-        sentences.append(f"No difference beyond chance: {'; '.join(level)}.")
-    if level_projected:
-        names = "; ".join(level_projected)
-        sentences.append(f"No difference beyond chance, with no more features than one member: {names}.")
+        finding = better if high < 0 else level_projected if row.kind == "projected" else level
+        names[finding].append(short_name(study, row))
+    sentences = [f"{finding}: {'; '.join(rows)}." for finding, rows in names.items() if rows]
     if rival := _rival(study):
         sentences.append(f"Less than 5 points below the ensemble, or above it: {rival.name}.")
     return " ".join(sentences) or "The ensemble is better than everything that it was compared with."

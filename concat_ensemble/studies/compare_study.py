@@ -34,14 +34,8 @@ def run_compare_study(
 ) -> CompareStudy:
     """Compare the members of one ensemble, or several ensembles as wholes, and write a file named after the dataset.
 
-    Args:
-        models: Folders or Hub ids of ensembles, or any members that `assemble` accepts.
-        output: Folder for the file.
-        overwrite: Replace the file where it exists.
-        command: The command line, recorded in the file.
-
-    Raises:
-        ValueError: for a file that exists, or fewer than two models or members.
+    `models` are folders or Hub ids of ensembles, or any members that `assemble` accepts. The file, in the folder
+    `output`, records `command`. Raises ValueError if it exists, and for fewer than two models or members.
     """
     path = output / f"{dataset.file_stem}.json"
     check_file(path, overwrite)

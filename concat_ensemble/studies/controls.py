@@ -23,11 +23,7 @@ def untrained_like(model: ConcatEnsemblePreTrainedModel, seed: int) -> ConcatEns
 def pixel_table(dataset: DatasetDict, mode: str) -> FeatureTable:
     """Raw pixels as features in one block: what a probe achieves without any network.
 
-    Images larger than 32x32, or of several sizes, are resized to 32x32.
-
-    Args:
-        dataset: From `load_data`.
-        mode: PIL mode to convert images to, such as `L` or `RGB`.
+    Images are converted to the PIL mode `mode`, such as `L`; if larger than 32x32, or of several sizes, also resized.
     """
     images = {
         name: [convert_image(read_image(split, n), mode) for n in range(len(split))] for name, split in dataset.items()

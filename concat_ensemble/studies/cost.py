@@ -35,10 +35,8 @@ def count_flops(module: nn.Module, *inputs: torch.Tensor) -> int:
 def member_costs(model: ConcatEnsemblePreTrainedModel, device: str | torch.device | None = None) -> list[Cost]:
     """The cost of one image for each built member of an ensemble.
 
-    Args:
-        model: An ensemble.
-        device: Where to time the members: seconds of one CPU core or of the GPU, the median of three batches, without
-            reading the images. Members are not timed when left out.
+    With a device, members are timed there: seconds of one CPU core or of the GPU, the median of three batches, without
+    reading the images.
     """
     costs = []
     for name, member in model.members.items():

@@ -15,12 +15,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load_ensemble(name: str, seed: int = 0) -> ConcatEnsembleModel:
-    """Load an ensemble from a folder or the Hub, or make one of any member that `assemble` accepts.
-
-    Args:
-        name: Such as "two-resnets", "me/two-resnets@main" or "random:resnet18".
-        seed: Random seed for the weights of a `random:` member.
-    """
+    """Load an ensemble, such as "two-resnets" or "me/two-resnets@main", or make one of any member that `assemble`
+    accepts, such as "random:resnet18", whose weights `seed` determines."""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not Path(name).exists()
     return assemble([HUB + name if is_hub_id else name], seed=seed)
 
@@ -44,12 +40,11 @@ def build_ensemble(
     """Assemble members, or those of a recipe, and record in their provenance the command that did it.
 
     Args:
-        members: As `assemble` accepts them; none with a recipe.
+        members, preprocessing, license, seed: Arguments of `assemble`; no members with a recipe.
         recipe: Name of an ensemble recipe, such as "swav-cat5".
         checkpoints: Folder with the files that a recipe names.
         dtype: Of the weights: one of `DTYPES`.
-        preprocessing, license, seed: Arguments of `assemble`.
-        command: The command line, recorded in the provenance of each member.
+        command: The command line.
 
     Raises:
         ValueError: for an unknown dtype or recipe, members beside a recipe, and as `assemble`.

@@ -1,4 +1,5 @@
 """The options of studies; a light module, since the command line shows them."""
+# ruff: noqa: RUF009 (`option` returns a field)
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from concat_ensemble.data.options import option
 class ProbeOptions:
     """How an ensemble is probed, and what is written."""
 
-    baselines: list[str] | None = option(  # noqa: RUF009 (returns a field)
+    baselines: list[str] | None = option(
         None, "Another ensemble to compare with; may be repeated.", flags=["--baseline"]
     )
     save_head: bool = option(False, "Save the probe as the classification head of the folder.", flags=["--save-head"])
-    output: Path | None = option(  # noqa: RUF009 (returns a field)
+    output: Path | None = option(
         None, "Results file; in the ensemble's own folder when left out.", flags=["--output", "-o"]
     )
     repeats: int = option(1, "Draw the images this often, by --seed and the seeds after it, for an interval.", min=1)
@@ -35,7 +36,7 @@ class SelectOptions:
     num_components: int | None = option(
         None, "Project what is chosen to this many principal components.", flags=["--columns"], min=1
     )
-    output: Path | None = option(  # noqa: RUF009 (returns a field)
+    output: Path | None = option(
         None, "Folder for the chosen members as a new ensemble, with its results.", flags=["--output", "-o"]
     )
     overwrite: bool = option(False, "Replace an ensemble in this folder.", flags=["--overwrite"])

@@ -13,14 +13,16 @@ stay in memory.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from datasets import DatasetDict
 from rich.progress import track
 
+from concat_ensemble.data.splits import SPLIT_NAMES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import standardized_projection
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
@@ -36,10 +38,11 @@ from concat_ensemble.studies.overlap_results import DEAD_SHARE, Overlap, Relatio
 L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 # So weak that the residual of a copy or of a linear map does no better than guessing (test_overlap.py).
 RESIDUAL_L2_STRENGTH = 1e-4
+Side = tuple[torch.Tensor, torch.Tensor]  # the numbers of some features, and the squared norms (n,) of their rows
 
 
 def compare_models(
-    models: dict[str, ConcatEnsemblePreTrainedModel],
+    models: Mapping[str, ConcatEnsemblePreTrainedModel],
     dataset: DatasetDict,
     *,
     seed: int = 0,
@@ -48,14 +51,8 @@ def compare_models(
 ) -> Overlap:
     """Compare one ensemble's members, or several ensembles as wholes, without their projections.
 
-    Args:
-        models: Ensembles by name.
-        dataset: From `load_data`.
-        seed: Seed of the untrained networks.
-        extraction: Further arguments of `extract_features`.
-
-    Raises:
-        ValueError: for a single ensemble of one member, and where `measure_overlap` raises it.
+    `seed` is that of the untrained networks, and `extraction` are further arguments of `extract_features`. Raises
+    ValueError for a single ensemble of one member, and where `measure_overlap` does.
     """
     whole = assemble([model.export_active(model.config.built_members) for model in models.values()])
     subjects = _name_subjects(models, whole.config.members)
@@ -82,8 +79,7 @@ def measure_overlap(
     contain. Where rows are few for the features, the residual is too small.
 
     Args:
-        table: With the splits `train`, `validation` and `test`.
-        untrained: The control, features of `controls.untrained_like`: blocks of the same feature_dims.
+        table, untrained: Features of all splits, and those of `controls.untrained_like`, of the same feature_dims.
         subjects: The positions of each subject's members in the table, by the subject's name.
 
     Raises:
@@ -93,10 +89,8 @@ def measure_overlap(
     if count < 2 or len(table["train"]) < 4:
         raise ValueError(f"{count} to compare on {len(table['train'])} training images: take 2 and 4 at least.")
     if table.feature_dims != untrained.feature_dims:
-        raise ValueError(
-            f"untrained members with feature_dims={untrained.feature_dims} are no control for {table.feature_dims}; "
-            "extract them from untrained_like(model)."
-        )
+        control = f"untrained members with feature_dims={untrained.feature_dims} are no control"
+        raise ValueError(f"{control} for {table.feature_dims}; extract them from untrained_like(model).")
     measured = _Moments(table, untrained, subjects)
     described = [_describe_subject(measured, table, k) for k in range(count)]
     # One subject predicts all the others in one factorization. Of three or more, all the others predict each one too.
@@ -116,10 +110,7 @@ class _Moments:
     """What one pass over the rows of each split keeps. D: number of the table's features, and of the control's."""
 
     def __init__(self, table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]]):
-        splits = [
-            TableSplit(table.blocks[name] + untrained.blocks[name], table.labels[name])
-            for name in ("train", "validation", "test")
-        ]
+        splits = [TableSplit([*table.blocks[s], *untrained.blocks[s]], table.labels[s]) for s in SPLIT_NAMES]
         self.names, self.groups = list(subjects), list(subjects.values())
         self.sizes, self.num_features = [len(split) for split in splits], sum(table.feature_dims)
         # (2 D,) of the training rows, the table's features before the control's.
@@ -235,16 +226,13 @@ def _probe_residual(
     return probe.score(residual["test"])
 
 
-def _linear_cka(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """||X_a' X_b||^2 divided by ||X_a' X_a|| ||X_b' X_b||; each side is (columns, squared row norms)."""
-    first, second = sides
-    across, *within = (
-        _unbiased_norm(covariance, *pair) for pair in ((first, second), (first, first), (second, second))
-    )
+def _linear_cka(covariance: torch.Tensor, a: Side, b: Side) -> float:
+    """||X_a' X_b||^2 divided by ||X_a' X_a|| ||X_b' X_b||."""
+    across, *within = (_unbiased_norm(covariance, *sides) for sides in ((a, b), (a, a), (b, b)))
     return across / (within[0] * within[1]) ** 0.5 if min(within) > 0 else 0.0
 
 
-def _unbiased_norm(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.Tensor]) -> float:
+def _unbiased_norm(covariance: torch.Tensor, *sides: Side) -> float:
     """Unbiased estimate of ||X_a' X_b||^2 (Song et al. 2012, equation 5, from kernels without their diagonals)."""
     (a, a_norms), (b, b_norms) = sides
     n = len(a_norms)
@@ -252,15 +240,14 @@ def _unbiased_norm(covariance: torch.Tensor, *sides: tuple[torch.Tensor, torch.T
     return float(inner + a_norms.sum() * b_norms.sum() / (n - 1) / (n - 2))
 
 
-def _name_subjects(models: dict[str, ConcatEnsemblePreTrainedModel], members: list[dict]) -> dict[str, Sequence[int]]:
+def _name_subjects(
+    models: Mapping[str, ConcatEnsemblePreTrainedModel], members: list[dict]
+) -> dict[str, Sequence[int]]:
     """The positions of each subject's members among `members`, which are those of all models in order."""
     if len(models) == 1:
         return {f"member {k} ({member['architecture']})": [k] for k, member in enumerate(members)}
-    subjects, start = {}, 0
-    for name, model in models.items():
-        subjects[name] = list(range(start, start + len(model.members)))
-        start += len(model.members)
-    return subjects
+    numbers = iter(range(len(members)))
+    return {name: list(itertools.islice(numbers, len(model.members))) for name, model in models.items()}
 
 
 def _without(k: int, count: int) -> tuple[int, ...]:

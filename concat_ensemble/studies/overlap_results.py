@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from concat_ensemble.files import write_json
-from concat_ensemble.studies.results import SCHEMA_VERSION, decode_file, explain_errors, rename_keys
+from concat_ensemble.studies.results import ResultsFile, rename_keys
 
 REPEAT_R2 = 0.9  # a subject with this mean R2 or more repeats the others
 DEAD_SHARE = 0.01  # a feature is dead if it deviates less than this share of its subject's root mean square deviation
@@ -54,8 +51,10 @@ class Relation:
 
 
 @dataclass
-class Overlap:
+class Overlap(ResultsFile):
     """Each subject's relations to the others, from the most predictive one on, then to all of them together."""
+
+    FILE_KIND, REMEDY = "comparison", "compare again with --overwrite"
 
     subjects: list[Subject]
     relations: list[Relation]
@@ -99,25 +98,15 @@ class Overlap:
         """Write the comparison as JSON, with the command and the dataset that gave it."""
         content = dataclasses.asdict(dataclasses.replace(self, command=command, dataset=dataset or {}))
         thresholds = {"repeat_r2": REPEAT_R2, "dead_share": DEAD_SHARE}
-        write_json(path, {"schema_version": SCHEMA_VERSION, **content, **thresholds, "verdict": self.verdict})
+        self._write(path, {**content, **thresholds, "verdict": self.verdict})
 
     @classmethod
-    def load(cls, path: Path) -> Overlap:
-        """Read a file that this version or an earlier one wrote.
+    def upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+        return rename_keys(content, VERSION_1_OVERLAP) | {
+            "subjects": [rename_keys(subject, VERSION_1_SUBJECT) for subject in content["subjects"]],
+            "relations": [rename_keys(relation, VERSION_1_RELATION) for relation in content["relations"]],
+        }
 
-        Raises:
-            ValueError: when the file is not one that `save` wrote.
-        """
-        with explain_errors(path, "comparison", "compare again with --overwrite"):
-            overlap = msgspec.convert(decode_file(path, _upgrade), cls)
-            if {relation.target for relation in overlap.relations} != set(range(len(overlap.subjects))):
-                raise ValueError("its relations must be about each of its subjects")
-        return overlap
-
-
-def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Bring the content of a version 1 file to today's names."""
-    return rename_keys(content, VERSION_1_OVERLAP) | {
-        "subjects": [rename_keys(subject, VERSION_1_SUBJECT) for subject in content["subjects"]],
-        "relations": [rename_keys(relation, VERSION_1_RELATION) for relation in content["relations"]],
-    }
+    def check(self, content: dict[str, Any]) -> None:
+        if {relation.target for relation in self.relations} != set(range(len(self.subjects))):
+            raise ValueError("its relations must be about each of its subjects")

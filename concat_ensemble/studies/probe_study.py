@@ -58,14 +58,9 @@ def run_probe_studies(
 ) -> ProbeStudies:
     """Probe an ensemble on one or several datasets and write a results file for each; results that exist are read.
 
-    Args:
-        model: Folder or Hub id of an ensemble, or any member that `assemble` accepts.
-        datasets: One that fails does not stop the others.
-        on_study: Called after each dataset, for instance to write the ensemble's card.
-
-    Raises:
-        ValueError: for options that do not go together.
-        ValueError, OSError: where there is one dataset, and it or its results file cannot be used.
+    `model` is a folder or Hub id of an ensemble, or any member that `assemble` accepts. `on_study` is called after
+    each dataset. Raises ValueError for options that do not go together, and the ValueError or OSError of a dataset
+    where there is only one; of several, one that fails does not stop the others.
     """
     options, extraction = options or ProbeOptions(), extraction or ExtractionOptions()
     _check_options(model, datasets, options)
@@ -114,10 +109,8 @@ def _run_study(
         results = Results.load(path)
         has_head = (folder / "head.safetensors").is_file()
         if not _is_same(results, ensemble, dataset, options) or (options.save_head and not has_head):
-            raise ValueError(
-                f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head; "
-                "add --overwrite, or name another --output."
-            )
+            problem = f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head"
+            raise ValueError(f"{problem}; add --overwrite, or name another --output.")
         if not extraction.quiet:
             errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True, markup=False)
         return ProbeStudy(results, path, is_new=False)
@@ -133,13 +126,8 @@ def _run_study(
 def _is_same(results: Results, ensemble: ConcatEnsembleModel, dataset: DatasetOptions, options: ProbeOptions) -> bool:
     """Whether results of an earlier run are those that this run would give."""
     same_weights = results.members_sha256 == members_sha256(ensemble.config)
-    same_data = dataset.record.items() <= results.dataset.items()
-    return (
-        same_weights
-        and same_data
-        and results.repeats == options.repeats
-        and all(Path(baseline).name in results for baseline in (options.baselines or []))
-    )
+    same_data = dataset.record.items() <= results.dataset.items() and results.repeats == options.repeats
+    return same_weights and same_data and all(Path(name).name in results for name in options.baselines or [])
 
 
 def _probe_repeats(
@@ -173,7 +161,6 @@ def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:
         return
     first, second = (dataclasses.replace(dataset, seed=dataset.seed + number).load()["test"] for number in range(2))
     if list(first["label"]) == list(second["label"]) and first[0]["image"] == second[0]["image"]:
-        raise ValueError(
-            f"--repeats {repeats} would measure the same images each time, since {dataset.record['name']} has a test "
-            "split of its own; draw from it with --limit or --shots, or leave --repeats out."
-        )
+        reason = f"since {dataset.record['name']} has a test split of its own"
+        remedy = "draw from it with --limit or --shots, or leave --repeats out."
+        raise ValueError(f"--repeats {repeats} would measure the same images each time, {reason}; {remedy}")

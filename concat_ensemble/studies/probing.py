@@ -57,7 +57,6 @@ def probe_ensemble(
 
     Args:
         model: The ensemble. Its members run once; its parts are columns of the same table.
-        dataset: From `load_data`.
         name: Name of the ensemble in the table.
         described: Settings of the dataset, for the record.
         baselines: Other ensembles by name, such as one network that was trained longer or is wider.
@@ -79,7 +78,9 @@ def probe_ensemble(
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members), **baselines}
     for other, baseline in baselines.items():
         features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        candidates.append(_baseline_candidate(other, baseline, features, device))
+        row = Row(other, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
+        row.cost = sum(member_costs(baseline, device), NO_COST)
+        candidates.append(Candidate(row, features))
     untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
     candidates += _control_candidates(model.config, dataset, untrained, sum(costs, NO_COST))
 
@@ -118,12 +119,9 @@ def probe_again(
 def with_head(
     model: ConcatEnsemblePreTrainedModel, probe: LinearProbe, names: list[str]
 ) -> ConcatEnsembleForImageClassification:
-    """The ensemble with a head from the coefficients of `probe`; it shares the members' weights.
+    """The ensemble with a head from the coefficients of a probe of all its features; it shares the members' weights.
 
-    Args:
-        model: The ensemble that `probe` was fitted on all features of.
-        probe: The fitted probe.
-        names: Names of all classes. One without training images gets a logit too low to be predicted.
+    A class of `names` without training images gets a logit too low to be predicted.
     """
     config = ConcatEnsembleConfig(
         members=model.config.members,
@@ -170,22 +168,11 @@ def _ensemble_candidates(
         alone = row(f"{name}, member {k} alone", "member", dims[k], [k])
         candidates.append(Candidate(alone, table.members([k])))
     largest = max(dims)
-    projections = {
-        "PCA": principal_projection(table, largest),
-        "random projection": random_projection(table, largest, seed),
-    }
-    for method, projection in projections.items():
+    projections = principal_projection(table, largest), random_projection(table, largest, seed)
+    for method, projection in zip(("PCA", "random projection"), projections, strict=True):
         projected = row(f"{name}, {method} to {largest}", "projected", largest, all_members)
         candidates.append(Candidate(projected, projection(table)))
     return candidates
-
-
-def _baseline_candidate(
-    name: str, baseline: ConcatEnsemblePreTrainedModel, table: FeatureTable, device: str | torch.device
-) -> Candidate:
-    row = Row(name, "baseline", sum(table.feature_dims), len(baseline.members), *training_cost(baseline))
-    row.cost = sum(member_costs(baseline, device), NO_COST)
-    return Candidate(row, table)
 
 
 def _control_candidates(

@@ -26,10 +26,8 @@ def versions() -> dict[str, str]:
 def training_cost(
     model: ConcatEnsemblePreTrainedModel, positions: Sequence[int] | None = None
 ) -> tuple[int | None, float | None]:
-    """Training steps and training GFLOP of some built members together, by position; of all when left out.
-
-    Either is None when a member's provenance does not state it.
-    """
+    """Training steps and training GFLOP of some built members together, by position; of all when left out. Either is
+    None when a member's provenance does not state it."""
     built = model.config.built_members
     members = built if positions is None else [built[k] for k in positions]
     provenances = [model.config.members[k]["provenance"] for k in members]

@@ -10,11 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import msgspec
 import numpy as np
@@ -55,11 +53,8 @@ class Cost:
     seconds: float = 0.0  # in a batch; 0 where it was not measured
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.gflops + other.gflops,
-            self.million_parameters + other.million_parameters,
-            self.seconds + other.seconds,
-        )
+        parameters = self.million_parameters + other.million_parameters
+        return Cost(self.gflops + other.gflops, parameters, self.seconds + other.seconds)
 
 
 @dataclass
@@ -123,9 +118,45 @@ class Row:
         return float(np.sqrt(np.mean(variances))) if variances else None
 
 
+class ResultsFile:
+    """Base of the dataclasses that are files. `load` reads what `save` wrote, in this version or an earlier one."""
+
+    FILE_KIND: ClassVar[str]
+    REMEDY: ClassVar[str]  # for a file that cannot be read
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file, or raise ValueError when it is not one that `save` wrote."""
+        try:
+            content = msgspec.json.decode(Path(path).read_bytes())
+            version = content.get("schema_version", 1)  # that of 0.1.0 is not stated
+            if version not in (1, SCHEMA_VERSION):
+                raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
+            content = cls.upgrade(content) if version == 1 else content
+            results = msgspec.convert(content, cls)
+            results.check(content)
+            return results
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of malformed files
+            raise ValueError(f"{path} is not a {cls.FILE_KIND} file ({error}); {cls.REMEDY}.") from error
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        write_json(path, {"schema_version": SCHEMA_VERSION, **content})
+
+    @classmethod
+    def upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Bring the content of a version 1 file to today's names."""
+        raise NotImplementedError
+
+    def check(self, content: dict[str, Any]) -> None:
+        """Raise ValueError for values of the right type that no study gives."""
+        raise NotImplementedError
+
+
 @dataclass
-class Results:
+class Results(ResultsFile):
     """All rows of one ensemble, dataset and probe. The first row is the ensemble itself."""
+
+    FILE_KIND, REMEDY = "results", "probe again with --overwrite"
 
     ensemble: str
     dataset: dict[str, Any]
@@ -138,10 +169,9 @@ class Results:
     hardware: str = ""  # that the seconds of the rows' costs were measured on
 
     def __getitem__(self, name: str) -> Row:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
+        if name not in self:
+            raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
+        return next(row for row in self.rows if row.name == name)
 
     def __contains__(self, name: str) -> bool:
         return any(row.name == name for row in self.rows)
@@ -173,66 +203,32 @@ class Results:
         return paired_difference(first, second)
 
     def save(self, path: Path) -> None:
-        write_json(path, {"schema_version": SCHEMA_VERSION, "protocol": self.protocol, **dataclasses.asdict(self)})
+        self._write(path, {"protocol": self.protocol, **dataclasses.asdict(self)})
 
     @classmethod
-    def load(cls, path: Path) -> Results:
-        """Read a file that this version or an earlier one wrote.
+    def upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+        rows = [_upgrade_row(row) for row in content["rows"]]
+        return content | {"probe": rename_keys(content["probe"], VERSION_1_PROBE), "rows": rows}
 
-        Raises:
-            ValueError: when the file is not one that `save` wrote.
-        """
-        with explain_errors(path, "results", "probe again with --overwrite"):
-            content = decode_file(path, _upgrade)
-            results = msgspec.convert(content, cls)
-            msgspec.convert(results.dataset, DatasetSettings)
-            refuse_unknown_keys(content, cls)
-            for row in results.rows:
-                _check_row(row)
-            if not results.rows or len({len(row.runs) for row in results.rows}) > 1 or not results.repeats:
-                raise ValueError("its rows must all have the same number of runs, at least one")
-        return results
+    def check(self, content: dict[str, Any]) -> None:
+        msgspec.convert(self.dataset, DatasetSettings)
+        fields = {"schema_version", "protocol", *(field.name for field in dataclasses.fields(self))}
+        if unknown := sorted(content.keys() - fields):  # msgspec ignores them
+            raise ValueError(f"it has the unknown key {unknown[0]!r}")
+        for row in self.rows:
+            _check_row(row)
+        if not self.rows or len({len(row.runs) for row in self.rows}) > 1 or not self.repeats:
+            raise ValueError("its rows must all have the same number of runs, at least one")
 
     @classmethod
     def merged(cls, repeats: list[Results]) -> Results:
-        """Merge results of single repeats with different seeds.
-
-        Raises:
-            ValueError: when their protocols or rows differ.
-        """
+        """Merge single repeats with different seeds. Raises ValueError if their protocols or rows differ."""
         rows = {tuple(row.name for row in result.rows) for result in repeats}
         if len({result.protocol for result in repeats}) > 1 or len(rows) > 1:
             raise ValueError("repeats differ in protocol or rows; probe them again with the same settings.")
-        merged = [
-            dataclasses.replace(row, runs=[run for result in repeats for run in result[row.name].runs])
-            for row in repeats[0].rows
-        ]
+        runs = {row.name: [run for result in repeats for run in result[row.name].runs] for row in repeats[0].rows}
+        merged = [dataclasses.replace(row, runs=runs[row.name]) for row in repeats[0].rows]
         return dataclasses.replace(repeats[0], rows=merged)
-
-
-@contextmanager
-def explain_errors(path: Path, kind: str, remedy: str) -> Iterator[None]:
-    """Turn whatever reading a malformed file raises into one ValueError with the file's name and the remedy."""
-    try:
-        yield
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a {kind} file ({error}); {remedy}.") from error
-
-
-def decode_file(path: Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Content of a results, selection or overlap file; `upgrade` renames that of 0.1.0, which has no version."""
-    content = msgspec.json.decode(Path(path).read_bytes())
-    version = content.get("schema_version", 1)
-    if version not in (1, SCHEMA_VERSION):
-        raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
-    return upgrade(content) if version == 1 else content
-
-
-def refuse_unknown_keys(content: dict[str, Any], cls: type) -> None:
-    """Raise ValueError for keys that are not fields of `cls`: msgspec would ignore them."""
-    known = {"schema_version", "protocol", *(field.name for field in dataclasses.fields(cls))}
-    if unknown := sorted(content.keys() - known):
-        raise ValueError(f"it has the unknown key {unknown[0]!r}")
 
 
 def hash_protocol(*, probe: dict[str, Any], **settings: Any) -> str:
@@ -245,12 +241,6 @@ def hash_protocol(*, probe: dict[str, Any], **settings: Any) -> str:
 def rename_keys(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """The same values, where `names` maps old keys to new ones."""
     return {names.get(key, key): value for key, value in content.items()}
-
-
-def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Bring the content of a version 1 file to today's names."""
-    rows = [_upgrade_row(row) for row in content["rows"]]
-    return content | {"probe": rename_keys(content["probe"], VERSION_1_PROBE), "rows": rows}
 
 
 def _upgrade_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +265,9 @@ def short_name(results: Results, row: Row) -> str:
     return row.name.removeprefix(f"{results.ensemble}, ")
 
 
-def format_points(difference: float, interval: Sequence[float]) -> str:
-    """Format a difference of shares in percentage points, followed by its interval where that is finite."""
+def format_points(difference: float | None, interval: tuple[float, float] | None) -> str:
+    """A difference of shares in percentage points, and its interval where that is finite; "" where there is none."""
+    if difference is None or interval is None:
+        return ""
     low, high = interval
     return f"{100 * difference:+.1f}" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else "")

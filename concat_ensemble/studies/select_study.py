@@ -45,12 +45,8 @@ def run_select_study(
 ) -> SelectStudy:
     """Choose members for a dataset, write the selection to a file, and probe and save what was chosen, without a card.
 
-    Args:
-        model: Folder or Hub id of an ensemble of at least two members.
-        on_selection: Called with the selection before what was chosen is probed.
-
-    Raises:
-        ValueError: for options that do not go together, an ensemble of one member, or a budget that no subset meets.
+    `on_selection` is called before what was chosen is probed. Raises ValueError for options that do not go together,
+    an ensemble of one member, or a budget that no subset meets.
     """
     options, extraction = options or SelectOptions(), extraction or ExtractionOptions()
     if options.quick and (options.output or options.num_components):

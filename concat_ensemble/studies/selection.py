@@ -48,14 +48,12 @@ def select_members(
 
     Args:
         table: With the splits `train` and `validation`; `test` is not read.
-        costs: One for each member.
-        names: One for each member.
-        max_members: Budget of the chosen subset, in members; no limit by default, as for the other budgets.
-        max_gflops: Budget in GFLOPs for one image.
-        max_parameters: Budget in millions of parameters.
+        costs, names: One for each member.
+        max_members, max_gflops, max_parameters: Budget of the chosen subset: members, GFLOPs for one image and
+            millions of parameters. Without limits by default.
         folds: Pool both splits and predict each image from the other folds, which suits few images. By default probes
             are fitted on `train` and scored on `validation`.
-        l2_strengths: L2 strengths, as in `RidgeProbe`; each subset has its best one.
+        l2_strengths: As in `RidgeProbe`; each subset has its best one.
         seed: Random seed for the folds and the bootstraps.
 
     Raises:
@@ -69,12 +67,12 @@ def select_members(
     path = search.greedy_path()
     for k in range(count):  # the first members
         search.probe(range(k + 1))
-    affordable = [s for s in search.probed.values() if _is_affordable(s, max_members, max_gflops, max_parameters)]
+    budget = max_members, max_gflops, max_parameters
+    affordable = [subset for subset in search.probed.values() if _is_affordable(subset, budget)]
     if not affordable:
-        raise ValueError(
-            f"no subset is within the budget; the cheapest member has {min(c.gflops for c in costs):.2f} GFLOPs and "
-            f"the smallest {min(c.million_parameters for c in costs):.1f} million parameters."
-        )
+        least = f"{min(c.gflops for c in costs):.2f} GFLOPs"
+        fewest = f"{min(c.million_parameters for c in costs):.1f} million parameters"
+        raise ValueError(f"no subset is within the budget; the cheapest member has {least} and the smallest {fewest}.")
     best = _choose(affordable, seed)
     # These may probe more subsets, so they come before the list of all.
     contributions = [_measure_contribution(search, k, best, shapley=exhaustive, seed=seed) for k in range(count)]
@@ -149,10 +147,8 @@ class _Search:
 
     def exhaustive_flops(self) -> float:
         """Floating-point operations of the factorizations for all subsets."""
-        sizes = [
-            min(self.n_train, sum(self.feature_dims[k] for k in members)) for members in _subsets(self.num_members)
-        ]
-        return sum(size**3 / 3 for size in sizes) * len(self.l2_strengths) * len(self.scorers)
+        dims = [sum(self.feature_dims[k] for k in members) for members in _subsets(self.num_members)]
+        return sum(min(self.n_train, dim) ** 3 / 3 for dim in dims) * len(self.l2_strengths) * len(self.scorers)
 
 
 class _Scorer:
@@ -254,12 +250,9 @@ def _subsets(count: int) -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in range(1, count + 1))
 
 
-def _is_affordable(
-    subset: Subset, max_members: int | None, max_gflops: float | None, max_parameters: float | None
-) -> bool:
+def _is_affordable(subset: Subset, budget: Sequence[float | None]) -> bool:
     sizes = len(subset.members), subset.cost.gflops, subset.cost.million_parameters
-    limits = max_members, max_gflops, max_parameters
-    return all(limit is None or size <= limit for size, limit in zip(sizes, limits, strict=True))
+    return all(limit is None or size <= limit for size, limit in zip(sizes, budget, strict=True))
 
 
 def _choose(subsets: list[Subset], seed: int) -> tuple[int, ...]:

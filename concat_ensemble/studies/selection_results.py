@@ -8,19 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from concat_ensemble.files import write_json
-from concat_ensemble.studies.results import (
-    SCHEMA_VERSION,
-    VERSION_1_PROBE,
-    Cost,
-    decode_file,
-    explain_errors,
-    hash_protocol,
-    rename_keys,
-)
+from concat_ensemble.studies.results import VERSION_1_PROBE, Cost, ResultsFile, hash_protocol, rename_keys
 
 # tests/benchmarks/quick_selection.py, on three members and MNIST: of the 95% intervals 84% contained the true value at
 # 250 images, 93% at 500 and at 1,000.
@@ -68,11 +58,13 @@ class Contribution:
 
 
 @dataclass
-class Selection:
+class Selection(ResultsFile):
     """Subsets of an ensemble's members on a dataset, best first, and what follows from them.
 
     Accuracies are those of ridge probes on held-out training images; the test split is never read.
     """
+
+    FILE_KIND, REMEDY = "selection", "select again with --overwrite"
 
     names: list[str]
     feature_dims: list[int]
@@ -120,10 +112,8 @@ class Selection:
         advice = {"not sure": "Not sure about", "beyond the budget": "No budget for"}
         action = advice.get(contribution.advice, contribution.advice.capitalize())
         baseline = f"when added to {format_members(others)}" if others else "over guessing"
-        return (
-            f"{action} member {member} ({self.names[member]}): its gain is "
-            f"{100 * contribution.gain:.1f} points [{low:.1f}, {high:.1f}] {baseline}."
-        )
+        gain = f"{100 * contribution.gain:.1f} points [{low:.1f}, {high:.1f}]"
+        return f"{action} member {member} ({self.names[member]}): its gain is {gain} {baseline}."
 
     @property
     def outlook(self) -> str:
@@ -144,33 +134,22 @@ class Selection:
         content = dataclasses.asdict(self)
         for subset in content["subsets"]:
             del subset["correct"]
-        write_json(path, {"schema_version": SCHEMA_VERSION, "protocol": self.protocol, **content})
+        self._write(path, {"protocol": self.protocol, **content})
 
     @classmethod
-    def load(cls, path: Path) -> Selection:
-        """Read a file that this version or an earlier one wrote; its subsets have no `correct`.
+    def upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
+        return rename_keys(content, VERSION_1_SELECTION) | {
+            "probe": rename_keys(content["probe"], VERSION_1_PROBE),
+            "subsets": [rename_keys(subset, VERSION_1_SUBSET) for subset in content["subsets"]],
+        }
 
-        Raises:
-            ValueError: when the file is not one that `save` wrote.
-        """
-        with explain_errors(path, "selection", "select again with --overwrite"):
-            selection = msgspec.convert(decode_file(path, _upgrade), cls)
-            members = set(range(len(selection.names)))
-            if {contribution.member for contribution in selection.contributions} != members:
-                raise ValueError("its contributions must be those of its members")
-            if selection.best not in [subset.members for subset in selection.subsets]:
-                raise ValueError("its best subset must be one of its subsets")
-        return selection
+    def check(self, content: dict[str, Any]) -> None:
+        if {contribution.member for contribution in self.contributions} != set(range(len(self.names))):
+            raise ValueError("its contributions must be those of its members")
+        if self.best not in [subset.members for subset in self.subsets]:
+            raise ValueError("its best subset must be one of its subsets")
 
 
 def format_members(members: Sequence[int]) -> str:
     """`0+2`, as figures and tables name a subset."""
     return "+".join(map(str, members))
-
-
-def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Bring the content of a version 1 file to today's names."""
-    return rename_keys(content, VERSION_1_SELECTION) | {
-        "probe": rename_keys(content["probe"], VERSION_1_PROBE),
-        "subsets": [rename_keys(subset, VERSION_1_SUBSET) for subset in content["subsets"]],
-    }

@@ -1,6 +1,5 @@
 """Whether the numbers on a card can be reproduced."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from datasets import DatasetDict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from concat_ensemble.data.dataset_recipes import dataset_recipe
+from concat_ensemble.data.dataset_recipes import LOAD_ARGUMENTS, dataset_recipe
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.errors import first_line
@@ -20,10 +19,7 @@ from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
 # The arguments of `load_data` that a results file records: which images there are, and which of them are used.
-SOURCE_ARGUMENTS = (
-    *("name", "config", "revision", "image_column", "label_column", "classes"),
-    *("train_split", "validation_split", "test_split", "test_size"),
-)
+SOURCE_ARGUMENTS = (*LOAD_ARGUMENTS, "classes", "test_size")
 SAMPLING_ARGUMENTS = ("limit", "shots", "seed")
 
 
@@ -42,17 +38,10 @@ class Check:
     def holds(self) -> bool:
         return self.interval[0] <= self.again <= self.interval[1]
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"holds": self.holds}
-
 
 def verify_ensemble(folder: Path, model: ConcatEnsemblePreTrainedModel, **extraction) -> list[Check]:
-    """Probe an ensemble and its parts again on every dataset of the results in `folder`.
-
-    Raises:
-        ValueError: when there are no results, they belong to other weights than `model`'s, or a dataset cannot be
-            loaded.
-    """
+    """Probe an ensemble and its parts again on every dataset of the results in `folder`. Raises ValueError for no
+    results, results of other weights than `model`'s, or a dataset that cannot be loaded."""
     checks = []
     for path in sorted((folder / RESULTS).glob("*.json")):
         study = Results.load(path)
@@ -74,20 +63,14 @@ def load_recorded_dataset(recorded: dict[str, Any]) -> DatasetDict:
 
 
 def fetch_ensemble(ensemble: str, revision: str | None = None) -> Path:
-    """The folder of an ensemble, downloaded where `ensemble` is a Hub id.
-
-    Raises:
-        ValueError: when it is neither a folder nor on the Hub.
-    """
+    """The folder of an ensemble, downloaded where `ensemble` is a Hub id. Raises ValueError if it is neither."""
     if Path(ensemble).is_dir():
         return Path(ensemble)
     try:
         return Path(snapshot_download(ensemble, revision=revision, library_name="concat-ensemble"))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{ensemble} is neither a folder nor on the Hub ({first_line(error)}); "
-            "check its name, or log in with hf auth login."
-        ) from error
+        problem = f"{ensemble} is neither a folder nor on the Hub ({first_line(error)})"
+        raise ValueError(f"{problem}; check its name, or log in with hf auth login.") from error
 
 
 def _verify_study(study: Results, model: ConcatEnsemblePreTrainedModel, **extraction) -> list[Check]:
@@ -97,7 +80,7 @@ def _verify_study(study: Results, model: ConcatEnsemblePreTrainedModel, **extrac
     for row in study.rows:
         if row.name in top1:
             run = next((run for run in row.runs if run.seed == seed), row.runs[0])
-            share = run.metrics["top1"]
+            share, name = run.metrics["top1"], describe_dataset(study.dataset)
             interval = wilson_interval(share, run.n_test)
-            checks.append(Check(describe_dataset(study.dataset), row.name, row.mean, share, interval, top1[row.name]))
+            checks.append(Check(name, row.name, row.mean, share, interval, top1[row.name]))
     return checks

@@ -262,6 +262,18 @@ def test_a_dataset_that_cannot_be_streamed_is_refused(name, message, splits, tmp
         load_stream(name.format(write_parquet(splits, tmp_path)))
 
 
+def test_a_stream_has_no_slices(splits, tmp_path):
+    folder = write_parquet(numbered_classes(splits), tmp_path)
+    with pytest.raises(ValueError, match=r"train_split='train\[:50%\]' is a slice.*set streaming=False"):
+        load_stream(folder, split="train[:50%]")
+
+
+def test_a_stream_without_column_types_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("image,label\na.png,x\n")
+    with pytest.raises(ValueError, match=r"does not state its columns.*set streaming=False"):
+        load_stream(f"csv:{tmp_path / 'train.csv'}")
+
+
 # --- where images and labels come from -------------------------------------------------------------------------------
 
 
