@@ -206,7 +206,7 @@ def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
         print_line(f"figure: {figure}")
 
 
-def create_parser(description: str, *, repeats: int, studies: Sequence[str] = ()) -> argparse.ArgumentParser:
+def create_parser(description: str | None, *, repeats: int, studies: Sequence[str] = ()) -> argparse.ArgumentParser:
     """A parser with the options that the experiments have in common; `repeats` is a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if studies:

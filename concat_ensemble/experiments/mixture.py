@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
-from torch import nn
 
 from concat_ensemble.data.labels import read_labels
 from concat_ensemble.data.loading import load_data
@@ -140,7 +139,7 @@ class Mixture:
         self.setup.train(desk.plan_members(folder, label, list(counts), steps, **data), seed)
 
     def _probe(self, folder: Path, names: list[str], seed: int) -> Top1:
-        models: dict[str, nn.Module] = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
+        models = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
         models["untrained members"] = untrained_like(models[LARGEST], seed)
         top1 = {}
         for number, component in enumerate(names):

@@ -15,7 +15,7 @@ import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import timm
 import torch
@@ -51,6 +51,8 @@ class Distillation(NetworkSettings):
 
 class Student(nn.Module):
     """A backbone under a linear layer that predicts the teachers' outputs."""
+
+    backbone: Any  # a timm model
 
     def __init__(self, backbone: nn.Module, num_features: int, num_outputs: int):
         super().__init__()
@@ -137,7 +139,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     accelerator = create_accelerator(settings, cpu)
     shard = (accelerator.process_index, accelerator.num_processes)
     images = Images(settings, Pixels.from_settings(settings), shard, max_images)
-    teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
+    teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
     if matches_identity(folder, identity):
         accelerator.print(f"{folder} is finished, skipped")

@@ -29,6 +29,10 @@ from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleForImageClassification,
+    ConcatEnsemblePreTrainedModel,
+)
 from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
@@ -80,7 +84,7 @@ def read_pixels(config: ConcatEnsembleConfig) -> Pixels:
     return Pixels(size, mean, std, source["interpolation"], source["crop_pct"])
 
 
-def parameter_groups(model: nn.Module, settings: FineTuning) -> list[dict]:
+def parameter_groups(model: ConcatEnsembleForImageClassification, settings: FineTuning) -> list[dict]:
     """The optimizer's parameter groups of a classifier: timm's groups by layers for each member, and the head."""
     weight_decay = settings.weight_decay
     if settings.layer_decay is None:
@@ -91,7 +95,9 @@ def parameter_groups(model: nn.Module, settings: FineTuning) -> list[dict]:
     return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
 
 
-def create_classifier(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
+def create_classifier(
+    model: ConcatEnsemblePreTrainedModel, images: Images, settings: FineTuning
+) -> ConcatEnsembleForImageClassification:
     """The ensemble with its initial head."""
     table = extract_features(model, images.data, quiet=True)
     # While training is evaluated on the validation images, the initial head must not have seen them.
@@ -105,7 +111,7 @@ def create_classifier(model: nn.Module, images: Images, settings: FineTuning) ->
 
 
 def fine_tune(
-    model: nn.Module,
+    model: ConcatEnsemblePreTrainedModel,
     folder: Path,
     settings: FineTuning,
     *,
@@ -166,7 +172,7 @@ def predict_logits(network: nn.Module, images: Images, split: str, accelerator: 
 
 
 def save_classifier(
-    model: nn.Module,
+    model: ConcatEnsembleForImageClassification,
     folder: Path,
     logits: np.ndarray,
     settings: FineTuning,
@@ -190,7 +196,7 @@ def save_classifier(
 
 
 def describe_fine_tuning(
-    model: nn.Module, settings: FineTuning, input_size: tuple[int, int, int]
+    model: ConcatEnsemblePreTrainedModel, settings: FineTuning, input_size: tuple[int, int, int]
 ) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * settings.batch_size
@@ -208,14 +214,16 @@ def describe_fine_tuning(
     return config
 
 
-def describe_results(model: nn.Module, name: str, logits: np.ndarray, *, images: Images, seconds: float) -> Results:
+def describe_results(
+    model: ConcatEnsemblePreTrainedModel, name: str, logits: np.ndarray, *, images: Images, seconds: float
+) -> Results:
     """Results of a classifier on the test images."""
     settings, labels = images.settings, images.labels("test")
     predictions = logits.argmax(1)
     intervals = bootstrap_intervals(predictions, labels, settings.seed)
     run = Run(
         seed=settings.seed,
-        metrics=ProbeMetrics().compute(predictions=logits, references=labels),
+        metrics=ProbeMetrics().compute(predictions=logits, references=labels) or {},
         l2_strength=settings.weight_decay,
         n_train=images.size,
         n_test=len(labels),

@@ -10,11 +10,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import IterableDataset as Stream
 from datasets.distributed import split_dataset_by_node
 from timm.data import create_transform
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -30,6 +32,7 @@ from concat_ensemble.modeling.image_processing_concat_ensemble import convert_im
 from concat_ensemble.training.recipe import NetworkSettings, Settings
 
 BUFFER = 10_000  # a stream is shuffled within a buffer of this many images
+Transform = Callable[[PIL.Image.Image], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,27 @@ class Pixels:
 
     @classmethod
     def from_settings(cls, settings: NetworkSettings) -> Pixels:
-        channels = settings.input_size[0]
+        channels, height, width = settings.input_size
         mean, std = (tuple(values * (channels // len(values))) for values in (settings.mean, settings.std))
-        return cls(tuple(settings.input_size), mean, std)
+        return cls((channels, height, width), mean, std)
 
     @property
     def mode(self) -> str:
         """The image mode, such as RGB."""
         return IMAGE_MODES[self.input_size[0]]
 
-    def create_transform(self, settings: Settings, training: bool) -> Callable[[PIL.Image.Image], torch.Tensor]:
+    def create_transform(self, settings: Settings, training: bool) -> Transform:
         """timm's transform from a PIL image to a (C, H, W) tensor."""
-        common = {
-            "input_size": self.input_size,
-            "interpolation": self.interpolation,
-            "mean": self.mean,
-            "std": self.std,
-        }
-        if not training or settings.augmentation != "timm":
-            return create_transform(**common, crop_pct=self.crop_pct)
-        return create_transform(
-            **common,
-            is_training=True,
-            scale=tuple(settings.crop_scale),
-            hflip=settings.flip,
-            color_jitter=settings.color_jitter,
-            auto_augment=settings.auto_augment,
-            re_prob=settings.random_erasing,
-        )
+        options: dict[str, Any] = {"input_size": self.input_size, "interpolation": self.interpolation}
+        options |= {"mean": self.mean, "std": self.std}
+        if training and settings.augmentation == "timm":
+            options |= {"is_training": True, "scale": tuple(settings.crop_scale), "hflip": settings.flip}
+            options |= {"color_jitter": settings.color_jitter, "auto_augment": settings.auto_augment}
+            options |= {"re_prob": settings.random_erasing}
+        else:
+            options["crop_pct"] = self.crop_pct
+        # timm's return type has also the transforms of options that are not used here.
+        return cast(Transform, create_transform(**options))
 
 
 @dataclass(frozen=True)
@@ -104,15 +100,11 @@ class Images:
                 f"batch_size={settings.batch_size} must be a multiple of {shard[1]} processes x "
                 f"gradient_accumulation={settings.gradient_accumulation}; change one of them."
             )
-        source = {
-            "config": settings.dataset_config,
-            "revision": settings.dataset_revision,
-            "image_column": settings.image_column,
-            "label_column": settings.label_column,
-        }
+        source: dict[str, Any] = {"config": settings.dataset_config, "revision": settings.dataset_revision}
+        source |= {"image_column": settings.image_column, "label_column": settings.label_column}
         if settings.streaming:
             self.stream = load_stream(settings.dataset, split=settings.train_split, **source)
-            self.class_names, self.data = class_names(self.stream), {}
+            self.class_names, self.data = class_names(self.stream), DatasetDict()
             return
         self.data = load_data(
             settings.dataset,
@@ -176,8 +168,9 @@ class Images:
         if split not in self.data:
             raise ValueError(f"a streamed dataset has no {split} split to evaluate on; set evaluate_every=0.")
         views = _Views(self.data[split], self.pixels, self.pixels.create_transform(self.settings, training=False), [0])
+        places = [(0, index) for index in range(len(self.data[split]))]
         return DataLoader(
-            [(0, index) for index in range(len(self.data[split]))],
+            places,  # pyright: ignore[reportArgumentType] (torch takes any sequence)
             batch_size,
             collate_fn=lambda places: _collate([views[place] for place in places])[1:],
         )
@@ -248,7 +241,7 @@ class _BatchOrder:
 class _Views(TorchDataset):
     """An image as each network sees it in an epoch: decoded once, then augmented separately."""
 
-    def __init__(self, split, pixels: Pixels, transform, seeds: Sequence[int]):
+    def __init__(self, split: Dataset, pixels: Pixels, transform: Transform, seeds: Sequence[int]):
         self.split, self.pixels, self.transform, self.seeds = split, pixels, transform, seeds
 
     def __getitem__(self, place: tuple[int, int]):
@@ -260,7 +253,9 @@ class _Views(TorchDataset):
 class _Stream(IterableDataset):
     """Parts of `size` images from a stream. Each worker leaves out its first `skip` parts without decoding them."""
 
-    def __init__(self, stream, pixels: Pixels, transform, seeds: Sequence[int], *, size: int, skip: int):
+    def __init__(
+        self, stream: Stream, pixels: Pixels, transform: Transform, seeds: Sequence[int], *, size: int, skip: int
+    ):
         self.stream, self.pixels, self.transform, self.seeds = stream, pixels, transform, seeds
         self.size, self.skip = size, skip
 
@@ -283,7 +278,7 @@ class _Stream(IterableDataset):
                 number += 1
 
 
-def _augment(image: PIL.Image.Image, transform, seeds: Sequence[int], *numbers: int) -> list[torch.Tensor]:
+def _augment(image: PIL.Image.Image, transform: Transform, seeds: Sequence[int], *numbers: int) -> list[torch.Tensor]:
     """The image once for each seed; `numbers` distinguish the random draws of different images."""
     views = []
     for seed in seeds:

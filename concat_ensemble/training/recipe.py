@@ -12,7 +12,7 @@ from concat_ensemble.errors import suggest
 from concat_ensemble.recipe_files import check_fields, read_fields
 
 SCHEDULE_FREE = "schedulefree_adamw"  # Defazio et al. 2024, the paper's optimizer
-OPTIMIZERS = (SCHEDULE_FREE, *timm.optim.list_optimizers())
+OPTIMIZERS = (SCHEDULE_FREE, *map(str, timm.optim.list_optimizers()))
 # Fields that may differ between a run and its continuation: they say where and how fast, not what is trained.
 PLACE = ("output", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_with", "compile")
 SMOKE_STEPS, SMOKE_BATCH = 16, 16

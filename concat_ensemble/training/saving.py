@@ -47,7 +47,7 @@ def save_network(
     plain.load_state_dict(weights, assign=True)
     layout = {"model_config": config, "model_args": model_args, "data_config": pixels}
     with replace_result(folder, identity) as aside:
-        save_for_hf(plain, aside, safe_serialization=True, **layout)
+        save_for_hf(plain, str(aside), safe_serialization=True, **layout)
 
 
 @contextmanager
