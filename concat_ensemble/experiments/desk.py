@@ -146,9 +146,6 @@ def _start_worker() -> None:
 def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], dict]) -> dict:
     """The result of `measure`, stored in a file beside its settings; read from there if it has been measured before.
 
-    Args:
-        settings: One entry, whose key and value are written to the file.
-
     Raises:
         ValueError: when the file is of other settings.
     """

@@ -38,17 +38,9 @@ PROJECTED = f"{LARGEST} by PCA"
 MIXTURE = "mixture"
 LABELS = (1, 0, 1, 0)  # of Figure 2's four points in most components
 STEPS = 400  # of each direct network
-# The systems in the order of the table.
-COLORS = {
-    DIRECT: "black",
-    "cat1": "#8a8a8a",
-    "cat2": "#7fb3d5",
-    "cat4": "#2e75b6",
-    "cat8": "#123a63",
-    PROJECTED: "#d9772b",
-    "untrained members": "#c0504d",
-    "raw pixels": "#e0a09e",
-}
+# The systems in the order of the table; the more members, the darker.
+COLORS = {DIRECT: "black", "cat1": "#8a8a8a", "cat2": "#7fb3d5", "cat4": "#2e75b6", "cat8": "#123a63"}
+COLORS |= {PROJECTED: "#d9772b", "untrained members": "#c0504d", "raw pixels": "#e0a09e"}
 Top1 = dict[str, dict[str, float]]  # shares of one by component and system
 
 
@@ -231,8 +223,6 @@ def run_mixture(
     Args:
         study: One of `names.STUDIES`; `components` is one of `names.COMPONENTS`.
         steps: Training steps of each direct network.
-        repeats: Number of repeats, with the seeds 0, 1, 2, ...
-        smoke: Run a few steps only, to see that everything works.
         output: Folder to write; runs/STUDY-mixture-COMPONENTS by default.
         dataset: Source of the images, as `load_data` takes it; the study's by default.
 

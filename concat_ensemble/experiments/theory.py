@@ -115,9 +115,8 @@ def cancelling_proportions(form: np.ndarray, start: ArrayLike, end: ArrayLike) -
     a, b, c = start @ form @ start, start @ form @ end, end @ form @ end
     scale = np.abs([a, b, c]).max()
     if scale <= TOLERANCE * np.abs(form).max():
-        raise ValueError(
-            f"from {start.tolist()} to {end.tolist()} the covariance is zero everywhere; name other ends."
-        )
+        segment = f"from {start.tolist()} to {end.tolist()}"
+        raise ValueError(f"{segment} the covariance is zero everywhere; name other ends.")
     times = _bernstein_zeros(*(np.array([a, b, c]) / scale))[:, None]
     return (1 - times) * start + times * end
 
@@ -159,7 +158,9 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
     rng = np.random.default_rng(seed)
     sampled, exact = [], []
     while len(sampled) < 1_000:
-        parts = [_random_component(rng) for _ in range(4)]
+        parts = [
+            Distribution(rng.normal(size=(3, 1)), rng.choice([-1, 1], 3), rng.dirichlet([1] * 3)) for _ in range(4)
+        ]
         (form,) = covariance_forms(parts, np.asarray)
         if np.abs(np.diag(form)).max() <= 1e-6:
             continue
@@ -178,10 +179,6 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
         exact=len(exact),
         largest_covariance=float(max(exact)),
     )
-
-
-def _random_component(rng: np.random.Generator) -> Distribution:
-    return Distribution(rng.normal(size=(3, 1)), rng.choice([-1, 1], 3), rng.dirichlet([1] * 3))
 
 
 def figure_2_components() -> list[Distribution]:

@@ -33,6 +33,7 @@ from concat_ensemble.training.recipe import NetworkSettings, Settings
 
 BUFFER = 10_000  # a stream is shuffled within a buffer of this many images
 Transform = Callable[[PIL.Image.Image], torch.Tensor]
+Shard = tuple[int, int]  # rank, number of processes
 
 
 @dataclass(frozen=True)
@@ -79,27 +80,18 @@ class Batch:
 
 
 class Images:
-    """The images of a training run.
-
-    Args:
-        settings: Of the run.
-        pixels: The input of the networks.
-        shard: (rank, number of processes) of this process in its team. Each process gets its part of every batch.
-        max_images: A further limit for each split, for a trial.
+    """The images of a training run. This process gets its part of every batch: `shard` is its rank in its team, and
+    the number of processes there. `max_images` is a further limit for each split, for a trial.
 
     Raises:
         ValueError: if a batch cannot be shared evenly.
     """
 
-    def __init__(
-        self, settings: Settings, pixels: Pixels, shard: tuple[int, int] = (0, 1), max_images: int | None = None
-    ):
+    def __init__(self, settings: Settings, pixels: Pixels, shard: Shard = (0, 1), max_images: int | None = None):
         self.settings, self.pixels, self.shard = settings, pixels, shard
         if settings.batch_size % (shard[1] * settings.gradient_accumulation):
-            raise ValueError(
-                f"batch_size={settings.batch_size} must be a multiple of {shard[1]} processes x "
-                f"gradient_accumulation={settings.gradient_accumulation}; change one of them."
-            )
+            parts = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
+            raise ValueError(f"batch_size={settings.batch_size} must be a multiple of {parts}; change one of them.")
         source: dict[str, Any] = {"config": settings.dataset_config, "revision": settings.dataset_revision}
         source |= {"image_column": settings.image_column, "label_column": settings.label_column}
         if settings.streaming:
@@ -135,12 +127,8 @@ class Images:
         return {"classes": self.class_names, "images": self.size, "labels_sha256": digest}
 
     def batches(self, seeds: Sequence[int], first_step: int = 0) -> Iterator[Batch]:
-        """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step.
-
-        Args:
-            seeds: One for each network, for its augmentation. The first one also determines the order of the images,
-                which all networks share.
-            first_step: Number of steps to skip.
+        """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step. There
+        is one seed for each network's augmentation; the first one also determines the order of the images.
         """
         settings = self.settings
         if settings.streaming:
@@ -201,10 +189,8 @@ class Images:
         stream = split_dataset_by_node(self.stream.shuffle(seed=seeds[0], buffer_size=BUFFER), rank, processes)
         workers = max(self.settings.num_workers, 1)
         if stream.num_shards < workers:
-            raise ValueError(
-                f"num_workers={workers} must be at most {stream.num_shards}, the number of files that this process "
-                "streams."
-            )
+            files = f"{stream.num_shards}, the number of files that this process streams"
+            raise ValueError(f"num_workers={workers} must be at most {files}.")
         size = self.settings.batch_size // (processes * self.settings.gradient_accumulation)
         transform = self.pixels.create_transform(self.settings, training=True)
         # The loader takes a part from each worker in turn, beginning with the first one.
@@ -220,7 +206,7 @@ class _BatchOrder:
     permutation; the images at its end that do not fill a batch are left out.
     """
 
-    def __init__(self, size: int, settings: Settings, *, shard: tuple[int, int], seed: int, first_step: int):
+    def __init__(self, size: int, settings: Settings, *, shard: Shard, seed: int, first_step: int):
         self.size, self.batch, self.seed, self.first_step = size, min(settings.batch_size, size), seed, first_step
         self.parts = settings.gradient_accumulation * shard[1]
         self.own_parts = range(shard[0], self.parts, shard[1])

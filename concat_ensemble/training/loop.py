@@ -25,6 +25,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_we
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.errors import first_line
@@ -57,13 +58,9 @@ class Loop(Generic[Network]):
     """Training of several networks in step: on the same images, each with its own augmentation and optimizer.
 
     Args:
-        accelerator: From `create_accelerator`.
-        settings: How to train.
-        networks: With their initial weights.
         steps: Updates of each network.
         folder: Where to keep checkpoints; `finish` deletes it.
         identity: Plain JSON values that a checkpoint must have been saved with to be continued.
-        name: For messages and trackers.
         cycles: Number of learning-rate cycles. The last one ends with the last step.
         param_groups: Makes the optimizer's parameter groups of a network; timm's own when left out.
 
@@ -124,13 +121,8 @@ class Loop(Generic[Network]):
         stops: Sequence[int] = (),
         evaluate: Callable[[nn.Module], float] | None = None,
     ) -> Iterator[int]:
-        """Train to the end. Yield each step in `stops` and the last step, when it is reached.
-
-        Args:
-            batches: Gives parts of batches without end, from a step on.
-            loss: The loss of a network on a part of a batch.
-            stops: Steps to stop after.
-            evaluate: Top-1 accuracy of a network, computed every `evaluate_every` steps.
+        """Train to the end. Yield each step in `stops` and the last step, when it is reached. `batches` gives parts of
+        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the top-1 accuracy of a network.
 
         Raises:
             ValueError: naming the step and the images, if a loss is not finite.
@@ -265,10 +257,8 @@ class Loop(Generic[Network]):
 
     def _terminate(self, signals: list[int]) -> None:
         sender = signal.Signals(signals[0]).name if signals else "another process"
-        self.accelerator.print(
-            f"{self.name}: ended by {sender} after step {self.step:,}, which is saved; the same command continues.",
-            flush=True,
-        )
+        reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
+        self.accelerator.print(f"{self.name}: {reason}.", flush=True)
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
     def _save(self) -> None:
@@ -332,7 +322,7 @@ def _checkpoint_gradients(network: Any) -> None:
 
 def _create_optimizer(
     network: nn.Module, settings: Settings, warmup: int, param_groups: Callable[..., list[dict]] | None
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     betas: dict[str, Any] = {} if settings.betas is None else {"betas": tuple(settings.betas)}
     if settings.optimizer == SCHEDULE_FREE:
         groups = (param_groups or partial(param_groups_weight_decay, weight_decay=settings.weight_decay))(network)
@@ -345,9 +335,7 @@ def _create_optimizer(
     return create_optimizer_v2(network, settings.optimizer, param_group_fn=param_groups, **rates, **betas, **fused)
 
 
-def _create_schedule(
-    optimizer: torch.optim.Optimizer, settings: Settings, warmup: int, length: int, cycles: int
-) -> Any:
+def _create_schedule(optimizer: Optimizer, settings: Settings, warmup: int, length: int, cycles: int) -> Any:
     """timm's schedule, by steps: `warmup` steps, then `cycles` of `length` steps each."""
     steps = {"num_epochs": length, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
     steps |= {"warmup_lr": settings.learning_rate / max(warmup, 1), "warmup_prefix": True}

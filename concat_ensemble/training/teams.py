@@ -16,12 +16,8 @@ from torch import distributed
 
 
 class Team:
-    """The team of this process. Create it before any `Accelerator`, which then takes the team for all processes.
-
-    Args:
-        parallelism: "data" or "members".
-        num_jobs: Number of trainings.
-        cpu: Whether they run on the CPU.
+    """The team of this process, for `num_jobs` trainings with a parallelism of "data" or "members". Create it before
+    any `Accelerator`, which then takes the team for all processes.
     """
 
     def __init__(self, parallelism: str, num_jobs: int, cpu: bool):
