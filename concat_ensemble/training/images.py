@@ -140,7 +140,7 @@ class Images:
                 yield self._scatter(part, seeds)
             return
         loader = DataLoader(
-            _Views(self.split, self.pixels, self.pixels.create_transform(settings, training=True), seeds),
+            _Views(self.split, _Augmentation(self.pixels, settings, seeds)),
             batch_sampler=order,
             num_workers=settings.num_workers,
             collate_fn=_collate,
@@ -155,7 +155,7 @@ class Images:
         """([images], labels) of the validation or test split, with the transform for evaluation."""
         if split not in self.data:
             raise ValueError(f"a streamed dataset has no {split} split to evaluate on; set evaluate_every=0.")
-        views = _Views(self.data[split], self.pixels, self.pixels.create_transform(self.settings, training=False), [0])
+        views = _Views(self.data[split], _Augmentation(self.pixels, self.settings, [0], training=False))
         places = [(0, index) for index in range(len(self.data[split]))]
         return DataLoader(
             places,  # pyright: ignore[reportArgumentType] (torch takes any sequence)
@@ -192,10 +192,10 @@ class Images:
             files = f"{stream.num_shards}, the number of files that this process streams"
             raise ValueError(f"num_workers={workers} must be at most {files}.")
         size = self.settings.batch_size // (processes * self.settings.gradient_accumulation)
-        transform = self.pixels.create_transform(self.settings, training=True)
+        augmentation = _Augmentation(self.pixels, self.settings, seeds)
         # The loader takes a part from each worker in turn, beginning with the first one.
         rounds, rest = divmod(first_step * self.settings.gradient_accumulation, workers)
-        parts = _Stream(stream, self.pixels, transform, seeds, size=size, skip=rounds)
+        parts = _Stream(stream, augmentation, size=size, skip=rounds)
         loader = DataLoader(parts, batch_size=None, num_workers=self.settings.num_workers, generator=torch.Generator())
         for indices, views, labels in itertools.islice(loader, rest, None):
             yield Batch(indices, [(view, labels) for view in views])
@@ -224,26 +224,38 @@ class _BatchOrder:
                 yield [(epoch, int(index)) for index in parts[number]]
 
 
-class _Views(TorchDataset):
-    """An image as each network sees it in an epoch: decoded once, then augmented separately."""
+class _Augmentation:
+    """An image as each network sees it: decoded once, then augmented with the network's seed."""
 
-    def __init__(self, split: Dataset, pixels: Pixels, transform: Transform, seeds: Sequence[int]):
-        self.split, self.pixels, self.transform, self.seeds = split, pixels, transform, seeds
+    def __init__(self, pixels: Pixels, settings: Settings, seeds: Sequence[int], training: bool = True):
+        self.mode, self.transform, self.seeds = pixels.mode, pixels.create_transform(settings, training), seeds
+
+    def __call__(self, image: PIL.Image.Image, *numbers: int) -> list[torch.Tensor]:
+        """One view for each seed; `numbers` distinguish the random draws of different images."""
+        image, views = convert_image(image, self.mode), []
+        for seed in self.seeds:
+            with _seed_all(_derive_seed(seed, *numbers)):
+                views.append(self.transform(image))
+        return views
+
+
+class _Views(TorchDataset):
+    """The views of an image in an epoch."""
+
+    def __init__(self, split: Dataset, augmentation: _Augmentation):
+        self.split, self.augmentation = split, augmentation
 
     def __getitem__(self, place: tuple[int, int]):
         epoch, index = place
-        image = convert_image(read_image(self.split, index), self.pixels.mode)
-        return index, _augment(image, self.transform, self.seeds, epoch, index), self.split[index]["label"]
+        views = self.augmentation(read_image(self.split, index), epoch, index)
+        return index, views, self.split[index]["label"]
 
 
 class _Stream(IterableDataset):
     """Parts of `size` images from a stream. Each worker leaves out its first `skip` parts without decoding them."""
 
-    def __init__(
-        self, stream: Stream, pixels: Pixels, transform: Transform, seeds: Sequence[int], *, size: int, skip: int
-    ):
-        self.stream, self.pixels, self.transform, self.seeds = stream, pixels, transform, seeds
-        self.size, self.skip = size, skip
+    def __init__(self, stream: Stream, augmentation: _Augmentation, *, size: int, skip: int):
+        self.stream, self.augmentation, self.size, self.skip = stream, augmentation, size, skip
 
     def __iter__(self):
         examples = self._examples()
@@ -259,18 +271,8 @@ class _Stream(IterableDataset):
             for example in self.stream:
                 if number >= self.skip * self.size:
                     image = decode_image(example["image"], f"image {number} of the stream")
-                    image = convert_image(image, self.pixels.mode)
-                    yield number, _augment(image, self.transform, self.seeds, worker_id, number), example["label"]
+                    yield number, self.augmentation(image, worker_id, number), example["label"]
                 number += 1
-
-
-def _augment(image: PIL.Image.Image, transform: Transform, seeds: Sequence[int], *numbers: int) -> list[torch.Tensor]:
-    """The image once for each seed; `numbers` distinguish the random draws of different images."""
-    views = []
-    for seed in seeds:
-        with _seed_all(_derive_seed(seed, *numbers)):
-            views.append(transform(image))
-    return views
 
 
 def _collate(examples) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
