@@ -1,8 +1,6 @@
 """Distill several networks into one backbone, so that inference costs one network.
 
-    accelerate launch training/distill.py training/recipes/scattered_digits_distill.yaml --teachers "[FOLDER, FOLDER]"
-
-`--help` lists the options; the flow is concat_ensemble/training/distillation.py.
+`--help` shows a command and all options; the flow is concat_ensemble/training/distillation.py.
 """
 
 from concat_ensemble.training.distillation import main

@@ -18,7 +18,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from torch import nn
 
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.names import STUDIES
@@ -57,7 +56,7 @@ def measure_point(setup: desk.Setup, point: tuple[int, int]) -> Top1:
 
 def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> Top1:
     """Top-1 of all systems and controls on all tasks."""
-    models: dict[str, nn.Module] = {system: assemble(networks / system) for system in SYSTEMS}
+    models = {system: assemble(networks / system) for system in SYSTEMS}
     controls = read_controls(setup, seed)
     if not controls:
         models["untrained members"] = untrained_like(models[SYSTEMS[-1]], seed)

@@ -45,11 +45,8 @@ def plan_trainings(setup: desk.Setup, folder: Path, *, full: bool) -> list[desk.
         desk.Training("pretraining", "timecat", folder / "together", "train the members in one pass", together),
         desk.Training("distillation", "distill", folder / "distilled", f"distill {SUBJECT}", {"teachers": teachers}),
     ]
-    for name, model, stages in (
-        ("two-stage", SUBJECT, "two"),
-        ("tuned", SUBJECT, "one"),
-        ("tuned-cat1", "cat1", "one"),
-    ):
+    tunings = (("two-stage", SUBJECT, "two"), ("tuned", SUBJECT, "one"), ("tuned-cat1", "cat1", "one"))
+    for name, model, stages in tunings:
         options = {"dataset": f"scattered:{setup.dataset}", "model": str(folder / model), "stages": stages}
         trainings.append(desk.Training("finetuning", "finetune", folder / name, f"fine-tune {model}", options))
     return trainings
@@ -57,10 +54,9 @@ def plan_trainings(setup: desk.Setup, folder: Path, *, full: bool) -> list[desk.
 
 def plan_probes(setup: desk.Setup, *, full: bool) -> dict[str, list[str]]:
     """The baselines that each task has, as folders of a repeat."""
+    baselines = [*BASELINES, *(MORE_BASELINES if full else ())]
     if desk.STUDIES[setup.study].recipe == "seeds":
         baselines = ["w2"]
-    else:
-        baselines = [*BASELINES, *(MORE_BASELINES if full else ())]
     # Two-stage fine-tuning has used all labels of the unseen classes, so it is compared on that task only.
     frozen = [name for name in baselines if "two-stage" not in name]
     tasks = [name for name, task in desk.TASKS.items() if full or not task.shots]
@@ -90,15 +86,9 @@ def run_probe(setup: desk.Setup, name: str, seed: int, path: Path, *, baselines:
     """Probe CAT4 and its baselines on a task by the command line, whose results file is `path`."""
     task = desk.TASKS[name]
     classes = f"{task.classes[0]}-{task.classes[-1]}"
-    arguments = [
-        "probe",
-        str(path.with_name(SUBJECT)),
-        "--dataset",
-        f"scattered:{setup.dataset}",
-        "--classes",
-        classes,
-    ]
-    arguments += ["--test-size", str(task.test_size), "--seed", str(seed), "--output", str(path), "--quiet", "--json"]
+    arguments = ["probe", str(path.with_name(SUBJECT)), "--dataset", f"scattered:{setup.dataset}"]
+    arguments += ["--classes", classes, "--test-size", str(task.test_size), "--seed", str(seed)]
+    arguments += ["--output", str(path), "--quiet", "--json"]
     if task.shots:
         arguments += ["--shots", str(task.shots)]
     if setup.limit:
@@ -194,13 +184,11 @@ def main() -> None:
     print_results(studies, smoke=options.smoke)
     (setup.output / "table.md").write_text(desk.format_markdown(*build_table(studies)))
     folder = save_ensemble(studies, setup.output)
-    desk.print_line(
-        f"\nA complete Hub folder, with card and figures: {folder} (of each repeat: {setup.output}/seed-*)."
-    )
-    desk.print_line("Load it:\n")
-    desk.print_line("    from transformers import AutoImageProcessor, AutoModel")
-    desk.print_line(f'    processor = AutoImageProcessor.from_pretrained("{folder}", trust_remote_code=True)')
-    desk.print_line(f'    model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)')
+    source = f'from_pretrained("{folder}", trust_remote_code=True)'
+    repeated = f"of each repeat: {setup.output}/seed-*"
+    desk.print_line(f"\nA complete Hub folder, with card and figures: {folder} ({repeated}).")
+    desk.print_line("Load it:\n\n    from transformers import AutoImageProcessor, AutoModel")
+    desk.print_line(f"    processor = AutoImageProcessor.{source}\n    model = AutoModel.{source}")
 
 
 if __name__ == "__main__":

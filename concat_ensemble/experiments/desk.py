@@ -146,9 +146,6 @@ def _start_worker() -> None:
 def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], dict]) -> dict:
     """The result of `measure`, stored in a file beside its settings; read from there if it has been measured before.
 
-    Args:
-        settings: One entry, whose key and value are written to the file.
-
     Raises:
         ValueError: when the file is of other settings.
     """
@@ -206,7 +203,7 @@ def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
         print_line(f"figure: {figure}")
 
 
-def create_parser(description: str, *, repeats: int, studies: Sequence[str] = ()) -> argparse.ArgumentParser:
+def create_parser(description: str | None, *, repeats: int, studies: Sequence[str] = ()) -> argparse.ArgumentParser:
     """A parser with the options that the experiments have in common; `repeats` is a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if studies:

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
-from torch import nn
 
 from concat_ensemble.data.labels import read_labels
 from concat_ensemble.data.loading import load_data
@@ -39,17 +38,9 @@ PROJECTED = f"{LARGEST} by PCA"
 MIXTURE = "mixture"
 LABELS = (1, 0, 1, 0)  # of Figure 2's four points in most components
 STEPS = 400  # of each direct network
-# The systems in the order of the table.
-COLORS = {
-    DIRECT: "black",
-    "cat1": "#8a8a8a",
-    "cat2": "#7fb3d5",
-    "cat4": "#2e75b6",
-    "cat8": "#123a63",
-    PROJECTED: "#d9772b",
-    "untrained members": "#c0504d",
-    "raw pixels": "#e0a09e",
-}
+# The systems in the order of the table; the more members, the darker.
+COLORS = {DIRECT: "black", "cat1": "#8a8a8a", "cat2": "#7fb3d5", "cat4": "#2e75b6", "cat8": "#123a63"}
+COLORS |= {PROJECTED: "#d9772b", "untrained members": "#c0504d", "raw pixels": "#e0a09e"}
 Top1 = dict[str, dict[str, float]]  # shares of one by component and system
 
 
@@ -140,7 +131,7 @@ class Mixture:
         self.setup.train(desk.plan_members(folder, label, list(counts), steps, **data), seed)
 
     def _probe(self, folder: Path, names: list[str], seed: int) -> Top1:
-        models: dict[str, nn.Module] = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
+        models = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
         models["untrained members"] = untrained_like(models[LARGEST], seed)
         top1 = {}
         for number, component in enumerate(names):
@@ -232,8 +223,6 @@ def run_mixture(
     Args:
         study: One of `names.STUDIES`; `components` is one of `names.COMPONENTS`.
         steps: Training steps of each direct network.
-        repeats: Number of repeats, with the seeds 0, 1, 2, ...
-        smoke: Run a few steps only, to see that everything works.
         output: Folder to write; runs/STUDY-mixture-COMPONENTS by default.
         dataset: Source of the images, as `load_data` takes it; the study's by default.
 

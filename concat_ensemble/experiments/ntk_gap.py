@@ -34,10 +34,8 @@ SYSTEMS = (SINGLE, SUBJECT, SINGLE + GRADIENTS, SUBJECT + GRADIENTS, UNTRAINED, 
 def measure_repeat(setup: desk.Setup, networks: Path, seed: int) -> dict[str, float]:
     """Top-1 by system in one repeat, from its file if it has been measured before."""
     settings = {"asked": [setup.study, setup.dataset, seed, NUM_FEATURES]}
-    folder = networks / f"seed-{seed}"
-    return desk.measure_once(
-        setup.output / f"ntk-seed-{seed}.json", settings, lambda: probe_networks(setup, folder, seed)
-    )
+    path, folder = setup.output / f"ntk-seed-{seed}.json", networks / f"seed-{seed}"
+    return desk.measure_once(path, settings, lambda: probe_networks(setup, folder, seed))
 
 
 def probe_networks(setup: desk.Setup, folder: Path, seed: int) -> dict[str, float]:
@@ -88,9 +86,8 @@ def main() -> None:
     parser.add_argument("--networks", type=Path, help="output folder of compare (default: runs/STUDY)")
     options = parser.parse_args()
     desk.check_at_least("repeats", options.repeats, 2)
-    setup = desk.create_setup(
-        options.study, options.dataset, options.networks, name=options.study, smoke=options.smoke
-    )
+    study, dataset = options.study, options.dataset
+    setup = desk.create_setup(study, dataset, options.networks, name=study, smoke=options.smoke)
     networks = setup.output
     if options.output:
         setup = dataclasses.replace(setup, output=options.output)

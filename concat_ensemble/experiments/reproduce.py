@@ -119,10 +119,8 @@ def proposition(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion
         f"with a covariance of at most {cancellations.largest_covariance:.0e}"
     )
     verdict = FAILED if cancellations.cancelled else HELD
-    heading = ["covariance smaller than", "share of mixtures [95% interval]"]
-    return desk.format_markdown(heading, rows), [
-        Conclusion("a cancelling mixture is almost never drawn", result, verdict),
-    ]
+    table = desk.format_markdown(["covariance smaller than", "share of mixtures [95% interval]"], rows)
+    return table, [Conclusion("a cancelling mixture is almost never drawn", result, verdict)]
 
 
 def _plot_shares(within: dict[str, float], image: Path) -> None:
@@ -188,10 +186,8 @@ def compare_systems(study: str, workplace: Workplace, image: Path) -> tuple[str,
 
 
 def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path) -> None:
-    """A panel for each title, with a row for each system, from the worst to the best in the first panel.
-
-    Args:
-        panels: (repeats,) accuracies by title and system, drawn as means with 95% intervals.
+    """Draw (repeats,) accuracies by title and system as means with 95% intervals: a panel for each title, with a row
+    for each system, from the worst to the best in the first panel.
     """
     first = next(iter(panels.values()))
     systems = sorted(first, key=lambda system: first[system].mean())
@@ -297,9 +293,7 @@ def format_page(output: Path) -> str:
     paths = {figure: output / f"{figure}.json" for figure in names.FIGURES}
     findings = {figure: load_finding(path) for figure, path in paths.items() if path.is_file()}
     verdicts = [conclusion.verdict for finding in findings.values() for conclusion in finding.conclusions]
-    counts = {
-        name: verdicts.count(verdict) for name, verdict in (("held", HELD), ("undecided", OPEN), ("failed", FAILED))
-    }
+    counts = {"held": verdicts.count(HELD), "undecided": verdicts.count(OPEN), "failed": verdicts.count(FAILED)}
     repeats = " or ".join(map(str, sorted({finding.options["repeats"] for finding in findings.values()})))
     intro = load_texts()["page"].format(repeats=repeats, conclusions=len(verdicts), **counts)
     if any(finding.options["smoke"] for finding in findings.values()):
@@ -310,12 +304,6 @@ def format_page(output: Path) -> str:
 
 def reproduce(figure: str, *, output: Path = OUTPUT, repeats: int = 4, smoke: bool = False) -> Path:
     """Reproduce one of `names.FIGURES`, or "all", and print what came out. What is finished is not run again.
-
-    Args:
-        figure: Its name.
-        output: Folder for figures, numbers and networks.
-        repeats: Number of repeats; their seeds are 0, 1, 2, ...
-        smoke: Run a few steps only, to see that everything works.
 
     Returns:
         The page of all figures that are in `output`, which is written beside this folder.

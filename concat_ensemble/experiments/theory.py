@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import wilson_interval
@@ -71,7 +72,7 @@ class Distribution:
         return np.divide(self.covariance(features), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
-def mixture(components: Sequence[Distribution], proportions: Sequence[float]) -> Distribution:
+def mixture(components: Sequence[Distribution], proportions: ArrayLike) -> Distribution:
     """P_mix = sum_i lambda_i P_i (section 2).
 
     Raises:
@@ -99,7 +100,7 @@ def covariance_forms(components: Sequence[Distribution], features: Features) -> 
     return (halves + halves.swapaxes(1, 2)) / 2
 
 
-def cancelling_proportions(form: np.ndarray, start: Sequence[float], end: Sequence[float]) -> np.ndarray:
+def cancelling_proportions(form: np.ndarray, start: ArrayLike, end: ArrayLike) -> np.ndarray:
     """(R, n): the 0, 1 or 2 proportions between `start` and `end` at which the covariance is zero, in this order.
 
     For two components, from (1, 0) to (0, 1), these are all there are. For more components the zeros are a quadric in
@@ -114,9 +115,8 @@ def cancelling_proportions(form: np.ndarray, start: Sequence[float], end: Sequen
     a, b, c = start @ form @ start, start @ form @ end, end @ form @ end
     scale = np.abs([a, b, c]).max()
     if scale <= TOLERANCE * np.abs(form).max():
-        raise ValueError(
-            f"from {start.tolist()} to {end.tolist()} the covariance is zero everywhere; name other ends."
-        )
+        segment = f"from {start.tolist()} to {end.tolist()}"
+        raise ValueError(f"{segment} the covariance is zero everywhere; name other ends.")
     times = _bernstein_zeros(*(np.array([a, b, c]) / scale))[:, None]
     return (1 - times) * start + times * end
 
@@ -158,7 +158,9 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
     rng = np.random.default_rng(seed)
     sampled, exact = [], []
     while len(sampled) < 1_000:
-        parts = [_random_component(rng) for _ in range(4)]
+        parts = [
+            Distribution(rng.normal(size=(3, 1)), rng.choice([-1, 1], 3), rng.dirichlet([1] * 3)) for _ in range(4)
+        ]
         (form,) = covariance_forms(parts, np.asarray)
         if np.abs(np.diag(form)).max() <= 1e-6:
             continue
@@ -179,10 +181,6 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
     )
 
 
-def _random_component(rng: np.random.Generator) -> Distribution:
-    return Distribution(rng.normal(size=(3, 1)), rng.choice([-1, 1], 3), rng.dirichlet([1] * 3))
-
-
 def figure_2_components() -> list[Distribution]:
     """The four components as reconstructed (see the top of this file), to be mixed in equal proportions."""
     corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / np.sqrt(2)
@@ -190,7 +188,7 @@ def figure_2_components() -> list[Distribution]:
     components = []
     for i in range(4):
         three = [i, (i + 1) % 4, i - 1]
-        components.append(Distribution(corners[three], majority[three] * [1, 1, -1], [0.5, 0.25, 0.25]))
+        components.append(Distribution(corners[three], majority[three] * [1, 1, -1], np.array([0.5, 0.25, 0.25])))
     return components
 
 
@@ -384,7 +382,7 @@ def save_theory(cancellations: Cancellations, counterexample: Counterexample, pa
     write_json(path, both | {"verdict": counterexample.verdict})
 
 
-def _check_shares(values: Sequence[float], count: int, name: str) -> np.ndarray:
+def _check_shares(values: ArrayLike, count: int, name: str) -> np.ndarray:
     shares = np.asarray(values, dtype=float)
     if shares.shape != (count,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-9:
         raise ValueError(f"{name} {shares.tolist()} must be {count} numbers, none below 0, that sum to 1.")

@@ -15,7 +15,7 @@ import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import timm
 import torch
@@ -26,6 +26,7 @@ from torch import nn
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.cost import count_flops
+from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
@@ -52,6 +53,8 @@ class Distillation(NetworkSettings):
 class Student(nn.Module):
     """A backbone under a linear layer that predicts the teachers' outputs."""
 
+    backbone: Any  # a timm model
+
     def __init__(self, backbone: nn.Module, num_features: int, num_outputs: int):
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(num_features, num_outputs)
@@ -75,7 +78,7 @@ class Teachers(nn.Module):
         else:
             ensemble = assemble(settings.teachers)
             self.networks = nn.ModuleList(ensemble.members.values())
-            self.hashes = [member["provenance"]["weights_sha256"] for member in ensemble.config.members]
+            self.hashes = members_sha256(ensemble.config)
         self.requires_grad_(False).eval()
         self.mean, self.scale = 0.0, 1.0
 
@@ -95,10 +98,9 @@ class Teachers(nn.Module):
         if not self.predicts:
             return nn.functional.mse_loss(outputs, (torch.cat(targets, 1) - self.mean) / self.scale)
         parts = outputs.split([logits.shape[1] for logits in targets], dim=1)
-        losses = [
-            nn.functional.cross_entropy(part / temperature, (logits / temperature).softmax(1))
-            for part, logits in zip(parts, targets, strict=True)
-        ]
+        losses = []
+        for part, logits in zip(parts, targets, strict=True):
+            losses.append(nn.functional.cross_entropy(part / temperature, (logits / temperature).softmax(1)))
         return torch.stack(losses).mean()
 
 
@@ -108,9 +110,8 @@ def load_with_head(source: str) -> nn.Module:
     try:
         network = timm.create_model(name, pretrained=True)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"teachers: {source} is not a network with a head ({error}); use target=features, which takes ensembles."
-        ) from error
+        problem = f"{source} is not a network with a head ({error})"
+        raise ValueError(f"teachers: {problem}; use target=features, which takes ensembles.") from error
     if not network.num_classes:
         raise ValueError(f"teachers: {source} has no head; use target=features.")
     return network
@@ -137,7 +138,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     accelerator = create_accelerator(settings, cpu)
     shard = (accelerator.process_index, accelerator.num_processes)
     images = Images(settings, Pixels.from_settings(settings), shard, max_images)
-    teachers = Teachers(settings).to(accelerator.device, memory_format=torch.channels_last)
+    teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
     if matches_identity(folder, identity):
         accelerator.print(f"{folder} is finished, skipped")

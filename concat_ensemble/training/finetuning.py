@@ -29,6 +29,8 @@ from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification as Classifier
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
@@ -53,16 +55,13 @@ class FineTuning(Settings):
     steps: PositiveInt  # of the whole ensemble, or of each member
     stages: Literal["one", "two"] = "two"
     head: Literal["probe", "zero"] = "probe"  # initial head: that of a linear probe, or zeros
-    layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = (
-        0.75  # timm's decay of the learning rate towards the input
-    )
+    layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = 0.75  # timm's, of the learning rate towards the input
 
     def __post_init__(self):
         super().__post_init__()
         if self.streaming:
-            raise ValueError(
-                "streaming=True must be false: fine-tuning starts from a linear probe, which reads images repeatedly."
-            )
+            reason = "fine-tuning starts from a linear probe, which reads images repeatedly"
+            raise ValueError(f"streaming=True must be false: {reason}.")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -71,16 +70,14 @@ class FineTuning(Settings):
 def read_pixels(config: ConcatEnsembleConfig) -> Pixels:
     """The input of an ensemble, which must be the same for all its members."""
     if len(config.geometries) > 1:
-        raise ValueError(
-            "stages=one needs members with images of the same size and crop; fine-tune with stages=two, or build with "
-            "--preprocessing shared."
-        )
+        remedy = "fine-tune with stages=two, or build with --preprocessing shared"
+        raise ValueError(f"stages=one needs members with images of the same size and crop; {remedy}.")
     source = config.geometries[0]
     size, mean, std = (tuple(source[key]) for key in ("input_size", "mean", "std"))
     return Pixels(size, mean, std, source["interpolation"], source["crop_pct"])
 
 
-def parameter_groups(model: nn.Module, settings: FineTuning) -> list[dict]:
+def parameter_groups(model: Classifier, settings: FineTuning) -> list[dict]:
     """The optimizer's parameter groups of a classifier: timm's groups by layers for each member, and the head."""
     weight_decay = settings.weight_decay
     if settings.layer_decay is None:
@@ -91,7 +88,7 @@ def parameter_groups(model: nn.Module, settings: FineTuning) -> list[dict]:
     return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
 
 
-def create_classifier(model: nn.Module, images: Images, settings: FineTuning) -> nn.Module:
+def create_classifier(model: ConcatEnsemblePreTrainedModel, images: Images, settings: FineTuning) -> Classifier:
     """The ensemble with its initial head."""
     table = extract_features(model, images.data, quiet=True)
     # While training is evaluated on the validation images, the initial head must not have seen them.
@@ -105,7 +102,7 @@ def create_classifier(model: nn.Module, images: Images, settings: FineTuning) ->
 
 
 def fine_tune(
-    model: nn.Module,
+    model: ConcatEnsemblePreTrainedModel,
     folder: Path,
     settings: FineTuning,
     *,
@@ -116,8 +113,8 @@ def fine_tune(
     """Train one classifier from an ensemble and save it with its results to `folder`, unless it is finished."""
     images = Images(settings, read_pixels(model.config), shard, max_images)
     accelerator = create_accelerator(settings, cpu)
-    identity = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
-    identity = settings.identity | identity
+    sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
+    identity = settings.identity | sources
     if matches_identity(folder, identity):
         accelerator.print(f"{folder} is finished, skipped")
         return
@@ -166,7 +163,7 @@ def predict_logits(network: nn.Module, images: Images, split: str, accelerator: 
 
 
 def save_classifier(
-    model: nn.Module,
+    model: Classifier,
     folder: Path,
     logits: np.ndarray,
     settings: FineTuning,
@@ -189,9 +186,7 @@ def save_classifier(
     print(f"{folder}: top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps", flush=True)
 
 
-def describe_fine_tuning(
-    model: nn.Module, settings: FineTuning, input_size: tuple[int, int, int]
-) -> ConcatEnsembleConfig:
+def describe_fine_tuning(model: Classifier, settings: FineTuning, input_size: Sequence[int]) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * settings.batch_size
     for k, member in model.members.items():
@@ -208,14 +203,14 @@ def describe_fine_tuning(
     return config
 
 
-def describe_results(model: nn.Module, name: str, logits: np.ndarray, *, images: Images, seconds: float) -> Results:
+def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images: Images, seconds: float) -> Results:
     """Results of a classifier on the test images."""
     settings, labels = images.settings, images.labels("test")
     predictions = logits.argmax(1)
     intervals = bootstrap_intervals(predictions, labels, settings.seed)
     run = Run(
         seed=settings.seed,
-        metrics=ProbeMetrics().compute(predictions=logits, references=labels),
+        metrics=ProbeMetrics().compute(predictions=logits, references=labels) or {},
         l2_strength=settings.weight_decay,
         n_train=images.size,
         n_test=len(labels),

@@ -10,11 +10,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import IterableDataset as Stream
 from datasets.distributed import split_dataset_by_node
 from timm.data import create_transform
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -30,6 +32,8 @@ from concat_ensemble.modeling.image_processing_concat_ensemble import convert_im
 from concat_ensemble.training.recipe import NetworkSettings, Settings
 
 BUFFER = 10_000  # a stream is shuffled within a buffer of this many images
+Transform = Callable[[PIL.Image.Image], torch.Tensor]
+Shard = tuple[int, int]  # rank, number of processes
 
 
 @dataclass(frozen=True)
@@ -44,34 +48,27 @@ class Pixels:
 
     @classmethod
     def from_settings(cls, settings: NetworkSettings) -> Pixels:
-        channels = settings.input_size[0]
+        channels, height, width = settings.input_size
         mean, std = (tuple(values * (channels // len(values))) for values in (settings.mean, settings.std))
-        return cls(tuple(settings.input_size), mean, std)
+        return cls((channels, height, width), mean, std)
 
     @property
     def mode(self) -> str:
         """The image mode, such as RGB."""
         return IMAGE_MODES[self.input_size[0]]
 
-    def create_transform(self, settings: Settings, training: bool) -> Callable[[PIL.Image.Image], torch.Tensor]:
+    def create_transform(self, settings: Settings, training: bool) -> Transform:
         """timm's transform from a PIL image to a (C, H, W) tensor."""
-        common = {
-            "input_size": self.input_size,
-            "interpolation": self.interpolation,
-            "mean": self.mean,
-            "std": self.std,
-        }
-        if not training or settings.augmentation != "timm":
-            return create_transform(**common, crop_pct=self.crop_pct)
-        return create_transform(
-            **common,
-            is_training=True,
-            scale=tuple(settings.crop_scale),
-            hflip=settings.flip,
-            color_jitter=settings.color_jitter,
-            auto_augment=settings.auto_augment,
-            re_prob=settings.random_erasing,
-        )
+        options: dict[str, Any] = {"input_size": self.input_size, "interpolation": self.interpolation}
+        options |= {"mean": self.mean, "std": self.std}
+        if training and settings.augmentation == "timm":
+            options |= {"is_training": True, "scale": tuple(settings.crop_scale), "hflip": settings.flip}
+            options |= {"color_jitter": settings.color_jitter, "auto_augment": settings.auto_augment}
+            options |= {"re_prob": settings.random_erasing}
+        else:
+            options["crop_pct"] = self.crop_pct
+        # timm's return type has also the transforms of options that are not used here.
+        return cast(Transform, create_transform(**options))
 
 
 @dataclass(frozen=True)
@@ -83,36 +80,23 @@ class Batch:
 
 
 class Images:
-    """The images of a training run.
-
-    Args:
-        settings: Of the run.
-        pixels: The input of the networks.
-        shard: (rank, number of processes) of this process in its team. Each process gets its part of every batch.
-        max_images: A further limit for each split, for a trial.
+    """The images of a training run. This process gets its part of every batch: `shard` is its rank in its team, and
+    the number of processes there. `max_images` is a further limit for each split, for a trial.
 
     Raises:
         ValueError: if a batch cannot be shared evenly.
     """
 
-    def __init__(
-        self, settings: Settings, pixels: Pixels, shard: tuple[int, int] = (0, 1), max_images: int | None = None
-    ):
+    def __init__(self, settings: Settings, pixels: Pixels, shard: Shard = (0, 1), max_images: int | None = None):
         self.settings, self.pixels, self.shard = settings, pixels, shard
         if settings.batch_size % (shard[1] * settings.gradient_accumulation):
-            raise ValueError(
-                f"batch_size={settings.batch_size} must be a multiple of {shard[1]} processes x "
-                f"gradient_accumulation={settings.gradient_accumulation}; change one of them."
-            )
-        source = {
-            "config": settings.dataset_config,
-            "revision": settings.dataset_revision,
-            "image_column": settings.image_column,
-            "label_column": settings.label_column,
-        }
+            parts = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
+            raise ValueError(f"batch_size={settings.batch_size} must be a multiple of {parts}; change one of them.")
+        source: dict[str, Any] = {"config": settings.dataset_config, "revision": settings.dataset_revision}
+        source |= {"image_column": settings.image_column, "label_column": settings.label_column}
         if settings.streaming:
             self.stream = load_stream(settings.dataset, split=settings.train_split, **source)
-            self.class_names, self.data = class_names(self.stream), {}
+            self.class_names, self.data = class_names(self.stream), DatasetDict()
             return
         self.data = load_data(
             settings.dataset,
@@ -143,12 +127,8 @@ class Images:
         return {"classes": self.class_names, "images": self.size, "labels_sha256": digest}
 
     def batches(self, seeds: Sequence[int], first_step: int = 0) -> Iterator[Batch]:
-        """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step.
-
-        Args:
-            seeds: One for each network, for its augmentation. The first one also determines the order of the images,
-                which all networks share.
-            first_step: Number of steps to skip.
+        """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step. There
+        is one seed for each network's augmentation; the first one also determines the order of the images.
         """
         settings = self.settings
         if settings.streaming:
@@ -160,7 +140,7 @@ class Images:
                 yield self._scatter(part, seeds)
             return
         loader = DataLoader(
-            _Views(self.split, self.pixels, self.pixels.create_transform(settings, training=True), seeds),
+            _Views(self.split, _Augmentation(self.pixels, settings, seeds)),
             batch_sampler=order,
             num_workers=settings.num_workers,
             collate_fn=_collate,
@@ -175,9 +155,10 @@ class Images:
         """([images], labels) of the validation or test split, with the transform for evaluation."""
         if split not in self.data:
             raise ValueError(f"a streamed dataset has no {split} split to evaluate on; set evaluate_every=0.")
-        views = _Views(self.data[split], self.pixels, self.pixels.create_transform(self.settings, training=False), [0])
+        views = _Views(self.data[split], _Augmentation(self.pixels, self.settings, [0], training=False))
+        places = [(0, index) for index in range(len(self.data[split]))]
         return DataLoader(
-            [(0, index) for index in range(len(self.data[split]))],
+            places,  # pyright: ignore[reportArgumentType] (torch takes any sequence)
             batch_size,
             collate_fn=lambda places: _collate([views[place] for place in places])[1:],
         )
@@ -208,15 +189,13 @@ class Images:
         stream = split_dataset_by_node(self.stream.shuffle(seed=seeds[0], buffer_size=BUFFER), rank, processes)
         workers = max(self.settings.num_workers, 1)
         if stream.num_shards < workers:
-            raise ValueError(
-                f"num_workers={workers} must be at most {stream.num_shards}, the number of files that this process "
-                "streams."
-            )
+            files = f"{stream.num_shards}, the number of files that this process streams"
+            raise ValueError(f"num_workers={workers} must be at most {files}.")
         size = self.settings.batch_size // (processes * self.settings.gradient_accumulation)
-        transform = self.pixels.create_transform(self.settings, training=True)
+        augmentation = _Augmentation(self.pixels, self.settings, seeds)
         # The loader takes a part from each worker in turn, beginning with the first one.
         rounds, rest = divmod(first_step * self.settings.gradient_accumulation, workers)
-        parts = _Stream(stream, self.pixels, transform, seeds, size=size, skip=rounds)
+        parts = _Stream(stream, augmentation, size=size, skip=rounds)
         loader = DataLoader(parts, batch_size=None, num_workers=self.settings.num_workers, generator=torch.Generator())
         for indices, views, labels in itertools.islice(loader, rest, None):
             yield Batch(indices, [(view, labels) for view in views])
@@ -227,7 +206,7 @@ class _BatchOrder:
     permutation; the images at its end that do not fill a batch are left out.
     """
 
-    def __init__(self, size: int, settings: Settings, *, shard: tuple[int, int], seed: int, first_step: int):
+    def __init__(self, size: int, settings: Settings, *, shard: Shard, seed: int, first_step: int):
         self.size, self.batch, self.seed, self.first_step = size, min(settings.batch_size, size), seed, first_step
         self.parts = settings.gradient_accumulation * shard[1]
         self.own_parts = range(shard[0], self.parts, shard[1])
@@ -245,24 +224,38 @@ class _BatchOrder:
                 yield [(epoch, int(index)) for index in parts[number]]
 
 
-class _Views(TorchDataset):
-    """An image as each network sees it in an epoch: decoded once, then augmented separately."""
+class _Augmentation:
+    """An image as each network sees it: decoded once, then augmented with the network's seed."""
 
-    def __init__(self, split, pixels: Pixels, transform, seeds: Sequence[int]):
-        self.split, self.pixels, self.transform, self.seeds = split, pixels, transform, seeds
+    def __init__(self, pixels: Pixels, settings: Settings, seeds: Sequence[int], training: bool = True):
+        self.mode, self.transform, self.seeds = pixels.mode, pixels.create_transform(settings, training), seeds
+
+    def __call__(self, image: PIL.Image.Image, *numbers: int) -> list[torch.Tensor]:
+        """One view for each seed; `numbers` distinguish the random draws of different images."""
+        image, views = convert_image(image, self.mode), []
+        for seed in self.seeds:
+            with _seed_all(_derive_seed(seed, *numbers)):
+                views.append(self.transform(image))
+        return views
+
+
+class _Views(TorchDataset):
+    """The views of an image in an epoch."""
+
+    def __init__(self, split: Dataset, augmentation: _Augmentation):
+        self.split, self.augmentation = split, augmentation
 
     def __getitem__(self, place: tuple[int, int]):
         epoch, index = place
-        image = convert_image(read_image(self.split, index), self.pixels.mode)
-        return index, _augment(image, self.transform, self.seeds, epoch, index), self.split[index]["label"]
+        views = self.augmentation(read_image(self.split, index), epoch, index)
+        return index, views, self.split[index]["label"]
 
 
 class _Stream(IterableDataset):
     """Parts of `size` images from a stream. Each worker leaves out its first `skip` parts without decoding them."""
 
-    def __init__(self, stream, pixels: Pixels, transform, seeds: Sequence[int], *, size: int, skip: int):
-        self.stream, self.pixels, self.transform, self.seeds = stream, pixels, transform, seeds
-        self.size, self.skip = size, skip
+    def __init__(self, stream: Stream, augmentation: _Augmentation, *, size: int, skip: int):
+        self.stream, self.augmentation, self.size, self.skip = stream, augmentation, size, skip
 
     def __iter__(self):
         examples = self._examples()
@@ -278,18 +271,8 @@ class _Stream(IterableDataset):
             for example in self.stream:
                 if number >= self.skip * self.size:
                     image = decode_image(example["image"], f"image {number} of the stream")
-                    image = convert_image(image, self.pixels.mode)
-                    yield number, _augment(image, self.transform, self.seeds, worker_id, number), example["label"]
+                    yield number, self.augmentation(image, worker_id, number), example["label"]
                 number += 1
-
-
-def _augment(image: PIL.Image.Image, transform, seeds: Sequence[int], *numbers: int) -> list[torch.Tensor]:
-    """The image once for each seed; `numbers` distinguish the random draws of different images."""
-    views = []
-    for seed in seeds:
-        with _seed_all(_derive_seed(seed, *numbers)):
-            views.append(transform(image))
-    return views
 
 
 def _collate(examples) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:

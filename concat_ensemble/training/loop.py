@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import schedulefree
 import torch
@@ -24,6 +25,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_we
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.errors import first_line
@@ -35,6 +37,7 @@ from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_s
 CHECK_EVERY = 10  # steps; reading a loss waits for the device
 STATISTICS_BATCHES = 50  # for BatchNorm under averaged weights
 
+Network = TypeVar("Network", bound=nn.Module)
 # (network, images, labels) -> scalar loss of a part of a batch
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,17 +54,13 @@ def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
     )
 
 
-class Loop:
+class Loop(Generic[Network]):
     """Training of several networks in step: on the same images, each with its own augmentation and optimizer.
 
     Args:
-        accelerator: From `create_accelerator`.
-        settings: How to train.
-        networks: With their initial weights.
         steps: Updates of each network.
         folder: Where to keep checkpoints; `finish` deletes it.
         identity: Plain JSON values that a checkpoint must have been saved with to be continued.
-        name: For messages and trackers.
         cycles: Number of learning-rate cycles. The last one ends with the last step.
         param_groups: Makes the optimizer's parameter groups of a network; timm's own when left out.
 
@@ -73,14 +72,14 @@ class Loop:
         self,
         accelerator: Accelerator,
         settings: Settings,
-        networks: Sequence[nn.Module],
+        networks: Sequence[Network],
         *,
         steps: int,
         folder: Path,
         identity: dict,
         name: str,
         cycles: int = 1,
-        param_groups: Callable[[nn.Module], list[dict]] | None = None,
+        param_groups: Callable[[Network], list[dict]] | None = None,
     ):
         self.accelerator, self.settings, self.steps = accelerator, settings, steps
         self.folder, self.identity, self.name = folder, identity, name
@@ -88,24 +87,27 @@ class Loop:
         length = (steps - round(settings.warmup * steps)) // cycles
         warmup = steps - cycles * length  # with the remainder of the division
         self.cycle_ends = [warmup + (k + 1) * length for k in range(cycles)]
-        self.networks, self.optimizers, self._schedules, self._averages = [], [], [], []
+        self.networks: list[Any] = []  # as accelerate wraps them
+        self.optimizers: list[Any] = []
+        self._schedules: list[Any] = []
+        self._averages: list[ModelEmaV3] = []
         for network in networks:
             if settings.gradient_checkpointing:
-                (getattr(network, "gradient_checkpointing_enable", None) or network.set_grad_checkpointing)()
+                _checkpoint_gradients(network)
             optimizer = _create_optimizer(network, settings, warmup, param_groups)
             if settings.optimizer != SCHEDULE_FREE:
                 self._schedules.append(_create_schedule(optimizer, settings, warmup, length, cycles))
-            network = network.to(accelerator.device, memory_format=torch.channels_last)
+            network = network.to(accelerator.device).to(memory_format=torch.channels_last)
             if settings.ema_decay:
                 self._averages.append(ModelEmaV3(network, decay=settings.ema_decay, use_warmup=True))
-            network, optimizer = accelerator.prepare(network, optimizer)
-            self.networks.append(network)
+            wrapped, optimizer = accelerator.prepare(network, optimizer)
+            self.networks.append(wrapped)
             self.optimizers.append(optimizer)
         accelerator.register_for_checkpointing(*self._averages)
         self.step, self.seconds = 0, 0.0
         self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
         if checkpoint is not None:
-            accelerator.load_state(checkpoint)
+            accelerator.load_state(str(checkpoint))
             state = read_state(checkpoint)
             self.step, self.seconds = state["step"], state["seconds"]
             for schedule in self._schedules:
@@ -119,13 +121,8 @@ class Loop:
         stops: Sequence[int] = (),
         evaluate: Callable[[nn.Module], float] | None = None,
     ) -> Iterator[int]:
-        """Train to the end. Yield each step in `stops` and the last step, when it is reached.
-
-        Args:
-            batches: Gives parts of batches without end, from a step on.
-            loss: The loss of a network on a part of a batch.
-            stops: Steps to stop after.
-            evaluate: Top-1 accuracy of a network, computed every `evaluate_every` steps.
+        """Train to the end. Yield each step in `stops` and the last step, when it is reached. `batches` gives parts of
+        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the top-1 accuracy of a network.
 
         Raises:
             ValueError: naming the step and the images, if a loss is not finite.
@@ -161,7 +158,7 @@ class Loop:
                     if not is_last:  # at the end the networks stay as they were saved
                         self._train_mode(True)
 
-    def networks_to_save(self) -> list[nn.Module]:
+    def networks_to_save(self) -> list[Network]:
         """The networks in evaluation mode, as they would be saved now: the moving averages of their weights if there
         are any, and with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are
         computed again (Defazio et al. 2024, section on BatchNorm).
@@ -226,7 +223,7 @@ class Loop:
             return signaled
         if not self._is_due(CHECK_EVERY):
             return False
-        return bool(self.accelerator.reduce(torch.tensor(float(signaled), device=self.accelerator.device)) > 0)
+        return bool(self.accelerator.reduce(torch.tensor(float(signaled), device=self.accelerator.device)))
 
     def _log_losses(self) -> float:
         """Check the losses since the last call, and log and return the mean of the last step's over the networks.
@@ -260,10 +257,8 @@ class Loop:
 
     def _terminate(self, signals: list[int]) -> None:
         sender = signal.Signals(signals[0]).name if signals else "another process"
-        self.accelerator.print(
-            f"{self.name}: ended by {sender} after step {self.step:,}, which is saved; the same command continues.",
-            flush=True,
-        )
+        reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
+        self.accelerator.print(f"{self.name}: {reason}.", flush=True)
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
     def _save(self) -> None:
@@ -320,20 +315,27 @@ def _record_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _create_optimizer(network: nn.Module, settings: Settings, warmup: int, param_groups) -> torch.optim.Optimizer:
-    betas = {} if settings.betas is None else {"betas": tuple(settings.betas)}
+def _checkpoint_gradients(network: Any) -> None:
+    """The method has one name in transformers and another in timm."""
+    (getattr(network, "gradient_checkpointing_enable", None) or network.set_grad_checkpointing)()
+
+
+def _create_optimizer(
+    network: nn.Module, settings: Settings, warmup: int, param_groups: Callable[..., list[dict]] | None
+) -> Optimizer:
+    betas: dict[str, Any] = {} if settings.betas is None else {"betas": tuple(settings.betas)}
     if settings.optimizer == SCHEDULE_FREE:
         groups = (param_groups or partial(param_groups_weight_decay, weight_decay=settings.weight_decay))(network)
         groups = [{"lr": settings.learning_rate * group.pop("lr_scale", 1.0)} | group for group in groups]
         return schedulefree.AdamWScheduleFree(groups, lr=settings.learning_rate, warmup_steps=warmup, **betas)
     # One fused call for all tensors, if torch has it, saves a tenth of a small network's step on a CPU.
     kind = get_optimizer_class(settings.optimizer, bind_defaults=False)
-    fused = {"fused": True} if "fused" in signature(kind).parameters else {}
+    fused: dict[str, Any] = {"fused": True} if "fused" in signature(kind).parameters else {}
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     return create_optimizer_v2(network, settings.optimizer, param_group_fn=param_groups, **rates, **betas, **fused)
 
 
-def _create_schedule(optimizer, settings: Settings, warmup: int, length: int, cycles: int):
+def _create_schedule(optimizer: Optimizer, settings: Settings, warmup: int, length: int, cycles: int) -> Any:
     """timm's schedule, by steps: `warmup` steps, then `cycles` of `length` steps each."""
     steps = {"num_epochs": length, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
     steps |= {"warmup_lr": settings.learning_rate / max(warmup, 1), "warmup_prefix": True}

@@ -25,13 +25,8 @@ S = TypeVar("S", bound=Settings)
 def read_options(
     kind: type[S], description: str | None, arguments: Sequence[str] | None, **flags: dict[str, Any]
 ) -> tuple[S, argparse.Namespace]:
-    """Settings and further options from a command line.
-
-    Args:
-        kind: Class of the settings, each field of which is an option.
-        description: Text of `--help`.
-        arguments: The command line; that of this process when left out.
-        flags: Further options of the script: arguments of `add_argument` by name.
+    """Settings and further options from a command line, that of this process when left out. Each field of the settings
+    is an option; `flags` are further ones, as arguments of `add_argument` by name.
 
     Returns:
         The settings, and the options `cpu`, `max_images` (of each split, with `--smoke`) and `flags`.

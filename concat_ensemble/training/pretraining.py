@@ -29,6 +29,7 @@ from torch import nn
 
 from concat_ensemble.errors import first_line
 from concat_ensemble.members.assemble import assemble
+from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
 from concat_ensemble.training.loop import Loop, create_accelerator
@@ -242,8 +243,7 @@ def assemble_all(recipe: Recipe, output: Path) -> None:
     for name, networks in plan_ensembles(recipe).items():
         folders = [output / folder for network in networks for folder in network.folders]
         ensemble = assemble(folders)
-        hashes = [member["provenance"]["weights_sha256"] for member in ensemble.config.members]
-        if read_hashes(output / name) != hashes:
+        if read_hashes(output / name) != members_sha256(ensemble.config):
             ensemble.save_pretrained(output / name)
         print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}")
 
@@ -295,13 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         flags = {"parallelism": PARALLELISM, "plan": {"action": "store_true", "help": "print the costs, and stop"}}
         recipe, options = read_options(Recipe, __doc__, arguments, **flags)
-        run(
-            recipe,
-            parallelism=options.parallelism,
-            cpu=options.cpu,
-            max_images=options.max_images,
-            only_plan=options.plan,
-        )
+        machine = {"parallelism": options.parallelism, "cpu": options.cpu}
+        run(recipe, max_images=options.max_images, only_plan=options.plan, **machine)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from concat_ensemble.errors import suggest
 from concat_ensemble.recipe_files import check_fields, read_fields
 
 SCHEDULE_FREE = "schedulefree_adamw"  # Defazio et al. 2024, the paper's optimizer
-OPTIMIZERS = (SCHEDULE_FREE, *timm.optim.list_optimizers())
+OPTIMIZERS = (SCHEDULE_FREE, *map(str, timm.optim.list_optimizers()))
 # Fields that may differ between a run and its continuation: they say where and how fast, not what is trained.
 PLACE = ("output", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_with", "compile")
 SMOKE_STEPS, SMOKE_BATCH = 16, 16
@@ -49,13 +49,9 @@ class Settings:
     streaming: bool = False  # read the training split from the Hub while training; shuffled in a buffer only
 
     augmentation: Literal["timm", "scatter", "none"] = "timm"  # "scatter" places each image anew on a noisy canvas
-    turned: bool = (
-        False  # no labels: predict the quarter turn of each scattered image (Gidaris 2018, arXiv:1803.07728)
-    )
+    turned: bool = False  # no labels: predict the quarter turn of each scattered image (RotNet, arXiv:1803.07728)
     auto_augment: str | None = None  # timm's, such as rand-m9-mstd0.5-inc1
-    crop_scale: list[Share] = field(
-        default_factory=lambda: [0.08, 1.0]
-    )  # smallest and largest area of the random crop
+    crop_scale: list[Share] = field(default_factory=lambda: [0.08, 1.0])  # smallest and largest area of a random crop
     flip: Share = 0.5  # probability of a mirrored image
     color_jitter: NonNegativeFloat = 0.4
     random_erasing: Share = 0.0
@@ -88,19 +84,15 @@ class Settings:
     def __post_init__(self):
         check_fields(type(self), vars(self))
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer={self.optimizer!r} must be {SCHEDULE_FREE} or one of timm.optim.list_optimizers()"
-                + suggest(self.optimizer, OPTIMIZERS)
-            )
+            expected = f"{SCHEDULE_FREE} or one of timm.optim.list_optimizers()"
+            raise ValueError(f"optimizer={self.optimizer!r} must be {expected}{suggest(self.optimizer, OPTIMIZERS)}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1]:
-            raise ValueError(
-                f"crop_scale={self.crop_scale} must be two shares of the image's area above 0, the smaller one first."
-            )
+            expected = "two shares of the image's area above 0, the smaller one first"
+            raise ValueError(f"crop_scale={self.crop_scale} must be {expected}.")
         self._check_auto_augment()
         if self.turned and (self.augmentation != "scatter" or self.evaluate_every):
-            raise ValueError(
-                "turned=True needs augmentation=scatter and evaluate_every=0: held-out images keep their labels."
-            )
+            reason = "held-out images keep their labels"
+            raise ValueError(f"turned=True needs augmentation=scatter and evaluate_every=0: {reason}.")
         if self.streaming and self.augmentation == "scatter":
             raise ValueError("streaming=True needs augmentation=timm or none: scatter holds the images in memory.")
 
@@ -111,9 +103,8 @@ class Settings:
         try:
             create(self.auto_augment, {})
         except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"auto_augment={self.auto_augment!r} must be a policy of timm, such as rand-m9-inc1, original or v0."
-            ) from error
+            expected = "a policy of timm, such as rand-m9-inc1, original or v0"
+            raise ValueError(f"auto_augment={self.auto_augment!r} must be {expected}.") from error
 
     @property
     def identity(self) -> dict:
@@ -180,17 +171,13 @@ class Recipe(NetworkSettings):
         if self.snapshots and not 2 <= self.snapshots <= steps:
             raise ValueError(f"snapshots={self.snapshots} must be 0, or from 2 to total_steps={steps}.")
         if self.snapshots and (self.schedule != "cosine" or self.optimizer == SCHEDULE_FREE):
-            raise ValueError(
-                f"snapshots={self.snapshots} needs schedule=cosine and an optimizer with a schedule, which "
-                f"{SCHEDULE_FREE} does not have."
-            )
+            optimizer = f"an optimizer with a schedule, which {SCHEDULE_FREE} does not have"
+            raise ValueError(f"snapshots={self.snapshots} needs schedule=cosine and {optimizer}.")
         if self.seeds is not None:
             has_others = len(self.members) != 1 or self.wide_steps or self.snapshots
             if has_others or len(self.seeds) != self.members[0]:
-                raise ValueError(
-                    f"seeds={self.seeds} needs a single ensemble with as many members, not members={self.members}, "
-                    f"wide_steps={self.wide_steps}, snapshots={self.snapshots}."
-                )
+                planned = f"members={self.members}, wide_steps={self.wide_steps}, snapshots={self.snapshots}"
+                raise ValueError(f"seeds={self.seeds} needs a single ensemble with as many members, not {planned}.")
 
     def shrink(self) -> Self:
         steps = max(SMOKE_STEPS, *self.members, self.snapshots)

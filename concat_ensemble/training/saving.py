@@ -29,25 +29,19 @@ def save_network(
     provenance: dict,
     identity: dict,
 ) -> None:
-    """Save a network in timm's own layout, with or without its head. It replaces `folder` as a whole.
-
-    Args:
-        model: A network that `timm.create_model(architecture, **model_args)` can create.
-        images: What it was trained on, for its preprocessing and class names.
+    """Save a network in timm's own layout, with or without its head, and with the preprocessing and class names of
+    `images`, which it was trained on. It replaces `folder` as a whole.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
-    config = {
-        "pretrained_cfg": {**pixels, "license": "apache-2.0"},
-        "provenance": provenance,
-        "label_names": images.class_names,
-    }
+    pretrained_cfg = {**pixels, "license": "apache-2.0"}
+    config = {"pretrained_cfg": pretrained_cfg, "provenance": provenance, "label_names": images.class_names}
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with torch.device("meta"):
         plain = timm.create_model(architecture, num_classes=model.num_classes, **model_args)
     plain.load_state_dict(weights, assign=True)
     layout = {"model_config": config, "model_args": model_args, "data_config": pixels}
     with replace_result(folder, identity) as aside:
-        save_for_hf(plain, aside, safe_serialization=True, **layout)
+        save_for_hf(plain, str(aside), safe_serialization=True, **layout)
 
 
 @contextmanager
@@ -83,10 +77,8 @@ def read_state(folder: Path) -> dict:
     try:
         return json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} has no readable {STATE_FILE} of a training ({first_line(error)}); name another output=, or "
-            "delete the folder."
-        ) from error
+        problem = f"{folder} has no readable {STATE_FILE} of a training ({first_line(error)})"
+        raise ValueError(f"{problem}; name another output=, or delete the folder.") from error
 
 
 def _shorten(value) -> str:

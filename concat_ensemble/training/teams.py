@@ -16,12 +16,8 @@ from torch import distributed
 
 
 class Team:
-    """The team of this process. Create it before any `Accelerator`, which then takes the team for all processes.
-
-    Args:
-        parallelism: "data" or "members".
-        num_jobs: Number of trainings.
-        cpu: Whether they run on the CPU.
+    """The team of this process, for `num_jobs` trainings with a parallelism of "data" or "members". Create it before
+    any `Accelerator`, which then takes the team for all processes.
     """
 
     def __init__(self, parallelism: str, num_jobs: int, cpu: bool):
@@ -36,7 +32,7 @@ class Team:
         self._store = None
         if self.num_teams > 1:
             self._store = _open_store()
-            self._form_group(cpu)
+            self._form_group(self._store, cpu)
 
     def __str__(self) -> str:
         if self.num_processes == 1:
@@ -71,7 +67,7 @@ class Team:
         if self._store is not None and self.is_main_process:
             self._store.wait([f"job {number} is done" for number in range(self.num_jobs)])
 
-    def _form_group(self, cpu: bool) -> None:
+    def _form_group(self, store: distributed.Store, cpu: bool) -> None:
         """Make the team all that accelerate sees: by its environment variables, and by a process group if needed."""
         use_gpu = not cpu and torch.cuda.is_available()
         if use_gpu:
@@ -83,7 +79,7 @@ class Team:
                 os.environ.pop(name, None)
             return
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size)}
-        store = distributed.PrefixStore(f"team {self.number}", self._store)
+        store = distributed.PrefixStore(f"team {self.number}", store)
         backend = "nccl" if use_gpu else "gloo"
         distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
