@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.modeling.weights_concat_ensemble import CARD_PARTS, INDEX_NAME, SHARD_NAME, copy_card
 
 if TYPE_CHECKING:
     from concat_ensemble.features.table import FeatureTable, TableSplit
+    from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 
 ROWS = 1024  # read from the table at a time
 
@@ -49,7 +50,9 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
     return push_folder(folder, repo_id, **options)
 
 
-def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", **options) -> CommitInfo:
+def push_model(
+    model: ConcatEnsemblePreTrainedModel, repo_id: str, *, max_shard_size: Any = "50GB", **options
+) -> CommitInfo:
     """Publish a model in one commit, with the image processor and the card. While the weights are those of the folder
     that the model was loaded from, that folder's card, results and figures go along. While they are those of the repo,
     the repo's card stays. Else a new card is written.
@@ -61,7 +64,7 @@ def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", **opt
         **options: As in `push_folder`.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder, source = Path(name), Path(model.name_or_path)
+        folder, source = Path(name), Path(str(model.name_or_path))
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if copy_card(source, folder) and not filecmp.cmp(source / INDEX_NAME, folder / INDEX_NAME):
             _write_card(folder, None)  # its card describes a head that this model does not have

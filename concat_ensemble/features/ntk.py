@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.features.extractor import is_ensemble
+from concat_ensemble.members.assemble import is_ensemble
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ class NTK:
         Raises:
             ValueError: if the head does not have one weight per pooled feature of the ensemble.
         """
-        if self.head is None or not is_ensemble(model):
-            return [self] * (len(model.members) if is_ensemble(model) else 1)
+        if not is_ensemble(model):
+            return [self]
+        if self.head is None:
+            return [self] * len(model.members)
         feature_dims = [model.config.members[int(number)]["num_features"] for number in model.members]
         _check_head(len(self.head), sum(feature_dims))
         heads = np.split(np.asarray(self.head), np.cumsum(feature_dims)[:-1])
@@ -152,7 +154,7 @@ class NTKFeatures:
     uses_projection = False
     name_suffix = " NTK"
 
-    def __init__(self, ntk: NTK, model: nn.Module):
+    def __init__(self, ntk: NTK, model: PreTrainedModel):
         self._members = ntk.for_members(model)
 
     def key_fields(self, position: int) -> dict[str, Any]:
@@ -160,7 +162,9 @@ class NTKFeatures:
         head = None if ntk.head is None else np.asarray(ntk.head, np.float32).tolist()
         return {"ntk": {"dim": ntk.dim, "parameters": ntk.parameters, "seed": ntk.seed, "head": head}}
 
-    def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    def features(
+        self, model: PreTrainedModel, positions: Sequence[int], pixel_values: torch.Tensor
+    ) -> list[torch.Tensor]:
         members = [(model, pixel_values)]
         if is_ensemble(model):
             members = [(member, model._member_pixels[k](pixel_values)) for k, member in model.members.items()]

@@ -13,7 +13,7 @@ from torch import nn
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, Rows, TableSplit
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 
 
 @dataclass
@@ -73,7 +73,7 @@ def standardized_projection(mean: np.ndarray, scale: np.ndarray, directions: np.
     return Projection(weight.astype(mean.dtype), (-mean @ weight).astype(mean.dtype))
 
 
-def with_projection(model: nn.Module, projection: Projection) -> ConcatEnsembleModel:
+def with_projection(model: ConcatEnsemblePreTrainedModel, projection: Projection) -> ConcatEnsembleModel:
     """The ensemble with `pooler_output` projected; it shares the members' weights.
 
     Raises:
@@ -94,8 +94,7 @@ def with_projection(model: nn.Module, projection: Projection) -> ConcatEnsembleM
     return ensemble.eval()
 
 
-def stored_projection(model: nn.Module) -> Projection:
-    """The projection of an ensemble that has one."""
-    layer = model.projection
+def stored_projection(layer: nn.Linear) -> Projection:
+    """The projection that an ensemble holds as this layer."""
     weight, bias = (tensor.detach().float().cpu().numpy() for tensor in (layer.weight, layer.bias))
     return Projection(weight.T.copy(), bias)

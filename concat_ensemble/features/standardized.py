@@ -112,7 +112,7 @@ class StandardizedFeatures:
     def _read_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         for start in range(0, len(self), CHUNK):
             chunk = _read_rows(self._split, start).to(self.device, self.dtype)
-            if self._mean is not None:
+            if self._mean is not None and self._scale is not None:
                 chunk = (chunk - self._mean).div_(self._scale)
             yield slice(start, start + len(chunk)), chunk.to(dtype)
 

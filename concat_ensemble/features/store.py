@@ -46,6 +46,7 @@ def default_store() -> Path:
 def image_hashes(split: Dataset) -> list[bytes]:
     """One hash per image of a split from `load_data`, of its encoded bytes."""
     hashes = []
+    batch: Any  # a dict of columns
     for batch in split.select_columns("image").with_format(None).iter(batch_size=256):
         for encoded in batch["image"]:
             content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
@@ -186,6 +187,6 @@ def _open_shard(path: Path) -> tuple[list[bytes], np.ndarray]:
 
 
 def _checksum(images: torch.Tensor, features: torch.Tensor) -> str:
-    digest = xxhash.xxh3_128(images.numpy())
-    digest.update(features.contiguous().view(torch.uint8).numpy())
+    digest = xxhash.xxh3_128(images.numpy().data)
+    digest.update(features.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -41,7 +41,8 @@ def load_for_export(folder: str | os.PathLike) -> ConcatEnsemblePreTrainedModel:
         raise ValueError(f"{problem}; make one with concat-ensemble build.")
     has_head = ConcatEnsembleForImageClassification.__name__ in (config.architectures or ())
     model_class = ConcatEnsembleForImageClassification if has_head else ConcatEnsembleModel
-    return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+    model: Any = model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model
 
 
 def export_onnx(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *, check: bool = True) -> Path:

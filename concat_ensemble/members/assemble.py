@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -21,6 +21,7 @@ from concat_ensemble.members.checkpoints import (
     load_backbone,
     match_state_dict,
     read_checkpoint,
+    timm_cfg,
     weights_sha256,
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
@@ -35,7 +36,11 @@ from concat_ensemble.modeling.configuration_concat_ensemble import (
     validate_model_args,
     validate_preprocessing,
 )
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, create_backbone
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleModel,
+    ConcatEnsemblePreTrainedModel,
+    create_backbone,
+)
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
@@ -126,23 +131,28 @@ def _load_members(source: Source, seed: int) -> list[_Member]:
     return _load_from_hub(HUB + _find_pretrained(text))
 
 
+def is_ensemble(model: nn.Module) -> TypeGuard[ConcatEnsemblePreTrainedModel]:
+    """Whether a model is an ensemble of ours; a class loaded from a repo counts too."""
+    return getattr(getattr(model, "config", None), "model_type", "") == "concat_ensemble"
+
+
 def _load_module(module: nn.Module) -> list[_Member]:
-    if getattr(getattr(module, "config", None), "model_type", "") == "concat_ensemble":
+    if is_ensemble(module):
         return _copy_members(module)
     if not hasattr(module, "pretrained_cfg"):
         raise ValueError(
             f"{type(module).__name__} is not a timm model, as members must be; make it with timm.create_model(...)."
         )
-    backbone = create_backbone(module.pretrained_cfg["architecture"], **_select_model_args(module))
+    pretrained_cfg = timm_cfg(module)
+    backbone = create_backbone(pretrained_cfg["architecture"], **_select_model_args(module))
     load_backbone(backbone, module.state_dict(), f"the {type(module).__name__} in memory")
-    return [_make_member(backbone, {"source": "a model in memory"}, module.pretrained_cfg)]
+    return [_make_member(backbone, {"source": "a model in memory"}, pretrained_cfg)]
 
 
-def _copy_members(ensemble: nn.Module) -> list[_Member]:
+def _copy_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
     """Copy an ensemble's members, so that the ensemble itself keeps its dtype, mode and device."""
-    projection = getattr(ensemble, "projection", None)
     return [
-        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), projection)
+        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), ensemble.projection)
         for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True)
     ]
 
@@ -179,7 +189,8 @@ def _load_from_hub(name: str) -> list[_Member]:
     commit = _find_commit(repo, revision or None)
     config = _read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
     if config.get("model_type") == "concat_ensemble":
-        members = _copy_members(ConcatEnsembleModel.from_pretrained(repo, revision=commit))
+        ensemble: Any = ConcatEnsembleModel.from_pretrained(repo, revision=commit)
+        members = _copy_members(ensemble)
         for member in members:
             member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
         return members
@@ -187,11 +198,11 @@ def _load_from_hub(name: str) -> list[_Member]:
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
         create_backbone(config["architecture"], **model_args)
     backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
-    license = backbone.pretrained_cfg.get("license")
+    license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
 
 
-def _find_commit(repo: str, revision: str | None) -> str:
+def _find_commit(repo: str, revision: str | None) -> str | None:
     """The commit of a revision on the Hub or, without a network, in the cache."""
     name = f"{HUB}{repo}" + (f"@{revision}" if revision else "")
     try:
@@ -218,7 +229,8 @@ def _load_folder(folder: Path) -> list[_Member]:
         )
     config = _read_config(folder / "config.json")
     if config.get("model_type") == "concat_ensemble":
-        return _copy_members(ConcatEnsembleModel.from_pretrained(folder))
+        ensemble: Any = ConcatEnsembleModel.from_pretrained(folder)
+        return _copy_members(ensemble)
     model_args = _read_model_args(config, str(folder))
     architecture, weights, pickled = config["architecture"], folder / "model.safetensors", folder / "pytorch_model.bin"
     if not weights.is_file() and pickled.is_file():
@@ -246,7 +258,7 @@ def _load_file(path: Path, architecture: str) -> _Member:
     else:
         load_backbone(backbone, converted.tensors, str(path))
     provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
-    return _make_member(backbone, provenance, backbone.pretrained_cfg | converted.pretrained_cfg)
+    return _make_member(backbone, provenance, timm_cfg(backbone) | converted.pretrained_cfg)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -284,9 +296,9 @@ def _make_member(
     """Add the spec of a member; `pretrained_cfg` says which pixels it takes, by default the backbone's own."""
     # timm warns that it averages the mean of a grayscale model over its channels, which is intended.
     logging.getLogger("timm.data.model_config").setLevel(logging.ERROR)
-    name = backbone.pretrained_cfg["architecture"]
+    name = timm_cfg(backbone)["architecture"]
     try:
-        pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or backbone.pretrained_cfg)
+        pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or timm_cfg(backbone))
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
     except (AssertionError, LookupError, TypeError, ValueError) as error:

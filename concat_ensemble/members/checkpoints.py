@@ -94,7 +94,7 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
     expected = backbone.state_dict()
     prefix = _find_wrappers(tensors, expected)
     unwrapped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    classifier = backbone.pretrained_cfg.get("classifier") or ()
+    classifier = timm_cfg(backbone).get("classifier") or ()
     layers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
     matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}
     problems = {
@@ -108,7 +108,7 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
     }
     listing = "; ".join(f"{problem}: {_list_keys(keys)}" for problem, keys in problems.items() if keys)
     if listing:
-        name = backbone.pretrained_cfg.get("architecture", type(backbone).__name__)
+        name = timm_cfg(backbone).get("architecture", type(backbone).__name__)
         raise ValueError(
             f"{source} does not hold the weights of {name}; {listing}. Name the right architecture, as NAME=FILE."
         )
@@ -120,8 +120,13 @@ def weights_sha256(state_dict: Tensors) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(state_dict.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def timm_cfg(backbone: Any) -> dict[str, Any]:
+    """timm's description of a network, an attribute that `nn.Module` does not declare."""
+    return backbone.pretrained_cfg
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -17,7 +17,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.members.checkpoints import WRAPPERS, Tensors, refuse_bomb
+from concat_ensemble.members.checkpoints import WRAPPERS, Tensors, refuse_bomb, timm_cfg
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
@@ -138,7 +138,7 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
         ValueError: if the file holds objects, or anything but the weights of this architecture.
         FileNotFoundError: if it does not exist.
     """
-    name = backbone.pretrained_cfg.get("architecture")
+    name = timm_cfg(backbone).get("architecture")
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"{path}: .npz holds a vision transformer, not {name}; name it as vit_base_patch16_224=FILE.")
     if not path.is_file():
@@ -165,8 +165,8 @@ def _rename(tensors: Tensors, rules: list[Rule]) -> Tensors:
     """Apply regular expressions in order to the part of each key after its wrappers; drop keys that become empty."""
     renamed: Tensors = {}
     for key, tensor in tensors.items():
-        wrappers = re.match(f"(?:{WRAPPERS.pattern})*", key)[0]
-        name = key.removeprefix(wrappers)
+        name = re.sub(f"^(?:{WRAPPERS.pattern})*", "", key)
+        wrappers = key.removesuffix(name)
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if wrappers + name in renamed:
