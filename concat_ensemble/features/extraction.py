@@ -63,8 +63,6 @@ def extract_features(
         dataset: From `load_data`. Any other dataset is passed through `load_data` with its defaults.
         processor: Makes `pixel_values` from a list of PIL images. Default: the model's own.
         ntk: Store gradients with these settings in place of pooled features.
-        batch_size: Images in one forward pass.
-        num_workers: Processes that read and transform images.
         device: Where the model runs. Default: the GPU if there is one, else the CPU.
         compute: float32, or bfloat16 for autocast. Each precision has blocks of its own.
         storage: "float32", or "float16" for half the disk space.
@@ -237,11 +235,8 @@ class _Run:
             return [block.float().cpu() for block in self.extractor.features(part, positions, pixels)]
 
     def _convert(self, features: torch.Tensor, position: int, shard: list[bytes]) -> torch.Tensor:
-        """Features in the dtype in which they are stored.
-
-        Raises:
-            ValueError: naming the first image whose features are not finite.
-        """
+        """Features in the dtype in which they are stored. Raises ValueError naming the first image for which they are
+        not finite."""
         stored = features.to(self.storage)
         rows = torch.nonzero(~torch.isfinite(stored).all(dim=1)).flatten().tolist()
         if rows:

@@ -18,11 +18,8 @@ from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleMode
 
 @dataclass
 class Projection:
-    """rows @ weight + bias: from D features, not standardized, to d.
-
-    The projected features must not be standardized again: that is whitening, which ruins a probe if d is close to the
-    number of rows.
-    """
+    """rows @ weight + bias: from D features, not standardized, to d. The projected features must not be standardized
+    again: that is whitening, which ruins a probe if d is close to the number of rows."""
 
     weight: np.ndarray  # (D, d)
     bias: np.ndarray  # (d,)
@@ -74,12 +71,8 @@ def standardized_projection(mean: np.ndarray, scale: np.ndarray, directions: np.
 
 
 def with_projection(model: ConcatEnsemblePreTrainedModel, projection: Projection) -> ConcatEnsembleModel:
-    """The ensemble with `pooler_output` projected; it shares the members' weights.
-
-    Raises:
-        ValueError: if the ensemble has a projection already, if only some of its members are built, or if the
-            projection takes another number of features.
-    """
+    """The ensemble with `pooler_output` projected; it shares the members' weights. Raises ValueError if the ensemble
+    has a projection already or not all of its members, or if the projection takes another number of features."""
     config = model.config
     if config.projection_dim is not None or config.active_members is not None:
         raise ValueError("a projection goes onto a whole ensemble without one; use export_active() or the members.")

@@ -55,10 +55,8 @@ def image_hashes(split: Dataset) -> list[bytes]:
 
 
 def block_key(backbone: nn.Module, fields: dict[str, Any]) -> str:
-    """Name of a member's block: a hash of its live weights and of what else decides its features.
-
-    Provenance is no part of it: fine-tuning changes the weights and leaves the provenance as it was.
-    """
+    """Name of a member's block: a hash of its live weights and of what else decides its features. Provenance is no
+    part of it: fine-tuning changes the weights and leaves the provenance as it was."""
     fields = fields | {"weights": weights_sha256(backbone.state_dict())}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -104,11 +102,7 @@ class Block:
 
     def write(self, images: Sequence[bytes], features: torch.Tensor) -> None:
         """Store the rows (n, D) of n images as one shard. The same images give the same file name, so that work done
-        twice is stored once.
-
-        Raises:
-            OSError: if the disk is full; stored features are not touched.
-        """
+        twice is stored once. Raises OSError if the disk is full; stored features are not touched."""
         content = b"".join(images)
         hashes = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(len(images), HASH_BYTES).copy())
         tensors = {"features": features.contiguous(), "images": hashes}

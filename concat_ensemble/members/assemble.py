@@ -44,8 +44,6 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
-# Arguments in timm's configs that a member does not take: it has no classifier, and its weights are loaded here.
-IGNORED_MODEL_ARGS = ("num_classes", "pretrained")
 
 
 @dataclass
@@ -139,13 +137,12 @@ def is_ensemble(model: nn.Module) -> TypeGuard[ConcatEnsemblePreTrainedModel]:
 def _load_module(module: nn.Module) -> list[_Member]:
     if is_ensemble(module):
         return _copy_members(module)
+    kind = type(module).__name__
     if not hasattr(module, "pretrained_cfg"):
-        raise ValueError(
-            f"{type(module).__name__} is not a timm model, as members must be; make it with timm.create_model(...)."
-        )
+        raise ValueError(f"{kind} is not a timm model, as members must be; make it with timm.create_model(...).")
     pretrained_cfg = timm_cfg(module)
     backbone = create_backbone(pretrained_cfg["architecture"], **_select_model_args(module))
-    load_backbone(backbone, module.state_dict(), f"the {type(module).__name__} in memory")
+    load_backbone(backbone, module.state_dict(), f"the {kind} in memory")
     return [_make_member(backbone, {"source": "a model in memory"}, pretrained_cfg)]
 
 
@@ -167,10 +164,8 @@ def _find_pretrained(name: str) -> str:
     if pretrained is None or not pretrained.hf_hub_id:
         architecture = name.split(".")[0]
         hint = suggest(name, timm.list_pretrained(f"{architecture}.*"))
-        raise ValueError(
-            f"timm has no pretrained weights for {name!r}{hint} For other weights, give {architecture}=FILE; "
-            f"for untrained ones, random:{architecture}."
-        )
+        remedy = f"For other weights, give {architecture}=FILE; for untrained ones, random:{architecture}"
+        raise ValueError(f"timm has no pretrained weights for {name!r}{hint} {remedy}.")
     repo = pretrained.hf_hub_id
     return f"{repo}{pretrained.architecture}.{pretrained.tag}" if repo.endswith("/") else repo
 
@@ -209,24 +204,20 @@ def _find_commit(repo: str, revision: str | None) -> str | None:
         # One request without retries: file downloads would retry for half a minute before they fail.
         return HfApi(library_name="concat-ensemble").model_info(repo, revision=revision, timeout=10).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{name} is not on the Hub ({first_line(error)}); check its name and revision, "
-            "or log in with hf auth login."
-        ) from error
+        remedy = "check its name and revision, or log in with hf auth login"
+        raise ValueError(f"{name} is not on the Hub ({first_line(error)}); {remedy}.") from error
     except (ConnectionError, HTTPError):
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(cached, str):
-            raise ValueError(
-                f"cannot reach the Hub for {name}, and it is not in the cache; give ARCHITECTURE=FILE or a folder."
-            ) from None
+            problem = f"cannot reach the Hub for {name}, and it is not in the cache"
+            raise ValueError(f"{problem}; give ARCHITECTURE=FILE or a folder.") from None
         return Path(cached).parent.name  # the cache has a folder for each commit
 
 
 def _load_folder(folder: Path) -> list[_Member]:
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} has no config.json; give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE."
-        )
+        remedy = "give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE"
+        raise ValueError(f"{folder} has no config.json; {remedy}.")
     config = _read_config(folder / "config.json")
     if config.get("model_type") == "concat_ensemble":
         ensemble: Any = ConcatEnsembleModel.from_pretrained(folder)
@@ -276,9 +267,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_model_args(config: dict[str, Any], source: str) -> dict[str, Any]:
     """Check the model arguments in a config that anybody may have written."""
     _check_architecture(config.get("architecture"))
-    model_args = config.get("model_args") or {}
+    # A member does not take these two: it has no classifier, and its weights are loaded here.
+    ignored = ("num_classes", "pretrained")
+    model_args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in ignored}
     with error_prefix(source):
-        return validate_model_args({key: model_args[key] for key in model_args if key not in IGNORED_MODEL_ARGS})
+        return validate_model_args(model_args)
 
 
 def _check_architecture(name: Any) -> None:
@@ -304,8 +297,7 @@ def _make_member(
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
     if channels not in IMAGE_MODES:
-        modes = " or ".join(map(str, IMAGE_MODES))
-        raise ValueError(f"{name}: it takes {channels} channels; images have {modes}.")
+        raise ValueError(f"{name}: it takes {channels} channels; images have {' or '.join(map(str, IMAGE_MODES))}.")
     with error_prefix(name):
         preprocessing = validate_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]})
     spec = dict.fromkeys(MEMBER_KEYS) | {
@@ -324,13 +316,10 @@ def _measure_num_features(k: int, member: _Member) -> int:
     try:
         pooled = member.backbone.eval()(torch.zeros(1, *input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"member {k} ({name}) cannot take an image of {tuple(input_size)}: {first_line(error)}"
-        ) from error
+        problem = f"member {k} ({name}) cannot take an image of {tuple(input_size)}"
+        raise ValueError(f"{problem}: {first_line(error)}") from error
     if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2:
         output = tuple(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
-        raise ValueError(
-            f"member {k} ({name}) has no pooled features: it returns {output}, not (B, num_features); "
-            "set its global_pool or use another model."
-        )
+        problem = f"member {k} ({name}) has no pooled features: it returns {output}, not (B, num_features)"
+        raise ValueError(f"{problem}; set its global_pool or use another model.")
     return pooled.shape[1]
