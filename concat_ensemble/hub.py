@@ -11,35 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.modeling.weights_concat_ensemble import CARD_PARTS, INDEX_NAME, SHARD_NAME, copy_card
 
 if TYPE_CHECKING:
     from concat_ensemble.features.table import FeatureTable, TableSplit
+    from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 
 ROWS = 1024  # read from the table at a time
 
 
 def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
     """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
-    A folder without a card gets one.
-
-    Args:
-        folder: As `concat-ensemble build` leaves it.
-        repo_id: `namespace/name` of a model repo, made if there is none.
-        **options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`, as in
-            `push_folder`.
-
-    Raises:
-        ValueError, OSError: as `push_folder`, and ValueError if the folder holds no ensemble.
-    """
+    A folder without a card gets one. Arguments and errors are those of `push_folder`, and ValueError if the folder
+    holds no ensemble."""
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -49,19 +41,15 @@ def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
     return push_folder(folder, repo_id, **options)
 
 
-def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", **options) -> CommitInfo:
+def push_model(
+    model: ConcatEnsemblePreTrainedModel, repo_id: str, *, max_shard_size: Any = "50GB", **options
+) -> CommitInfo:
     """Publish a model in one commit, with the image processor and the card. While the weights are those of the folder
     that the model was loaded from, that folder's card, results and figures go along. While they are those of the repo,
-    the repo's card stays. Else a new card is written.
-
-    Args:
-        model: An ensemble with or without a head, also of a class that was loaded from a repo.
-        repo_id: `namespace/name` of a model repo, made if there is none.
-        max_shard_size: As in `save_pretrained`.
-        **options: As in `push_folder`.
-    """
+    the repo's card stays. Else a new card is written. `model` may be of a class that was loaded from a repo;
+    `max_shard_size` is as in `save_pretrained`, and `options` are those of `push_folder`."""
     with tempfile.TemporaryDirectory() as name:
-        folder, source = Path(name), Path(model.name_or_path)
+        folder, source = Path(name), Path(str(model.name_or_path))
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if copy_card(source, folder) and not filecmp.cmp(source / INDEX_NAME, folder / INDEX_NAME):
             _write_card(folder, None)  # its card describes a head that this model does not have
@@ -120,11 +108,8 @@ def push_folder(
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """The files of an ensemble's folder to publish: path by name in the repo.
-
-    Raises:
-        OSError: if the folder is incomplete or holds a symbolic link.
-    """
+    """The files of an ensemble's folder to publish: path by name in the repo. Raises OSError if the folder is
+    incomplete or holds a symbolic link."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -180,11 +165,8 @@ def _plan_commit(api: HfApi, folder: Path, remote: _Remote) -> list[CommitOperat
 def _find_stale(files: dict[str, Path], remote_paths: list[str]) -> list[str]:
     """The repo's weights that the folder does not have and, if it has a card, the repo's other results and figures."""
     owned = CARD_PARTS[2:] if "README.md" in files else ()
-
-    def belongs_to_ensemble(path: str) -> bool:
-        return bool(SHARD_NAME.fullmatch(path)) or path.split("/")[0] in owned
-
-    return [path for path in remote_paths if path not in files and belongs_to_ensemble(path)]
+    absent = [path for path in remote_paths if path not in files]
+    return [path for path in absent if SHARD_NAME.fullmatch(path) or path.split("/")[0] in owned]
 
 
 def _add_card(api: HfApi, folder: Path, remote: _Remote) -> None:
@@ -234,13 +216,8 @@ def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo | 
     """Publish a table as a Hub dataset: a row per image, with a column of lists per member (`member_00`, ...) and the
     label. The table is never in memory as a whole.
 
-    Args:
-        table: From `extract_features`.
-        repo_id: `namespace/name` of a dataset repo, made if there is none.
-        **options: `private`, `token`, `revision`, `create_pr` and more, as in `datasets.DatasetDict.push_to_hub`.
-
-    Raises:
-        ValueError: with `private=True` for a repo that is public.
+    The repo `namespace/name` is made if there is none. `options` are those of `datasets.DatasetDict.push_to_hub`, such
+    as `private`, `token`, `revision` and `create_pr`. Raises ValueError with `private=True` for a repo that is public.
     """
     if options.get("private"):  # which is ignored for a repo that is there already
         api = HfApi(token=options.get("token"), library_name="concat-ensemble")
@@ -248,9 +225,7 @@ def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo | 
         if not api.dataset_info(repo_id).private:
             raise ValueError(_describe_public(repo_id))
     blocks = table[next(iter(table))].blocks
-    columns = {
-        f"member_{k:02d}": List(Value(str(block.dtype)), length=block.shape[1]) for k, block in enumerate(blocks)
-    }
+    columns = {f"member_{k:02d}": List(Value(str(rows.dtype)), length=rows.shape[1]) for k, rows in enumerate(blocks)}
     features = Features(columns | {"label": ClassLabel(names=list(map(str, table.class_names)))})
     with tempfile.TemporaryDirectory() as folder:
         splits = DatasetDict()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import PartialState
@@ -17,22 +18,24 @@ from rich.progress import Progress
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from concat_ensemble.data.images import describe_image, read_image
 from concat_ensemble.data.labels import class_names, read_labels
 from concat_ensemble.data.loading import load_data
-from concat_ensemble.features.extractor import Extractor, PooledFeatures, is_ensemble
+from concat_ensemble.features.extractor import Extractor, PooledFeatures
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK, NTKFeatures
 from concat_ensemble.features.projection import stored_projection
 from concat_ensemble.features.store import Block, block_key, default_store, image_hashes
 from concat_ensemble.features.table import FeatureTable
-from concat_ensemble.members.assemble import assemble
+from concat_ensemble.members.assemble import assemble, is_ensemble
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
 
 SHARD_IMAGES = 512  # images in a file; the most that a kill loses
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
+
+Places = dict[bytes, tuple[str, int]]  # image hash -> (split, row) of its first copy, in the order of the dataset
 
 
 def extract_features(
@@ -60,8 +63,6 @@ def extract_features(
         dataset: From `load_data`. Any other dataset is passed through `load_data` with its defaults.
         processor: Makes `pixel_values` from a list of PIL images. Default: the model's own.
         ntk: Store gradients with these settings in place of pooled features.
-        batch_size: Images in one forward pass.
-        num_workers: Processes that read and transform images.
         device: Where the model runs. Default: the GPU if there is one, else the CPU.
         compute: float32, or bfloat16 for autocast. Each precision has blocks of its own.
         storage: "float32", or "float16" for half the disk space.
@@ -79,19 +80,19 @@ def extract_features(
         raise ValueError(f"compute={compute}: gradients per image need torch.float32.")
     if not _is_loaded(dataset):
         dataset = load_data(dataset)
-    if hasattr(model, "pretrained_cfg"):  # a timm model
-        model = assemble(model)
-    extractor = NTKFeatures(ntk, model) if ntk else PooledFeatures()
+    splits = {str(name): rows for name, rows in dataset.items()}
+    network = _to_transformers(model)
+    extractor = NTKFeatures(ntk, network) if ntk else PooledFeatures()
     settings = {"compute": str(compute), "storage": str(STORAGE[storage])}
-    names = block_names(model, processor, extractor, settings)
+    names = block_names(network, processor, extractor, settings)
     blocks = [Block((store or default_store()) / key, architecture) for key, architecture in names]
-    hashes = {split: image_hashes(rows) for split, rows in dataset.items()}
+    hashes = {split: image_hashes(rows) for split, rows in splits.items()}
     run = _Run(
-        model=model,
+        model=network,
         processor=processor,
         extractor=extractor,
         blocks=blocks,
-        dataset=dataset,
+        splits=splits,
         places=_first_places(hashes),
         batch_size=batch_size,
         num_workers=num_workers,
@@ -104,20 +105,20 @@ def extract_features(
     extracted = run.extract_missing()
     seconds = time.perf_counter() - started
     table = FeatureTable(
-        {split: [block.rows(hashes[split]) for block in blocks] for split in dataset},
-        {split: read_labels(rows) for split, rows in dataset.items()},
-        class_names(next(iter(dataset.values()))),
+        {split: [block.rows(hashes[split]) for block in blocks] for split in splits},
+        {split: read_labels(rows) for split, rows in splits.items()},
+        class_names(next(iter(splits.values()))),
         tuple(key for key, _ in names),
         extracted,
         extracted / seconds if extracted else None,
     )
-    if extractor.uses_projection and is_ensemble(model) and model.config.projection_dim is not None:
-        return stored_projection(model)(table)
+    if extractor.uses_projection and is_ensemble(network) and network.projection is not None:
+        return stored_projection(network.projection)(table)
     return table
 
 
 def block_names(
-    model: nn.Module, processor: BaseImageProcessor | None, extractor: Extractor, settings: dict[str, str]
+    model: PreTrainedModel, processor: BaseImageProcessor | None, extractor: Extractor, settings: dict[str, str]
 ) -> list[tuple[str, str]]:
     """(key, architecture) of each built member's block; `settings` are the dtypes, which are part of the key."""
     shared = settings | {"processor": None if processor is None else processor.to_dict()}
@@ -147,12 +148,12 @@ def plan_passes(missing: Sequence[set[bytes]], images: Iterable[bytes]) -> dict[
 class _Run:
     """Runs the members on the images that their blocks miss: plans the passes, then writes shard after shard."""
 
-    model: nn.Module
+    model: PreTrainedModel
     processor: BaseImageProcessor | None  # None: the model's own
     extractor: Extractor
     blocks: list[Block]  # one per built member
-    dataset: DatasetDict
-    places: dict[bytes, tuple[str, int]]  # image hash -> (split, row) where it is first
+    splits: Mapping[str, Dataset]
+    places: Places
     batch_size: int
     num_workers: int
     device: torch.device
@@ -194,7 +195,7 @@ class _Run:
         part, processor = self._select_members(positions)
         size = self.batch_size
         batches = [shard[start : start + size] for shard in shards for start in range(0, len(shard), size)]
-        images, pin_memory = _PixelDataset(self.dataset, self.places, processor), self.device.type == "cuda"
+        images, pin_memory = _PixelDataset(self.splits, self.places, processor), self.device.type == "cuda"
         loader = DataLoader(images, batch_sampler=batches, num_workers=self.num_workers, pin_memory=pin_memory)
         pixels = _load_batches(loader)
         with Progress(disable=self.quiet or not sys.stderr.isatty()) as progress:
@@ -208,7 +209,7 @@ class _Run:
                     self.blocks[position].write(shard, self._convert(torch.cat(parts), position, shard))
         return sum(map(len, shards))
 
-    def _select_members(self, positions: tuple[int, ...]) -> tuple[nn.Module, BaseImageProcessor]:
+    def _select_members(self, positions: tuple[int, ...]) -> tuple[PreTrainedModel, BaseImageProcessor]:
         """A model of these members alone, ready to run in float32, and its processor."""
         model, processor = self.model, self.processor
         if not is_ensemble(model):
@@ -222,9 +223,11 @@ class _Run:
             processor = processor or ConcatEnsembleImageProcessor.from_config(model.config)
         if next(model.parameters()).dtype != torch.float32:  # half-precision weights compute in float32
             model = copy.deepcopy(model).float()
-        return model.eval().to(self.device, memory_format=self.extractor.memory_format), processor
+        layout = self.extractor.memory_format
+        model.eval().to(self.device, memory_format=layout)  # pyright: ignore[reportArgumentType] (its wrapper lacks self)
+        return model, processor
 
-    def _forward(self, part: nn.Module, positions: Sequence[int], pixels: torch.Tensor) -> list[torch.Tensor]:
+    def _forward(self, part: PreTrainedModel, positions: Sequence[int], pixels: torch.Tensor) -> list[torch.Tensor]:
         """(B, D_k) float32 of each member, on the CPU."""
         autocast = torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
         with torch.inference_mode(not self.extractor.needs_gradients), autocast:
@@ -232,11 +235,8 @@ class _Run:
             return [block.float().cpu() for block in self.extractor.features(part, positions, pixels)]
 
     def _convert(self, features: torch.Tensor, position: int, shard: list[bytes]) -> torch.Tensor:
-        """Features in the dtype in which they are stored.
-
-        Raises:
-            ValueError: naming the first image whose features are not finite.
-        """
+        """Features in the dtype in which they are stored. Raises ValueError naming the first image for which they are
+        not finite."""
         stored = features.to(self.storage)
         rows = torch.nonzero(~torch.isfinite(stored).all(dim=1)).flatten().tolist()
         if rows:
@@ -252,12 +252,12 @@ class _Run:
 class _PixelDataset(TorchDataset):
     """`pixel_values` of an image by its hash."""
 
-    def __init__(self, dataset: DatasetDict, places: dict[bytes, tuple[str, int]], processor: BaseImageProcessor):
-        self.dataset, self.places, self.processor = dataset, places, processor
+    def __init__(self, splits: Mapping[str, Dataset], places: Places, processor: BaseImageProcessor):
+        self.splits, self.places, self.processor = splits, places, processor
 
     def __getitem__(self, image_hash: bytes) -> torch.Tensor:
         split, row = self.places[image_hash]
-        rows = self.dataset[split]
+        rows = self.splits[split]
         try:
             image = read_image(rows, row)
         except ValueError as error:
@@ -278,23 +278,27 @@ def _load_batches(loader: DataLoader) -> Iterator[torch.Tensor]:
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def _is_loaded(dataset: DatasetDict | Dataset) -> bool:
+def _is_loaded(dataset: DatasetDict | Dataset) -> TypeGuard[DatasetDict]:
     """Whether `load_data` made it."""
     if not isinstance(dataset, DatasetDict):
         return False
     return all(split.features.get("image") == Image(decode=False) for split in dataset.values())
 
 
+def _to_transformers(model: Any) -> PreTrainedModel:
+    """A timm model as an ensemble of one member; a transformers model, or what acts as one, stays as it is."""
+    return assemble(model) if hasattr(model, "pretrained_cfg") else model
+
+
 def _choose_device(device: str | torch.device | None) -> torch.device:
     state = PartialState()
     if device is None and state.num_processes > 1:
-        return torch.device(state.device)
+        device = state.device
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _first_places(hashes: dict[str, list[bytes]]) -> dict[bytes, tuple[str, int]]:
-    """Image hash -> (split, row) of its first copy, in the order of the dataset."""
-    places: dict[bytes, tuple[str, int]] = {}
+def _first_places(hashes: dict[str, list[bytes]]) -> Places:
+    places: Places = {}
     for split, images in hashes.items():
         for row, image in enumerate(images):
             places.setdefault(image, (split, row))

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from concat_ensemble.members.assemble import is_ensemble
 
 
 class Extractor(Protocol):
-    """Computes one block of features for each built member of a model (a transformers model is its own only member).
-
-    A member's position is its place among the built members.
-    """
+    """Computes one block of features for each built member of a model (a transformers model is its own only member). A
+    member's position is its place among the built members."""
 
     memory_format: torch.memory_format  # the fastest layout of the weights
     needs_gradients: bool  # False: runs in inference mode
@@ -22,12 +23,12 @@ class Extractor(Protocol):
 
     def key_fields(self, position: int) -> dict[str, Any]:
         """JSON values that decide a member's features beside the member itself, for the key of its block."""
+        ...
 
-    def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """(B, D_k) for each member of `model`, whose members have these positions in the model to extract.
-
-        `model` is in evaluation mode; `pixel_values` (B, ...) are from its processor.
-        """
+    def features(self, model: PreTrainedModel, positions: Sequence[int], pixel_values: Tensor) -> list[Tensor]:
+        """(B, D_k) for each member of `model`, whose members have these positions in the model to extract. `model` is
+        in evaluation mode; `pixel_values` (B, ...) are from its processor."""
+        ...
 
 
 class PooledFeatures:
@@ -41,12 +42,7 @@ class PooledFeatures:
     def key_fields(self, position: int) -> dict[str, Any]:
         return {}  # keys as in version 0.1.0, so that what it stored is found
 
-    def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, model: PreTrainedModel, positions: Sequence[int], pixel_values: Tensor) -> list[Tensor]:
         if is_ensemble(model):
             return list(model(pixel_values, output_member_features=True).member_features)
         return [model(pixel_values=pixel_values).pooler_output.flatten(1)]
-
-
-def is_ensemble(model: nn.Module) -> bool:
-    """Whether a transformers model is an ensemble of ours; a class loaded from a repo counts too."""
-    return getattr(model.config, "model_type", None) == "concat_ensemble"

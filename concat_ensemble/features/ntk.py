@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.features.extractor import is_ensemble
+from concat_ensemble.members.assemble import is_ensemble
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class NTK:
         seed: Random seed for the hashing and for the random head.
         head: (sum of D_k,) weights of the pooled features, in member order: a probe's `coef_[c] / scale_`. Default: a
             random unit vector for each member.
-        memory: Approximate bytes for gradients and activations, which decide how many images go through a member at a
-            time.
+        memory: Approximate bytes for gradients and activations, which decide how many images a member takes at a time.
 
     Raises:
         ValueError: for a setting out of range, naming it.
@@ -69,24 +68,23 @@ class NTK:
             raise ValueError("NTK head must be one row of finite numbers, one for each pooled feature of the members.")
 
     def for_members(self, model: nn.Module) -> list[NTK]:
-        """The settings of each built member, with its own part of the head.
-
-        Raises:
-            ValueError: if the head does not have one weight per pooled feature of the ensemble.
-        """
-        if self.head is None or not is_ensemble(model):
-            return [self] * (len(model.members) if is_ensemble(model) else 1)
+        """The settings of each built member, with its own part of the head. Raises ValueError if the head does not
+        have one weight per pooled feature of the ensemble."""
+        if not is_ensemble(model):
+            return [self]
+        if self.head is None:
+            return [self] * len(model.members)
         feature_dims = [model.config.members[int(number)]["num_features"] for number in model.members]
         _check_head(len(self.head), sum(feature_dims))
         heads = np.split(np.asarray(self.head), np.cumsum(feature_dims)[:-1])
         return [dataclasses.replace(self, head=head) for head in heads]
 
-    def features(self, member: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def features(self, member: nn.Module, pixels: Tensor) -> Tensor:
         """(B, `dim`): hashed gradients of a backbone or a transformers model, for its own pixels (B, ...)."""
         return torch.cat([self._hash(chunk) for chunk in self._gradients(member, pixels)])
 
     @torch.no_grad()
-    def _gradients(self, member: nn.Module, pixels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _gradients(self, member: nn.Module, pixels: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """For each chunk of b images, a (b, *shape) tensor per selected parameter."""
         parameters = self._select_parameters(member)
 
@@ -102,7 +100,7 @@ class NTK:
             problem = f"torch.func finds no gradients per image for {_architecture(member)} ({first_line(error)})"
             raise ValueError(f"{problem}; turn gradient checkpointing off, and use its processor's pixels.") from error
 
-    def _select_parameters(self, member: nn.Module) -> dict[str, torch.Tensor]:
+    def _select_parameters(self, member: nn.Module) -> dict[str, Tensor]:
         weights = dict(member.named_parameters())
         selected = {name: weight.detach() for name, weight in weights.items() if re.search(self.parameters, name)}
         if not selected:
@@ -110,7 +108,7 @@ class NTK:
             raise ValueError(f"NTK parameters={self.parameters!r} matches no parameter of {names}")
         return selected
 
-    def _head_weights(self, pooled: torch.Tensor) -> torch.Tensor:
+    def _head_weights(self, pooled: Tensor) -> Tensor:
         """(D,) head for the pooled features (D,) of one member."""
         if self.head is None:
             direction = np.random.default_rng([self.seed, 1]).normal(size=len(pooled))
@@ -118,12 +116,12 @@ class NTK:
         _check_head(len(self.head), len(pooled))
         return torch.from_numpy(np.asarray(self.head)).to(pooled)
 
-    def _chunk_size(self, member: nn.Module, parameters: dict[str, torch.Tensor], pixels: torch.Tensor) -> int:
+    def _chunk_size(self, member: nn.Module, parameters: dict[str, Tensor], pixels: Tensor) -> int:
         """How many images fit into `memory`. Each takes its gradients and what its forward pass saves for them; the
         backward pass takes as much again."""
         sizes = [weight.nbytes for weight in parameters.values()]
 
-        def record(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: Tensor) -> Tensor:
             sizes.append(tensor.nbytes)
             return tensor
 
@@ -132,7 +130,7 @@ class NTK:
             _pool(member, tracked, pixels[:1])
         return max(1, self.memory // (2 * sum(sizes)))
 
-    def _hash(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _hash(self, gradients: Sequence[Tensor]) -> Tensor:
         """(b, `dim`). One random integer below 2 `dim` gives a parameter's column and sign: sums of the second half of
         the columns are subtracted from those of the first."""
         rng = np.random.default_rng(self.seed)
@@ -152,7 +150,7 @@ class NTKFeatures:
     uses_projection = False
     name_suffix = " NTK"
 
-    def __init__(self, ntk: NTK, model: nn.Module):
+    def __init__(self, ntk: NTK, model: PreTrainedModel):
         self._members = ntk.for_members(model)
 
     def key_fields(self, position: int) -> dict[str, Any]:
@@ -160,7 +158,7 @@ class NTKFeatures:
         head = None if ntk.head is None else np.asarray(ntk.head, np.float32).tolist()
         return {"ntk": {"dim": ntk.dim, "parameters": ntk.parameters, "seed": ntk.seed, "head": head}}
 
-    def features(self, model: nn.Module, positions: Sequence[int], pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, model: PreTrainedModel, positions: Sequence[int], pixel_values: Tensor) -> list[Tensor]:
         members = [(model, pixel_values)]
         if is_ensemble(model):
             members = [(member, model._member_pixels[k](pixel_values)) for k, member in model.members.items()]
@@ -173,7 +171,7 @@ def _check_head(weights: int, num_features: int) -> None:
         raise ValueError(f"NTK head has {weights} weights; it needs {num_features}, one for each pooled feature.")
 
 
-def _pool(member: nn.Module, parameters: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+def _pool(member: nn.Module, parameters: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """(b, D) pooled features with these parameters in place of the member's own."""
     if isinstance(member, PreTrainedModel):
         return functional_call(member, parameters, (), {"pixel_values": pixels}).pooler_output.flatten(1)

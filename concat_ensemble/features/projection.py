@@ -13,16 +13,13 @@ from torch import nn
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, Rows, TableSplit
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 
 
 @dataclass
 class Projection:
-    """rows @ weight + bias: from D features, not standardized, to d.
-
-    The projected features must not be standardized again: that is whitening, which ruins a probe if d is close to the
-    number of rows.
-    """
+    """rows @ weight + bias: from D features, not standardized, to d. The projected features must not be standardized
+    again: that is whitening, which ruins a probe if d is close to the number of rows."""
 
     weight: np.ndarray  # (D, d)
     bias: np.ndarray  # (d,)
@@ -73,13 +70,9 @@ def standardized_projection(mean: np.ndarray, scale: np.ndarray, directions: np.
     return Projection(weight.astype(mean.dtype), (-mean @ weight).astype(mean.dtype))
 
 
-def with_projection(model: nn.Module, projection: Projection) -> ConcatEnsembleModel:
-    """The ensemble with `pooler_output` projected; it shares the members' weights.
-
-    Raises:
-        ValueError: if the ensemble has a projection already, if only some of its members are built, or if the
-            projection takes another number of features.
-    """
+def with_projection(model: ConcatEnsemblePreTrainedModel, projection: Projection) -> ConcatEnsembleModel:
+    """The ensemble with `pooler_output` projected; it shares the members' weights. Raises ValueError if the ensemble
+    has a projection already or not all of its members, or if the projection takes another number of features."""
     config = model.config
     if config.projection_dim is not None or config.active_members is not None:
         raise ValueError("a projection goes onto a whole ensemble without one; use export_active() or the members.")
@@ -94,8 +87,7 @@ def with_projection(model: nn.Module, projection: Projection) -> ConcatEnsembleM
     return ensemble.eval()
 
 
-def stored_projection(model: nn.Module) -> Projection:
-    """The projection of an ensemble that has one."""
-    layer = model.projection
+def stored_projection(layer: nn.Linear) -> Projection:
+    """The projection that an ensemble holds as this layer."""
     weight, bias = (tensor.detach().float().cpu().numpy() for tensor in (layer.weight, layer.bias))
     return Projection(weight.T.copy(), bias)

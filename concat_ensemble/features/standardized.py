@@ -23,7 +23,6 @@ class StandardizedFeatures:
     which is precise enough for products that an outer loop corrects.
 
     Args:
-        split: Rows to standardize; its labels are not used.
         mean, scale: (D,), from `moments`. None: the rows are used unchanged.
         device: Where the chunks go. Default: the GPU if there is one, else the CPU.
         in_memory: Whether the rows stay in memory between passes. Default: whether enough memory is free.
@@ -57,9 +56,8 @@ class StandardizedFeatures:
         empty = torch.empty(0, rows.shape[1], dtype=rows.dtype).numpy()
         standardized = cls(TableSplit([empty], empty), device=rows.device, in_memory=True)
         standardized.shape = tuple(rows.shape)
-        starts = range(0, len(rows), CHUNK)
-        chunks = [(slice(start, min(start + CHUNK, len(rows))), rows[start : start + CHUNK]) for start in starts]
-        standardized._cached[standardized.dtype] = chunks
+        parts = [slice(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK)]
+        standardized._cached[standardized.dtype] = [(part, rows[part]) for part in parts]
         return standardized
 
     def __len__(self) -> int:
@@ -112,7 +110,7 @@ class StandardizedFeatures:
     def _read_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         for start in range(0, len(self), CHUNK):
             chunk = _read_rows(self._split, start).to(self.device, self.dtype)
-            if self._mean is not None:
+            if self._mean is not None and self._scale is not None:
                 chunk = (chunk - self._mean).div_(self._scale)
             yield slice(start, start + len(chunk)), chunk.to(dtype)
 

@@ -46,6 +46,7 @@ def default_store() -> Path:
 def image_hashes(split: Dataset) -> list[bytes]:
     """One hash per image of a split from `load_data`, of its encoded bytes."""
     hashes = []
+    batch: Any  # a dict of columns
     for batch in split.select_columns("image").with_format(None).iter(batch_size=256):
         for encoded in batch["image"]:
             content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
@@ -54,10 +55,8 @@ def image_hashes(split: Dataset) -> list[bytes]:
 
 
 def block_key(backbone: nn.Module, fields: dict[str, Any]) -> str:
-    """Name of a member's block: a hash of its live weights and of what else decides its features.
-
-    Provenance is no part of it: fine-tuning changes the weights and leaves the provenance as it was.
-    """
+    """Name of a member's block: a hash of its live weights and of what else decides its features. Provenance is no
+    part of it: fine-tuning changes the weights and leaves the provenance as it was."""
     fields = fields | {"weights": weights_sha256(backbone.state_dict())}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -103,11 +102,7 @@ class Block:
 
     def write(self, images: Sequence[bytes], features: torch.Tensor) -> None:
         """Store the rows (n, D) of n images as one shard. The same images give the same file name, so that work done
-        twice is stored once.
-
-        Raises:
-            OSError: if the disk is full; stored features are not touched.
-        """
+        twice is stored once. Raises OSError if the disk is full; stored features are not touched."""
         content = b"".join(images)
         hashes = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(len(images), HASH_BYTES).copy())
         tensors = {"features": features.contiguous(), "images": hashes}
@@ -186,6 +181,6 @@ def _open_shard(path: Path) -> tuple[list[bytes], np.ndarray]:
 
 
 def _checksum(images: torch.Tensor, features: torch.Tensor) -> str:
-    digest = xxhash.xxh3_128(images.numpy())
-    digest.update(features.contiguous().view(torch.uint8).numpy())
+    digest = xxhash.xxh3_128(images.numpy().data)
+    digest.update(features.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -25,8 +25,7 @@ class TableSplit:
     """Features (N, sum of D_k) and labels (N,) of one split, to fit a probe on. Unpacks to both as arrays.
 
     Args:
-        blocks: (N, D_k) for each member.
-        labels: (N,).
+        blocks: (N, D_k) for each member. labels: (N,).
         keys: The name of each block in the store. A probe fitted on a split with keys refuses a split with other keys.
             None: any split with the same number of features is accepted.
     """

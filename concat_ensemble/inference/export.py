@@ -26,22 +26,21 @@ TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)  # numbers of images
 DYNAMIC_SHAPES = {"pixel_values": {0: torch.export.Dim("batch")}}
 
 Run = Callable[[torch.Tensor], "list[torch.Tensor] | tuple[torch.Tensor, ...]"]
+Write = Callable[["_TupleModel", torch.Tensor, Path], None]
 
 
 def load_for_export(folder: str | os.PathLike) -> ConcatEnsemblePreTrainedModel:
-    """The ensemble that was saved in `folder`, in float32, with its head if it has one.
-
-    Raises:
-        ValueError: when the folder holds no ensemble.
-    """
+    """The ensemble that was saved in `folder`, in float32, with its head if it has one. Raises ValueError when the
+    folder holds no ensemble."""
     exists = Path(folder, "config.json").is_file()
     config = ConcatEnsembleConfig.from_pretrained(folder) if exists else ConcatEnsembleConfig()
     if not config.members:
-        problem = f"{folder} holds no ensemble (no members in config.json)"
-        raise ValueError(f"{problem}; make one with concat-ensemble build.")
+        remedy = "make one with concat-ensemble build"
+        raise ValueError(f"{folder} holds no ensemble (no members in config.json); {remedy}.")
     has_head = ConcatEnsembleForImageClassification.__name__ in (config.architectures or ())
     model_class = ConcatEnsembleForImageClassification if has_head else ConcatEnsembleModel
-    return model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+    model: Any = model_class.from_pretrained(folder, config=config, dtype=torch.float32)
+    return model
 
 
 def export_onnx(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *, check: bool = True) -> Path:
@@ -110,12 +109,7 @@ class _TupleModel(nn.Module):
 
 @torch.no_grad()
 def _export(
-    model: ConcatEnsemblePreTrainedModel,
-    path: Path,
-    write: Callable[[_TupleModel, torch.Tensor, Path], None],
-    load: Callable[[Path], Run],
-    *,
-    check: bool,
+    model: ConcatEnsemblePreTrainedModel, path: Path, write: Write, load: Callable[[Path], Run], *, check: bool
 ) -> Path:
     """Write into a folder beside `path`, check what was written, and move it to its place."""
     _check_model(model)

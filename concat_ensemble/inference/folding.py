@@ -28,13 +28,7 @@ def fold_batchnorm(model: Ensemble) -> Ensemble:
 
     Features stay the same up to rounding. Members without BatchNorm stay as they are, and so do other ensembles that
     share the members. Folding twice is the same as folding once. A folded model can be neither saved nor trained:
-    `save_pretrained` and `train()` refuse it.
-
-    Args:
-        model: An ensemble in evaluation mode, with or without a head, also of a class that was loaded from a repo.
-
-    Returns:
-        The model itself.
+    `save_pretrained` and `train()` refuse it. Returns the model itself, whose class may come from a repo.
 
     Raises:
         ValueError: in training mode, where the statistics move, and for a member whose features folding would change.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -21,6 +21,7 @@ from concat_ensemble.members.checkpoints import (
     load_backbone,
     match_state_dict,
     read_checkpoint,
+    timm_cfg,
     weights_sha256,
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
@@ -35,12 +36,14 @@ from concat_ensemble.modeling.configuration_concat_ensemble import (
     validate_model_args,
     validate_preprocessing,
 )
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, create_backbone
+from concat_ensemble.modeling.modeling_concat_ensemble import (
+    ConcatEnsembleModel,
+    ConcatEnsemblePreTrainedModel,
+    create_backbone,
+)
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
-# Arguments in timm's configs that a member does not take: it has no classifier, and its weights are loaded here.
-IGNORED_MODEL_ARGS = ("num_classes", "pretrained")
 
 
 @dataclass
@@ -126,23 +129,27 @@ def _load_members(source: Source, seed: int) -> list[_Member]:
     return _load_from_hub(HUB + _find_pretrained(text))
 
 
+def is_ensemble(model: nn.Module) -> TypeGuard[ConcatEnsemblePreTrainedModel]:
+    """Whether a model is an ensemble of ours; a class loaded from a repo counts too."""
+    return getattr(getattr(model, "config", None), "model_type", "") == "concat_ensemble"
+
+
 def _load_module(module: nn.Module) -> list[_Member]:
-    if getattr(getattr(module, "config", None), "model_type", "") == "concat_ensemble":
+    if is_ensemble(module):
         return _copy_members(module)
+    kind = type(module).__name__
     if not hasattr(module, "pretrained_cfg"):
-        raise ValueError(
-            f"{type(module).__name__} is not a timm model, as members must be; make it with timm.create_model(...)."
-        )
-    backbone = create_backbone(module.pretrained_cfg["architecture"], **_select_model_args(module))
-    load_backbone(backbone, module.state_dict(), f"the {type(module).__name__} in memory")
-    return [_make_member(backbone, {"source": "a model in memory"}, module.pretrained_cfg)]
+        raise ValueError(f"{kind} is not a timm model, as members must be; make it with timm.create_model(...).")
+    pretrained_cfg = timm_cfg(module)
+    backbone = create_backbone(pretrained_cfg["architecture"], **_select_model_args(module))
+    load_backbone(backbone, module.state_dict(), f"the {kind} in memory")
+    return [_make_member(backbone, {"source": "a model in memory"}, pretrained_cfg)]
 
 
-def _copy_members(ensemble: nn.Module) -> list[_Member]:
+def _copy_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
     """Copy an ensemble's members, so that the ensemble itself keeps its dtype, mode and device."""
-    projection = getattr(ensemble, "projection", None)
     return [
-        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), projection)
+        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), ensemble.projection)
         for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True)
     ]
 
@@ -157,10 +164,8 @@ def _find_pretrained(name: str) -> str:
     if pretrained is None or not pretrained.hf_hub_id:
         architecture = name.split(".")[0]
         hint = suggest(name, timm.list_pretrained(f"{architecture}.*"))
-        raise ValueError(
-            f"timm has no pretrained weights for {name!r}{hint} For other weights, give {architecture}=FILE; "
-            f"for untrained ones, random:{architecture}."
-        )
+        remedy = f"For other weights, give {architecture}=FILE; for untrained ones, random:{architecture}"
+        raise ValueError(f"timm has no pretrained weights for {name!r}{hint} {remedy}.")
     repo = pretrained.hf_hub_id
     return f"{repo}{pretrained.architecture}.{pretrained.tag}" if repo.endswith("/") else repo
 
@@ -179,7 +184,8 @@ def _load_from_hub(name: str) -> list[_Member]:
     commit = _find_commit(repo, revision or None)
     config = _read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
     if config.get("model_type") == "concat_ensemble":
-        members = _copy_members(ConcatEnsembleModel.from_pretrained(repo, revision=commit))
+        ensemble: Any = ConcatEnsembleModel.from_pretrained(repo, revision=commit)
+        members = _copy_members(ensemble)
         for member in members:
             member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
         return members
@@ -187,38 +193,35 @@ def _load_from_hub(name: str) -> list[_Member]:
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
         create_backbone(config["architecture"], **model_args)
     backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
-    license = backbone.pretrained_cfg.get("license")
+    license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
 
 
-def _find_commit(repo: str, revision: str | None) -> str:
+def _find_commit(repo: str, revision: str | None) -> str | None:
     """The commit of a revision on the Hub or, without a network, in the cache."""
     name = f"{HUB}{repo}" + (f"@{revision}" if revision else "")
     try:
         # One request without retries: file downloads would retry for half a minute before they fail.
         return HfApi(library_name="concat-ensemble").model_info(repo, revision=revision, timeout=10).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{name} is not on the Hub ({first_line(error)}); check its name and revision, "
-            "or log in with hf auth login."
-        ) from error
+        remedy = "check its name and revision, or log in with hf auth login"
+        raise ValueError(f"{name} is not on the Hub ({first_line(error)}); {remedy}.") from error
     except (ConnectionError, HTTPError):
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(cached, str):
-            raise ValueError(
-                f"cannot reach the Hub for {name}, and it is not in the cache; give ARCHITECTURE=FILE or a folder."
-            ) from None
+            problem = f"cannot reach the Hub for {name}, and it is not in the cache"
+            raise ValueError(f"{problem}; give ARCHITECTURE=FILE or a folder.") from None
         return Path(cached).parent.name  # the cache has a folder for each commit
 
 
 def _load_folder(folder: Path) -> list[_Member]:
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} has no config.json; give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE."
-        )
+        remedy = "give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE"
+        raise ValueError(f"{folder} has no config.json; {remedy}.")
     config = _read_config(folder / "config.json")
     if config.get("model_type") == "concat_ensemble":
-        return _copy_members(ConcatEnsembleModel.from_pretrained(folder))
+        ensemble: Any = ConcatEnsembleModel.from_pretrained(folder)
+        return _copy_members(ensemble)
     model_args = _read_model_args(config, str(folder))
     architecture, weights, pickled = config["architecture"], folder / "model.safetensors", folder / "pytorch_model.bin"
     if not weights.is_file() and pickled.is_file():
@@ -246,7 +249,7 @@ def _load_file(path: Path, architecture: str) -> _Member:
     else:
         load_backbone(backbone, converted.tensors, str(path))
     provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
-    return _make_member(backbone, provenance, backbone.pretrained_cfg | converted.pretrained_cfg)
+    return _make_member(backbone, provenance, timm_cfg(backbone) | converted.pretrained_cfg)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -264,9 +267,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_model_args(config: dict[str, Any], source: str) -> dict[str, Any]:
     """Check the model arguments in a config that anybody may have written."""
     _check_architecture(config.get("architecture"))
-    model_args = config.get("model_args") or {}
+    # A member does not take these two: it has no classifier, and its weights are loaded here.
+    ignored = ("num_classes", "pretrained")
+    model_args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in ignored}
     with error_prefix(source):
-        return validate_model_args({key: model_args[key] for key in model_args if key not in IGNORED_MODEL_ARGS})
+        return validate_model_args(model_args)
 
 
 def _check_architecture(name: Any) -> None:
@@ -284,16 +289,15 @@ def _make_member(
     """Add the spec of a member; `pretrained_cfg` says which pixels it takes, by default the backbone's own."""
     # timm warns that it averages the mean of a grayscale model over its channels, which is intended.
     logging.getLogger("timm.data.model_config").setLevel(logging.ERROR)
-    name = backbone.pretrained_cfg["architecture"]
+    name = timm_cfg(backbone)["architecture"]
     try:
-        pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or backbone.pretrained_cfg)
+        pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or timm_cfg(backbone))
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
     if channels not in IMAGE_MODES:
-        modes = " or ".join(map(str, IMAGE_MODES))
-        raise ValueError(f"{name}: it takes {channels} channels; images have {modes}.")
+        raise ValueError(f"{name}: it takes {channels} channels; images have {' or '.join(map(str, IMAGE_MODES))}.")
     with error_prefix(name):
         preprocessing = validate_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]})
     spec = dict.fromkeys(MEMBER_KEYS) | {
@@ -312,13 +316,10 @@ def _measure_num_features(k: int, member: _Member) -> int:
     try:
         pooled = member.backbone.eval()(torch.zeros(1, *input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"member {k} ({name}) cannot take an image of {tuple(input_size)}: {first_line(error)}"
-        ) from error
+        problem = f"member {k} ({name}) cannot take an image of {tuple(input_size)}"
+        raise ValueError(f"{problem}: {first_line(error)}") from error
     if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2:
         output = tuple(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
-        raise ValueError(
-            f"member {k} ({name}) has no pooled features: it returns {output}, not (B, num_features); "
-            "set its global_pool or use another model."
-        )
+        problem = f"member {k} ({name}) has no pooled features: it returns {output}, not (B, num_features)"
+        raise ValueError(f"{problem}; set its global_pool or use another model.")
     return pooled.shape[1]

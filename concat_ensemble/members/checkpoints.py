@@ -16,20 +16,9 @@ from concat_ensemble.errors import first_line
 
 PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch")
 # Keys under which training scripts store the weights; averaged weights first, as timm prefers them.
-CONTAINERS = (
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "state_dict",
-    "model_state_dict",
-    "model_params",
-    "classy_state_dict",
-    "base_model",
-    "model",
-    "trunk",
-    "teacher",
-)
+CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+CONTAINERS += ("state_dict", "model_state_dict", "model_params", "classy_state_dict")
+CONTAINERS += ("base_model", "model", "trunk", "teacher")
 MAX_UNPACKED = 50  # times the size on disk; all-zero weights shrink to a thousandth, trained weights to 0.9
 WRAPPERS = re.compile(r"(?:module|_orig_mod|model0|model|backbone|encoder)\.")
 
@@ -82,11 +71,8 @@ def load_backbone(backbone: nn.Module, tensors: Tensors, source: str) -> None:
 def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tensors:
     """Rename a checkpoint's tensors to a timm model's keys, without wrappers such as "module." and the classifier.
 
-    `num_batches_tracked` of BatchNorm may be missing, as in old checkpoints: it is a counter, not a weight.
-
-    Args:
-        backbone: A timm model made with `num_classes=0`.
-        source: What error messages call the checkpoint.
+    `num_batches_tracked` of BatchNorm may be missing, as in old checkpoints: it is a counter, not a weight. `source`
+    is what error messages call the checkpoint.
 
     Raises:
         ValueError: listing the keys that are missing, unexpected, or of another shape.
@@ -94,24 +80,20 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
     expected = backbone.state_dict()
     prefix = _find_wrappers(tensors, expected)
     unwrapped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    classifier = backbone.pretrained_cfg.get("classifier") or ()
+    classifier = timm_cfg(backbone).get("classifier") or ()
     layers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
     matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}
+    shapes = {key: (tuple(matched[key].shape), tuple(expected[key].shape)) for key in expected.keys() & matched.keys()}
     problems = {
         "missing": [key for key in expected.keys() - matched.keys() if not key.endswith("num_batches_tracked")],
         "unexpected": matched.keys() - expected.keys(),
-        "other shape": [
-            f"{key} {tuple(matched[key].shape)} for {tuple(expected[key].shape)}"
-            for key in expected.keys() & matched.keys()
-            if matched[key].shape != expected[key].shape
-        ],
+        "other shape": [f"{key} {actual} for {own}" for key, (actual, own) in shapes.items() if actual != own],
     }
     listing = "; ".join(f"{problem}: {_list_keys(keys)}" for problem, keys in problems.items() if keys)
     if listing:
-        name = backbone.pretrained_cfg.get("architecture", type(backbone).__name__)
-        raise ValueError(
-            f"{source} does not hold the weights of {name}; {listing}. Name the right architecture, as NAME=FILE."
-        )
+        name = timm_cfg(backbone).get("architecture", type(backbone).__name__)
+        problem = f"{source} does not hold the weights of {name}; {listing}"
+        raise ValueError(f"{problem}. Name the right architecture, as NAME=FILE.")
     return matched
 
 
@@ -120,8 +102,13 @@ def weights_sha256(state_dict: Tensors) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(state_dict.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def timm_cfg(backbone: Any) -> dict[str, Any]:
+    """timm's description of a network, an attribute that `nn.Module` does not declare."""
+    return backbone.pretrained_cfg
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -137,14 +124,11 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and loading that could run code; "
-            "save its state_dict() as .safetensors instead."
-        ) from error
+        problem = f"{path} holds more than tensors, and loading that could run code"
+        raise ValueError(f"{problem}; save its state_dict() as .safetensors instead.") from error
     except Exception as error:  # torch raises errors of any kind for a damaged file
-        raise ValueError(
-            f"{path} is not a whole PyTorch checkpoint ({first_line(error)}); fetch or save it again."
-        ) from error
+        problem = f"{path} is not a whole PyTorch checkpoint ({first_line(error)})"
+        raise ValueError(f"{problem}; fetch or save it again.") from error
 
 
 def _find_wrappers(tensors: Tensors, expected: Tensors) -> str:

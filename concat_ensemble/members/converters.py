@@ -17,19 +17,13 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.members.checkpoints import WRAPPERS, Tensors, refuse_bomb
+from concat_ensemble.members.checkpoints import WRAPPERS, Tensors, refuse_bomb, timm_cfg
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
 # Evaluation transform of all these authors: resize the shorter side to 256, crop the central 224 x 224.
-EVALUATION = {
-    "input_size": (3, 224, 224),
-    "crop_pct": 0.875,
-    "crop_mode": "center",
-    "interpolation": "bilinear",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-}
+EVALUATION = {"input_size": (3, 224, 224), "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bilinear"}
+EVALUATION |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +42,17 @@ def convert(architecture: str, tensors: Tensors) -> Converted:
     A ResNet whose first convolution has 64 w channels is w times as wide as `architecture`. timm's `resnet50` cannot
     widen its stem, but its `resnetv2_50` can, and without pre-activation it is the same network.
 
-    Args:
-        architecture: timm name of the architecture, such as `resnet50` or `regnety_320`.
-        tensors: As read by `checkpoints.read_checkpoint`. Tensors with timm's keys are returned unchanged.
+    `architecture` is a timm name, such as `resnet50` or `regnety_320`. Tensors with timm's keys stay unchanged.
     """
-    pretrained_cfg = {}
+    model_args, pretrained_cfg = {}, {}
     for family, mark, rename in LAYOUTS:
         if architecture.startswith(family) and any(map(mark.search, tensors)):
             tensors, pretrained_cfg = rename(tensors), EVALUATION
     stem = next((tensor for key, tensor in tensors.items() if WRAPPERS.sub("", key) == "conv1.weight"), None)
     if re.fullmatch(r"resnet(50|101|152)", architecture) and stem is not None and len(stem) in (128, 192, 256, 320):
-        return Converted(
-            architecture=architecture.replace("resnet", "resnetv2_"),
-            tensors=from_wide_resnet(tensors),
-            model_args={"width_factor": len(stem) // 64, "preact": False},
-            pretrained_cfg=EVALUATION,
-        )
-    return Converted(architecture=architecture, tensors=tensors, pretrained_cfg=pretrained_cfg)
+        architecture, tensors = architecture.replace("resnet", "resnetv2_"), from_wide_resnet(tensors)
+        model_args, pretrained_cfg = {"width_factor": len(stem) // 64, "preact": False}, EVALUATION
+    return Converted(architecture=architecture, tensors=tensors, model_args=model_args, pretrained_cfg=pretrained_cfg)
 
 
 def from_timecat(tensors: Tensors) -> Tensors:
@@ -138,7 +126,7 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
         ValueError: if the file holds objects, or anything but the weights of this architecture.
         FileNotFoundError: if it does not exist.
     """
-    name = backbone.pretrained_cfg.get("architecture")
+    name = timm_cfg(backbone).get("architecture")
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"{path}: .npz holds a vision transformer, not {name}; name it as vit_base_patch16_224=FILE.")
     if not path.is_file():
@@ -156,17 +144,16 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
     actual = sum(size for key, size in sizes.items() if not re.search(r"(^|/)(head|pre_logits)/", key))
     expected = sum(parameter.numel() for parameter in backbone.parameters())
     if actual != expected:  # timm resizes position embeddings and ignores further blocks
-        raise ValueError(
-            f"{mismatch}: it has {actual:,} numbers, not {expected:,}; {remedy} (depth and image size count)."
-        )
+        numbers = f"it has {actual:,} numbers, not {expected:,}"
+        raise ValueError(f"{mismatch}: {numbers}; {remedy} (depth and image size count).")
 
 
 def _rename(tensors: Tensors, rules: list[Rule]) -> Tensors:
     """Apply regular expressions in order to the part of each key after its wrappers; drop keys that become empty."""
     renamed: Tensors = {}
     for key, tensor in tensors.items():
-        wrappers = re.match(f"(?:{WRAPPERS.pattern})*", key)[0]
-        name = key.removeprefix(wrappers)
+        name = re.sub(f"^(?:{WRAPPERS.pattern})*", "", key)
+        wrappers = key.removesuffix(name)
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if wrappers + name in renamed:

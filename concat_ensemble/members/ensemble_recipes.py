@@ -12,19 +12,12 @@ ENSEMBLES = files("concat_ensemble.members") / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleRecipe:
-    """The content of a recipe file.
+    """The content of a recipe file."""
 
-    Args:
-        recipe: Name of the file without its extension.
-        members: Sources for `assemble`, each with provenance of its own or None.
-        provenance: Provenance of all members.
-        checkpoints: Where to download the checkpoint files, in words.
-    """
-
-    recipe: str
-    members: dict
-    provenance: dict | None = None
-    checkpoints: str | None = None
+    recipe: str  # name of the file without its extension
+    members: dict  # sources for `assemble`, each with provenance of its own or None
+    provenance: dict | None = None  # of all members
+    checkpoints: str | None = None  # where to download the checkpoint files, in words
 
     def resolve_members(self, folder: Path) -> dict[str, dict[str, Any]]:
         """The source of each member, with checkpoint files in `folder`, and its provenance.
@@ -36,18 +29,13 @@ class EnsembleRecipe:
         for source, own in self.members.items():
             architecture, is_file, name = source.rpartition("=")
             if is_file and not (folder / name).is_file():
-                raise ValueError(
-                    f"no {folder / name}; it is in {self.checkpoints}; name its folder with --checkpoints FOLDER."
-                )
+                remedy = f"it is in {self.checkpoints}; name its folder with --checkpoints FOLDER"
+                raise ValueError(f"no {folder / name}; {remedy}.")
             member = f"{architecture}={folder / name}" if is_file else name
             members[member] = {"ensemble_recipe": self.recipe} | (self.provenance or {}) | (own or {})
         return members
 
 
 def ensemble_recipe(name: str) -> EnsembleRecipe:
-    """Read one of the package's recipes.
-
-    Raises:
-        ValueError: for an unknown name, with similar names and all names.
-    """
+    """Read one of the package's recipes. Raises ValueError for an unknown name, with similar names and all names."""
     return read_recipe(EnsembleRecipe, find_recipe(name, ENSEMBLES))
