@@ -224,7 +224,8 @@ class _Run:
         if next(model.parameters()).dtype != torch.float32:  # half-precision weights compute in float32
             model = copy.deepcopy(model).float()
         layout = self.extractor.memory_format
-        model.eval().to(self.device, memory_format=layout)  # pyright: ignore[reportArgumentType] (its wrapper lacks self)
+        # transformers wraps `to` in a function without `self`.
+        model.eval().to(self.device, memory_format=layout)  # pyright: ignore[reportArgumentType]
         return model, processor
 
     def _forward(self, part: PreTrainedModel, positions: Sequence[int], pixels: torch.Tensor) -> list[torch.Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 
-class Rows:
+class Rows(ABC):
     """Rows (n, D) of one block that are read when they are sliced. An array can stand in its place."""
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype):
@@ -17,8 +18,9 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @abstractmethod
     def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Read these rows."""
 
 
 class TableSplit:

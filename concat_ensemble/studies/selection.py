@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -151,7 +152,7 @@ class _Search:
         return sum(min(self.n_train, dim) ** 3 / 3 for dim in dims) * len(self.l2_strengths) * len(self.scorers)
 
 
-class _Scorer:
+class _Scorer(ABC):
     """Ridge on any subset of the members, fitted on some rows and scored on held-out ones."""
 
     def __init__(self, train: TableSplit, held_out: TableSplit, l2_strengths: Sequence[float]):
@@ -167,17 +168,17 @@ class _Scorer:
         self.columns = torch.arange(sum(feature_dims), device=rows.device).split(feature_dims)
         self._prepare(rows, torch.from_numpy(y).to(rows.device), len(classes))
 
+    @abstractmethod
     def _prepare(self, rows: StandardizedFeatures, y: torch.Tensor, num_classes: int) -> None:
         """Make the one pass over the training rows (n, D) and their class numbers (n,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def correct(self, members: Sequence[int]) -> np.ndarray:
         """(l2_strengths, N) bool: which held-out rows are predicted correctly."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _inner_products(self) -> list[list[float]]:
         """||X_a' X_b||^2 for all pairs of members."""
-        raise NotImplementedError
 
     def similarity(self) -> list[list[float]]:
         """Linear CKA between all pairs of members, on the training rows."""
