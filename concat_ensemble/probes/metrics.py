@@ -29,9 +29,8 @@ class ProbeMetrics(evaluate.Metric):
             metrics["top5"] = float(top_k_accuracy_score(labels, scores, k=5, labels=classes))
         metrics["mean_per_class"] = float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
         # scikit-learn has no stubs: pyright takes the type of zero_division from its default, "warn".
-        settings: dict[str, Any] = {"average": "macro", "zero_division": 0}  # scikit-learn's stub takes text alone
-        macro_f1 = f1_score(labels, predicted, labels=classes, **settings)
-        metrics["macro_f1"] = float(macro_f1)
+        settings: dict[str, Any] = {"average": "macro", "zero_division": 0}
+        metrics["macro_f1"] = float(f1_score(labels, predicted, labels=classes, **settings))
         metrics["calibration_error"] = calibration_error(softmax(scores, axis=1), labels)
         return metrics
 
