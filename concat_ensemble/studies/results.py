@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -118,7 +119,7 @@ class Row:
         return float(np.sqrt(np.mean(variances))) if variances else None
 
 
-class ResultsFile:
+class ResultsFile(ABC):
     """Base of the dataclasses that are files. `load` reads what `save` wrote, in this version or an earlier one."""
 
     FILE_KIND: ClassVar[str]
@@ -143,13 +144,13 @@ class ResultsFile:
         write_json(path, {"schema_version": SCHEMA_VERSION, **content})
 
     @classmethod
+    @abstractmethod
     def upgrade(cls, content: dict[str, Any]) -> dict[str, Any]:
         """Bring the content of a version 1 file to today's names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, content: dict[str, Any]) -> None:
         """Raise ValueError for values of the right type that no study gives."""
-        raise NotImplementedError
 
 
 @dataclass

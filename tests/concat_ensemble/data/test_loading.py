@@ -577,10 +577,10 @@ BAD_DATA = {
     "test share of nothing": (with_labels(AB), {"test_size": 0.0}, "test_size=0.0 must be a fraction between 0 and 1"),
     "test share above one": (with_labels(AB), {"test_size": 20}, "test_size=20 must be a fraction between 0 and 1"),
     "test share of everything": (with_labels(AB), {"test_size": 0.999}, "cannot cut test_size=0.999 off 40 images"),
-    "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits, nor a path here"),
+    "unknown name": ("nonesuch", {}, "no dataset 'nonesuch'.*neither digits nor a local path"),
     "misspelt name": ("digit", {}, "no dataset 'digit'"),
     "unknown Hub id": ("nobody/nonesuch", {}, "no dataset 'nobody/nonesuch'"),
-    "missing path": ("/nonesuch/folder", {}, "no dataset '/nonesuch/folder'.*nor a path here"),
+    "missing path": ("/nonesuch/folder", {}, "no dataset '/nonesuch/folder'.*nor a local path"),
     "missing parquet": ("parquet:/nonesuch.parquet", {}, r"'parquet:/nonesuch\.parquet'"),
     "missing folder": ("imagefolder:/nonesuch", {}, "'imagefolder:/nonesuch'"),
 }
