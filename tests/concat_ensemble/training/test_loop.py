@@ -56,6 +56,13 @@ def cut() -> None:
     raise Cut
 
 
+def loop_of_one(recipe, folder, **options) -> tuple[nn.Module, Loop]:
+    """A new network and the loop that trains it."""
+    network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
+    accelerator = create_accelerator(recipe, cpu=True)
+    return network, Loop(accelerator, recipe, [network], folder=folder, identity={}, name="run", **options)
+
+
 @pytest.fixture
 def trained(tmp_path):
     """`trained(cut_at=None, **changes)`: the weights at each stop; interrupted before the part `cut_at` of a batch."""
@@ -129,16 +136,7 @@ def test_a_schedule_free_network_is_saved_with_averaged_weights_and_their_statis
     recipe = Recipe(**BASE | {"optimizer": "schedulefree_adamw", "learning_rate": 0.05})
     images = Images(recipe, GREY)
     set_seed(0)
-    network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
-    loop = Loop(
-        create_accelerator(recipe, cpu=True),
-        recipe,
-        [network],
-        steps=12,
-        folder=tmp_path / "run",
-        identity={},
-        name="run",
-    )
+    network, loop = loop_of_one(recipe, tmp_path / "run", steps=12)
     for _ in loop.run(lambda step: images.batches([0], step), Objective(recipe, 10)):
         trained = {key: value.detach().clone() for key, value in network.named_parameters()}
         moving = network.bn1.running_mean.clone()
@@ -165,17 +163,7 @@ def test_a_schedule_free_network_is_saved_with_averaged_weights_and_their_statis
 def test_cycles_start_at_the_peak_and_end_near_zero(tmp_path):
     recipe = Recipe(**BASE | {"total_steps": 27, "snapshots": 4, "warmup": 0.1})
     images, rates = Images(recipe, GREY), []
-    network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
-    loop = Loop(
-        create_accelerator(recipe, cpu=True),
-        recipe,
-        [network],
-        steps=27,
-        folder=tmp_path / "run",
-        identity={},
-        name="run",
-        cycles=4,
-    )
+    _, loop = loop_of_one(recipe, tmp_path / "run", steps=27, cycles=4)
     assert loop.cycle_ends == [9, 15, 21, 27]
     for step in loop.run(lambda first: images.batches([0], first), Objective(recipe, 10), stops=range(1, 27)):
         rates.append(loop.optimizers[0].param_groups[0]["lr"])  # of the step after this one
