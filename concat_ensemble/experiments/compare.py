@@ -177,7 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     repeats = 2 if options.smoke else options.repeats
     desk.check_at_least("repeats", repeats, 2)
-    if options.full and not desk.find_recipe(f"{options.study}_finetune").is_file():
+    if options.full and not desk.training_recipe_path(f"{options.study}_finetune").is_file():
         raise ValueError(f"--full needs a recipe for fine-tuning, which {options.study} lacks; leave --full out.")
     setup = desk.create_setup(options.study, options.dataset, options.output, name=options.study, smoke=options.smoke)
     studies = run_repeats(setup, repeats, full=options.full)

@@ -95,7 +95,7 @@ class Setup:
     def train(self, training: Training, seed: int) -> None:
         """Run a training. One that was stopped goes on, and one that is finished is skipped."""
         options = {"dataset": self.dataset, "seed": seed, "output": str(training.output)} | training.options
-        arguments = [str(find_recipe(f"{self.study}_{training.recipe}")), "--cpu"]
+        arguments = [str(training_recipe_path(f"{self.study}_{training.recipe}")), "--cpu"]
         for name, value in options.items():
             text = value if isinstance(value, str) else json.dumps(value)
             arguments += [f"--{name.replace('_', '-')}", text]
@@ -104,7 +104,7 @@ class Setup:
         run_module(f"concat_ensemble.training.{training.module}", arguments, f"seed {seed}: {training.label}")
 
 
-def find_recipe(name: str) -> Path:
+def training_recipe_path(name: str) -> Path:
     """The path of an installed training recipe, such as scattered_digits_timecat; it need not exist."""
     return Path(str(files("concat_ensemble.training.recipes") / f"{name}.yaml"))
 

@@ -18,9 +18,9 @@ def test_names_load_nothing_large_and_match_the_studies():
 
 @pytest.mark.parametrize("study", desk.STUDIES)
 def test_every_study_has_an_installed_recipe_of_its_dataset(study):
-    recipe = desk.find_recipe(f"{study}_{desk.STUDIES[study].recipe}")
+    recipe = desk.training_recipe_path(f"{study}_{desk.STUDIES[study].recipe}")
     assert yaml.safe_load(recipe.read_text())["dataset"] == desk.STUDIES[study].dataset
-    assert not desk.find_recipe(f"{study}_none").exists()
+    assert not desk.training_recipe_path(f"{study}_none").exists()
 
 
 def test_a_process_that_fails_ends_with_its_last_lines():
