@@ -9,9 +9,9 @@ from datasets import DatasetDict
 
 from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.loading import load_data
+from concat_ensemble.data.naming import METRICS
 from concat_ensemble.recipe_files import find_recipe, read_recipe
 
-METRICS = ("top1", "mean_per_class", "macro_f1")  # those of `ProbeMetrics` that come with an interval
 LOAD_ARGUMENTS = ("name", "config", "revision", "image_column", "label_column")
 LOAD_ARGUMENTS += ("train_split", "validation_split", "test_split")
 DATASETS = files("concat_ensemble.data") / "recipes"

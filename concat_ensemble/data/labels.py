@@ -1,5 +1,7 @@
 """Labels of a split as numbers, and the names of the classes that they stand for."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
 
@@ -14,6 +16,13 @@ def class_names(split: Dataset | IterableDataset) -> list[str]:
 def read_labels(split: Dataset) -> np.ndarray:
     """(N,) int64 class numbers of a split's images."""
     return _label_column(split).astype(np.int64)
+
+
+def read_groups(splits: Mapping[str, Dataset]) -> dict[str, np.ndarray] | None:
+    """(N,) the group of each image by split, where all splits have a column `group`; else None."""
+    if not all("group" in split.column_names for split in splits.values()):
+        return None
+    return {kind: np.asarray(split.with_format("numpy")["group"][:]) for kind, split in splits.items()}
 
 
 def to_class_labels(split: Dataset, kind: str) -> Dataset:

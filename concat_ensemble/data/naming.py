@@ -1,4 +1,7 @@
-"""Datasets in words."""
+"""Datasets and metrics in words; a light module, since the command line shows them."""
+
+# "top1", "mean_per_class" and "macro_f1" compare predicted classes; the others rank the images of each class.
+METRICS = ("top1", "mean_per_class", "macro_f1", "auroc", "average_precision")
 
 
 def describe_dataset(dataset: dict) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from concat_ensemble.data.images import describe_image, read_image
-from concat_ensemble.data.labels import class_names, read_labels
+from concat_ensemble.data.labels import class_names, read_groups, read_labels
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.extractor import Extractor, PooledFeatures
 from concat_ensemble.features.memory import keep_freed_memory
@@ -111,6 +111,7 @@ def extract_features(
         tuple(key for key, _ in names),
         extracted,
         extracted / seconds if extracted else None,
+        read_groups(splits),
     )
     if extractor.uses_projection and is_ensemble(network) and network.projection is not None:
         return stored_projection(network.projection)(table)

@@ -30,10 +30,18 @@ class TableSplit:
         blocks: (N, D_k) for each member. labels: (N,).
         keys: The name of each block in the store. A probe fitted on a split with keys refuses a split with other keys.
             None: any split with the same number of features is accepted.
+        groups: (N,) numbers or names, such as the patient of each image. Rows of one group are never separated where
+            rows are drawn or cut. None: each row is a group of its own.
     """
 
-    def __init__(self, blocks: Sequence[Rows | np.ndarray], labels: np.ndarray, keys: tuple[str, ...] | None = None):
-        self.blocks, self.labels, self.keys = list(blocks), labels, keys
+    def __init__(
+        self,
+        blocks: Sequence[Rows | np.ndarray],
+        labels: np.ndarray,
+        keys: tuple[str, ...] | None = None,
+        groups: np.ndarray | None = None,
+    ):
+        self.blocks, self.labels, self.keys, self.groups = list(blocks), labels, keys, groups
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,13 +71,17 @@ class TableSplit:
 
     def select(self, numbers: np.ndarray) -> TableSplit:
         """The split of the rows with these numbers; nothing is read or copied."""
-        return TableSplit([SelectedRows(block, numbers) for block in self.blocks], self.labels[numbers], self.keys)
+        blocks = [SelectedRows(block, numbers) for block in self.blocks]
+        groups = None if self.groups is None else self.groups[numbers]
+        return TableSplit(blocks, self.labels[numbers], self.keys, groups)
 
     @classmethod
     def concatenate(cls, splits: Sequence[TableSplit]) -> TableSplit:
         """Splits of the same blocks, one below another; nothing is read or copied."""
         blocks = [ConcatenatedRows(blocks) for blocks in zip(*(split.blocks for split in splits), strict=True)]
-        return cls(blocks, np.concatenate([split.labels for split in splits]), splits[0].keys)
+        labels = np.concatenate([split.labels for split in splits])
+        groups = [split.groups for split in splits if split.groups is not None]
+        return cls(blocks, labels, splits[0].keys, np.concatenate(groups) if len(groups) == len(splits) else None)
 
 
 class SelectedRows(Rows):
@@ -114,11 +126,13 @@ class FeatureTable:
     keys: tuple[str, ...] | None = None  # the name of each block in the store
     extracted: int = 0  # images that had to be run; 0 if all features were stored
     images_per_second: float | None = None  # for those images
+    groups: dict[str, np.ndarray] | None = None  # split -> (N,), as in `TableSplit`
 
     def __getitem__(self, split: str) -> TableSplit:
         if split not in self.blocks:
             raise KeyError(f"no split {split!r} in the table; it has {', '.join(self.blocks)}.")
-        return TableSplit(self.blocks[split], self.labels[split], self.keys)
+        groups = None if self.groups is None else self.groups[split]
+        return TableSplit(self.blocks[split], self.labels[split], self.keys, groups)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.blocks)
@@ -132,4 +146,4 @@ class FeatureTable:
         """The table of the members with these numbers, in this order."""
         blocks = {split: [blocks[k] for k in numbers] for split, blocks in self.blocks.items()}
         keys = None if self.keys is None else tuple(self.keys[k] for k in numbers)
-        return FeatureTable(blocks, self.labels, self.class_names, keys)
+        return FeatureTable(blocks, self.labels, self.class_names, keys, groups=self.groups)
