@@ -1,10 +1,100 @@
-"""The terminal: consoles for results and for messages, and a way to silence other libraries."""
+"""The terminal: consoles for results and messages, the progress of a stage, and a way to silence other libraries."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import wrapt
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 out = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
+
+LINE_SECONDS = 30.0  # between two lines of one stage where there is no terminal
+
+
+@contextmanager
+def show_progress(
+    stage: str, total: int, *, unit: str = "images", quiet: bool = False
+) -> Iterator[Callable[..., None]]:
+    """Show how far a stage is, on stderr: a bar on a terminal; elsewhere, such as in a log, a line at its start, one
+    every 30 seconds and one at its end. Of several processes only the first one shows it.
+
+        with show_progress("probes", len(tables), unit="probes") as advance:
+            for table in tables:
+                ...
+                advance()  # or advance(64) after 64 of them
+
+    Args:
+        stage: What is done, such as "features".
+        total: Number of steps.
+        unit: What a step is, in the plural.
+        quiet: Show nothing.
+    """
+    if quiet or os.environ.get("RANK", "0") != "0":  # as accelerate and torchrun number the processes
+        yield lambda steps=1: None
+    elif sys.stderr.isatty():
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with ProgressBar(*columns, console=errors) as bar:
+            task = bar.add_task(stage, total=total)
+            yield lambda steps=1: bar.advance(task, steps)
+    else:
+        lines = _StageLines(stage, total, unit)
+        yield lines.advance
+        lines.write()
+
+
+def describe_progress(stage: str, done: int, total: int, *, unit: str, seconds: float) -> str:
+    """One line on a stage of which `done` of `total` steps took so many seconds, with its speed and the time left."""
+    counts = f"{stage}: {done:,} of {total:,} {unit}"
+    if not done or seconds <= 0:
+        return counts
+    if done == total:
+        return f"{counts} in {describe_seconds(seconds)}, {_describe_speed(done / seconds, unit)}"
+    left = describe_seconds((total - done) * seconds / done)
+    return f"{counts}, {_describe_speed(done / seconds, unit)}, about {left} left"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in seconds, minutes or hours, such as "45 s", "12 min" or "1.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _describe_speed(speed: float, unit: str) -> str:
+    """Steps per second, or per minute where that reads better."""
+    if speed < 0.1:
+        return f"{60 * speed:.1f} {unit}/min"
+    return f"{speed:,.0f} {unit}/s" if speed >= 9.95 else f"{speed:.1f} {unit}/s"
+
+
+class _StageLines:
+    """The lines on one stage; the first is written at once."""
+
+    def __init__(self, stage: str, total: int, unit: str):
+        self._stage, self._total, self._unit, self._done = stage, total, unit, 0
+        self._started = self._written = time.monotonic()
+        _write_line(f"{stage}: {total:,} {unit}")
+
+    def advance(self, steps: int = 1) -> None:
+        self._done += steps
+        if self._done < self._total and time.monotonic() - self._written >= LINE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write how far the stage is now."""
+        self._written = time.monotonic()
+        seconds = self._written - self._started
+        _write_line(describe_progress(self._stage, self._done, self._total, unit=self._unit, seconds=seconds))
+
+
+def _write_line(line: str) -> None:
+    errors.print(line, soft_wrap=True, markup=False)
 
 
 def be_quiet() -> None:

@@ -1,19 +1,27 @@
 """Which columns of a dataset hold the images and the labels."""
 
-from typing import TypeVar
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, TypeVar
 
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 
 IMAGE_NAMES = ("image", "img", "picture", "pixel_values")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "y")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "y", "cls")
 Split = TypeVar("Split", Dataset, IterableDataset)
 
 
-def select_columns(split: Split, kind: str, *, image_column: str | None, label_column: str | None) -> Split:
-    """Keep the columns of images and labels, renamed to `image` (encoded) and `label`.
+def select_columns(
+    split: Split, kind: str, *, image_column: str | None, label_column: str | None, group_column: str | None = None
+) -> Split:
+    """Keep the columns of images, labels and groups, renamed to `image` (encoded), `label` and, if there is one,
+    `group`.
 
     A column that is not named is found by its type, then by common names; of several `ClassLabel` columns, one with a
-    common name is preferred. Raises ValueError if none is found in the split, which `kind` names.
+    common name is preferred. Raises ValueError if none is found in the split, which `kind` names, or if a column holds
+    something else than one image a row.
     """
     features = read_features(split)
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
@@ -21,16 +29,70 @@ def select_columns(split: Split, kind: str, *, image_column: str | None, label_c
     class_labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     labels = [name for name in class_labels if name in LABEL_NAMES]
     labels += [name for name in LABEL_NAMES if name in features] + class_labels
+    if image_column is None and not images:
+        _refuse_lists(features, kind)
     image = _choose_column("image", image_column, images, features=features, kind=kind)
     label = _choose_column("label", label_column, labels, features=features, kind=kind)
-    if image == label:
-        raise ValueError(f"image_column and label_column are both {image!r}; the dataset has {', '.join(features)}.")
-    split = split.select_columns([image, label])
-    if image != "image":
-        split = split.rename_column(image, "image")
-    if label != "label":
-        split = split.rename_column(label, "label")
+    columns = {"image": image, "label": label}
+    if group_column is not None:
+        columns["group"] = _choose_column("group", group_column, [], features=features, kind=kind)
+    for first, second in combinations(columns, 2):
+        if columns[first] == columns[second]:
+            both = f"{first}_column and {second}_column are both {columns[first]!r}"
+            raise ValueError(f"{both}; the dataset has {', '.join(features)}.")
+    _check_images(image, features[image], kind)
+    split = split.select_columns(list(columns.values()))
+    # By way of names that no column has, since a dataset may use these names for other columns.
+    split = split.rename_columns({name: f"{role} of {name}" for role, name in columns.items()})
+    split = split.rename_columns({f"{role} of {name}": role for role, name in columns.items()})
     return split.cast_column("image", Image(decode=False))
+
+
+def select_images(split: Split, kind: str, image_column: str | None = None) -> Split:
+    """Keep the column of images alone, renamed to `image` (encoded), of a split whose labels are not needed. Raises
+    ValueError as `select_columns`."""
+    features = read_features(split)
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    images += [name for name in IMAGE_NAMES if name in features]
+    if image_column is None and not images:
+        _refuse_lists(features, kind)
+    image = _choose_column("image", image_column, images, features=features, kind=kind)
+    _check_images(image, features[image], kind)
+    split = split.select_columns([image])
+    split = split if image == "image" else split.rename_column(image, "image")
+    return split.cast_column("image", Image(decode=False))
+
+
+def refuse_urls(split: Dataset, kind: str) -> None:
+    """Raise ValueError where the images of a split are addresses, which nothing here downloads."""
+    for encoded in split.with_format(None)["image"][:8]:
+        path = (encoded or {}).get("path") or ""
+        if path.startswith(("http://", "https://")):
+            problem = f"the images of the {kind} split are addresses, such as {path}"
+            raise ValueError(f"{problem}; download them, and give a folder of images.")
+
+
+def read_column(split: Dataset, name: str) -> pa.ChunkedArray:
+    """A column as it is stored, a row for each image; `Dataset.__getitem__` takes seconds for 200,000 rows."""
+    column = split.data.column(name)
+    return column if split._indices is None else column.take(split._indices.column(0))
+
+
+def add_column(split: Dataset, name: str, values: Sequence | np.ndarray, feature: Any) -> Dataset:
+    """Put a column beside the others, which stay where they are on disk.
+
+    `Dataset.add_column` and `concatenate_datasets` first copy every image of a split that was selected or shuffled;
+    here the column is laid out in the order of the stored rows instead, and the same rows are selected again.
+    """
+    features = Features({name: feature})
+    if split._indices is None:
+        return concatenate_datasets([split, Dataset.from_dict({name: values}, features=features)], axis=1)
+    rows = split._indices.column(0).to_numpy()
+    stored = [None] * len(split.data)
+    for row, value in zip(rows, values, strict=True):
+        stored[row] = value
+    column = Dataset.from_dict({name: stored}, features=features)
+    return concatenate_datasets([Dataset(split.data, info=split.info), column], axis=1).select(rows)
 
 
 def read_features(split: Dataset | IterableDataset) -> Features:
@@ -47,3 +109,27 @@ def _choose_column(role: str, name: str | None, candidates: list[str], *, featur
     if name is None and not candidates:
         raise ValueError(f"found no {role} column among {columns} in the {kind} split; name it with {role}_column.")
     return candidates[0] if name is None else name
+
+
+def _check_images(name: str, feature: Any, kind: str) -> None:
+    """Raise ValueError for a column whose rows are no encoded images, files or bytes."""
+    if isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature)):
+        return
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"):
+        return
+    if _holds_images(feature):
+        raise ValueError(f"column {name!r} of the {kind} split has several images a row; write one image in each row.")
+    what = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+    raise ValueError(f"column {name!r} of the {kind} split holds {what}, not images; name another image_column.")
+
+
+def _refuse_lists(features: Features, kind: str) -> None:
+    for name, feature in features.items():
+        if _holds_images(feature):
+            _check_images(name, feature, kind)
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a row of such a column is a list of images."""
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(inner, Image)

@@ -55,9 +55,10 @@ class DatasetRecipe:
         benchmark = {"benchmark": self.benchmark} if self.benchmark else {}
         return {**self.load_arguments, "recipe": self.recipe, "metric": self.metric, **benchmark}
 
-    def load(self, *, limit: int | None = None, shots: int | None = None, seed: int = 0) -> DatasetDict:
-        """Load the dataset with `load_data`. Raises ValueError for another number of classes or test images."""
-        data = load_data(**self.load_arguments, limit=limit, shots=shots, seed=seed)
+    def load(self, *, limit: int | None = None, **arguments: Any) -> DatasetDict:
+        """Load the dataset with `load_data` and further `arguments` of it, such as `shots`, `seed` and `group_column`.
+        Raises ValueError for another number of classes or test images."""
+        data = load_data(**self.load_arguments, limit=limit, **arguments)
         actual = {"classes": len(class_names(data["train"])), "test images": len(data["test"])}
         expected = {"classes": self.num_classes, "test images": min(self.test_images, limit or self.test_images)}
         for what, number in actual.items():

@@ -1,27 +1,70 @@
-"""Reading and writing the encoded images of a split."""
+"""Reading, writing and hashing the encoded images of a split."""
 
+import hashlib
 import io
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
-from datasets import Dataset
+from datasets import Dataset, Value
 
+from concat_ensemble.data.columns import add_column, read_column
 from concat_ensemble.errors import first_line
+
+HASH_BYTES = 16  # of sha256: among 10^12 images, two have the same hash with probability 1e-15
+HASH_COLUMN = "image_hash"
 
 
 def read_image(split: Dataset, index: int) -> PIL.Image.Image:
     """Decode image `index` of a split returned by `load_data`. Raises ValueError naming it if it cannot be read."""
-    return decode_image(split[index]["image"], describe_image(split, index))
+    encoded = split[index]["image"]
+    return decode_image(encoded, _describe_encoded(encoded, index))
 
 
-def decode_image(encoded: dict, name: str) -> PIL.Image.Image:
-    """Decode an image stored as {"bytes", "path"}. Raises ValueError, with its `name`, if it cannot be read."""
+def decode_image(encoded: dict | None, name: str) -> PIL.Image.Image:
+    """Decode an image stored as {"bytes", "path"}. Raises ValueError, with its `name`, if it cannot be read, or if all
+    that it shows is in its alpha channel."""
+    try:
+        return open_image(encoded)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}; remove or repair it.") from error
+
+
+def open_image(encoded: dict | None) -> PIL.Image.Image:
+    """As `decode_image`; the error is the reason alone, without a name."""
+    if not encoded or (encoded["bytes"] is None and encoded["path"] is None):
+        raise ValueError("the row has no image")
+    if encoded["bytes"] == b"":
+        raise ValueError("the file is empty")
     try:
         image = PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # all raised by PIL
-        raise ValueError(f"{name} cannot be read: {first_line(error)}; remove or repair it.") from error
+        only_alpha = _shows_only_alpha(image)
+    except Exception as error:  # of damaged files, PIL's plugins raise errors of nearly every kind
+        raise ValueError(describe_read_error(error)) from error
+    if only_alpha:
+        raise ValueError("its colors are all the same and what it shows is in its alpha channel, which is not read")
+    return image
+
+
+def describe_read_error(error: Exception) -> str:
+    """Why an image could not be read, in one line."""
+    if isinstance(error, PIL.UnidentifiedImageError):  # its message has the address of a buffer
+        return "it is not an image in a format that Pillow reads"
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + first_line(error).rstrip(".")
+
+
+def _shows_only_alpha(image: PIL.Image.Image) -> bool:
+    """Whether an image is of one color once its alpha channel is dropped, and is not before."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode not in ("RGBA", "LA", "PA"):
+        return False
+    extrema: Any = image.getextrema()  # a pair for each band
+    *colors, alpha = extrema
+    return all(low == high for low, high in colors) and alpha[0] < alpha[1]
 
 
 def encode_image(pixels: np.ndarray) -> dict:
@@ -33,5 +76,52 @@ def encode_image(pixels: np.ndarray) -> dict:
 
 def describe_image(split: Dataset, index: int) -> str:
     """Name an image in error messages: its number, and its file if it has one."""
-    path = split[index]["image"]["path"]
+    return _describe_encoded(split[index]["image"], index)
+
+
+def _describe_encoded(encoded: dict | None, index: int) -> str:
+    path = encoded["path"] if encoded else None
     return f"image {index} ({path})" if path else f"image {index}"
+
+
+def image_hashes(split: Dataset) -> list[bytes]:
+    """One hash of `HASH_BYTES` bytes per image of a split from `load_data`, of its encoded bytes.
+
+    They are taken from the column `image_hash` if the split has it and it agrees with a few of the images. An image
+    without bytes, such as a missing file, gets a hash of its own, so that reading it is what fails.
+    """
+    if (stored := _stored_hashes(split)) is not None:
+        return stored
+    hashes = []
+    batch: Any  # a dict of columns
+    for batch in split.select_columns("image").with_format(None).iter(batch_size=16):  # photographs of megabytes each
+        hashes += [_hash_image(encoded, len(hashes) + place) for place, encoded in enumerate(batch["image"])]
+    return hashes
+
+
+def with_hashes(split: Dataset) -> Dataset:
+    """The split with the column `image_hash`, so that its images are read once for all who need their hashes."""
+    if _stored_hashes(split) is not None:
+        return split
+    split = split.select_columns([name for name in split.column_names if name != HASH_COLUMN])
+    return add_column(split, HASH_COLUMN, image_hashes(split), Value("binary"))
+
+
+def _stored_hashes(split: Dataset) -> list[bytes] | None:
+    """The column `image_hash`, or None without one. It is stale where the images were replaced since, as by
+    `Dataset.map`, so that it is compared with a few of them."""
+    if HASH_COLUMN not in split.column_names:
+        return None
+    hashes, plain = read_column(split, HASH_COLUMN).to_pylist(), split.select_columns("image").with_format(None)
+    compared = np.unique(np.linspace(0, len(split) - 1, min(len(split), 8)).astype(int)).tolist()
+    return hashes if all(_hash_image(plain[row]["image"], row) == hashes[row] for row in compared) else None
+
+
+def _hash_image(encoded: dict | None, index: int) -> bytes:
+    content = encoded["bytes"] if encoded else None
+    if content is None:
+        try:
+            content = Path((encoded or {})["path"]).read_bytes()
+        except (OSError, KeyError, TypeError):
+            content = f"no image in row {index}: {encoded}".encode()
+    return hashlib.sha256(content).digest()[:HASH_BYTES]

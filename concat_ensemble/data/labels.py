@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
-from concat_ensemble.data.columns import read_features
+from concat_ensemble.data.columns import add_column, read_column, read_features
+
+HIDDEN = ("", "-1")  # texts that stand for a hidden label, beside -1 and None
 
 
 def class_names(split: Dataset | IterableDataset) -> list[str]:
@@ -22,24 +25,52 @@ def read_groups(splits: Mapping[str, Dataset]) -> dict[str, np.ndarray] | None:
     """(N,) the group of each image by split, where all splits have a column `group`; else None."""
     if not all("group" in split.column_names for split in splits.values()):
         return None
-    return {kind: np.asarray(split.with_format("numpy")["group"][:]) for kind, split in splits.items()}
+    return {kind: np.asarray(read_column(split, "group").to_pylist()) for kind, split in splits.items()}
 
 
 def to_class_labels(split: Dataset, kind: str) -> Dataset:
     """Convert a `label` column of names, whole numbers or booleans to `ClassLabel`, in sorted order. Raises ValueError
-    for missing, hidden (-1) or unsuitable labels; `kind` names the split."""
+    for missing labels, hidden ones (-1 or an empty text), unsuitable ones, and numbers without a class name; `kind`
+    names the split."""
     feature = split.features["label"]
-    if split.data.column("label").null_count:
-        raise ValueError(f"the {kind} split has images without a label; remove them or name another label_column.")
-    if isinstance(feature, ClassLabel):
-        if read_labels(split).min() < 0:
-            raise ValueError(f"the {kind} split's labels are hidden (-1); name a split that has them.")
-        return split
-    dtype = feature.dtype if isinstance(feature, Value) else str(feature)
+    dtype = feature.dtype if isinstance(feature, Value | ClassLabel) else str(feature)
+    missing = read_column(split, "label").null_count
+    if 0 < missing < len(split):
+        problem = f"the {kind} split has {missing:,} images without a label"
+        raise ValueError(f"{problem}, of {len(split):,}; remove them or name another label_column.")
+    if missing:
+        raise ValueError(_all_hidden(kind, "None"))
     if not dtype.startswith(("int", "uint")) and dtype not in ("string", "large_string", "bool"):
         raise ValueError(f"the labels of the {kind} split are {dtype}; they must be class names or whole numbers.")
-    names, numbers = np.unique(_label_column(split), return_inverse=True)
-    return _replace_labels(split, numbers, [str(name) for name in names])
+    labels = _label_column(split)
+    _refuse_hidden(labels, kind)
+    if not isinstance(feature, ClassLabel):
+        names, numbers = np.unique(labels, return_inverse=True)
+        return _replace_labels(split, numbers, [str(name) for name in names])
+    if labels.max(initial=-1) >= len(feature.names):
+        problem = f"the {kind} split has the label {labels.max()}, but its column names {len(feature.names)} classes"
+        raise ValueError(f"{problem}, numbered from 0; name them all, or cast the column to whole numbers.")
+    return split
+
+
+def _refuse_hidden(labels: np.ndarray, kind: str) -> None:
+    """Raise ValueError for labels of -1, or texts of `HIDDEN`."""
+    if labels.dtype.kind == "b":
+        return
+    numbers = labels.dtype.kind in "iu"
+    hidden = labels < 0 if numbers else np.isin(np.char.strip(labels.astype(str)), HIDDEN)
+    if not hidden.any():
+        return
+    value = str(labels[hidden].min()) if numbers else repr(str(labels[hidden][0]))
+    if hidden.all():
+        raise ValueError(_all_hidden(kind, value))
+    problem = f"{hidden.sum():,} of {len(labels):,} labels of the {kind} split are hidden ({value})"
+    raise ValueError(f"{problem}; remove these images, or, if {value} is a class, write the labels as names.")
+
+
+def _all_hidden(kind: str, value: str) -> str:
+    example = ", such as --test-split validation" if kind == "test" else ""
+    return f"the {kind} split's labels are hidden ({value}); name a split that has them{example}."
 
 
 def unify_classes(splits: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -55,27 +86,30 @@ def select_classes(splits: dict[str, Dataset], classes: list[int | str]) -> dict
     """Keep the images of some classes, named or numbered, and number these from 0 in the dataset's order. Raises
     ValueError for an unknown class, or none."""
     names = class_names(splits["train"])
-    unknown = [c for c in classes if (c not in names if isinstance(c, str) else not 0 <= c < len(names))]
+    numbers_by_name = {name: number for number, name in enumerate(names)}
+    unknown = [c for c in classes if (c not in numbers_by_name if isinstance(c, str) else not 0 <= c < len(names))]
     if unknown or not classes:
         listing = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         raise ValueError(f"classes={unknown or classes!r}: the dataset has {len(names)}, {listing}.")
-    numbers = sorted({names.index(c) if isinstance(c, str) else c for c in classes})
+    numbers = sorted({numbers_by_name[c] if isinstance(c, str) else c for c in classes})
     selected = [names[number] for number in numbers]
     renumbered = {kind: _renumber(split, selected) for kind, split in splits.items()}
     return {kind: split.select(np.flatnonzero(read_labels(split) >= 0)) for kind, split in renumbered.items()}
 
 
 def _label_column(split: Dataset) -> np.ndarray:
-    return np.asarray(split.with_format("numpy")["label"][:])
+    column = read_column(split, "label")
+    texts = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return np.asarray(column.to_pylist()) if texts else column.to_numpy()
 
 
 def _renumber(split: Dataset, names: list[str]) -> Dataset:
     """Replace each label by the position of its class in `names`, or by -1 if it is not there."""
-    numbers = np.array([names.index(name) if name in names else -1 for name in class_names(split)])
+    positions = {name: position for position, name in enumerate(names)}
+    numbers = np.array([positions.get(name, -1) for name in class_names(split)])
     return _replace_labels(split, numbers[read_labels(split)], names)
 
 
 def _replace_labels(split: Dataset, numbers: np.ndarray, names: list[str]) -> Dataset:
     """Put another label column beside the images, which stay where they are on disk; `Dataset.map` would copy them."""
-    column = Dataset.from_dict({"label": numbers}, features=Features(label=ClassLabel(names=names)))
-    return concatenate_datasets([split.select_columns(["image"]), column], axis=1)
+    return add_column(split.remove_columns("label"), "label", numbers, ClassLabel(names=names))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+    from concat_ensemble.data.audit import AuditedData
+
 DEFAULT_NAME, DEFAULT_TEST_SIZE = "scattered:digits", 0.5
 
 
@@ -29,7 +31,8 @@ class DatasetOptions:
 
     name: str | None = option(
         None,
-        "digits, scattered:digits (when left out), a Hub id, parquet:FILES, imagefolder:FOLDER, or a path.",
+        "digits, scattered:digits (when left out), a Hub id, parquet:FILES, imagefolder:FOLDER, webdataset:FILES, or "
+        "a path.",
         flags=["--dataset"],
     )
     config: str | None = option(None, "Configuration of a Hub dataset.")
@@ -45,6 +48,10 @@ class DatasetOptions:
     )
     limit: int | None = option(None, "Use at most this many images of each split.")
     shots: int | None = option(None, "Use this many images of each class for training and validation together.")
+    group_column: str | None = option(
+        None, "Column whose images belong together, such as those of one patient; no split separates them."
+    )
+    use_folders: bool = option(False, "Take the classes from the folders although there is a metadata file.")
     seed: int = option(0, "Random seed for the splits, the subset and the few-shot draw.")
     recipe: str | None = option(None, "Name of a dataset recipe, such as cifar100.")
 
@@ -62,7 +69,8 @@ class DatasetOptions:
 
     @property
     def _subset(self) -> dict[str, Any]:
-        return {"limit": self.limit, "seed": self.seed} | ({} if self.shots is None else {"shots": self.shots})
+        subset = {"limit": self.limit, "seed": self.seed, "shots": self.shots, "group_column": self.group_column}
+        return {name: value for name, value in subset.items() if value is not None or name == "limit"}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -75,7 +83,13 @@ class DatasetOptions:
         naming["name"] = self.name or DEFAULT_NAME
         naming["classes"] = _parse_classes(self.classes)
         naming["test_size"] = DEFAULT_TEST_SIZE if self.test_size is None else self.test_size
-        return naming | self._subset
+        return naming | self._subset | ({"use_folders": True} if self.use_folders else {})
+
+    def is_recorded(self, recorded: dict[str, Any]) -> bool:
+        """Whether a results file was measured on this very dataset, by what it records."""
+        record = self.record
+        optional = ("shots", "group_column", "use_folders")
+        return record.items() <= recorded.items() and all(name in record for name in optional if name in recorded)
 
     @property
     def study(self) -> str:
@@ -88,21 +102,31 @@ class DatasetOptions:
         """Name of the results files, without their ending: lower-case letters, digits and dashes."""
         limit = "" if self.limit is None else f"limit-{self.limit}"
         shots = "" if self.shots is None else f"shots-{self.shots}"
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.study}-{limit}-{shots}".lower()).strip("-") or "dataset"
+        groups = "" if self.group_column is None else f"groups-{self.group_column}"
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.study}-{limit}-{shots}-{groups}".lower()).strip("-") or "dataset"
 
-    def load(self) -> "DatasetDict":
-        """The splits `train`, `validation` and `test`; errors are those of `load_data` and `DatasetRecipe.load`."""
+    def load(self) -> "AuditedData":
+        """The splits `train`, `validation` and `test` without the rows that leak, and the audit of what was found.
+        Errors are those of `load_data`, `DatasetRecipe.load` and `audit_splits`."""
+        from concat_ensemble.data.audit import audit_splits
+
+        return audit_splits(self.load_splits())
+
+    def load_splits(self) -> "DatasetDict":
+        """The splits as they are, without an audit; a cut may have left the column `image_hash` in them."""
         from concat_ensemble.data.dataset_recipes import dataset_recipe
         from concat_ensemble.data.loading import load_data
 
-        return dataset_recipe(self.recipe).load(**self._subset) if self.recipe else load_data(**self.record)
+        if self.recipe:
+            return dataset_recipe(self.recipe).load(**self._subset, keep_hashes=True)
+        return load_data(**self.record, keep_hashes=True)
 
-    def describe(self, data: "DatasetDict") -> dict[str, Any]:
-        """The record, the number of test images that were loaded, and whether the dataset is on the Hub."""
+    def describe(self, audited: "AuditedData") -> dict[str, Any]:
+        """The record, the number of test images that are scored, and whether the dataset is on the Hub."""
         record = self.record
         local_path = Path(record["name"].partition(":")[2] or record["name"])
         on_hub = "/" in record["name"] and not local_path.exists()
-        return record | {"test_images": len(data["test"]), "on_hub": on_hub}
+        return record | {"test_images": len(audited.data["test"]), "on_hub": on_hub}
 
     def with_recipes(self, recipes: Sequence[str]) -> list["DatasetOptions"]:
         """One dataset for each of several recipes, or this one where there are none."""
@@ -115,6 +139,7 @@ class ExtractionOptions:
 
     batch_size: int = option(64, "Images in a batch.", min=1)
     num_workers: int = option(0, "Processes that read images.", flags=["--workers"], min=0)
+    skip_bad: bool = option(False, "Go on without images that cannot be read; they are counted.", flags=["--skip-bad"])
     quiet: bool = option(False, "Print results and errors only.", flags=["--quiet", "-q"])
 
 

@@ -4,12 +4,12 @@ import hashlib
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from concat_ensemble.data.images import encode_image, read_image
-from concat_ensemble.data.labels import read_labels
+from concat_ensemble.data.columns import read_column
+from concat_ensemble.data.images import HASH_COLUMN, encode_image, read_image
 
 
 class Scatter(v2.Transform):
@@ -57,18 +57,22 @@ class Scatter(v2.Transform):
 def scatter_split(split: Dataset, kind: str, seed: int) -> Dataset:
     """Put every image of a split on its own canvas of 32x32 pixels.
 
-    The canvas depends on the image's encoded bytes and the seed alone, not on the rest of the split. Raises ValueError
-    if the images differ in size; `kind` names the split.
+    The canvas depends on the image's encoded bytes and the seed alone, not on the rest of the split; copies of an
+    image get the same canvas, so that an audit finds them. Raises ValueError if the images differ in size; `kind`
+    names the split.
     """
-    images = [np.asarray(read_image(split, index).convert("L")) for index in range(len(split))]
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"scattered: the images of the {kind} split differ in size; resize them to one size first.")
-    canvases = []
-    for index, image in enumerate(images):
+    canvases, shape = [], None
+    for index in range(len(split)):
+        image = np.asarray(read_image(split, index).convert("L"))
+        if shape not in (None, image.shape):
+            problem = f"scattered: the images of the {kind} split differ in size"
+            raise ValueError(f"{problem}; resize them to one size first.")
+        shape = image.shape
         digest = hashlib.sha256(split[index]["image"]["bytes"] or image.tobytes()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big") ^ seed)
         pixels = torch.from_numpy(image / np.float32(255))
-        canvases.append(Scatter(generator=generator)(pixels[None, None])[0, 0])
-    scattered = (torch.stack(canvases) * 255).round().to(torch.uint8).numpy()
-    columns = {"image": [encode_image(canvas) for canvas in scattered], "label": read_labels(split)}
-    return Dataset.from_dict(columns, features=split.features)
+        canvas = Scatter(generator=generator)(pixels[None, None])[0, 0]
+        canvases.append(encode_image((canvas * 255).round().to(torch.uint8).numpy()))
+    others = [name for name in split.column_names if name not in ("image", HASH_COLUMN)]
+    columns = {"image": canvases} | {name: read_column(split, name).to_pylist() for name in others}
+    return Dataset.from_dict(columns, features=Features({name: split.features[name] for name in columns}))

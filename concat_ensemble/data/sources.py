@@ -1,6 +1,7 @@
 """Where a dataset comes from, and how `datasets` loads it from there."""
 
 from collections.abc import Mapping
+from glob import glob
 from pathlib import Path
 
 import datasets.config
@@ -17,37 +18,55 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from concat_ensemble.data.folders import load_folder
 from concat_ensemble.data.images import encode_image
-from concat_ensemble.data.splits import SPLIT_NAMES
+from concat_ensemble.data.splits import find_split_kind
+from concat_ensemble.data.streams import load_tars
 from concat_ensemble.errors import first_line
 
 DIGITS = "digits"
-BUILDERS = ("parquet", "imagefolder", "csv", "json")
+BUILDERS = ("parquet", "imagefolder", "csv", "json", "webdataset")
+ENDINGS = {"webdataset": "tar"}  # of the files of a builder, where it is not its name
+STREAM_SHARDS = 64  # of a folder of images, which the processes that read it share
 
 
 def load_source(
-    name: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, streaming: bool = False
+    name: str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
+    *,
+    config: str | None,
+    revision: str | None,
+    streaming: bool = False,
+    use_folders: bool = False,
+    limit: int | None = None,
 ) -> Mapping[str, Dataset | IterableDataset]:
-    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`. Raises
-    ValueError if it does not exist or cannot be read."""
-    if isinstance(name, Dataset):
+    """Load a dataset with its own splits and columns. `name` is as for `load_data`, without `scattered:`. Where there
+    is a `limit`, tars are streamed. Raises ValueError if it does not exist or cannot be read."""
+    if isinstance(name, Dataset | IterableDataset):
         return {"train": name}
-    if isinstance(name, DatasetDict):
+    if isinstance(name, DatasetDict | IterableDatasetDict):
         return {str(kind): split for kind, split in name.items()}
     if name == DIGITS:
         return {"train": load_digits()}
     builder, location = identify_source(str(name))
     try:
+        if builder == "webdataset":
+            return load_tars(_find_data_files(location, builder), stream=streaming or limit is not None)
+        if builder == "imagefolder" and Path(location).is_dir():
+            splits = load_folder(Path(location), use_folders=use_folders)
+            if splits is not None:
+                return {kind: _to_stream(split) for kind, split in splits.items()} if streaming else splits
         loaded = _load(builder, location, config=config, revision=revision, streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         problem = f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it"
         raise ValueError(f"{problem} ({first_line(error)}).") from error
     except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load dataset {str(name)!r}: {first_line(error)}") from error
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = first_line(cause if isinstance(cause, Exception) else error)
+        raise ValueError(f"cannot load dataset {str(name)!r}: {reason}") from error
     if isinstance(loaded, Dataset | IterableDataset):
         return {"train": loaded}
     return {str(kind): split for kind, split in loaded.items()}
@@ -64,10 +83,11 @@ def identify_source(name: str) -> tuple[str, str]:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return "saved", name
-        has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
-        return ("parquet" if has_parquet else "imagefolder"), name
-    if path.suffix == ".parquet":
-        return "parquet", name
+        if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+            return "parquet", name
+        return ("webdataset" if any(path.glob("*.tar")) or any(path.glob("*/*.tar")) else "imagefolder"), name
+    if path.suffix in (".parquet", ".tar"):
+        return ("parquet" if path.suffix == ".parquet" else "webdataset"), name
     remedy = f"give a folder of images or a .parquet file, or write its kind before it, as in csv:{path}."
     raise ValueError(f"{path} is a {path.suffix or 'file'}; {remedy}")
 
@@ -96,16 +116,25 @@ def _load(
     return load_dataset(builder, data_files=_find_data_files(location, builder), streaming=streaming)
 
 
-def _find_data_files(location: str, builder: str) -> str | dict[str, list[str]]:
-    """Group the files of a folder by the split that their names begin with; return a file or pattern unchanged."""
-    folder = Path(location)
+def _to_stream(split: Dataset) -> IterableDataset:
+    return split.to_iterable_dataset(num_shards=min(len(split), STREAM_SHARDS))
+
+
+def _find_data_files(location: str, builder: str) -> dict[str, list[str]]:
+    """Group the files of a folder by the split that their names, or those of their folders, speak of; files that are
+    given by a pattern are one split."""
+    folder, ending = Path(location), ENDINGS.get(builder, builder)
     if not folder.is_dir():
-        return location
-    files = sorted(folder.glob(f"*.{builder}")) or sorted(folder.glob(f"data/*.{builder}"))
+        # `datasets` expands patterns itself.
+        files = sorted(glob(location)) if builder == "webdataset" else [location]  # noqa: PTH207 (may be absolute)
+        if not files:
+            raise FileNotFoundError(f"there is no file {location}.")
+        return {"train": files}
+    files = sorted(folder.glob(f"*.{ending}")) or sorted(folder.glob(f"*/*.{ending}"))
     if not files:
-        raise FileNotFoundError(f"there is no .{builder} file in {folder}.")
+        raise FileNotFoundError(f"there is no .{ending} file in {folder}.")
     files_by_split: dict[str, list[str]] = {}
     for file in files:
-        kinds = [kind for kind, names in SPLIT_NAMES.items() if file.stem.startswith(names)]
-        files_by_split.setdefault(kinds[0] if kinds else "train", []).append(str(file))
+        kind = find_split_kind(file.stem) or (find_split_kind(file.parent.name) if file.parent != folder else None)
+        files_by_split.setdefault(kind or "train", []).append(str(file))
     return files_by_split

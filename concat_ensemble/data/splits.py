@@ -1,30 +1,36 @@
-"""Splits of a dataset: picking them by name, cutting the missing ones, and drawing smaller ones."""
+"""Picking the splits of a dataset by name."""
 
+import re
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets
-from sklearn.model_selection import train_test_split
-
-from concat_ensemble.data.labels import read_labels
+from datasets import Dataset, IterableDataset
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
 
 
-def pick_splits(source: Mapping[str, Dataset | IterableDataset], names: dict[str, str | None]) -> dict[str, Dataset]:
+def pick_splits(
+    source: Mapping[str, Dataset | IterableDataset], names: dict[str, str | None]
+) -> dict[str, Dataset | IterableDataset]:
     """Pick a split of `source` for each of `train`, `validation` and `test`, by its name in `names` or a common name.
-    Raises ValueError for a split that does not exist or is empty, and without a training split."""
+
+    A validation split without a test split is the test split. Raises ValueError for a split that does not exist or is
+    empty, and without a training split.
+    """
     named = {name.partition("[")[0] for name in names.values() if name}
     picked = {kind: pick_split(source, kind, name, exclude=named) for kind, name in names.items()}
-    splits = {kind: split for kind, split in picked.items() if isinstance(split, Dataset)}
+    splits = {kind: split for kind, split in picked.items() if split is not None}
     if "train" not in splits:
         raise ValueError(f"no training split among {sorted(source)}; name it with train_split.")
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
     for kind, split in splits.items():
-        refuse_empty(split, kind)
+        if isinstance(split, Dataset):
+            refuse_empty(split, kind)
     return splits
 
 
@@ -33,13 +39,14 @@ def pick_split(
 ) -> Dataset | IterableDataset | None:
     """Pick a split by name, as in `train[:80%]`, or by the common names of its kind if `name` is None.
 
-    A dataset's only split is its training split, whatever its name. Names in `exclude` do not count as common names.
+    A dataset's only split is its training split, whatever its name. Names in `exclude` do not count as common names,
+    which may be capitalized.
     Raises ValueError for a split that does not exist, or a malformed slice.
     """
     if name is None:
         candidates = [split for split in source if split not in exclude]
         if not (kind == "train" and len(source) == 1):
-            candidates = [split for split in candidates if split in SPLIT_NAMES[kind]]
+            candidates = [split for split in candidates if split_kind(split) == kind]
         return source[candidates[0]] if candidates else None
     base, bracket, bounds = name.partition("[")
     if base not in source:
@@ -59,37 +66,25 @@ def pick_split(
     return split.select(np.arange(start, max(start, stop)))
 
 
+def split_kind(name: str) -> str | None:
+    """`train`, `validation` or `test` if `name` is one of their common names, in any case; else None."""
+    return next((kind for kind, names in SPLIT_NAMES.items() if name.lower() in names), None)
+
+
+def find_split_kind(name: str) -> str | None:
+    """The split that the name of a file or folder speaks of in a word of its own, as in `Train`, `test-images`,
+    `val2017` or `imagenet_train-00001`, or that it begins with, as in `testset`."""
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word]
+    kinds = [kind for kind in map(split_kind, words) if kind]
+    if kinds:
+        return kinds[0]
+    return next((kind for kind, names in SPLIT_NAMES.items() if name.lower().startswith(names)), None)
+
+
 def refuse_empty(split: Dataset, kind: str) -> None:
     """Raise ValueError for a split without images."""
     if not len(split):
         raise ValueError(f"the {kind} split is empty; name another with {kind}_split, or keep more of it.")
-
-
-def complete_splits(
-    splits: dict[str, Dataset], *, validation_size: float, test_size: float, shots: int | None, seed: int
-) -> dict[str, Dataset]:
-    """Cut a missing test split, draw the few-shot subset, and cut a missing validation split, in this order.
-
-    A validation split without a test split becomes the test split. The arguments are those of `load_data`.
-    """
-    splits = dict(splits)
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-    if "test" not in splits:
-        splits["train"], splits["test"] = _cut_split(splits["train"], "test_size", test_size, seed)
-    if shots is not None:
-        parts = [splits.pop(kind) for kind in ("train", "validation") if kind in splits]
-        splits["train"] = _draw_shots(concatenate_datasets(parts), shots, seed)
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = _cut_split(splits["train"], "validation_size", validation_size, seed)
-    return {kind: splits[kind] for kind in ("train", "validation", "test")}
-
-
-def limit_split(split: Dataset, limit: int, seed: int) -> Dataset:
-    """Draw `limit` images, which stay in their order. Of two limits, the smaller one draws a subset of the larger."""
-    if limit >= len(split):
-        return split
-    return split.select(np.sort(np.random.default_rng(seed).permutation(len(split))[:limit]))
 
 
 def _parse_bound(text: str, total: int) -> int | None:
@@ -97,30 +92,3 @@ def _parse_bound(text: str, total: int) -> int | None:
     if not text:
         return None
     return round(float(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
-
-
-def _cut_split(split: Dataset, name: str, size: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Cut off a random fraction `size`, stratified by class if each class can be on both sides."""
-    if not 0 < size < 1:
-        raise ValueError(f"{name}={size} must be a fraction between 0 and 1.")
-    labels = read_labels(split)
-    counts = np.bincount(labels)
-    counts = counts[counts > 0]
-    can_stratify = counts.min() >= 2 and min(size, 1 - size) * len(labels) >= len(counts)
-    stratify = labels if can_stratify else None
-    try:
-        rest, part = train_test_split(np.arange(len(labels)), test_size=size, random_state=seed, stratify=stratify)
-    except ValueError as error:
-        raise ValueError(f"cannot cut {name}={size} off {len(labels)} images: {error}") from error
-    return split.select(np.sort(rest)), split.select(np.sort(part))
-
-
-def _draw_shots(split: Dataset, shots: int, seed: int) -> Dataset:
-    """Draw `shots` images of each class."""
-    order = np.random.default_rng(seed).permutation(len(split))
-    labels = read_labels(split)[order]
-    subsets = [order[labels == label][:shots] for label in np.unique(labels)]
-    fewest = min(map(len, subsets))
-    if fewest < shots:
-        raise ValueError(f"shots={shots}: a class has {fewest} images for training and validation; use fewer.")
-    return split.select(np.sort(np.concatenate(subsets)))

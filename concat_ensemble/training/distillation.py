@@ -137,7 +137,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     folder = output / "members" / "distilled-0"
     accelerator = create_accelerator(settings, cpu)
     shard = (accelerator.process_index, accelerator.num_processes)
-    images = Images(settings, Pixels.from_settings(settings), shard, max_images)
+    images = Images(settings, Pixels.from_settings(settings), shard, max_images, with_test=False)
     teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
     if matches_identity(folder, identity):

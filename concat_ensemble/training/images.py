@@ -81,13 +81,22 @@ class Batch:
 
 class Images:
     """The images of a training run. This process gets its part of every batch: `shard` is its rank in its team, and
-    the number of processes there. `max_images` is a further limit for each split, for a trial.
+    the number of processes there. `max_images` is a further limit for each split, for a trial. `with_test` says
+    whether the test images are needed too.
 
     Raises:
         ValueError: if a batch cannot be shared evenly.
     """
 
-    def __init__(self, settings: Settings, pixels: Pixels, shard: Shard = (0, 1), max_images: int | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        pixels: Pixels,
+        shard: Shard = (0, 1),
+        max_images: int | None = None,
+        *,
+        with_test: bool = True,
+    ):
         self.settings, self.pixels, self.shard = settings, pixels, shard
         if settings.batch_size % (shard[1] * settings.gradient_accumulation):
             parts = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
@@ -107,6 +116,7 @@ class Images:
             test_size=settings.test_size,
             validation_size=settings.validation_size,
             seed=settings.seed,
+            for_training=not with_test,
         )
         self.split = self.data["train"]
         if not settings.evaluate_every:  # then the validation images are training images too

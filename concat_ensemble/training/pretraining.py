@@ -273,7 +273,7 @@ def run(
     team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
     if team.is_main_process:
         print(f"{team}, parallelism={parallelism}", flush=True)
-    images = Images(recipe, Pixels.from_settings(recipe), team.shard, max_images)
+    images = Images(recipe, Pixels.from_settings(recipe), team.shard, max_images, with_test=False)
     if only_plan:
         print_costs(recipe, images, team.num_processes, cpu)
         return

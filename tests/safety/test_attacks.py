@@ -563,12 +563,10 @@ def processor(made):
 
 @pytest.mark.parametrize("attack", IMAGES)
 def test_an_image_that_is_none(attack, processor, world):
-    good = io.BytesIO()
-    PIL.Image.effect_noise((8, 8), 50).save(good, "PNG")
     for label in "ab":
         (world / "data" / label).mkdir(parents=True)
         for n in range(5):
-            (world / "data" / label / f"{n}.png").write_bytes(good.getvalue())
+            PIL.Image.effect_noise((8, 8), 50).save(world / "data" / label / f"{n}.png")
     bad = world / "data/a/0.png"
     bad.write_bytes(IMAGES[attack])
     data = load_data(world / "data")
@@ -601,7 +599,7 @@ def test_a_dataset_that_is_a_program_or_elsewhere(attack, world):
     (world / "data").mkdir()
     for name, content in DATASETS[attack].items():
         (world / "data" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises((OSError, ValueError), match=r"data|cannot"):
+    with pytest.raises((OSError, ValueError), match=r"data|cannot|addresses"):
         data = load_data("json:data" if "train.json" in DATASETS[attack] else world / "data")
         read_image(data["train"], 0)
 

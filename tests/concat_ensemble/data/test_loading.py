@@ -80,7 +80,7 @@ def test_images_from_anywhere_can_be_scattered(tmp_path):
     embedded = {row for split in load_data("scattered:digits").values() for row in rows(split)}
     assert {row for split in whole.values() for row in rows(split)} < embedded
     with pytest.raises(ValueError, match="scattered: the images of the train split differ in size"):
-        sizes = [PILImage.new("L", (8 + n % 2, 8)) for n in range(20)]
+        sizes = [PILImage.new("L", (8 + n % 2, 8), n) for n in range(20)]
         mixed = Dataset.from_dict({"image": sizes, "label": [n % 2 for n in range(20)]})
         mixed.cast_column("image", Image()).to_parquet(tmp_path / "mixed.parquet")
         load_data(f"scattered:{tmp_path / 'mixed.parquet'}")

@@ -26,7 +26,7 @@ def test_the_record_has_every_setting_in_the_order_of_earlier_results_files():
     ]
     assert "shots" not in dataclasses.replace(options, shots=None).record
     described = options.describe(options.load())
-    assert described == options.record | {"test_images": len(options.load()["test"]), "on_hub": False}
+    assert described == options.record | {"test_images": len(options.load().data["test"]), "on_hub": False}
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,18 @@ def test_classes_are_numbers_ranges_or_names(text, classes):
 def test_classes_that_run_backwards_are_refused():
     with pytest.raises(ValueError, match=r"9-5 .* write 5-9"):
         DatasetOptions(classes="9-5")
+
+
+def test_groups_and_folders_are_recorded_where_they_are_set():
+    options = DatasetOptions(name="photos", group_column="patient", use_folders=True)
+    plain = DatasetOptions(name="photos")
+    assert {"group_column": "patient", "use_folders": True}.items() <= options.record.items()
+    assert "group_column" not in plain.record and "use_folders" not in plain.record
+    assert options.file_stem == "photos-groups-patient"
+    assert options.is_recorded(options.record) and plain.is_recorded(plain.record | {"test_images": 5})
+    assert not plain.is_recorded(options.record) and not options.is_recorded(plain.record)
+    assert not plain.is_recorded(dataclasses.replace(plain, shots=5).record)
+
+
+def test_a_recipe_takes_groups_too():
+    assert DatasetOptions(recipe="camelyon17", group_column="patient").record["group_column"] == "patient"

@@ -148,3 +148,18 @@ def test_labels_are_the_turns_which_differ_between_networks():
 def test_turns_need_scattered_images_and_no_evaluation(other):
     with pytest.raises(ValueError, match=r"turned=True needs augmentation=scatter"):
         Settings(dataset="digits", turned=True, **other)
+
+
+def test_pretraining_does_not_stop_at_a_hidden_test_split(tmp_path, images):
+    """ImageNet's labels of the test split are -1."""
+    named = ClassLabel(names=["a", "b"])
+    known = images(["a", "b"] * 20).cast_column("label", named)
+    known.to_parquet(tmp_path / "train.parquet")
+    known.select(range(10)).to_parquet(tmp_path / "validation.parquet")
+    hidden = images([""] * 6).remove_columns("label").add_column("label", [-1] * 6, feature=named)
+    hidden.to_parquet(tmp_path / "test.parquet")
+    settings = Settings(**CROPPED | {"dataset": str(tmp_path), "classes": None, "limit": None, "evaluate_every": 5})
+    loaded = Images(settings, GREY, with_test=False)
+    assert set(loaded.data) == {"train", "validation"} and (loaded.size, len(loaded.data["validation"])) == (40, 10)
+    with pytest.raises(ValueError, match=r"the test split's labels are hidden \(-1\)"):
+        Images(settings, GREY)
