@@ -23,22 +23,24 @@ from .configuration_concat_ensemble import validate_preprocessing
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
     """The image upright and in PIL mode `mode` ("RGB" or "L").
 
-    PIL's own `convert` ignores the EXIF rotation and cuts 16-bit values off at 255, so those two come first. Palette,
-    CMYK and 1-bit images are PIL's to convert; an alpha channel is dropped, as timm does.
+    PIL's own `convert` ignores the EXIF rotation and cuts values off at 255. Here 16-bit values are divided by 257 and
+    floats in 0..1 multiplied by 255. An alpha channel is dropped, as timm does: the colors beneath it are seen.
 
     Raises:
-        ValueError: for an image of one pixel, and for float pixels that are not finite.
+        ValueError: for an image of one pixel, and for values that are NaN, negative, or over 255 (floats) or 65,535.
     """
     if image.width * image.height < 2:
         raise ValueError("the image is 1x1 pixels, which shows nothing; remove it from the data.")
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    elif image.mode == "I" and np.asarray(image).max() > 255:  # 16-bit files as some readers hand them over
-        image = PIL.Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ValueError("the image has pixels that are NaN or infinite; remove or repair it.")
-    return image.convert(mode)
+    image = PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image  # else a mere copy
+    if image.mode[0] in "IF":  # I;16 and its variants, I, which some readers make of 16-bit files, and F
+        values = np.asarray(image).astype(np.float32)
+        low, high = values.min(), values.max()
+        white = {"I": 255 if high < 256 else 65_535, "F": 1 if high < 2 else 255}.get(image.mode, 65_535)
+        if not -0.01 <= low <= high <= 1.01 * white:
+            raise ValueError(f"its values {low:g} to {high:g} must be 0..1, 0..255 or 16 bits, not NaN or infinite.")
+        if white != 255:
+            image = PIL.Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    return image if image.mode == mode else image.convert(mode)
 
 
 class ConcatEnsembleImageProcessor(BaseImageProcessor):
@@ -81,8 +83,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         """
         if kwargs:
             raise ValueError(f"unknown arguments {sorted(kwargs)}; leave them out: the config fixes what members see.")
-        images = _flatten(images)
-        if not images:
+        if not (images := _flatten(images)):
             raise ValueError("images is empty; give at least one.")
         pixels = [self._create_pixels(number, image) for number, image in enumerate(images)]
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, Image
-from rich.progress import Progress
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
-from concat_ensemble.data.images import describe_image, read_image
+from concat_ensemble.console import show_progress
+from concat_ensemble.data.bad_images import BadImages, describe_bad_images, usable_rows
+from concat_ensemble.data.images import describe_read_error, image_hashes, open_image
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.extractor import Extractor, PooledFeatures
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK, NTKFeatures
 from concat_ensemble.features.projection import stored_projection
-from concat_ensemble.features.store import Block, block_key, default_store, image_hashes
+from concat_ensemble.features.store import Block, block_key, default_store
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble, is_ensemble
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
@@ -50,13 +51,15 @@ def extract_features(
     compute: torch.dtype = torch.float32,
     storage: str = "float32",
     store: Path | None = None,
+    skip_bad: bool = False,
     quiet: bool = False,
 ) -> FeatureTable:
     """Features of a frozen model for all images of a dataset. Only what is not stored yet is extracted.
 
     The members' own features are stored; a projection is applied when the table is read. All missing members run in
     one pass over the images. Under `accelerate launch` the processes share the images. A kill loses at most
-    `SHARD_IMAGES` images; a second process that needs the same features waits for the first.
+    `SHARD_IMAGES` images; a second process that needs the same features waits for the first. Images that cannot be
+    read do not stop the others: all are named in one error at the end, when everything else is stored.
 
     Args:
         model: An ensemble; or, for a table of one block, a timm model or a transformers model with a `pooler_output`.
@@ -67,11 +70,12 @@ def extract_features(
         compute: float32, or bfloat16 for autocast. Each precision has blocks of its own.
         storage: "float32", or "float16" for half the disk space.
         store: Folder of the stored features. Default: one in `HF_ASSETS_CACHE`.
-        quiet: Show no progress bar. Without a terminal none is shown either.
+        skip_bad: Leave images out of the table that cannot be read; `FeatureTable.skipped` has their rows.
+        quiet: Show no progress; else stderr gets a bar on a terminal, and lines elsewhere.
 
     Raises:
-        ValueError: naming an image that cannot be read, or one for which a member gives NaN, infinite, or (in float16)
-            too large features.
+        ValueError: naming the images that cannot be read, of all splits (with `skip_bad` only if no image of a split
+            or class is left), or an image for which a member gives NaN, infinite, or (in float16) too large features.
         OSError: if the disk is full; what was extracted before is kept.
     """
     if storage not in STORAGE:
@@ -102,16 +106,20 @@ def extract_features(
         quiet=quiet,
     )
     started = time.perf_counter()
-    extracted = run.extract_missing()
+    extracted, unreadable = run.extract_missing()
     seconds = time.perf_counter() - started
+    bad = _bad_rows(hashes, unreadable)
+    rows = usable_rows(splits, bad, skip_bad=skip_bad)
+    groups = read_groups(splits)
     table = FeatureTable(
-        {split: [block.rows(hashes[split]) for block in blocks] for split in splits},
-        {split: read_labels(rows) for split, rows in splits.items()},
+        {split: [block.rows([hashes[split][row] for row in rows[split]]) for block in blocks] for split in splits},
+        {split: read_labels(images)[rows[split]] for split, images in splits.items()},
         class_names(next(iter(splits.values()))),
         tuple(key for key, _ in names),
         extracted,
         extracted / seconds if extracted else None,
-        read_groups(splits),
+        None if groups is None else {split: groups[split][rows[split]] for split in splits},
+        {split: sorted(bad[split]) for split in splits} if unreadable else None,
     )
     if extractor.uses_projection and is_ensemble(network) and network.projection is not None:
         return stored_projection(network.projection)(table)
@@ -162,10 +170,10 @@ class _Run:
     storage: torch.dtype
     quiet: bool
 
-    def extract_missing(self) -> int:
-        """Fill the blocks; the number of images that this process ran."""
+    def extract_missing(self) -> tuple[int, dict[bytes, str]]:
+        """Fill the blocks. Returns the number of images that this process ran, and why images could not be read."""
         if not any(block.refresh().missing(self.places) for block in self.blocks):
-            return 0
+            return 0, {}
         state = PartialState()
         with ExitStack() as stack:
             stack.callback(self.model.train, self.model.training)
@@ -178,37 +186,66 @@ class _Run:
             state.wait_for_everyone()
             passes = plan_passes([block.refresh().missing(self.places) for block in self.blocks], self.places)
             state.wait_for_everyone()  # no process writes before all have planned
-            extracted = 0
+            extracted, unreadable = 0, {}
             for positions, images in passes.items():
-                shards = [images[start : start + SHARD_IMAGES] for start in range(0, len(images), SHARD_IMAGES)]
-                extracted += self._run_pass(positions, shards[state.process_index :: state.num_processes])
-            state.wait_for_everyone()
+                pieces = [images[start : start + SHARD_IMAGES] for start in range(0, len(images), SHARD_IMAGES)]
+                own = pieces[state.process_index :: state.num_processes]
+                extracted += self._run_pass(positions, own, unreadable)
+            for others in gather_object([unreadable]):  # waits for everyone
+                unreadable |= others
+        self._check_complete(unreadable)
+        return extracted, unreadable
+
+    def _check_complete(self, unreadable: dict[bytes, str]) -> None:
+        """Raise ValueError if a process has given up since it could read none of its images."""
         for position, block in enumerate(self.blocks):
-            if missing := block.refresh().missing(self.places):
+            missing = block.refresh().missing(self.places) - unreadable.keys()
+            if missing and len(unreadable) >= SHARD_IMAGES:
+                bad: BadImages = {split: {} for split in self.splits}
+                for image, reason in unreadable.items():
+                    split, row = self.places[image]
+                    bad[split][row] = reason
+                problem = f"none of the first {SHARD_IMAGES} images can be used, so the others were not tried"
+                raise ValueError(f"{problem}; {describe_bad_images(self.splits, bad)}.")
+            if missing:
                 raise RuntimeError(f"member {position} lacks {len(missing)} images after extraction; report this.")
+
+    def _run_pass(self, positions: tuple[int, ...], pieces: list[list[bytes]], unreadable: dict[bytes, str]) -> int:
+        """Run some members on the images of these pieces and store them in shards of `SHARD_IMAGES` readable images.
+        Adds the others to `unreadable`. Returns the number of images that were run."""
+        part, processor = self._select_members(positions)
+        size, state = self.batch_size, PartialState()
+        batches = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
+        loader = DataLoader(
+            _PixelDataset(self.splits, self.places, processor),
+            batch_sampler=batches,
+            collate_fn=_collate,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        loaded = _load_batches(loader)
+        if all(len(self.blocks[position].missing(self.places)) == len(self.places) for position in positions):
+            loaded = _give_up(loaded)
+        share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+        extracted, shard, features = 0, [], []
+        with show_progress(f"features{share}", sum(map(len, pieces)), quiet=self.quiet) as advance:
+            for images, pixels in _readable_batches(loaded, size, unreadable):
+                shard += images
+                features.append(self._forward(part, positions, pixels))
+                extracted += len(images)
+                advance(len(images))
+                if len(shard) == SHARD_IMAGES:
+                    self._write(positions, shard, features)
+                    shard, features = [], []
+            if shard:
+                self._write(positions, shard, features)
+            advance(sum(image in unreadable for piece in pieces for image in piece))
         return extracted
 
-    def _run_pass(self, positions: tuple[int, ...], shards: list[list[bytes]]) -> int:
-        """Run some members on the images of these shards and store each shard when it is complete.
-
-        Batches never cross shards, so that a run that was killed and continued computes the very same numbers.
-        """
-        part, processor = self._select_members(positions)
-        size = self.batch_size
-        batches = [shard[start : start + size] for shard in shards for start in range(0, len(shard), size)]
-        images, pin_memory = _PixelDataset(self.splits, self.places, processor), self.device.type == "cuda"
-        loader = DataLoader(images, batch_sampler=batches, num_workers=self.num_workers, pin_memory=pin_memory)
-        pixels = _load_batches(loader)
-        with Progress(disable=self.quiet or not sys.stderr.isatty()) as progress:
-            task = progress.add_task("features", total=len(batches))
-            for shard in shards:
-                features = []
-                for _ in range(0, len(shard), size):
-                    features.append(self._forward(part, positions, next(pixels)))
-                    progress.advance(task)
-                for position, parts in zip(positions, zip(*features, strict=True), strict=True):
-                    self.blocks[position].write(shard, self._convert(torch.cat(parts), position, shard))
-        return sum(map(len, shards))
+    def _write(self, positions: Sequence[int], shard: list[bytes], features: list[list[torch.Tensor]]) -> None:
+        """Store a shard of each member. `features`: for each batch, (B, D_k) of each member."""
+        for position, parts in zip(positions, zip(*features, strict=True), strict=True):
+            self.blocks[position].write(shard, self._convert(torch.cat(parts), position, shard))
 
     def _select_members(self, positions: tuple[int, ...]) -> tuple[PreTrainedModel, BaseImageProcessor]:
         """A model of these members alone, ready to run in float32, and its processor."""
@@ -252,32 +289,92 @@ class _Run:
 
 
 class _PixelDataset(TorchDataset):
-    """`pixel_values` of an image by its hash."""
+    """`pixel_values` of an image by its hash, or why it cannot be read."""
 
     def __init__(self, splits: Mapping[str, Dataset], places: Places, processor: BaseImageProcessor):
         self.splits, self.places, self.processor = splits, places, processor
 
-    def __getitem__(self, image_hash: bytes) -> torch.Tensor:
+    def __getitem__(self, image_hash: bytes) -> tuple[bytes, torch.Tensor | str]:
         split, row = self.places[image_hash]
-        rows = self.splits[split]
         try:
-            image = read_image(rows, row)
-        except ValueError as error:
-            raise ValueError(f"the {split} split, {error}") from error
-        try:
+            image = open_image(self.splits[split][row]["image"])
             # Our own processor, also one loaded from a repo, converts to what each member takes; others expect RGB.
             image = image if hasattr(self.processor, "geometries") else convert_image(image, "RGB")
-            return self.processor([image], return_tensors="pt")["pixel_values"][0]
-        except ValueError as error:
-            raise ValueError(f"the {split} split, {describe_image(rows, row)}: {error.__cause__ or error}") from error
+            return image_hash, self.processor([image], return_tensors="pt")["pixel_values"][0]
+        except Exception as error:  # of all kinds: a damaged file may only fail in the processor
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            return image_hash, describe_read_error(cause)
 
 
-def _load_batches(loader: DataLoader) -> Iterator[torch.Tensor]:
+class _Loaded(NamedTuple):
+    """A batch as it is loaded."""
+
+    images: list[bytes]  # hashes of the readable ones
+    pixels: torch.Tensor | None  # of these; None if there are none
+    unreadable: dict[bytes, str]  # hashes of the others, and why
+
+
+def _collate(batch: list[tuple[bytes, torch.Tensor | str]]) -> _Loaded:
+    readable = {image: pixels for image, pixels in batch if isinstance(pixels, torch.Tensor)}
+    shapes = sorted({tuple(pixels.shape) for pixels in readable.values()})
+    if len(shapes) > 1:
+        problem = f"processor=... makes pixel_values of several shapes, such as {shapes[0]} and {shapes[-1]}"
+        raise ValueError(f"{problem}; it must make one, by resizing or cropping.")
+    pixels = default_collate(list(readable.values())) if readable else None
+    return _Loaded(list(readable), pixels, {image: why for image, why in batch if isinstance(why, str)})
+
+
+def _readable_batches(
+    batches: Iterable[_Loaded], size: int, unreadable: dict[bytes, str]
+) -> Iterator[tuple[list[bytes], torch.Tensor]]:
+    """Batches of `size` readable images, of which none crosses a shard: those that are loaded, if all are readable.
+    Adds the others to `unreadable`.
+
+    So the batches depend on the readable images alone, and a run that was killed and continued, and meets the others
+    once more, computes the very same numbers.
+    """
+    images, waiting, done = [], [], 0
+    for batch in batches:
+        unreadable |= batch.unreadable
+        if batch.pixels is None:
+            continue
+        images += batch.images
+        waiting.append(batch.pixels)
+        while len(images) >= (full := min(size, SHARD_IMAGES - done % SHARD_IMAGES)):
+            pixels = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+            yield images[:full], pixels[:full]
+            images, waiting, done = images[full:], [pixels[full:]] if len(pixels) > full else [], done + full
+    if images:
+        yield images, torch.cat(waiting)
+
+
+def _give_up(batches: Iterable[_Loaded]) -> Iterator[_Loaded]:
+    """The batches, or those with the first `SHARD_IMAGES` images if none of these can be read: then it is hardly a
+    matter of single images, and the others would take their time to fail as well."""
+    failed, any_readable = 0, False
+    for batch in batches:
+        yield batch
+        failed, any_readable = failed + len(batch.unreadable), any_readable or batch.pixels is not None
+        if failed >= SHARD_IMAGES and not any_readable:
+            return
+
+
+def _load_batches(loader: DataLoader) -> Iterator[_Loaded]:
     """The batches. torch wraps an error in a worker into its whole traceback; only its last line is raised."""
     try:
         yield from loader
     except ValueError as error:
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _bad_rows(hashes: Mapping[str, list[bytes]], unreadable: Mapping[bytes, str]) -> BadImages:
+    """Every row whose image is unreadable: copies of an image share its hash."""
+    if not unreadable:
+        return {split: {} for split in hashes}
+    return {
+        split: {row: unreadable[image] for row, image in enumerate(images) if image in unreadable}
+        for split, images in hashes.items()
+    }
 
 
 def _is_loaded(dataset: DatasetDict | Dataset) -> TypeGuard[DatasetDict]:

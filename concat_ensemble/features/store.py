@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from concat_ensemble.data.images import HASH_BYTES
 from concat_ensemble.features.table import Rows
 from concat_ensemble.files import replace_file
 from concat_ensemble.members.checkpoints import weights_sha256
@@ -35,23 +35,11 @@ from concat_ensemble.members.checkpoints import weights_sha256
 logger = logging.getLogger(__name__)
 
 ABOUT = "about.json"  # names the architecture, for people
-HASH_BYTES = 16  # of sha256: among 10^12 images, two have the same hash with probability 1e-15
 
 
 def default_store() -> Path:
     """The folder of all blocks by default, in `HF_ASSETS_CACHE`."""
     return cached_assets_path("concat-ensemble", namespace="features")
-
-
-def image_hashes(split: Dataset) -> list[bytes]:
-    """One hash per image of a split from `load_data`, of its encoded bytes."""
-    hashes = []
-    batch: Any  # a dict of columns
-    for batch in split.select_columns("image").with_format(None).iter(batch_size=256):
-        for encoded in batch["image"]:
-            content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
-            hashes.append(hashlib.sha256(content).digest()[:HASH_BYTES])
-    return hashes
 
 
 def block_key(backbone: nn.Module, fields: dict[str, Any]) -> str:

@@ -1,12 +1,17 @@
 """The controls: what could explain a concatenation's gain other than what its members learned."""
 
-import numpy as np
-import torch
-from datasets import DatasetDict
+from collections.abc import Iterator, Mapping
 
-from concat_ensemble.data.images import read_image
-from concat_ensemble.data.labels import class_names, read_labels
-from concat_ensemble.features.table import FeatureTable
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset, DatasetDict
+
+from concat_ensemble.console import show_progress
+from concat_ensemble.data.bad_images import BadImages, usable_rows
+from concat_ensemble.data.images import describe_read_error, open_image
+from concat_ensemble.data.labels import class_names, read_groups, read_labels
+from concat_ensemble.features.table import FeatureTable, Rows
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 
@@ -20,19 +25,71 @@ def untrained_like(model: ConcatEnsemblePreTrainedModel, seed: int) -> ConcatEns
         return ConcatEnsembleModel(type(model.config).from_dict(model.config.to_dict())).eval()
 
 
-def pixel_table(dataset: DatasetDict, mode: str) -> FeatureTable:
+def pixel_table(dataset: DatasetDict, mode: str, *, skip_bad: bool = False, quiet: bool = False) -> FeatureTable:
     """Raw pixels as features in one block: what a probe achieves without any network.
 
     Images are converted to the PIL mode `mode`, such as `L`; if larger than 32x32, or of several sizes, also resized.
+    One image at a time is in memory, beside the table of one byte per feature.
+
+    Args:
+        skip_bad: Leave images out that cannot be read, as `extract_features` does.
+        quiet: Show no progress.
+
+    Raises:
+        ValueError: naming all images that cannot be read, or with `skip_bad` if no image of a split or class is left.
     """
-    images = {
-        name: [convert_image(read_image(split, n), mode) for n in range(len(split))] for name, split in dataset.items()
-    }
-    sizes = {image.size for split in images.values() for image in split}
-    if len(sizes) > 1 or max(max(size) for size in sizes) > PIXEL_SIDE:
-        images = {name: [image.resize((PIXEL_SIDE, PIXEL_SIDE)) for image in split] for name, split in images.items()}
-    blocks, labels = {}, {}
-    for name, split in dataset.items():
-        rows = [np.asarray(image, dtype=np.float32).ravel() / 255 for image in images[name]]
-        blocks[name], labels[name] = [np.stack(rows)], read_labels(split)
-    return FeatureTable(blocks, labels, class_names(dataset["train"]))
+    splits: dict[str, Dataset] = {str(name): split for name, split in dataset.items()}
+    bad: BadImages = {name: {} for name in splits}
+    with show_progress("raw pixels", sum(map(len, splits.values())), quiet=quiet) as advance:
+        size = _common_size(splits, mode)
+        shape = (*reversed(size), len(mode))  # (H, W, channels) in one of PIL's modes L and RGB
+        pixels = {name: np.zeros((len(split), int(np.prod(shape))), np.uint8) for name, split in splits.items()}
+        for name, row, image in _read_images(splits, mode, bad):
+            pixels[name][row] = np.asarray(image if image.size == size else image.resize(size)).ravel()
+            advance()
+        advance(sum(map(len, bad.values())))
+    rows = usable_rows(splits, bad, skip_bad=skip_bad)
+    groups = read_groups(splits)
+    return FeatureTable(
+        {name: [PixelRows(pixels[name][rows[name]] if bad[name] else pixels[name])] for name in splits},
+        {name: read_labels(split)[rows[name]] for name, split in splits.items()},
+        class_names(splits["train"]),
+        groups=None if groups is None else {name: groups[name][rows[name]] for name in splits},
+        skipped={name: sorted(bad[name]) for name in splits} if any(bad.values()) else None,
+    )
+
+
+class PixelRows(Rows):
+    """Pixels (N, D) of 8 bits, read as float32 from 0 to 1."""
+
+    def __init__(self, pixels: np.ndarray):
+        super().__init__(pixels.shape, np.dtype(np.float32))
+        self._pixels = pixels
+
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
+        return self._pixels[part].astype(np.float32) / 255
+
+
+def _common_size(splits: Mapping[str, Dataset], mode: str) -> tuple[int, int]:
+    """(width, height) of all readable images if they are small and of one size, else 32x32. Of larger images, only the
+    first is read."""
+    common = None
+    for _, _, image in _read_images(splits, mode, {}):
+        common = common or image.size
+        if image.size != common or max(image.size) > PIXEL_SIDE:
+            return PIXEL_SIDE, PIXEL_SIDE
+    return common or (PIXEL_SIDE, PIXEL_SIDE)
+
+
+def _read_images(
+    splits: Mapping[str, Dataset], mode: str, bad: BadImages
+) -> Iterator[tuple[str, int, PIL.Image.Image]]:
+    """(split, row, image in this mode) of all images, one at a time. The others are added to `bad`."""
+    for name, split in splits.items():
+        for row in range(len(split)):
+            try:
+                image = convert_image(open_image(split[row]["image"]), mode)
+            except Exception as error:  # of all kinds: a damaged file may only fail when it is converted
+                bad.setdefault(name, {})[row] = describe_read_error(error)
+                continue
+            yield name, row, image

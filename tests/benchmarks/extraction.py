@@ -23,8 +23,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
-from concat_ensemble.data.images import read_image
-from concat_ensemble.features.store import image_hashes
+from concat_ensemble.data.images import image_hashes, read_image
 
 
 def photographs(number: int) -> DatasetDict:

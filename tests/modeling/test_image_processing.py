@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor
 
 from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleImageProcessor
 from concat_ensemble.modeling.configuration_concat_ensemble import copy_payload
+from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 
 MIXED = ("resnet18", "grey", "convnext", "deit", "swin", "resnet50", "vit-tiny", "wide")
 
@@ -130,6 +131,68 @@ def test_a_sixteen_bit_file_and_array_are_scaled_too(grey, sixteen_bit, tmp_path
     deep.save(tmp_path / "deep.png")
     assert torch.equal(pixels(grey, str(tmp_path / "deep.png")), pixels(grey, eight))
     assert torch.equal(pixels(grey, np.asarray(deep)[None]), pixels(grey, eight))
+
+
+def tiff(values) -> PIL.Image.Image:
+    """What PIL reads of a TIFF with these values."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(values).save(file, "TIFF")
+    return PIL.Image.open(file)
+
+
+EIGHT = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        EIGHT.astype(np.float32) / 255,
+        EIGHT.astype(np.float32),
+        EIGHT.astype(np.uint16) * 257,
+        EIGHT.astype(np.int32) * 257,
+        EIGHT.astype(np.int32),
+        (EIGHT.astype(np.float32) / 255) * np.float32(1 + 1e-6),  # rounding errors of some program
+        (EIGHT.astype(np.float32) / 255) - np.float32(1e-6),
+    ],
+    ids=["floats to 1", "floats to 255", "16 bits", "32 bits", "8 of 32 bits", "a little above 1", "a little below 0"],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_tiffs_of_every_depth_show_the_same_image(values, mode):
+    pixels = np.asarray(convert_image(tiff(values), mode))
+    assert np.array_equal(pixels if mode == "L" else pixels[..., 2], EIGHT)
+
+
+def test_every_sixteen_bit_value_is_rounded_to_the_nearest_of_eight_bits():
+    values = np.arange(65_536).reshape(256, 256)
+    for dtype in (np.uint16, np.int32):
+        assert np.array_equal(np.asarray(convert_image(tiff(values.astype(dtype)), "L")), np.rint(values / 257))
+
+
+def test_big_endian_tiffs_are_read_too():
+    image = PIL.Image.frombytes("I;16B", (16, 16), (EIGHT.astype(">u2") * 257).tobytes())
+    assert np.array_equal(np.asarray(convert_image(image, "L")), EIGHT)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.float32([[-1, 1]]),  # normalized to -1..1
+        np.float32([[-2.1, 2.6]]),  # standardized
+        np.float32([[0, 1.5]]),  # neither 0..1 nor 0..255
+        np.float32([[0, 4095]]),
+        np.float32([[0, np.nan]]),
+        np.float32([[np.nan, np.nan]]),
+        np.float32([[0, np.inf]]),
+        np.int32([[-1024, 3000]]),  # Hounsfield units
+        np.int32([[0, 2**31 - 1]]),
+    ],
+    ids=str,
+)
+def test_values_that_no_image_of_eight_or_sixteen_bits_has_are_refused(rgb, values):
+    with pytest.raises(ValueError, match=r"its values \S+ to \S+ must be 0\.\.1, 0\.\.255 or 16 bits, not NaN"):
+        convert_image(PIL.Image.fromarray(values), "RGB")
+    with pytest.raises(ValueError, match="image 0 of the batch: its values"):
+        pixels(rgb, PIL.Image.fromarray(values))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
