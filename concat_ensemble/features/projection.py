@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from concat_ensemble.features.standardized import StandardizedFeatures, moments
-from concat_ensemble.features.table import FeatureTable, Rows, TableSplit
+from concat_ensemble.features.table import FeatureTable, Rows, TableSplit, labeled_split
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 
@@ -44,14 +44,14 @@ class ProjectedRows(Rows):
 
 def principal_projection(table: FeatureTable, num_features: int) -> Projection:
     """PCA of the standardized training and validation rows, to `num_features` or the number that the table has."""
-    fitted = TableSplit.concatenate([table["train"], table["validation"]])
+    fitted = labeled_split(table)
     mean, scale = moments(fitted)
     rows = StandardizedFeatures(fitted, mean, scale)
     if len(rows) >= rows.shape[1]:
         _, vectors = torch.linalg.eigh(rows.gram())
         vectors = vectors.flip(1)
     else:
-        _, _, vectors = torch.linalg.svd(torch.cat([chunk for _, chunk in rows.chunks()]), full_matrices=False)
+        _, _, vectors = torch.linalg.svd(rows.stacked().double(), full_matrices=False)
         vectors = vectors.T
     return standardized_projection(mean, scale, vectors[:, :num_features].cpu().numpy())
 
@@ -59,7 +59,7 @@ def principal_projection(table: FeatureTable, num_features: int) -> Projection:
 def random_projection(table: FeatureTable, num_features: int, seed: int) -> Projection:
     """Gaussian directions of the standardized features (Johnson and Lindenstrauss 1984): the control for PCA, with as
     many features that were not chosen."""
-    mean, scale = moments(TableSplit.concatenate([table["train"], table["validation"]]))
+    mean, scale = moments(labeled_split(table))
     directions = np.random.default_rng(seed).normal(size=(len(mean), num_features)) / np.sqrt(num_features)
     return standardized_projection(mean, scale, directions)
 
