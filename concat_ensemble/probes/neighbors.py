@@ -2,10 +2,11 @@
 
 For a row q and its k nearest rows x_i of the bank, all of unit length, class c gets the share of the votes
 
-    p_c = sum_{i: y_i = c} exp(q . x_i / T) / sum_i exp(q . x_i / T)
+    p_c = sum_{i: y_i = c} w_c exp(q . x_i / T) / sum_i w_{y_i} exp(q . x_i / T)
 
-(Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294; Oquab et al. 2023, arXiv 2304.07193). The bank
-is read in chunks, and only the best k rows so far are kept, so there is never a matrix of all queries by all rows.
+with the weight w_c of the class, 1 by default (Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294;
+Oquab et al. 2023, arXiv 2304.07193). The bank is read in chunks, and only the best k rows so far are kept, so there is
+never a matrix of all queries by all rows.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
-from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import normalize
 
 from concat_ensemble.features.standardized import CHUNK, StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
-from concat_ensemble.probes.estimator import ProbabilityProbe, merge, renamed_attribute, standardization
+from concat_ensemble.probes.choice import HeldOut, LabeledRows, best_of, selection_pairs
+from concat_ensemble.probes.estimator import FeatureProbe, renamed_attribute, row_weights, standardization
 
 
 def unit_rows(rows: torch.Tensor, feature_dims: Sequence[int]) -> torch.Tensor:
@@ -57,12 +57,15 @@ class Bank(NamedTuple):
     split: TableSplit
     classes: np.ndarray  # (C,)
     class_numbers: np.ndarray  # (N,)
+    weights: np.ndarray | None  # (N,) of the votes; None: 1
     mean: np.ndarray  # (D,)
     scale: np.ndarray  # (D,)
 
     @classmethod
-    def from_split(cls, split: TableSplit, standardize: bool) -> Bank:
-        return cls(split, *np.unique(split.labels, return_inverse=True), *standardization(split, standardize))
+    def from_rows(cls, rows: LabeledRows, standardize: bool, class_weight: dict | str | None) -> Bank:
+        classes, numbers = np.unique(rows.labels, return_inverse=True)
+        weights = row_weights(class_weight, rows)
+        return cls(rows.split, classes, numbers, weights, *standardization(rows.split, standardize))
 
     @property
     def feature_dims(self) -> list[int]:
@@ -70,11 +73,12 @@ class Bank(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class KNNProbe(ProbabilityProbe):
-    """Weighted votes of the k nearest rows by cosine, with the k of the best top-1 on validation rows. Of equally good
+class KNNProbe(FeatureProbe):
+    """Weighted votes of the k nearest rows by cosine, with the k of the best metric on held-out rows. Of equally good
     ones the largest k is chosen; then all rows vote.
 
-    The scores are log-shares of the votes, or the log of the smallest normal number for a class without votes.
+    The probabilities are shares of the votes. The scores are their logarithms, or that of the smallest normal number
+    for a class without votes. There is no `sample_weight`, as in scikit-learn's `KNeighborsClassifier`.
 
     Args:
         ks: Numbers of neighbors to choose from, all in one pass. A k above the number of rows means all rows.
@@ -84,11 +88,15 @@ class KNNProbe(ProbabilityProbe):
             included. DINO does not standardize either.
         in_memory: Whether to keep the standardized bank in memory between chunks of queries. Default: if it fits into
             half of the free memory.
-        seed: Random seed for the fifth of the rows to choose on if `fit` gets no validation rows.
+        seed: Random seed for the rows to choose on without validation rows.
+        metric: What k is chosen by, as for `LinearProbe`.
+        class_weight: Weights by class, which multiply the votes: "balanced" gives each class the same number of
+            votes in the whole bank. It does not change which rows are the nearest.
 
     Attributes:
         k_: The chosen k.
-        path_: Top-1 on validation rows by k; empty if there was nothing to choose.
+        path_: Metric on the held-out rows by k; empty if there was nothing to choose.
+        selection_: Which rows were held out, in words.
         bank_: The split whose rows vote, not a copy; a pickle has its features inside.
         feature_dims_: Number of features of each member.
         mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
@@ -99,33 +107,39 @@ class KNNProbe(ProbabilityProbe):
     standardize: bool = False
     in_memory: bool | None = None
     seed: int = 0
+    metric: str = "top1"
+    class_weight: dict | str | None = None
 
     widths_ = renamed_attribute("widths_", "feature_dims_")
 
-    def logits(self, X: TableSplit | ArrayLike) -> np.ndarray:
-        """Log-shares of the votes (N, C), one column for each of `classes_`."""
-        check_is_fitted(self)
-        votes = self._votes(self._bank, self._validate(X), [self.k_])
-        return np.concatenate([log_shares.cpu().numpy() for _, _, log_shares in votes])
-
-    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
+    def _fit(self, train: LabeledRows, validation: TableSplit | None) -> None:
         ks = sorted(set(self.ks), reverse=True)
         if not ks or ks[-1] < 1:
             raise ValueError(f"ks={self.ks!r} must be numbers of neighbors, each at least 1.")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
-        if len(ks) == 1 and validation is None:  # nothing to choose
-            self.path_, self.k_ = {}, ks[0]
+        if len(ks) == 1:
+            self.path_, self.k_, self.selection_ = {}, ks[0], "nothing to choose"
         else:
-            [(voters, queries)] = self._selection_splits(train, validation, seed=self.seed)
-            bank, correct = Bank.from_split(voters, self.standardize), dict.fromkeys(ks, 0)
-            for k, rows, log_shares in self._votes(bank, queries, ks):
-                correct[k] += np.sum(bank.classes[log_shares.argmax(1).cpu().numpy()] == queries.labels[rows])
-            self.path_ = {k: float(count / len(queries)) for k, count in correct.items()}
-            self.k_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals: the largest, the smoothest
-        self._bank = bank = Bank.from_split(merge(train, validation), self.standardize)
+            self._choose(train, validation, ks)
+        rows = train.with_validation(validation)
+        self._bank = bank = Bank.from_rows(rows, self.standardize, self.class_weight)
         self.bank_, self.classes_, self.feature_dims_ = bank.split, bank.classes, bank.feature_dims
         self.mean_, self.scale_ = bank.mean, bank.scale
+
+    def _choose(self, train: LabeledRows, validation: TableSplit | None, ks: Sequence[int]) -> None:
+        selection = selection_pairs(train, validation, seed=self.seed)
+        classes = np.unique(train.with_validation(validation).labels)
+        held_out = {k: HeldOut(self.metric, classes) for k in ks}
+        for voters, queries in selection.pairs:
+            bank = Bank.from_rows(voters, self.standardize, self.class_weight)
+            for k, part, log_shares in self._votes(bank, queries.split, ks):
+                held_out[k].add(log_shares.cpu().numpy(), bank.classes, queries.labels[part], None)
+        self.path_ = {k: predictions.value() for k, predictions in held_out.items()} if selection.pairs else {}
+        self.k_, self.selection_ = best_of(self.path_ or dict.fromkeys(ks, 0.0)), selection.name
+
+    def _logits(self, split: TableSplit) -> np.ndarray:
+        return np.concatenate([shares.cpu().numpy() for _, _, shares in self._votes(self._bank, split, [self.k_])])
 
     def _votes(self, bank: Bank, split: TableSplit, ks: Sequence[int]) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """(k, which rows, their log-shares (n, C)) for each chunk of a split's rows and each k."""
@@ -136,6 +150,8 @@ class KNNProbe(ProbabilityProbe):
         for rows, chunk in queries.chunks():
             cosines, numbers = nearest(chunk, bank_rows, max(ks), bank.feature_dims)
             weights = ((cosines - cosines[:, :1]) / self.temperature).exp()
+            if bank.weights is not None:
+                weights = weights * torch.from_numpy(bank.weights).to(weights)[numbers]
             for k in ks:
                 votes = weights.new_zeros(len(chunk), len(bank.classes))
                 votes.scatter_add_(1, class_numbers[numbers[:, :k]], weights[:, :k])

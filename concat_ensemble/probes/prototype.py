@@ -19,7 +19,14 @@ from torch.nn.functional import normalize
 
 from concat_ensemble.features.standardized import StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
-from concat_ensemble.probes.estimator import ProbabilityProbe, merge, renamed_attribute, standardization
+from concat_ensemble.probes.choice import LabeledRows
+from concat_ensemble.probes.estimator import (
+    FeatureProbe,
+    chunk_slices,
+    class_weights,
+    renamed_attribute,
+    standardization,
+)
 from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.probes.neighbors import unit_rows
 
@@ -33,15 +40,21 @@ class Episodes(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class PrototypeProbe(ProbabilityProbe):
+class PrototypeProbe(FeatureProbe):
     """Predicts the class with the nearest mean direction. Nothing is chosen, so validation rows are training rows.
+
+    The probabilities are the softmax of cosines / `temperature`: they rank the classes, but how sure they look is up
+    to the temperature, which is not fitted. There is no `sample_weight`, as in scikit-learn's `NearestCentroid`.
 
     Args:
         standardize: Scale every feature to mean 0 and variance 1 first. It helps if all members are good, and hurts if
             one is poor, as it amplifies its noise. Each member's part of a table's rows has the same length in either
             case, so that none dominates by its scale.
         temperature: Divides the cosines, which are too close together for a softmax. The default, 0.1, is where
-            Gidaris and Komodakis begin. Predictions do not depend on it.
+            Gidaris and Komodakis begin. Without class weights, predictions do not depend on it.
+        class_weight: Weights by class, which multiply the probabilities before these are scaled to the sum 1. A
+            prototype does not depend on the number of its rows, so the classes count the same by default, and
+            "balanced" prefers rare classes.
 
     Attributes:
         prototypes_ (C, D): Prototypes of length 1.
@@ -51,6 +64,7 @@ class PrototypeProbe(ProbabilityProbe):
 
     standardize: bool = False
     temperature: float = 0.1
+    class_weight: dict | str | None = None
 
     widths_ = renamed_attribute("widths_", "feature_dims_")
 
@@ -100,22 +114,25 @@ class PrototypeProbe(ProbabilityProbe):
         prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True).clip(1e-12)
         return np.mean((rows[:, shots:] @ prototypes.T).argmax(-1) == np.arange(ways)[:, None])
 
-    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
+    def _fit(self, train: LabeledRows, validation: TableSplit | None) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
-        split = merge(train, validation)
+        rows = train.with_validation(validation)
+        split, self._log_class_weights = rows.split, np.log(class_weights(self.class_weight, rows))
         self.classes_, class_numbers = np.unique(split.labels, return_inverse=True)
         self.feature_dims_ = [block.shape[1] for block in split.blocks]
         self.mean_, self.scale_ = standardization(split, self.standardize)
         X = StandardizedFeatures(split, self.mean_, self.scale_, in_memory=False)
         y = torch.from_numpy(class_numbers).to(X.device)
         sums = torch.zeros(len(self.classes_), split.num_features, dtype=torch.float64, device=X.device)
-        for rows, chunk in X.chunks():
-            sums.index_add_(0, y[rows], unit_rows(chunk, self.feature_dims_).double())
+        for part, chunk in X.chunks():
+            sums.index_add_(0, y[part], unit_rows(chunk, self.feature_dims_).double())
         self.prototypes_ = normalize(sums).to(X.dtype).cpu().numpy()
 
-    def _logits(self, rows: np.ndarray) -> np.ndarray:
-        return self._standardized_unit_rows(rows) @ self.prototypes_.T / self.temperature
+    def _logits(self, split: TableSplit) -> np.ndarray:
+        parts = [self._standardized_unit_rows(split.rows(part)) for part in chunk_slices(split)]
+        logits = np.concatenate([part @ self.prototypes_.T for part in parts]) / self.temperature
+        return logits + self._log_class_weights.astype(logits.dtype)
 
     def _standardized_unit_rows(self, rows: np.ndarray) -> np.ndarray:
         return unit_rows(torch.from_numpy((rows - self.mean_) / self.scale_), self.feature_dims_).numpy()

@@ -24,16 +24,26 @@ from torch.nn.functional import batch_norm, cross_entropy
 
 from concat_ensemble.features.standardized import StandardizedFeatures
 from concat_ensemble.features.table import TableSplit
-from concat_ensemble.probes.estimator import LinearModel, LinearModelMixin, ProbabilityProbe, merge
+from concat_ensemble.probes.choice import HeldOut, LabeledRows, Search, best_of, is_at_edge, selection_pairs
+from concat_ensemble.probes.estimator import (
+    LinearModel,
+    LinearModelMixin,
+    WeightedProbe,
+    add_predictions,
+    row_weights,
+    unchosen,
+)
 
 CIFAR_DECAYS = tuple(10.0**-power for power in (2.0, 2.4, 2.8, 3.2, 3.6, 4.0))
 EPSILON = 1e-5  # BatchNorm's
 
 
 @dataclass(eq=False, repr=False)
-class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
+class ReferenceProbe(LinearModelMixin, WeightedProbe):
     """The papers' probe, for comparisons with them: the protocol of the module's docstring with the weight decay of
-    the best top-1 on validation rows. `LinearProbe` solves nearly the same problem to its minimum.
+    the best metric on held-out rows. `LinearProbe` solves nearly the same problem to its minimum.
+
+    Weights of rows and classes multiply the losses of a batch, whose mean is weighted; BatchNorm sees each row once.
 
     Args:
         l2_strengths: Weight decays to choose from. The default is for CIFAR; the papers use 1e-4 to 1e-6 for iNat18.
@@ -44,13 +54,18 @@ class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
         batch_size: Rows in a batch, at least 2.
         in_memory: Whether to keep the rows in memory, in float32; else each batch is read from disk. Default: if they
             fit into half of the free memory.
-        seed: Random seed for weights, batches, and the fifth of the rows to choose on without validation rows.
+        seed: Random seed for weights, batches, and the rows to choose on without validation rows.
+        metric: What the decay is chosen by, as for `LinearProbe`.
+        class_weight: "balanced", so that each class counts the same, or weights by class.
 
     Attributes:
         coef_ (C, D), intercept_ (C,): Coefficients of the normalized features, with gain and shift multiplied in.
         mean_, scale_ (D,): BatchNorm's running mean and sqrt(variance + 1e-5).
         l2_strength_: The chosen decay.
-        path_: Top-1 on validation rows by decay; empty if there was nothing to choose.
+        l2_strengths_: The decays that were tried, from strong to weak: those of the protocol, without extension.
+        at_edge_: Whether the metric still rose at an edge of these.
+        path_: Metric on the held-out rows by decay; empty if there was nothing to choose.
+        selection_: Which rows were held out, in words.
     """
 
     l2_strengths: Sequence[float] = CIFAR_DECAYS
@@ -61,29 +76,45 @@ class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
     batch_size: int = 256
     in_memory: bool | None = None
     seed: int = 0
+    metric: str = "top1"
+    class_weight: dict | str | None = None
 
-    def _fit(self, train: TableSplit, validation: TableSplit | None) -> None:
+    def _fit(self, train: LabeledRows, validation: TableSplit | None) -> None:
         if not self.l2_strengths:
             raise ValueError(f"l2_strengths={self.l2_strengths!r} must have at least one weight decay.")
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size} must be at least 2; BatchNorm needs a variance.")
-        l2_strengths = sorted(self.l2_strengths, reverse=True)
-        if len(l2_strengths) == 1 and validation is None:  # nothing to choose
-            self.path_, self.l2_strength_ = {}, l2_strengths[0]
+        l2_strengths = sorted(set(self.l2_strengths), reverse=True)
+        if len(l2_strengths) == 1:
+            self._set_search(unchosen(l2_strengths[0]), "nothing to choose")
         else:
-            [(fit_on, score_on)] = self._selection_splits(train, validation, seed=self.seed)
-            models = self._train(fit_on, l2_strengths)
-            self.path_ = {s: model.score(score_on) for s, model in zip(l2_strengths, models, strict=True)}
-            self.l2_strength_ = max(self.path_, key=self.path_.__getitem__)  # the first of equals: the strongest
-        [model] = self._train(merge(train, validation), [self.l2_strength_])
+            self._choose(train, validation, l2_strengths)
+        [model] = self._train(train.with_validation(validation), [self.l2_strength_])
         self._set_model(model)
 
+    def _choose(self, train: LabeledRows, validation: TableSplit | None, l2_strengths: Sequence[float]) -> None:
+        selection = selection_pairs(train, validation, seed=self.seed)
+        if not selection.pairs:
+            self._set_search(unchosen(l2_strengths[0]), selection.name)
+            return
+        classes = np.unique(train.with_validation(validation).labels)
+        held_out = {s: HeldOut(self.metric, classes) for s in l2_strengths}
+        for fit_on, score_on in selection.pairs:
+            for predictions, model in zip(held_out.values(), self._train(fit_on, l2_strengths), strict=True):
+                add_predictions(predictions, model, score_on, as_probabilities=True)
+        path = {s: predictions.value() for s, predictions in held_out.items()}
+        at_edge = is_at_edge(path, weak=True) or is_at_edge(path, weak=False)
+        self._set_search(Search(path, best_of(path), at_edge), selection.name)
+
     @torch.enable_grad()  # whatever the caller has switched off
-    def _train(self, split: TableSplit, l2_strengths: Sequence[float]) -> list[LinearModel]:
+    def _train(self, rows: LabeledRows, l2_strengths: Sequence[float]) -> list[LinearModel]:
         """One model for each weight decay."""
+        split = rows.split
         classes, numbers = np.unique(split.labels, return_inverse=True)
         read_rows, device = row_reader(split, self.in_memory)
         y = torch.from_numpy(numbers).to(device)
+        weights = row_weights(self.class_weight, rows)
+        row_weight = None if weights is None else torch.from_numpy(weights).to(device, torch.float32)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that all devices see the same batches
         weight = torch.empty(len(classes), split.num_features).normal_(0, 0.01, generator=generator)
         heads = Heads(weight.to(device), l2_strengths)
@@ -94,7 +125,7 @@ class ReferenceProbe(LinearModelMixin, ProbabilityProbe):
                 if len(batch) == 1:
                     continue
                 optimizer.zero_grad()
-                heads.loss(read_rows(batch), y[batch]).backward()
+                heads.loss(read_rows(batch), y[batch], None if row_weight is None else row_weight[batch]).backward()
                 heads.add_weight_decay()
                 optimizer.step()
             schedule.step()
@@ -134,13 +165,17 @@ class Heads:
         intercept = (self.weight @ self.shift[:, :, None])[:, :, 0] + self.bias
         return self.weight * self.gain[:, None], intercept
 
-    def loss(self, rows: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of a batch, summed over the heads; it updates BatchNorm's running statistics."""
+    def loss(self, rows: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean cross-entropy of a batch, weighted by `weight` (B,), summed over the heads; it updates BatchNorm's
+        running statistics."""
         normalized = batch_norm(rows, self.mean, self.variance, training=True, eps=EPSILON)
         coef, intercept = self.fold()
         logits = (normalized @ coef.flatten(0, 1).T).unflatten(1, intercept.shape) + intercept
         targets = y.repeat_interleave(len(self.decay))
-        return cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(rows)
+        if weight is None:
+            return cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(rows)
+        losses = cross_entropy(logits.flatten(0, 1), targets, reduction="none").unflatten(0, (len(rows), -1))
+        return (losses.sum(1) * weight).sum() / weight.sum()
 
     @torch.no_grad()
     def add_weight_decay(self) -> None:

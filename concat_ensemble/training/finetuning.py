@@ -25,13 +25,14 @@ from msgspec import Meta
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from concat_ensemble.data.naming import METRICS
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification as Classifier
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
-from concat_ensemble.probes.intervals import bootstrap_intervals
+from concat_ensemble.probes.intervals import central_interval, resampled_metrics
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
 from concat_ensemble.reporting.model_card import write_card
@@ -207,14 +208,17 @@ def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images
     """Results of a classifier on the test images."""
     settings, labels = images.settings, images.labels("test")
     predictions = logits.argmax(1)
-    intervals = bootstrap_intervals(predictions, labels, settings.seed)
+    metrics = ProbeMetrics().compute(predictions=logits, references=labels) or {}
+    resampled = resampled_metrics(
+        logits, labels, metrics=[name for name in METRICS if name in metrics], seed=settings.seed
+    )
     run = Run(
         seed=settings.seed,
-        metrics=ProbeMetrics().compute(predictions=logits, references=labels) or {},
+        metrics=metrics,
         l2_strength=settings.weight_decay,
         n_train=images.size,
         n_test=len(labels),
-        intervals={metric: list(bounds) for metric, bounds in intervals.items()},
+        intervals={name: list(central_interval(values, metrics[name])) for name, values in resampled.items()},
         correct=pack_bits(predictions == labels),
     )
     row = Row(name, "ensemble", model.config.num_features, len(model.members), *training_cost(model), [run])

@@ -132,6 +132,6 @@ def test_a_temperature_of_zero_is_refused():
         PrototypeProbe(temperature=0).fit(*clouds(30))
 
 
-@parametrize_with_checks([PrototypeProbe(standardize=True)])
+@parametrize_with_checks([PrototypeProbe(standardize=True, temperature=1.0)])
 def test_keeps_scikit_learns_contract(estimator, check):
     check(estimator)

@@ -34,9 +34,11 @@ def train_modules(X, y, decay, batch_size, seed=0):
     return lambda new: linear(norm.eval()(torch.from_numpy(new).float())).detach().numpy()
 
 
-@pytest.mark.parametrize("batch_size", [16, 11, 256])  # 60 = 3 * 16 + 12; 89 = 8 * 11 + 1, and the last row is skipped
+@pytest.mark.parametrize(
+    "batch_size", [32, 11, 256]
+)  # 144 = 4 * 32 + 16; 144 = 13 * 11 + 1, and the last row is skipped
 def test_equals_torchs_modules_decay_by_decay(batch_size):
-    (X, y), (X_held, y_held), (new, _) = clouds(60, spread=3), clouds(29, spread=3, seed=1), clouds(20, seed=2)
+    (X, y), (X_held, y_held), (new, _) = clouds(144, spread=3), clouds(60, spread=3, seed=1), clouds(20, seed=2)
     decays = (0.5, 0.1, 1e-2, 1e-4)
     probe = ReferenceProbe(decays, batch_size=batch_size).fit(X, y, validation=(X_held, y_held))
     path = {decay: np.mean(train_modules(X, y, decay, batch_size)(X_held).argmax(1) == y_held) for decay in decays}
@@ -56,6 +58,8 @@ def test_the_defaults_are_the_papers():
         "batch_size": 256,
         "in_memory": None,
         "seed": 0,
+        "metric": "top1",
+        "class_weight": None,
     }
 
 
