@@ -14,7 +14,9 @@ import wrapt
 if TYPE_CHECKING:
     from concat_ensemble.data.loading import load_data
     from concat_ensemble.features.extraction import extract_features
+    from concat_ensemble.features.table import FeatureTable
     from concat_ensemble.hub import push_features
+    from concat_ensemble.inference.prediction import predict_images
     from concat_ensemble.members.assemble import assemble
     from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
     from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
@@ -33,6 +35,7 @@ __all__ = [
     "ConcatEnsembleForImageClassification",
     "ConcatEnsembleImageProcessor",
     "ConcatEnsembleModel",
+    "FeatureTable",
     "KNNProbe",
     "LinearProbe",
     "PrototypeProbe",
@@ -41,6 +44,7 @@ __all__ = [
     "assemble",
     "extract_features",
     "load_data",
+    "predict_images",
     "push_features",
 ]
 
@@ -49,6 +53,7 @@ _MODULES = {
     "ConcatEnsembleForImageClassification": "modeling.modeling_concat_ensemble",
     "ConcatEnsembleImageProcessor": "modeling.image_processing_concat_ensemble",
     "ConcatEnsembleModel": "modeling.modeling_concat_ensemble",
+    "FeatureTable": "features.table",
     "KNNProbe": "probes.neighbors",
     "LinearProbe": "probes.linear",
     "PrototypeProbe": "probes.prototype",
@@ -57,6 +62,7 @@ _MODULES = {
     "assemble": "members.assemble",
     "extract_features": "features.extraction",
     "load_data": "data.loading",
+    "predict_images": "inference.prediction",
     "push_features": "hub",
 }
 

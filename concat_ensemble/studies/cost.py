@@ -15,6 +15,7 @@ from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.studies.results import Cost
 
 if TYPE_CHECKING:
+    from concat_ensemble.features.table import FeatureTable
     from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 
 TIMED_BATCHES, MAX_IMAGES = 3, 64
@@ -48,6 +49,16 @@ def member_costs(model: ConcatEnsemblePreTrainedModel, device: str | torch.devic
             cost.seconds = _time_one_image(member, pixels.to(weight.dtype), cost.gflops, torch.device(device))
         costs.append(cost)
     return costs
+
+
+def feature_costs(table: FeatureTable) -> list[Cost]:
+    """Costs that stand in for those of the networks of one's own features, which are not known: each member of the
+    table counts for as many parameters as it has features, and twice as many operations.
+
+    With them `select_members(table, feature_costs(table), table.member_names)` takes the member with fewer features
+    for the cheaper one; give its real costs if you know them.
+    """
+    return [Cost(gflops=2e-9 * dim, million_parameters=1e-6 * dim) for dim in table.feature_dims]
 
 
 def describe_hardware(device: str | torch.device) -> str:

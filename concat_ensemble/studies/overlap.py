@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from datasets import DatasetDict
-from rich.progress import track
 
+from concat_ensemble.console import show_progress
 from concat_ensemble.data.splits import SPLIT_NAMES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import standardized_projection
@@ -66,7 +65,11 @@ def compare_models(
 
 
 def measure_overlap(
-    table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]], *, quiet: bool = False
+    table: FeatureTable,
+    untrained: FeatureTable | None = None,
+    subjects: dict[str, Sequence[int]] | None = None,
+    *,
+    quiet: bool = False,
 ) -> Overlap:
     """Measure the effective rank and dead features of subjects, and how well they predict each other's features.
 
@@ -80,15 +83,18 @@ def measure_overlap(
 
     Args:
         table, untrained: Features of all splits, and those of `controls.untrained_like`, of the same feature_dims.
-        subjects: The positions of each subject's members in the table, by the subject's name.
+            A table of one's own features has no such control: None leaves it out.
+        subjects: The positions of each subject's members in the table, by the subject's name. By default each member
+            of the table is a subject.
 
     Raises:
         ValueError: for one subject, fewer than 4 training images, or a control with other feature_dims.
     """
+    subjects = {name: [k] for k, name in enumerate(table.member_names)} if subjects is None else subjects
     count = len(subjects)
     if count < 2 or len(table["train"]) < 4:
         raise ValueError(f"{count} to compare on {len(table['train'])} training images: take 2 and 4 at least.")
-    if table.feature_dims != untrained.feature_dims:
+    if untrained is not None and table.feature_dims != untrained.feature_dims:
         control = f"untrained members with feature_dims={untrained.feature_dims} are no control"
         raise ValueError(f"{control} for {table.feature_dims}; extract them from untrained_like(model).")
     measured = _Moments(table, untrained, subjects)
@@ -98,8 +104,10 @@ def measure_overlap(
     if count > 2:
         plans += [(_without(k, count), (k,)) for k in range(count)]
     relations = []
-    for sources, targets in track(plans, "overlap", disable=quiet or not sys.stderr.isatty()):
-        relations += _measure_relations(measured, table, sources, targets)
+    with show_progress("overlap", len(plans), unit="comparisons", quiet=quiet) as advance:
+        for sources, targets in plans:
+            relations += _measure_relations(measured, table, sources, targets)
+            advance()
     relations.sort(key=lambda relation: (relation.target, len(relation.sources), -relation.r2))
     labels, (n_train, n_validation, n_test) = table.labels["test"], measured.sizes
     majority_share = float(np.bincount(labels).max() / len(labels))
@@ -109,8 +117,10 @@ def measure_overlap(
 class _Moments:
     """What one pass over the rows of each split keeps. D: number of the table's features, and of the control's."""
 
-    def __init__(self, table: FeatureTable, untrained: FeatureTable, subjects: dict[str, Sequence[int]]):
-        splits = [TableSplit([*table.blocks[s], *untrained.blocks[s]], table.labels[s]) for s in SPLIT_NAMES]
+    def __init__(self, table: FeatureTable, untrained: FeatureTable | None, subjects: dict[str, Sequence[int]]):
+        control = {} if untrained is None else untrained.blocks
+        splits = [TableSplit([*table.blocks[s], *control.get(s, ())], table.labels[s]) for s in SPLIT_NAMES]
+        self.has_control = untrained is not None
         self.names, self.groups = list(subjects), list(subjects.values())
         self.sizes, self.num_features = [len(split) for split in splits], sum(table.feature_dims)
         # (2 D,) of the training rows, the table's features before the control's.
@@ -152,7 +162,9 @@ def _measure_relations(
     """Predict each of `targets` from `sources` together."""
     name = measured.names[sources[0]] if len(sources) == 1 else f"the {len(sources)} others"
     a, b = (torch.cat([measured.columns[k] for k in subjects]) for subjects in (sources, targets))
-    r2, untrained_r2 = _held_out_r2(measured, a, b), _held_out_r2(measured, a + measured.num_features, b)
+    r2, untrained_r2 = _held_out_r2(measured, a, b), None
+    if measured.has_control:
+        untrained_r2 = _held_out_r2(measured, a + measured.num_features, b)
     weight, test_weight = _residual_weight(measured.pooled, a, b), _residual_weight(measured.test, a, b)
     source_norms = measured.squared_norms[list(sources)].sum(0)
     relations, start = [], 0
@@ -170,7 +182,7 @@ def _measure_relations(
             target=k,
             cka=_linear_cka(measured.covariance, (a, source_norms), (own, measured.squared_norms[k])),
             r2=_mean_r2(r2[part], living),
-            untrained_r2=_mean_r2(untrained_r2[part], living),
+            untrained_r2=None if untrained_r2 is None else _mean_r2(untrained_r2[part], living),
             feature_r2=[value if is_living else None for value, is_living in pairs],
             residual_top1=top1,
             residual_interval=wilson_interval(top1, measured.sizes[2]),

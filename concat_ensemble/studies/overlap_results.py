@@ -44,7 +44,7 @@ class Relation:
     target: int
     cka: float
     r2: float  # mean over living features; a feature predicted worse than by its mean counts 0
-    untrained_r2: float  # the same with untrained networks in place of `sources`
+    untrained_r2: float | None  # the same with untrained networks in place of `sources`; None without such a control
     feature_r2: list[float | None]  # R2 of each feature; None for dead ones
     residual_top1: float  # of a linear probe of the residual, which `sources` do not predict, on the test split
     residual_interval: tuple[float, float]  # 95%, Wilson's
@@ -79,7 +79,8 @@ class Overlap(ResultsFile):
         repeats = [relation for relation in relations if relation.r2 >= REPEAT_R2]
         relation = repeats[0] if repeats else relations[-1]
         low, high = (100 * bound for bound in relation.residual_interval)
-        if repeats and relation.untrained_r2 >= REPEAT_R2:
+        control = "" if relation.untrained_r2 is None else f"{relation.untrained_r2:.2f} from untrained networks; "
+        if repeats and (relation.untrained_r2 or 0.0) >= REPEAT_R2:
             finding = "repeats, as untrained networks do,"
         elif repeats:
             finding = "repeats"
@@ -88,10 +89,10 @@ class Overlap(ResultsFile):
         else:
             finding = "has no features shown to help on this dataset beyond"
         return (
-            f"{subject.name} {finding} {relation.source_name}: R2 {relation.r2:.2f} ({relation.untrained_r2:.2f} from "
-            f"untrained networks; {REPEAT_R2} or more is a repeat). Top-1 is {100 * relation.residual_top1:.1f} "
-            f"[{low:.1f}, {high:.1f}] from its residual, {100 * subject.top1:.1f} from all its features, and "
-            f"{100 * self.majority_share:.1f} by guessing."
+            f"{subject.name} {finding} {relation.source_name}: R2 {relation.r2:.2f} ({control}"
+            f"{REPEAT_R2} or more is a repeat). Top-1 is {100 * relation.residual_top1:.1f} [{low:.1f}, {high:.1f}] "
+            f"from its residual, {100 * subject.top1:.1f} from all its features, and {100 * self.majority_share:.1f} "
+            f"by guessing."
         )
 
     def save(self, path: Path, *, command: str = "", dataset: dict[str, Any] | None = None) -> None:

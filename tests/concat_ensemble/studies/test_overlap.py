@@ -170,6 +170,21 @@ def test_members_with_only_dead_features_and_few_rows_are_measured(tables):
     assert overlap.verdict[-1].startswith("There are fewer images than features")
 
 
+@pytest.mark.parametrize("rows", [12, 30, 300])
+def test_a_feature_that_is_nearly_constant_in_training_only_is_measured(tables, rows):
+    """It deviates by 1e-5 in training and by 0.04 on test rows: a |z| of thousands, and Cholesky failed."""
+    table = {split: [block[:rows].copy() for block in tables[0].blocks[split]] for split in SIZES}
+    for split, scale in (("train", 1e-5), ("validation", 1e-5), ("test", 0.04)):
+        for block in (table[split][0], table[split][4]):
+            block[:, :2] = 1 + scale * np.random.default_rng(0).normal(size=(len(block), 2))
+        table[split][1] = table[split][0] * (1 + 1e-6)  # and near duplicates of it all
+    labels = {split: np.arange(rows) % 3 for split in SIZES}
+    overlap = measure_overlap(*make_tables(table, labels), {name: [k] for k, name in enumerate(NAMES)})
+    assert "nan" not in str(overlap).lower() and all(relation.r2 <= 1 for relation in overlap.relations)
+    copy = next(r for r in overlap.relations if (r.sources, r.target) == ((0,), 1))
+    assert copy.r2 > (0.9 if rows > 24 else 0.5), "12 rows cannot determine 24 features"
+
+
 def one_subject(table, control):
     return table, control, {"a": [0, 1]}
 
