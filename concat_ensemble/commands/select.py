@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from concat_ensemble.commands import options
@@ -26,7 +27,7 @@ def select(
     extraction: ExtractionOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend which members to keep for a dataset: ridge probes of every subset on validation images, then a linear
+    """Recommend which members to keep for a dataset: ridge probes of every subset by cross-validation, then a linear
     probe of what is chosen on the test split.
 
     concat-ensemble select three-backbones --recipe flowers102 --max-gflops 10 --output chosen
@@ -59,47 +60,59 @@ def select(
 
 
 def print_selection(selection: "Selection", quick: bool) -> None:
-    """Print what each member is worth, the best subset of each size, and what to do."""
+    """Print what is lost without each member, the best subset of each size, and what to do."""
+    from concat_ensemble.data.audit import Audit
     from concat_ensemble.studies.results import format_points
 
-    options.print_table(contribution_table(selection))
-    options.print_table(best_table(selection))
-    out.print(selection.verdict, soft_wrap=True)
+    out.print(contribution_table(selection))
+    out.print(best_table(selection))
+    audit = Audit.from_dict(selection.audit or {}).sentences()
+    paragraphs = [" ".join(audit), *selection.paragraphs]
     if quick:
         steps = [f"{member} {format_points(gain, interval)}" for member, gain, interval in selection.greedy_order]
-        out.print(f"Best first, each to those before it: {'; '.join(steps)}.", soft_wrap=True)
-        out.print(selection.outlook, soft_wrap=True)
+        paragraphs += [f"Best first, each to those before it: {'; '.join(steps)}.", selection.outlook]
+    for paragraph in filter(None, paragraphs):
+        out.print(paragraph, markup=False)
 
 
 def contribution_table(selection: "Selection") -> Table:
-    """What each member costs and adds."""
-    from concat_ensemble.studies.results import format_points
+    """What each member costs and what is lost without it; within 80 columns unless names are long."""
+    from concat_ensemble.studies.selection_results import format_interval
 
-    title = (
-        f"ridge probes fitted on {selection.n_train:,} images, top-1 on {selection.n_held_out:,} others in % "
-        f"[95% interval]; protocol {selection.protocol}"
-    )
-    table = Table(title=title, title_justify="left")
-    costs = ("features", "GFLOPs", "M parameters")
-    for heading in ("", "member", *costs, "alone", "added to the chosen", "Shapley value", "advice"):
-        table.add_column(heading, justify="left" if heading in ("member", "advice") else "right")
+    title = f"ridge probes by cross-validation, {selection.n_held_out:,} images, {selection.metric} in %"
+    loss = "added to\nthe others" if selection.over_budget else "loss\nwithout it"
+    table = _new_table(title, "member", "features", "GFLOPs", "alone", loss, "95% interval", "advice")
     for part in selection.contributions:
-        k, cost = part.member, selection.costs[part.member]
-        sizes = f"{selection.feature_dims[k]:,}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}"
-        alone, gain = f"{100 * selection[[k]].top1:.1f}", format_points(part.gain, part.gain_interval)
-        shapley = format_points(part.shapley, part.shapley_interval)
-        table.add_row(str(k), selection.names[k], *sizes, alone, gain, shapley, part.advice)
+        k = part.member
+        cells = f"{selection.feature_dims[k]:,}", f"{selection.costs[k].gflops:.2g}"
+        cells += f"{100 * selection[[k]].score:.1f}", f"{100 * part.gain:.1f}", format_interval(part.gain_interval)
+        table.add_row(escape(f"{k} {selection.names[k]}"), *cells, part.advice)
     return table
 
 
 def best_table(selection: "Selection") -> Table:
     """The best subset of each size."""
-    table = Table("best of its size", "top-1", "GFLOPs", "M parameters")
+    from concat_ensemble.studies.selection_results import format_interval, format_members
+
+    table = _new_table("", "best of its size", selection.metric, "loss", "95% interval", "GFLOPs", "M parameters")
     best = {}
     for subset in selection.subsets:  # from the best to the worst
         best.setdefault(len(subset.members), subset)
+    best[len(selection.best)] = selection[selection.best]
     for _, subset in sorted(best.items()):
-        mark = "  (chosen)" if subset.members == selection.best else ""
-        name, cost = "+".join(map(str, subset.members)) + mark, subset.cost
-        table.add_row(name, f"{100 * subset.top1:.1f}", f"{cost.gflops:.2f}", f"{cost.million_parameters:.1f}")
+        name = format_members(subset.members) + (" (chosen)" if subset.members == selection.best else "")
+        loss = "" if subset.loss is None else f"{100 * subset.loss:.1f}"
+        interval = format_interval(subset.loss_interval) if subset.loss_interval else ""
+        cost = f"{subset.cost.gflops:.2g}", f"{subset.cost.million_parameters:.3g}"
+        table.add_row(name, f"{100 * subset.score:.1f}", loss, interval, *cost)
+    return table
+
+
+def _new_table(title: str, *headings: str) -> Table:
+    """A table whose first column holds names, and the others numbers."""
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for place, heading in enumerate(headings):
+        is_text = place == 0 or heading == "advice"
+        overflow, justify = "fold" if place == 0 else "ellipsis", "left" if is_text else "right"
+        table.add_column(heading, overflow=overflow, no_wrap=place > 0, justify=justify)
     return table

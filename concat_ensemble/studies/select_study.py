@@ -1,4 +1,4 @@
-"""Selecting members for a dataset: every subset is probed on validation images, the chosen one once on the test split.
+"""Selecting members for a dataset: subsets are probed by cross-validation, the chosen one once on the test split.
 
 run_select_study("three-backbones", DatasetOptions(name="digits")).selection.verdict
 """
@@ -18,11 +18,12 @@ from concat_ensemble.files import replace_folder
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 from concat_ensemble.studies.cost import member_costs
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
+from concat_ensemble.studies.measuring import choose_metric
 from concat_ensemble.studies.options import SelectOptions
 from concat_ensemble.studies.outputs import check_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble
 from concat_ensemble.studies.results import RESULTS, Results
-from concat_ensemble.studies.selection import QUICK_FOLDS, quick_part, select_members
+from concat_ensemble.studies.selection import quick_part, select_members
 from concat_ensemble.studies.selection_results import Selection
 
 
@@ -59,10 +60,13 @@ def run_select_study(
     ensemble = load_ensemble(model, dataset.seed)
     if len(ensemble.config.built_members) < 2:
         raise ValueError(f"{model} has one member; there is nothing to choose among.")
-    data = dataset.load()
+    audited = dataset.load()
+    data = audited.data
     whole = ensemble.export_active(ensemble.config.built_members)  # without a projection, which needs all members
     table = extract_features(whole, _selection_images(data, dataset, options), **dataclasses.asdict(extraction))
-    study = SelectStudy(_select(ensemble, table, dataset, options), path)
+    metric = choose_metric(options.metric, dataset.record.get("metric"), audited.audit)
+    study = SelectStudy(_select(ensemble, table, metric, options, dataset.seed), path)
+    study.selection.audit = audited.audit.to_dict()
     study.selection.save(path)
     on_selection(study)
     if options.quick:
@@ -74,7 +78,9 @@ def run_select_study(
         chosen = with_projection(chosen, principal_projection(table.members(best), options.num_components))
     about = {
         "name": options.output.name if options.output else "+".join(map(str, best)),
-        "described": dataset.describe(data),
+        "described": dataset.describe(audited),
+        "audit": audited.audit,
+        "metric": metric,
         "baselines": {f"all {len(whole.members)} members": whole} if len(best) < len(whole.members) else {},
         "seed": dataset.seed,
     }
@@ -95,15 +101,16 @@ def _selection_images(data: DatasetDict, dataset: DatasetOptions, options: Selec
 
 
 def _select(
-    ensemble: ConcatEnsembleModel, table: FeatureTable, dataset: DatasetOptions, options: SelectOptions
+    ensemble: ConcatEnsembleModel, table: FeatureTable, metric: str, options: SelectOptions, seed: int
 ) -> Selection:
     return select_members(
         table,
         member_costs(ensemble),
         [ensemble.config.members[k]["architecture"] for k in ensemble.config.built_members],
+        margin=options.margin / 100,
+        metric=metric,
         max_members=options.max_members,
         max_gflops=options.max_gflops,
         max_parameters=options.max_parameters,
-        folds=QUICK_FOLDS if options.quick else None,
-        seed=dataset.seed,
+        seed=seed,
     )

@@ -1,7 +1,11 @@
-"""Which members to keep: ridge probes of every subset of members, what each member adds, and the best for its cost.
+"""Which members to keep: ridge probes of every subset of members, and the cheapest that loses less than a margin.
 
-A subset's Gram matrix is a part of the whole table's, and its kernel X X' is the sum of its members' kernels. So after
-one pass over the rows every subset costs one small factorization for each l2_strength, and no image is read again.
+Every subset is probed by cross-validation (`subset_scores`), and its loss against all members has an interval that
+holds for all subsets at once (`paired_losses`). The cheapest subset whose interval ends below the margin is chosen; if
+there is none, all members stay.
+
+In what follows a sample is what a score is the mean of: which images are classified correctly, for top-1; for another
+metric, its values on bootstrap resamples of the images, the same ones for every subset.
 """
 
 from __future__ import annotations
@@ -10,24 +14,27 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
-import torch
 from datasets import DatasetDict
-from sklearn.model_selection import StratifiedKFold
 
-from concat_ensemble.features.standardized import StandardizedFeatures, moments
 from concat_ensemble.features.table import FeatureTable, TableSplit
-from concat_ensemble.probes.intervals import bootstrap_mean
-from concat_ensemble.probes.ridge import Gram
+from concat_ensemble.probes.intervals import central_interval, resampled_metrics
+from concat_ensemble.probes.metrics import check_metric, metric_value
+from concat_ensemble.studies.paired_losses import Losses, mean_interval, paired_losses, resampled_losses
 from concat_ensemble.studies.results import Cost
-from concat_ensemble.studies.selection_results import NEGLIGIBLE, Contribution, Selection, Subset
+from concat_ensemble.studies.selection_results import MARGIN, Contribution, Selection, Subset
+from concat_ensemble.studies.subset_scores import SubsetScorer, join_copies, make_folds, make_scorer
 
 L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3)
 MAX_MEMBERS = 12  # all 4,095 subsets of so many members are probed; more members are searched greedily
 MAX_FLOPS = 5e13  # of an exhaustive search: some minutes on a desktop
-QUICK_IMAGES, QUICK_FOLDS = 1_500, 5
+FOLDS = 5
+QUICK_IMAGES = 1_500
+
+Members = tuple[int, ...]
 
 
 def select_members(
@@ -35,65 +42,68 @@ def select_members(
     costs: Sequence[Cost],
     names: Sequence[str],
     *,
+    margin: float = MARGIN,
+    metric: str = "top1",
     max_members: int | None = None,
     max_gflops: float | None = None,
     max_parameters: float | None = None,
-    folds: int | None = None,
+    folds: int = FOLDS,
     l2_strengths: Sequence[float] = L2_STRENGTHS,
     seed: int = 0,
 ) -> Selection:
     """Probe all subsets of a table's members by ridge (a greedy search where there are too many), and choose one.
 
-    The chosen subset is the cheapest one, by FLOPs, whose top-1 is within a standard error of the highest, or less
-    than half a point below it and not beyond chance: the highest of many subsets is partly luck.
+    The chosen subset is the cheapest one, by FLOPs, that loses less than the margin against all members, with 95%
+    confidence. Where no smaller subset is shown to do so, all members are chosen; where the budget excludes them,
+    the best subset within it.
 
     Args:
-        table: With the splits `train` and `validation`; `test` is not read.
+        table: With the splits `train` and `validation`, which are pooled; `test` is not read. Images of one group
+            (`table.groups`) are never in two folds, and are one draw for the intervals.
         costs, names: One for each member.
+        margin: The largest loss that is acceptable, as a share: 0.01 is one point.
+        metric: One of `data.naming.METRICS`: what subsets are compared in, and what chooses their L2 strengths.
         max_members, max_gflops, max_parameters: Budget of the chosen subset: members, GFLOPs for one image and
             millions of parameters. Without limits by default.
-        folds: Pool both splits and predict each image from the other folds, which suits few images. By default probes
-            are fitted on `train` and scored on `validation`.
-        l2_strengths: As in `RidgeProbe`; each subset has its best one.
-        seed: Random seed for the folds and the bootstraps.
+        folds: Each image is predicted from the other folds.
+        l2_strengths: As in `RidgeProbe`. The strength that a fold is scored with is the best one on the other folds.
+        seed: Random seed for the folds and the bootstrap.
 
     Raises:
-        ValueError: when no subset is within the budget.
+        ValueError: for a margin that is not between 0 and 1, an unknown metric, a table that cannot be
+            cross-validated, or when no subset is within the budget.
     """
-    search = _Search(_split(table, folds, seed), costs, l2_strengths)
-    count = len(table.feature_dims)
-    exhaustive = count <= MAX_MEMBERS and search.exhaustive_flops() <= MAX_FLOPS
-    for members in _subsets(count) if exhaustive else [(k,) for k in range(count)]:
-        search.probe(members)
-    path = search.greedy_path()
-    for k in range(count):  # the first members
-        search.probe(range(k + 1))
-    budget = max_members, max_gflops, max_parameters
-    affordable = [subset for subset in search.probed.values() if _is_affordable(subset, budget)]
-    if not affordable:
-        least = f"{min(c.gflops for c in costs):.2f} GFLOPs"
-        fewest = f"{min(c.million_parameters for c in costs):.1f} million parameters"
-        raise ValueError(f"no subset is within the budget; the cheapest member has {least} and the smallest {fewest}.")
-    best = _choose(affordable, seed)
-    # These may probe more subsets, so they come before the list of all.
-    contributions = [_measure_contribution(search, k, best, shapley=exhaustive, seed=seed) for k in range(count)]
-    order = []
-    for smaller, larger in itertools.pairwise(path):
-        gain = search.gain(larger, smaller)
-        order.append((larger[-1], float(gain.mean()), bootstrap_mean(gain, seed)))
-    return Selection(
+    check_metric(metric)
+    if not 0 < margin < 1:
+        raise ValueError(f"margin={margin} must be between 0 and 1, such as 0.01 for one point.")
+    pooled = TableSplit.concatenate([table["train"], table["validation"]])
+    rows = join_copies(pooled)
+    scorer = make_scorer(rows, make_folds(rows, folds, seed), l2_strengths)
+    score_type = _Top1 if metric == "top1" else partial(_Metric, metric)
+    search = _Search(score_type(scorer, rows, seed), costs)
+    exhaustive = search.num_members <= MAX_MEMBERS and search.exhaustive_flops() <= MAX_FLOPS
+    path = search.probe_all() if exhaustive else search.probe_greedily()
+    choice = _Choice(search, (max_members, max_gflops, max_parameters), margin)
+    probe = {"kind": "ridge", "l2_strengths": list(l2_strengths), "folds": len(scorer.folds), "seed": seed}
+    selection = Selection(
         names=list(names),
         feature_dims=table.feature_dims,
         costs=list(costs),
-        subsets=sorted(search.probed.values(), key=lambda subset: (-subset.top1, subset.cost.gflops)),
-        contributions=contributions,
-        similarity=search.scorers[0].similarity(),
-        best=best,
-        greedy_order=order,
-        n_train=search.n_train,
-        n_held_out=len(search.guess_correct),
-        probe={"kind": "ridge", "l2_strengths": list(l2_strengths), "folds": folds, "seed": seed},
+        subsets=sorted(choice.subsets(), key=lambda subset: (-subset.score, subset.cost.gflops)),
+        contributions=[choice.contribution(k, shapley=exhaustive) for k in range(search.num_members)],
+        similarity=scorer.similarity(),
+        best=choice.best,
+        greedy_order=[_step(search, smaller, larger) for smaller, larger in itertools.pairwise(path)],
+        n_train=len(scorer.folds[0].train),
+        n_held_out=len(rows),
+        probe=probe if metric == "top1" else probe | {"metric": metric},
+        margin=margin,
+        over_budget=choice.over_budget,
+        n_groups=None if pooled.groups is None else len(np.unique(pooled.groups)),
     )
+    if not choice.over_budget:
+        selection.undecided, selection.images_needed = choice.what_could_be_settled()
+    return selection
 
 
 def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
@@ -104,149 +114,248 @@ def quick_part(dataset: DatasetDict, seed: int) -> DatasetDict:
     return DatasetDict({"train": few.select(range(0, number, 2)), "validation": few.select(range(1, number, 2))})
 
 
-class _Search:
-    """The subsets that were probed so far, scored on the held-out images of all splits."""
+class _Score(ABC):
+    """How a subset is scored by the out-of-fold scores of its ridge probes."""
 
-    def __init__(
-        self, splits: list[tuple[TableSplit, TableSplit]], costs: Sequence[Cost], l2_strengths: Sequence[float]
-    ):
-        self.costs, self.l2_strengths = costs, l2_strengths
-        self.feature_dims = [block.shape[1] for block in splits[0][0].blocks]
-        self.num_members, self.n_train = len(self.feature_dims), len(splits[0][0])
-        self.scorers = [make_scorer(train, held_out, l2_strengths) for train, held_out in splits]
-        self.probed: dict[tuple[int, ...], Subset] = {}
-        # Without any member the most frequent class is the best guess.
-        guesses = []
-        for train, held_out in splits:
-            classes, counts = np.unique(train.labels, return_counts=True)
-            guesses.append(held_out.labels == classes[counts.argmax()])
-        self.guess_correct = np.concatenate(guesses)
+    metric: str
+
+    def __init__(self, scorer: SubsetScorer, rows: TableSplit, seed: int):
+        self.scorer, self.groups, self.seed = scorer, rows.groups, seed
+        self.y = np.unique(rows.labels, return_inverse=True)[1]
+
+    @abstractmethod
+    def probe(self, members: Members, cost: Cost) -> Subset:
+        """A subset with its score, its sample, and the L2 strength that is best over all folds."""
+
+    @abstractmethod
+    def guess(self) -> Subset:
+        """The most frequent class of the training rows, which is the best guess without any member."""
+
+    @abstractmethod
+    def losses(self, reference: Subset, others: Sequence[Subset]) -> Losses: ...
+
+    @abstractmethod
+    def interval(self, sample: np.ndarray) -> tuple[float, float]:
+        """95% interval of a score, or of a sum or difference of scores, from its sample."""
+
+    def _guessed(self) -> np.ndarray:
+        """(N,) the class number that is guessed for each row."""
+        guessed = np.empty(len(self.y), np.int64)
+        for train, held_out in self.scorer.folds:
+            guessed[held_out] = np.bincount(self.y[train]).argmax()
+        return guessed
+
+
+class _Top1(_Score):
+    metric = "top1"
+
+    def probe(self, members, cost):
+        correct = self.scorer.correct(members)
+        strength = self.scorer.l2_strengths[int(correct.mean(axis=1).argmax())]
+        # Each fold has the strength that is best on the others, so that none is chosen by the images it is scored on.
+        chosen, total = np.empty(correct.shape[1], bool), correct.sum(axis=1)
+        for _, held_out in self.scorer.folds:
+            own = correct[:, held_out]
+            chosen[held_out] = own[int((total - own.sum(axis=1)).argmax())]
+        return Subset(members, float(chosen.mean()), strength, cost, sample=chosen)
+
+    def guess(self):
+        correct = self._guessed() == self.y
+        return Subset((), float(correct.mean()), 0.0, Cost(0.0, 0.0), sample=correct)
+
+    def losses(self, reference, others):
+        return paired_losses(reference.sample, [other.sample for other in others], self.groups, self.seed)
+
+    def interval(self, sample):
+        return mean_interval(sample, self.groups)
+
+
+class _Metric(_Score):
+    """Another metric than top-1, of the scores of all rows together."""
+
+    def __init__(self, metric: str, *arguments):
+        self.metric = metric
+        super().__init__(*arguments)
+
+    def probe(self, members, cost):
+        scores = self.scorer.scores(members)
+        overall = [metric_value(self.metric, each, self.y) for each in scores]
+        chosen = np.empty_like(scores[0])
+        for train, held_out in self.scorer.folds:  # as for top-1
+            values = [metric_value(self.metric, each[train], self.y[train]) for each in scores]
+            chosen[held_out] = scores[int(np.argmax(values)), held_out]
+        return self._subset(members, chosen, self.scorer.l2_strengths[int(np.argmax(overall))], cost)
+
+    def guess(self):
+        return self._subset((), np.eye(len(np.unique(self.y)))[self._guessed()], 0.0, Cost(0.0, 0.0))
+
+    def _subset(self, members: Members, scores: np.ndarray, strength: float, cost: Cost) -> Subset:
+        top1 = float(np.mean(scores.argmax(axis=1) == self.y))
+        settings = {"metrics": [self.metric], "groups": self.groups, "seed": self.seed}
+        sample = resampled_metrics(scores, self.y, **settings)[self.metric]
+        return Subset(members, top1, strength, cost, metric_value(self.metric, scores, self.y), sample=sample)
+
+    def losses(self, reference, others):
+        values = np.array([reference.score - other.score for other in others])
+        samples = np.stack([reference.sample - other.sample for other in others])
+        return resampled_losses(values, samples, self.y, self.groups, self.seed)
+
+    def interval(self, sample):
+        return central_interval(sample)
+
+
+class _Search:
+    """The subsets that were probed so far, scored on all images by cross-validation."""
+
+    def __init__(self, score: _Score, costs: Sequence[Cost]):
+        self.score, self.costs = score, costs
+        self.num_members = len(score.scorer.feature_dims)
+        self.everyone: Members = tuple(range(self.num_members))
+        self.guess = score.guess()
+        self.probed: dict[Members, Subset] = {}
 
     def probe(self, members: Sequence[int]) -> Subset:
         members = tuple(sorted(members))
+        if not members:
+            return self.guess
         if members not in self.probed:
-            correct = np.concatenate([scorer.correct(members) for scorer in self.scorers], axis=1)
-            chosen = int(correct.mean(axis=1).argmax())  # among the l2_strengths
             cost = sum((self.costs[k] for k in members), Cost(0.0, 0.0))
-            top1 = float(correct[chosen].mean())
-            self.probed[members] = Subset(members, top1, self.l2_strengths[chosen], cost, correct[chosen])
+            self.probed[members] = self.score.probe(members, cost)
         return self.probed[members]
 
-    def gain(self, members: Sequence[int], others: Sequence[int]) -> np.ndarray:
-        """(N,) for each held-out image 1 where only `members` are correct, -1 where only `others` are, else 0."""
-        first, second = (self.probe(m).correct if len(m) else self.guess_correct for m in (members, others))
-        return first.astype(float) - second
+    def gain(self, members: Sequence[int], others: Sequence[int]) -> tuple[float, np.ndarray]:
+        """How much better `members` are than `others`, and its sample."""
+        first, second = self.probe(members), self.probe(others)
+        return first.score - second.score, first.sample.astype(float) - second.sample
 
-    def greedy_path(self) -> list[tuple[int, ...]]:
+    def probe_all(self) -> list[Members]:
+        """Probe all subsets, and return the greedy path."""
+        for members in _subsets(self.num_members):
+            self.probe(members)
+        return self.greedy_path()
+
+    def probe_greedily(self) -> list[Members]:
+        """Probe the subsets on the way from no member to all, adding the best one each time, and back, dropping the
+        one that is missed least; and the first members. Return the way up."""
+        path = self.greedy_path()
+        left = self.everyone
+        while len(left) > 1:
+            rest = [tuple(k for k in left if k != dropped) for dropped in left]
+            left = max(rest, key=lambda members: self.probe(members).score)
+        for k in range(self.num_members):
+            self.probe(range(k + 1))
+        return path
+
+    def greedy_path(self) -> list[Members]:
         """No member, the best member, this one and the best beside it, and so on to all members."""
-        path: list[tuple[int, ...]] = [()]
+        path: list[Members] = [()]
         for _ in range(self.num_members):
             members = path[-1]
-            top1 = [-1.0 if k in members else self.probe((*members, k)).top1 for k in range(self.num_members)]
-            path.append((*members, int(np.argmax(top1))))
+            scores = [-1.0 if k in members else self.probe((*members, k)).score for k in range(self.num_members)]
+            path.append((*members, int(np.argmax(scores))))
         return path
 
     def exhaustive_flops(self) -> float:
         """Floating-point operations of the factorizations for all subsets."""
-        dims = [sum(self.feature_dims[k] for k in members) for members in _subsets(self.num_members)]
-        return sum(min(self.n_train, dim) ** 3 / 3 for dim in dims) * len(self.l2_strengths) * len(self.scorers)
+        scorer = self.score.scorer
+        n_train = len(scorer.folds[0].train)
+        dims = [sum(scorer.feature_dims[k] for k in members) for members in _subsets(self.num_members)]
+        number = len(scorer.l2_strengths) * len(scorer.folds)
+        return sum(min(n_train, dim) ** 3 / 3 for dim in dims) * number
 
 
-class _Scorer(ABC):
-    """Ridge on any subset of the members, fitted on some rows and scored on held-out ones."""
+class _Choice:
+    """The subset that is chosen among those of a search, and what follows for each member."""
 
-    def __init__(self, train: TableSplit, held_out: TableSplit, l2_strengths: Sequence[float]):
-        self.l2_strengths = l2_strengths
-        mean, scale = moments(train)
-        rows, self.held_out = (StandardizedFeatures(split, mean, scale) for split in (train, held_out))
-        classes, y = np.unique(train.labels, return_inverse=True)
-        places = np.searchsorted(classes, held_out.labels).clip(max=len(classes) - 1)
-        # A class without training rows is never predicted.
-        truth = np.where(classes[places] == held_out.labels, places, -1)
-        self.truth = torch.from_numpy(truth).to(rows.device)
-        feature_dims = [block.shape[1] for block in train.blocks]
-        self.columns = torch.arange(sum(feature_dims), device=rows.device).split(feature_dims)
-        self._prepare(rows, torch.from_numpy(y).to(rows.device), len(classes))
+    def __init__(self, search: _Search, budget: Sequence[float | None], margin: float):
+        self.search, self.budget, self.margin = search, budget, margin
+        self.choose()
+        # In a greedy search, the chosen subset without one of its members may not have been probed.
+        while new := [rest for k in self.best if (rest := self.without(k)) and rest not in search.probed]:
+            for members in new:
+                search.probe(members)
+            self.choose()
 
-    @abstractmethod
-    def _prepare(self, rows: StandardizedFeatures, y: torch.Tensor, num_classes: int) -> None:
-        """Make the one pass over the training rows (n, D) and their class numbers (n,)."""
+    def choose(self) -> None:
+        search = self.search
+        self.members = [(), *(members for members in search.probed if members != search.everyone)]
+        self.losses = self._losses(search.everyone, self.members)
+        affordable = [subset for subset in search.probed.values() if _is_affordable(subset, self.budget)]
+        if not affordable:
+            least = f"{min(c.gflops for c in search.costs):.2f} GFLOPs"
+            fewest = f"{min(c.million_parameters for c in search.costs):.1f} million parameters"
+            raise ValueError(
+                f"no subset is within the budget; the cheapest member has {least} and the smallest {fewest}."
+            )
+        everyone = search.probe(search.everyone)
+        within = [s for s in affordable if s is everyone or self.interval(s.members)[1] < self.margin]
+        self.over_budget = not within  # the budget excludes all that is within the margin
+        if within:
+            best = min(within, key=lambda subset: (subset.cost.gflops, -subset.score))
+        else:
+            best = max(affordable, key=lambda subset: (subset.score, -subset.cost.gflops))
+        self.best: Members = best.members
 
-    @abstractmethod
-    def correct(self, members: Sequence[int]) -> np.ndarray:
-        """(l2_strengths, N) bool: which held-out rows are predicted correctly."""
+    def _losses(self, reference: Members, others: Sequence[Members]) -> Losses:
+        search = self.search
+        return search.score.losses(search.probe(reference), [search.probe(members) for members in others])
 
-    @abstractmethod
-    def _inner_products(self) -> list[list[float]]:
-        """||X_a' X_b||^2 for all pairs of members."""
+    def loss(self, members: Members) -> float:
+        """Against all members, which lose nothing themselves."""
+        return 0.0 if members == self.search.everyone else float(self.losses.values[self.members.index(members)])
 
-    def similarity(self) -> list[list[float]]:
-        """Linear CKA between all pairs of members, on the training rows."""
-        inner, members = self._inner_products(), range(len(self.columns))
-        return [[inner[a][b] / math.sqrt(inner[a][a] * inner[b][b]) for b in members] for a in members]
+    def interval(self, members: Members) -> tuple[float, float]:
+        return (0.0, 0.0) if members == self.search.everyone else self.losses.interval(self.members.index(members))
 
+    def without(self, k: int) -> Members:
+        return tuple(other for other in self.best if other != k)
 
-class _GramScorer(_Scorer):
-    """By Gram matrices (D, D), where there are at least as many rows as features."""
+    def subsets(self) -> Iterator[Subset]:
+        """All that were probed, with their losses."""
+        for members in (*self.members[1:], self.search.everyone):
+            yield replace(self.search.probed[members], loss=self.loss(members), loss_interval=self.interval(members))
 
-    def _prepare(self, rows, y, num_classes):
-        self.gram = Gram.from_rows(rows, y, num_classes)
+    def contribution(self, k: int, *, shapley: bool) -> Contribution:
+        """What is lost without member `k` and, where all subsets were probed, its Shapley value.
 
-    def correct(self, members):
-        columns = torch.cat([self.columns[k] for k in members])
-        weight = torch.cat(list(self.gram.columns(columns).solutions(self.l2_strengths)), 1).to(self.held_out.dtype)
-        shares = self.gram.shares.to(weight.dtype)
-        correct = torch.empty(len(self.l2_strengths), len(self.held_out), dtype=torch.bool, device=weight.device)
-        for rows, chunk in self.held_out.chunks():
-            own = chunk if len(columns) == chunk.shape[1] else chunk[:, columns]
-            scores = (own @ weight).view(len(chunk), len(self.l2_strengths), -1) + shares
-            correct[:, rows] = self.truth[rows] == scores.argmax(2).T
-        return correct.cpu().numpy()
+        That is the loss of the chosen members without it against all members; so it is the same for all members that
+        are dropped, the loss of dropping them together. Where the budget leaves too few, it is what the member adds
+        to the others of the chosen ones.
+        """
+        if self.over_budget:
+            larger = tuple(sorted({*self.best, k}))
+            losses = self._losses(larger, [self.without(k)])
+            loss, interval = float(losses.values[0]), losses.interval(0)
+        else:
+            loss, interval = self.loss(self.without(k)), self.interval(self.without(k))
+        contribution = Contribution(k, k in self.best, loss, interval, None, None, margin=self.margin)
+        if shapley:
+            contribution.shapley, sample = _shapley_value(self.search, k)
+            contribution.shapley_interval = self.search.score.interval(sample)
+        return contribution
 
-    def _inner_products(self):
-        products = self.gram.products
-        return [[float(products[a][:, b].square().sum()) for b in self.columns] for a in self.columns]
-
-
-class _KernelScorer(_Scorer):
-    """By kernels (n, n), where there are fewer rows than features."""
-
-    def _prepare(self, rows, y, num_classes):
-        train, held_out = (torch.cat([chunk for _, chunk in X.chunks()]).double() for X in (rows, self.held_out))
-        self.kernels = [train[:, c] @ train[:, c].T / len(rows) for c in self.columns]
-        self.held_out_kernels = [held_out[:, c] @ train[:, c].T / len(rows) for c in self.columns]
-        one_hot = torch.nn.functional.one_hot(y, num_classes).double()
-        self.shares = one_hot.mean(0)
-        self.targets = one_hot - self.shares
-
-    def correct(self, members):
-        kernel = reduce(torch.add, [self.kernels[k] for k in members])
-        held_out = reduce(torch.add, [self.held_out_kernels[k] for k in members])
-        weights = Gram(kernel, self.targets, self.shares).solutions(self.l2_strengths)
-        correct = [(held_out @ weight + self.shares).argmax(1) == self.truth for weight in weights]
-        return torch.stack(correct).cpu().numpy()
-
-    def _inner_products(self):
-        return [[float((a * b).sum()) for b in self.kernels] for a in self.kernels]
-
-
-def make_scorer(train: TableSplit, held_out: TableSplit, l2_strengths: Sequence[float]) -> _Scorer:
-    """Scores any subset of the blocks of `train` on the rows of `held_out`, in whichever way is smaller."""
-    kind = _GramScorer if len(train) >= train.num_features else _KernelScorer
-    return kind(train, held_out, l2_strengths)
-
-
-def _split(table: FeatureTable, folds: int | None, seed: int) -> list[tuple[TableSplit, TableSplit]]:
-    """Pairs of rows to fit on and held-out rows."""
-    train, validation = table["train"], table["validation"]
-    if folds is None:
-        return [(train, validation)]
-    pooled = TableSplit.concatenate([train, validation])
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(pooled)), pooled.labels)
-    return [(pooled.select(train), pooled.select(held_out)) for train, held_out in splits]
+    def what_could_be_settled(self) -> tuple[Members | None, int | None]:
+        """The subset, cheaper than the chosen one, that the fewest more images could show to be within the margin, and
+        about how many. None where all of them lose more than the margin on these images."""
+        needed = {}
+        for index, members in enumerate(self.members[1:], start=1):
+            subset = self.search.probed[members]
+            cheaper = subset.cost.gflops < self.search.probed[self.best].cost.gflops
+            if cheaper and _is_affordable(subset, self.budget):
+                needed[members] = self.losses.images_needed(index, self.margin) - self.losses.num_images
+        members = min(needed, key=needed.__getitem__, default=None)
+        if members is None or math.isinf(needed[members]):
+            return None, None
+        return members, max(1, math.ceil(needed[members]))
 
 
-def _subsets(count: int) -> Iterator[tuple[int, ...]]:
+def _step(search: _Search, smaller: Members, larger: Members) -> tuple[int, float, tuple[float, float]]:
+    """The member that was added, and its gain."""
+    gain, sample = search.gain(larger, smaller)
+    return larger[-1], gain, search.score.interval(sample)
+
+
+def _subsets(count: int) -> Iterator[Members]:
     """All subsets of `count` members but the empty one, small ones first."""
     return itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in range(1, count + 1))
 
@@ -256,38 +365,14 @@ def _is_affordable(subset: Subset, budget: Sequence[float | None]) -> bool:
     return all(limit is None or size <= limit for size, limit in zip(sizes, budget, strict=True))
 
 
-def _choose(subsets: list[Subset], seed: int) -> tuple[int, ...]:
-    """The members of the cheapest subset that is as good as the best one."""
-    top = max(subsets, key=lambda subset: subset.top1)
-    as_good = [subset for subset in subsets if _is_as_good(subset.correct, top.correct, seed)]
-    return min(as_good, key=lambda subset: (subset.cost.gflops, -subset.top1)).members
-
-
-def _is_as_good(correct: np.ndarray, best: np.ndarray, seed: int) -> bool:
-    """Whether these predictions lose to the best ones at most a standard error, or little and not beyond chance."""
-    loss = best.astype(float) - correct
-    negligible = loss.mean() < NEGLIGIBLE and bootstrap_mean(loss, seed)[0] <= 0
-    return negligible or loss.mean() <= loss.std() / math.sqrt(len(loss))
-
-
-def _measure_contribution(search: _Search, k: int, best: tuple[int, ...], *, shapley: bool, seed: int) -> Contribution:
-    """What member `k` adds to the chosen members and, where all subsets were probed, its Shapley value."""
-    without = [other for other in best if other != k]
-    gain = search.gain([*without, k], without)
-    contribution = Contribution(k, k in best, float(gain.mean()), bootstrap_mean(gain, seed), None, None)
-    if shapley:
-        values = _shapley_values(search, k)
-        contribution.shapley, contribution.shapley_interval = float(values.mean()), bootstrap_mean(values, seed)
-    return contribution
-
-
-def _shapley_values(search: _Search, k: int) -> np.ndarray:
-    """(N,) member k's gain on each held-out image, averaged over all orders of adding members."""
+def _shapley_value(search: _Search, k: int) -> tuple[float, np.ndarray]:
+    """Member k's gain, averaged over all orders of adding members, and its sample."""
     count = search.num_members
     others = [other for other in range(count) if other != k]
-    total = np.zeros(len(search.guess_correct))
+    value, total = 0.0, np.zeros(len(search.guess.sample))
     for size in range(count):
         share = 1 / (count * math.comb(count - 1, size))  # of the orders in which these members come before k
         for before in itertools.combinations(others, size):
-            total += share * search.gain([*before, k], before)
-    return total
+            gain, sample = search.gain([*before, k], before)
+            value, total = value + share * gain, total + share * sample
+    return value, total
