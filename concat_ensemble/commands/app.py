@@ -13,6 +13,7 @@ from concat_ensemble.commands.compare import compare
 from concat_ensemble.commands.export import export
 from concat_ensemble.commands.mixture import mixture
 from concat_ensemble.commands.options import expand_options
+from concat_ensemble.commands.predict import predict
 from concat_ensemble.commands.probe import probe
 from concat_ensemble.commands.push import push
 from concat_ensemble.commands.report import report
@@ -23,7 +24,22 @@ from concat_ensemble.commands.verify import verify
 from concat_ensemble.console import be_quiet, errors
 
 # In the order of --help.
-COMMANDS = [build, probe, select, compare, card, verify, report, push, export, theory, cache, mixture, reproduce]
+COMMANDS = [
+    build,
+    probe,
+    select,
+    compare,
+    predict,
+    card,
+    verify,
+    report,
+    push,
+    export,
+    theory,
+    cache,
+    mixture,
+    reproduce,
+]
 
 app = typer.Typer(
     no_args_is_help=True,
