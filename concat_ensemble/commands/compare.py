@@ -57,7 +57,8 @@ def overlap_table(overlap: "Overlap") -> Table:
         table.add_row(subject.name, "", *own, "", "", "", f"{100 * subject.top1:.1f}", style="bold")
         for relation in overlap.relations:
             if relation.target == k:
-                r2 = f"{relation.r2:.2f}", f"{relation.untrained_r2:.2f}"
+                untrained = "" if relation.untrained_r2 is None else f"{relation.untrained_r2:.2f}"
+                r2 = f"{relation.r2:.2f}", untrained
                 rest = f"{100 * relation.residual_top1:.1f}"
                 table.add_row("", relation.source_name, "", "", "", f"{relation.cka:.2f}", *r2, rest)
     return table

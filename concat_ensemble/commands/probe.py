@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from concat_ensemble.commands import options
@@ -16,7 +17,11 @@ from concat_ensemble.studies.options import ProbeOptions
 
 if TYPE_CHECKING:
     from concat_ensemble.studies.probe_study import ProbeStudy
-    from concat_ensemble.studies.results import Results, Row
+    from concat_ensemble.studies.results import Results
+
+# The columns of a screen of 80 characters, with headings on two lines.
+SCREEN = {"name": "", "value": "", "beside": "", "interval": "95%\ninterval", "paired": "ensemble\nminus it"}
+NAME_LENGTH = 52  # two lines of a name that leaves room for the numbers
 
 
 def probe(
@@ -29,6 +34,7 @@ def probe(
     dataset: DatasetOptions,
     probing: ProbeOptions,
     extraction: ExtractionOptions,
+    wide: Annotated[bool, typer.Option("--wide", help="Print all columns, however wide the screen is.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit linear probes on an ensemble, its members, what it is compared with, and the controls.
@@ -37,6 +43,7 @@ def probe(
 
     concat-ensemble probe two-resnets --recipe cifar100 --recipe flowers102 --shots 10 --repeats 5
     """
+    from concat_ensemble.reporting.error_page import write_error_page
     from concat_ensemble.reporting.model_card import write_card
     from concat_ensemble.studies.ensembles import is_local_ensemble
     from concat_ensemble.studies.probe_study import run_probe_studies
@@ -47,6 +54,8 @@ def probe(
     def on_study(study: "ProbeStudy") -> None:
         if study.is_new and is_local_ensemble(model):
             write_card(Path(model))
+        if study.errors_page and study.predictions and probing.errors:
+            write_error_page(study.errors_page, *study.predictions, probing.errors)
 
     studies = run_probe_studies(model, datasets, probing, extraction, on_study=on_study)
     paths = [study.path for study in studies.finished.values()]
@@ -55,61 +64,82 @@ def probe(
         sys.stdout.write(texts[0] if len(datasets) == 1 else f"[{','.join(texts)}]\n")
     elif paths:
         results = {name: study.results for name, study in studies.finished.items()}
-        print_recipes(results) if len(datasets) > 1 else print_results(*results.values())
-        for path in paths:
-            out.print(f"results: {path}")
+        print_recipes(results) if len(datasets) > 1 else print_results(*results.values(), wide=wide)
+        for study in studies.finished.values():
+            out.print(f"results: {study.path}", markup=False)
+            if study.errors_page:
+                out.print(f"errors: {study.errors_page}", markup=False)
     if studies.failures:
         reasons = "; ".join(f"{name}: {error}" for name, error in studies.failures.items())
         raise ValueError(f"{len(studies.failures)} of {len(datasets)} recipes failed: {reasons}")
 
 
-def print_results(results: "Results") -> None:
-    """Print the table of a probe as the card shows it."""
+def print_results(results: "Results", *, wide: bool = False) -> None:
+    """Print the table of a probe, what to know about its data and its numbers, and a verdict in words."""
     from concat_ensemble.data.naming import describe_dataset
-    from concat_ensemble.reporting.tables import headings, row_texts
-    from concat_ensemble.reporting.verdicts import verdict
+    from concat_ensemble.reporting.data_sentences import audit_sentences
+    from concat_ensemble.reporting.verdicts import notes, verdict
 
     repeats = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
-    title = f"{describe_dataset(results.dataset)}; {repeats}; protocol {results.protocol}"
-    table = Table(title=title, title_justify="left")
-    rows = [row_texts(results, row) for row in results.rows]
-    columns = headings(results, rows)
+    out.print(f"{describe_dataset(results.dataset)}; {repeats}; protocol {results.protocol}", markup=False)
+    table = probe_table(results, wide=wide)
+    options.print_table(table) if wide else out.print(table)
+    paragraphs = " ".join(audit_sentences(results)), " ".join(notes(results)), verdict(results).replace("**", "")
+    for paragraph in filter(None, paragraphs):
+        out.print(f"\n{paragraph}", markup=False)
+    out.print()
+
+
+def probe_table(results: "Results", *, wide: bool) -> Table:
+    """The table of the card, with all columns, or with those that fit into 80 characters and shortened names."""
+    from concat_ensemble.reporting.tables import headings, ordered_rows, row_texts
+
+    rows = ordered_rows(results)
+    texts = [row_texts(results, row) for row in rows]
+    columns = headings(results.metric, results.rows[0].name, texts)
+    table = Table() if wide else Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    if not wide:
+        columns = {key: heading or columns[key] for key, heading in SCREEN.items() if key in columns}
+        columns |= {key: columns[key].replace(" per ", "\nper ") for key in ("value", "beside") if key in columns}
     for key, heading in columns.items():
-        table.add_column(heading, justify="left" if key == "name" else "right")
-    for row, cells in zip(results.rows, rows, strict=True):
-        table.add_row(*(cells[key] for key in columns), style="bold" if row.kind == "ensemble" else None)
-    options.print_table(table)
-    out.print(verdict(results).replace("**", ""))
+        is_name = key == "name"
+        table.add_column(escape(heading), justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+    for row, cells in zip(rows, texts, strict=True):
+        name = cells["name"] if wide else shorten_middle(cells["name"], NAME_LENGTH)
+        shown = cells | {"name": name}
+        table.add_row(*(escape(shown[key]) for key in columns), style="bold" if row.kind == "ensemble" else None)
+    return table
+
+
+def shorten_middle(text: str, length: int) -> str:
+    """The text, or its start and its end with dots in between: names often differ at the end."""
+    if len(text) <= length:
+        return text
+    start, end = (length - 2) // 2, (length - 3) // 2
+    return f"{text[:start]}...{text[-end:]}"
 
 
 def print_recipes(studies: "dict[str, Results]") -> None:
     """Print one table of several recipes' results, each in its own metric: the ensemble, its best member, the
     baselines and the controls."""
-    columns = {f"{recipe}\n{study.dataset['metric']}": metric_column(study) for recipe, study in studies.items()}
+    columns = {f"{recipe}\n{study.metric}": metric_column(study) for recipe, study in studies.items()}
     table = Table("", title="linear probe in %, with 95% interval", title_justify="left")
     for heading in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(escape(heading), justify="right")
     for name in dict.fromkeys(name for column in columns.values() for name in column):
-        table.add_row(name, *(column.get(name, "") for column in columns.values()))
+        table.add_row(escape(name), *(escape(column.get(name, "")) for column in columns.values()))
     options.print_table(table)
 
 
 def metric_column(results: "Results") -> dict[str, str]:
     """The cells of a recipe's column, by the names of the rows."""
-    metric = results.dataset["metric"]
-    members = [percent_in_metric(row, metric) for row in results.rows if row.kind == "member"]
-    others = {row.name: percent_in_metric(row, metric) for row in results.rows if row.kind in ("baseline", "control")}
-    column = {results.ensemble: percent_in_metric(results.rows[0], metric)}
-    if members:
-        column["its best member, by test"] = max(members)
-    return {name: "{:.1f} [{:.1f}, {:.1f}]".format(*percent) for name, percent in (column | others).items()}
+    from concat_ensemble.reporting.tables import best_member
 
-
-def percent_in_metric(row: "Row", metric: str) -> list[float]:
-    """The mean over repeats, and its 95% interval: Student's over the repeats, or over the test images of a single
-    one, by bootstrap resamples for a metric that is not a share of them."""
-    runs = [dataclasses.replace(run, metrics={"top1": run.metrics[metric]}) for run in row.runs]
-    as_top1 = dataclasses.replace(row, runs=runs)
-    resampled = metric != "top1" and len(row.runs) == 1
-    interval = row.runs[0].intervals[metric] if resampled else as_top1.interval
-    return [100 * share for share in (as_top1.mean, *interval)]
+    rows = {results.ensemble: results.rows[0]}
+    if best := best_member(results):
+        rows["its best member, by test"] = best
+    rows |= {row.name: row for row in results.rows if row.kind in ("baseline", "control")}
+    return {
+        name: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * share for share in (row.mean, *row.interval)))
+        for name, row in rows.items()
+    }

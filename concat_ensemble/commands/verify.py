@@ -46,11 +46,14 @@ def verify(
 
 
 def check_table(checks: "list[Check]") -> Table:
-    """Accuracies in %: on the card, of the run that used these weights with its interval, and measured again."""
+    """The metric in %: on the card, of the run that used these weights with its interval, and measured again."""
+    from concat_ensemble.reporting.tables import METRIC_NAMES
+
     table = Table("dataset", "", "on the card", "its run here", "95% interval", "again", "confirmed")
     for check in checks:
         low, high = check.interval
         card, run, again = (f"{100 * share:.1f}" for share in (check.card, check.run, check.again))
         interval = f"{100 * low:.1f} to {100 * high:.1f}"
-        table.add_row(check.dataset, check.name, card, run, interval, again, "yes" if check.holds else "NO")
+        dataset = check.dataset if check.metric == "top1" else f"{check.dataset}: {METRIC_NAMES[check.metric]}"
+        table.add_row(dataset, check.name, card, run, interval, again, "yes" if check.holds else "NO")
     return table

@@ -66,7 +66,7 @@ def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> Top1:
         store = networks / "features"
         tables = {name: extract_features(model, data, store=store, quiet=True) for name, model in models.items()}
         if not controls:
-            tables["raw pixels"] = pixel_table(data, "L")
+            tables["raw pixels"] = pixel_table(data, "L", quiet=True)
         top1[task] = controls.get(task, {}) | desk.probe_tables(tables, seed)
     return top1
 

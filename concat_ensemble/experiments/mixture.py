@@ -141,7 +141,7 @@ class Mixture:
             tables = {name: extract_features(model, data, store=store, quiet=True) for name, model in models.items()}
             largest = tables[LARGEST]
             tables[PROJECTED] = principal_projection(largest, max(largest.feature_dims))(largest)
-            tables["raw pixels"] = pixel_table(data, "L")
+            tables["raw pixels"] = pixel_table(data, "L", quiet=True)
             top1[component] = desk.probe_tables(tables, seed, projected=PROJECTED)
         return top1
 

@@ -8,13 +8,14 @@ from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
 from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.reporting.model_card import CARD
 from concat_ensemble.reporting.rendering import escape_names, one_line
-from concat_ensemble.reporting.tables import best_member, hardest_first, row_texts
-from concat_ensemble.studies.results import RESULTS, Results
+from concat_ensemble.reporting.tables import METRIC_NAMES, best_member, hardest_first, row_texts
+from concat_ensemble.studies.results import PIXELS, RESULTS, UNTRAINED, Results
 
 INTRODUCTION = """\
 # Ensembles that were made here
 
-Each has a folder with config, results, figures and card, without weights. Top-1 in % of a linear probe [95% interval].
+Each has a folder with config, results, figures and card, without weights. Top-1 in % of a linear probe, or the metric
+that is named [95% interval].
 The best member is the best on the test images. With one repeat the interval covers variation over test images only.
 
 | | dataset | top-1 | best member alone | minus it, paired | untrained members | raw pixels | repeats | members | \
@@ -53,12 +54,13 @@ def index_text(folder: Path) -> str:
 
 def _ensemble_row(name: str, study: Results) -> str:
     best, texts = best_member(study), row_texts(study, study.rows[0])
-    member = row_texts(study, best) if best else {"top1": "", "paired": ""}
+    member = row_texts(study, best) if best else {"value": "", "paired": ""}
+    metric = "" if study.metric == "top1" else f" {METRIC_NAMES[study.metric]}"
     interval = texts["interval"].replace(" to ", ", ")
-    cells = [f"[{name}]({name}/{CARD})", describe_dataset(study.dataset), f"{texts['top1']} [{interval}]"]
-    cells += [member["top1"], member["paired"]]
-    for control in ("untrained members", "raw pixels"):
-        cells.append(row_texts(study, study[control])["top1"] if control in study else "")
+    cells = [f"[{name}]({name}/{CARD})", describe_dataset(study.dataset), f"{texts['value']}{metric} [{interval}]"]
+    cells += [member["value"], member["paired"]]
+    for control in (UNTRAINED, PIXELS):
+        cells.append(row_texts(study, study[control])["value"] if control in study else "")
     cells += [str(study.repeats), texts["num_members"], texts["num_features"], texts["parameters"]]
     return f"| {' | '.join(cells)} |"
 

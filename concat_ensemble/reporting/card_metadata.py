@@ -20,6 +20,8 @@ METRIC_NAMES = {
     "top5": "top-5",
     "mean_per_class": "mean per class accuracy",
     "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
     "calibration_error": "calibration error",
 }
 PROBE_NAMES = {"linear": "linear probe", "fine-tuning": "fine-tuned"}
@@ -86,7 +88,7 @@ def _evaluations(study: Results) -> list[EvalResult]:
             metric_type="accuracy" if metric == "top1" else metric,
             metric_name=f"{probe_name(study)} {name}{one_line(described)}",
             metric_value=round(sum(run.metrics[metric] for run in subject.runs) / study.repeats, 4),
-            metric_args=arguments | (interval if metric == "top1" else {}),
+            metric_args=arguments | (interval if metric == study.metric else {}),
         )
         for metric, name in METRIC_NAMES.items()
         if metric in subject.runs[0].metrics
@@ -101,7 +103,7 @@ def benchmark_entries(study: Results) -> list[dict[str, Any]]:
     entry = EvalResultEntry(
         dataset_id=dataset["name"],
         task_id=dataset["benchmark"],
-        value=round(100 * study.rows[0].mean, 2),
+        value=round(100 * float(study.rows[0].top1.mean()), 2),
         dataset_revision=dataset.get("revision"),
         notes=f"{probe_name(study)} top-1 in %, {study.repeats} repeat(s), protocol {study.protocol}",
     )

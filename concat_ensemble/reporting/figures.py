@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.reporting.tables import METRIC_NAMES
 from concat_ensemble.studies.overlap_results import Overlap
 from concat_ensemble.studies.results import Results, Row, short_name
 from concat_ensemble.studies.selection_results import Selection, Subset, format_members
@@ -28,12 +29,12 @@ PANELS = {  # quantities of `Relation` and the titles of their matrices
 
 @LITERAL
 def plot_accuracy_against_members(results: Results, path: Path) -> None:
-    """Plot test top-1 against the number of members.
+    """Plot the metric on the test images against the number of members.
 
     Lines join ensembles at equal training steps and the first members of this ensemble; other baselines and the
     controls are horizontal lines.
     """
-    figure, axes = _new_figure("number of members", "linear probe, test top-1 (%)")
+    figure, axes = _new_figure("number of members", f"linear probe, test {METRIC_NAMES[results.metric]} (%)")
     equal, baselines = equal_steps(results)
     if len(equal) > 1:
         _errorbar(axes, equal, label="ensembles at equal training steps", color=BLUE, marker="o", linewidth=2)
@@ -56,7 +57,7 @@ def plot_accuracy_against_members(results: Results, path: Path) -> None:
 @LITERAL
 def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
     """Plot held-out top-1 of every subset against its FLOPs, the best subsets for their cost and the chosen one."""
-    figure, axes = _new_figure("GFLOPs per image", "ridge probe, held-out top-1 (%)")
+    figure, axes = _new_figure("GFLOPs per image", f"ridge probe, held-out {selection.metric} (%)")
     axes.set_axisbelow(True)
     for size in range(1, len(selection.names) + 1):
         coordinates = _cost_and_accuracy([subset for subset in selection.subsets if len(subset.members) == size])
@@ -66,16 +67,16 @@ def plot_accuracy_against_cost(selection: Selection, path: Path) -> None:
     axes.step(*_cost_and_accuracy(front), where="post", color=BLUE, linewidth=1.2, label="best for its cost")
     above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 8}
     for subset in front[-6:]:
-        axes.annotate(format_members(subset.members), (subset.cost.gflops, 100 * subset.top1), color=BLUE, **above)
+        axes.annotate(format_members(subset.members), (subset.cost.gflops, 100 * subset.score), color=BLUE, **above)
     best = selection[selection.best]
     label = "chosen: " + " + ".join(f"{k} {selection.names[k]}" for k in best.members)
     circle = {"marker": "o", "ms": 11, "mfc": "none", "mec": ORANGE, "mew": 2, "linestyle": "none"}
     axes.plot(*_cost_and_accuracy([best]), label=label, **circle)
     # A subset far below the others would squeeze them into one line.
-    span = 100 * max(front[-1].top1 - front[0].top1, 0.02)
-    floor = 100 * front[0].top1 - span
-    if below := sum(100 * subset.top1 < floor for subset in selection.subsets):
-        axes.set_ylim(floor, 100 * front[-1].top1 + 0.3 * span)
+    span = 100 * max(front[-1].score - front[0].score, 0.02)
+    floor = 100 * front[0].score - span
+    if below := sum(100 * subset.score < floor for subset in selection.subsets):
+        axes.set_ylim(floor, 100 * front[-1].score + 0.3 * span)
         axes.text(0.01, 0.02, f"{below} below", transform=axes.transAxes, fontsize=8, color=GREY)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     _save(figure, path)
@@ -129,14 +130,14 @@ def _first_members(results: Results) -> list[Row]:
 def _best_for_cost(subsets: list[Subset]) -> list[Subset]:
     """The subsets that no cheaper one equals or beats, cheapest first."""
     front = []
-    for subset in sorted(subsets, key=lambda subset: (subset.cost.gflops, -subset.top1)):
-        if not front or subset.top1 > front[-1].top1:
+    for subset in sorted(subsets, key=lambda subset: (subset.cost.gflops, -subset.score)):
+        if not front or subset.score > front[-1].score:
             front.append(subset)
     return front
 
 
 def _cost_and_accuracy(subsets: list[Subset]) -> tuple[list[float], list[float]]:
-    return [subset.cost.gflops for subset in subsets], [100 * subset.top1 for subset in subsets]
+    return [subset.cost.gflops for subset in subsets], [100 * subset.score for subset in subsets]
 
 
 def _new_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
@@ -155,9 +156,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _errorbar(axes: Axes, rows: Sequence[Row], **style: Any) -> None:
-    """Plot top-1 in % against the number of members, with intervals."""
-    below = [100 * (row.mean - row.interval[0]) for row in rows]
-    above = [100 * (row.interval[1] - row.mean) for row in rows]
+    """Plot the metric in % against the number of members, with intervals."""
+    below = [100 * max(row.mean - row.interval[0], 0) for row in rows]
+    above = [100 * max(row.interval[1] - row.mean, 0) for row in rows]
     means, counts = [100 * row.mean for row in rows], [row.num_members for row in rows]
     axes.errorbar(counts, means, [below, above], capsize=3, **style)
 
@@ -174,7 +175,8 @@ def _plot_levels(axes: Axes, rows: list[Row], results: Results) -> None:
     arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0}
     style = {"fontsize": 8, "va": "center", "annotation_clip": False, "arrowprops": arrow}
     for row, height in zip(rows, heights, strict=True):
-        text = f"{short_name(results, row)} ({row.num_features:,} features)"
+        features = f" ({row.num_features:,} features)" if row.num_features else ""
+        text = f"{short_name(results, row)}{features}"
         axes.annotate(text, (1, 100 * row.mean), (1.06, height), transform, transform, **style)
 
 

@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.reporting.data_sentences import audit_sentences
 from concat_ensemble.reporting.figures import LITERAL
 from concat_ensemble.reporting.rendering import make_environment
-from concat_ensemble.reporting.tables import HEADINGS, hardest_first, row_texts
+from concat_ensemble.reporting.tables import METRIC_NAMES, hardest_first, headings, row_texts
+from concat_ensemble.reporting.verdicts import notes
 from concat_ensemble.studies.overlap_results import Overlap
 from concat_ensemble.studies.results import RESULTS, Results, Row, format_points
 from concat_ensemble.studies.selection_results import Selection
@@ -49,10 +51,10 @@ def write_report(folders: list[Path], output: Path) -> Path:
     environment = make_environment(autoescape=True, keep_trailing_newline=True)
     # The page's policy allows only the script with this digest.
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    datasets: dict[str, list[tuple[str, Results]]] = {}
+    datasets: dict[tuple[str, str], list[tuple[str, Results]]] = {}  # by name and metric: one metric in a table
     for folder, study in sorted(studies, key=lambda pair: hardest_first(pair[1])):
-        datasets.setdefault(describe_dataset(study.dataset), []).append((folder, study))
-    described = [_describe_dataset(name, studies) for name, studies in datasets.items()]
+        datasets.setdefault((describe_dataset(study.dataset), study.metric), []).append((folder, study))
+    described = [_describe_dataset(name, metric, studies) for (name, metric), studies in datasets.items()]
     template = environment.get_template("report.html.jinja")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(template.render(datasets=described, selections=selections, overlaps=overlaps))
@@ -84,20 +86,25 @@ def _load(path: Path) -> Results | Selection | Overlap | None:
     return None
 
 
-def _describe_dataset(name: str, studies: list[tuple[str, Results]]) -> dict[str, Any]:
-    """The table of everything that was probed on a dataset, best first, and its figure."""
+def _describe_dataset(name: str, metric: str, studies: list[tuple[str, Results]]) -> dict[str, Any]:
+    """The table of everything that was probed on a dataset, best first, its figure, and what to know about both."""
     rows = [NamedRow(folder, study, row) for folder, study in studies for row in study.rows]
     rows.sort(key=lambda named: -named.row.mean)
     texts = [row_texts(study, row) for _, study, row in rows]
     if len(studies) > 1:
         for named, cells in zip(rows, texts, strict=True):
             cells["name"] = f"{named.folder}: {cells['name']}"
-    headings = {key: text.format("ensemble") for key, text in HEADINGS.items() if any(cells[key] for cells in texts)}
+    shown = headings(metric, "ensemble", texts)
+    sentences = []
+    for folder, study in studies:
+        named = f"{folder}: " if len(studies) > 1 else ""
+        sentences += [f"{named}{sentence}" for sentence in [*audit_sentences(study), *notes(study)]]
     return {
-        "name": name,
-        "headings": list(headings.values()),
-        "rows": [(named.row.kind, [cells[key] for key in headings]) for named, cells in zip(rows, texts, strict=True)],
-        "figure": Markup(_plot(rows)),
+        "name": name if metric == "top1" else f"{name}: {METRIC_NAMES[metric]}",
+        "headings": list(shown.values()),
+        "rows": [(named.row.kind, [cells[key] for key in shown]) for named, cells in zip(rows, texts, strict=True)],
+        "figure": Markup(_plot(rows, METRIC_NAMES[metric])),
+        "sentences": sentences,
     }
 
 
@@ -107,22 +114,23 @@ def _describe_selection(title: str, selection: Selection) -> dict[str, Any]:
         name, chosen = f"{one.member}: {selection.names[one.member]}", "yes" if one.chosen else "no"
         numbers = format_points(one.gain, one.gain_interval), format_points(one.shapley, one.shapley_interval)
         members.append([name, chosen, *numbers])
-    accuracy = f"{100 * best.top1:.1f} at {best.cost.gflops:.2f} GFLOPs"
+    accuracy = f"{100 * best.score:.1f} at {best.cost.gflops:.2f} GFLOPs"
     return {"title": title, "members": members, "best": f"{' + '.join(map(str, best.members))}: {accuracy}"}
 
 
 def _describe_overlap(folder: str, overlap: Overlap) -> dict[str, Any]:
     relations = []
     for one in overlap.relations:
-        numbers = [f"{one.r2:.2f}", f"{one.untrained_r2:.2f}", f"{one.cka:.2f}", f"{100 * one.residual_top1:.1f}"]
+        untrained = "" if one.untrained_r2 is None else f"{one.untrained_r2:.2f}"
+        numbers = [f"{one.r2:.2f}", untrained, f"{one.cka:.2f}", f"{100 * one.residual_top1:.1f}"]
         relations.append([overlap.subjects[one.target].name, one.source_name, *numbers])
     title = f"{folder} on {describe_dataset(overlap.dataset)}"
     return {"title": title, "relations": relations, "verdict": overlap.verdict}
 
 
 @LITERAL
-def _plot(rows: list[NamedRow]) -> str:
-    """Top-1 against cost as SVG, with letters as paths."""
+def _plot(rows: list[NamedRow], metric: str) -> str:
+    """The metric against cost as SVG, with letters as paths."""
     colors = {folder: f"C{n}" for n, folder in enumerate(sorted({named.folder for named in rows}))}
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -141,7 +149,7 @@ def _plot(rows: list[NamedRow]) -> str:
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_formatter("")
     axes.set_xlabel(axis)
-    axes.set_ylabel("top-1 (%)")
+    axes.set_ylabel(f"{metric} (%)")
     if len(colors) > 1:
         axes.legend(fontsize=8, frameon=False)
     svg = io.StringIO()

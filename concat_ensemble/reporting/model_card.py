@@ -20,11 +20,21 @@ from concat_ensemble.reporting.card_metadata import (
     probe_name,
 )
 from concat_ensemble.reporting.card_sections import keep_user_sections, split_metadata
+from concat_ensemble.reporting.data_sentences import describe_data
+from concat_ensemble.reporting.error_figures import plot_class_recall, plot_confusion_matrix
 from concat_ensemble.reporting.figures import plot_accuracy_against_members
 from concat_ensemble.reporting.licenses import LICENSE, OTHER, license_sentence, member_licenses
 from concat_ensemble.reporting.rendering import escape_code, escape_names, escape_text, make_environment
-from concat_ensemble.reporting.tables import best_member, hardest_first, headings, member_gains, row_texts
-from concat_ensemble.reporting.verdicts import against, describe_compute, verdict
+from concat_ensemble.reporting.tables import (
+    METRIC_NAMES,
+    best_member,
+    hardest_first,
+    headings,
+    member_gains,
+    ordered_rows,
+    row_texts,
+)
+from concat_ensemble.reporting.verdicts import against, describe_compute, notes, verdict
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
@@ -39,6 +49,7 @@ ONE_REPEAT = (
     "one repeat, with Wilson intervals over the test images; paired differences with bootstrap intervals and "
     "McNemar's test"
 )
+BOOTSTRAP = "one repeat; intervals and paired tests by the bootstrap over {} of the test images"
 PROBE_DESCRIPTIONS = {
     "linear": "Linear probe: multinomial logistic regression on frozen features. Its L2 strength is chosen on "
     "validation data; the test split is used once.",
@@ -61,7 +72,7 @@ def write_card(folder: Path, title: str | None = None) -> Path:
     config, studies = _read(folder)
     refuse_links(folder, RESULTS, FIGURES)  # only for writing: in the Hub's cache every file is a link
     for stem, study in studies.items():
-        plot_accuracy_against_members(study, folder / FIGURES / f"{stem}.png")
+        _draw_figures(study, folder / FIGURES, stem)
     for path, text in _render_files(folder, title, config, studies).items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -71,8 +82,8 @@ def write_card(folder: Path, title: str | None = None) -> Path:
 def check_card(folder: Path) -> None:
     """Check that the card of an ensemble's folder is what `write_card` would write; see `check_files`."""
     config, studies = _read(folder)
-    for stem in studies:
-        figure = folder / FIGURES / f"{stem}.png"
+    for name in itertools.chain(*(_figure_names(study, stem) for stem, study in studies.items())):
+        figure = folder / FIGURES / name
         if not figure.is_file():
             raise ValueError(f"{figure} is not there; write it with concat-ensemble card {folder}.")
     check_files(_render_files(folder, None, config, studies), str(folder))
@@ -93,6 +104,21 @@ def check_files(texts: dict[Path, str], arguments: str) -> None:
                 line, expected = repr(line[start : start + 60]), repr(expected[start : start + 60])
                 difference = f"says {line} where config and results give {expected}"
                 raise ValueError(f"{path}, line {number}, {difference}; {remedy}")
+
+
+def _figure_names(study: Results, stem: str) -> list[str]:
+    """The names of a study's figures: of all rows, and of the ensemble's errors where its results have them."""
+    has_errors = bool(study.rows[0].runs[0].confusion)
+    return [f"{stem}.png"] + [f"{stem}.{kind}.png" for kind in ("recall", "confusion") if has_errors]
+
+
+def _draw_figures(study: Results, folder: Path, stem: str) -> None:
+    names = _figure_names(study, stem)
+    plot_accuracy_against_members(study, folder / names[0])
+    confusion = study.rows[0].runs[0].confusion_matrix  # of the first repeat; repeats may share images
+    if confusion is not None:
+        plot_class_recall(confusion, study.class_names, folder / names[1])
+        plot_confusion_matrix(confusion, study.class_names, folder / names[2])
 
 
 def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
@@ -151,7 +177,10 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
         "num_features": config.num_features,
         "members": members,
         "license": license_sentence(member_licenses(config)),
-        "studies": [_describe_study(study) | {"figure": f"{FIGURES}/{stem}.png"} for stem, study in escaped.items()],
+        "studies": [
+            _describe_study(study) | {"figures": [f"{FIGURES}/{name}" for name in _figure_names(study, stem)]}
+            for stem, study in escaped.items()
+        ],
         "gains": member_gains(architectures, list(escaped.values()), escape_text),
         "commands": list(dict.fromkeys(str(command) for command in commands if command)),
         "interval_covers": _interval_covers({study.repeats for study in studies.values()}),
@@ -167,16 +196,18 @@ def _summarize_members(architectures: list[str], num_features: int) -> str:
 
 
 def _headline(studies: list[Results]) -> str:
-    """Top-1 on every dataset, not only on the one with the best number."""
+    """The metric on every dataset, not only on the one with the best number."""
     if not studies:
         return "No accuracy was measured."
-    accuracies = []
+    accuracies, is_top1 = [], all(study.metric == "top1" for study in studies)
     for study in studies:
         subject, best = study.rows[0], best_member(study)
         dataset = escape_text(describe_dataset({**study.dataset, "test_images": None}))
         gain = f" ({100 * (subject.mean - best.mean):+.1f} against its best member alone)" if best else ""
-        accuracies.append(f"{100 * subject.mean:.1f}% on {dataset}{gain}")
-    return f"Top-1 accuracy ({probe_name(studies[0])}): {'; '.join(accuracies)}."
+        metric = "" if is_top1 else f" {METRIC_NAMES[study.metric]}"
+        accuracies.append(f"{100 * subject.mean:.1f}%{metric} on {dataset}{gain}")
+    kind = "Top-1 accuracy" if is_top1 else "Accuracy"
+    return f"{kind} ({probe_name(studies[0])}): {'; '.join(accuracies)}."
 
 
 def _interval_covers(repeats: Iterable[int]) -> str:
@@ -205,22 +236,34 @@ def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_study(study: Results) -> dict[str, Any]:
-    texts = [row_texts(study, row) for row in study.rows]
-    shown = headings(study, texts)
-    for row, cells in zip(study.rows, texts, strict=True):
+    rows = ordered_rows(study)
+    texts = [row_texts(study, row) for row in rows]
+    shown = headings(study.metric, study.rows[0].name, texts)
+    for row, cells in zip(rows, texts, strict=True):
         if row.kind == "ensemble":
             cells["name"] = f"**{cells['name']}**"
-    intervals = f"mean over {study.repeats} repeats with different seeds, with Student's t intervals"
+    metric = METRIC_NAMES[study.metric]
     return {
         "title": describe_dataset(study.dataset),
         "probe": PROBE_DESCRIPTIONS.get(study.probe.get("kind", ""), PROBE_DESCRIPTIONS["linear"]),
+        "metric": metric[:1].upper() + metric[1:],
         "protocol": study.protocol,
         "has_deviation": study.rows[0].resample_deviation is not None,
         "hardware": study.hardware,
-        "intervals": intervals if study.repeats > 1 else ONE_REPEAT,
+        "intervals": _describe_intervals(study),
+        "notes": notes(study),
         "headings": list(shown.values()),
         "rows": [[cells[key] for key in shown] for cells in texts],
         "verdict": verdict(study),
         "against": against(study),
         "compute": describe_compute(study),
+        "data": " ".join(describe_data(study)),
     }
+
+
+def _describe_intervals(study: Results) -> str:
+    if study.repeats > 1:
+        return f"mean over {study.repeats} repeats with different seeds, with Student's t intervals"
+    if study.num_groups is not None:
+        return BOOTSTRAP.format("groups")
+    return ONE_REPEAT if study.metric == "top1" else BOOTSTRAP.format("resamples")

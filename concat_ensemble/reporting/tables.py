@@ -6,16 +6,28 @@ import itertools
 import math
 from collections.abc import Callable
 
-from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.data.naming import METRICS, describe_dataset
 from concat_ensemble.studies.results import Results, Row, format_points, short_name
 
-# Narrow screens cut a table at the right, so that the answer comes first.
+METRIC_NAMES = {
+    "top1": "top-1",
+    "mean_per_class": "mean per-class recall",
+    "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+}
+METRIC_HEADINGS = METRIC_NAMES | {"mean_per_class": "mean per class"}
+# Narrow screens cut a table at the right, so that the answer comes first: the metric that rows are compared in
+# ("value"), one other metric, and how sure that is.
 HEADINGS = {
     "name": "",
-    "top1": "top-1",
+    "value": "",
+    "beside": "",
     "interval": "95% interval",
     "paired": "{} minus it, paired",
     "p": "p",
+    "auroc": METRIC_HEADINGS["auroc"],
+    "average_precision": METRIC_HEADINGS["average_precision"],
     "num_features": "features",
     "num_members": "members",
     "steps": "training steps",
@@ -25,26 +37,42 @@ HEADINGS = {
     "deviation": "standard deviation over training resamples",
 }
 # The other columns are left out where all of their cells are empty.
-ALWAYS_SHOWN = ("name", "top1", "interval", "paired", "p", "num_features", "num_members", "steps")
+ALWAYS_SHOWN = ("name", "value", "interval", "paired", "p", "num_features", "num_members", "steps")
 
 
-def headings(study: Results, texts: list[dict[str, str]]) -> dict[str, str]:
-    """The columns that a study's table shows, from the `row_texts` of all its rows: their keys and headings."""
-    return {
-        key: text.format(study.rows[0].name)
-        for key, text in HEADINGS.items()
-        if key in ALWAYS_SHOWN or any(cells[key] for cells in texts)
-    }
+def headings(metric: str, subject: str, texts: list[dict[str, str]]) -> dict[str, str]:
+    """The columns of a table of rows that are compared in `metric` with the ensemble `subject`, from the `row_texts`
+    of all rows: their keys and headings."""
+    columns = HEADINGS | {"value": METRIC_HEADINGS[metric], "beside": METRIC_HEADINGS[metric_beside(metric)]}
+    columns["paired"] = columns["paired"].format(subject)
+    columns.pop(metric, None)  # it is there as the value
+    return {key: text for key, text in columns.items() if key in ALWAYS_SHOWN or any(cells[key] for cells in texts)}
+
+
+def metric_beside(metric: str) -> str:
+    """The metric that is shown beside a study's own: top-1 hides what happens to small classes, and is what people
+    know."""
+    return "mean_per_class" if metric == "top1" else "top1"
+
+
+def ordered_rows(study: Results) -> list[Row]:
+    """The ensemble, then all other rows from the best to the worst."""
+    return [study.rows[0], *sorted(study.rows[1:], key=lambda row: -row.mean)]
 
 
 def row_texts(study: Results, row: Row) -> dict[str, str]:
-    """The cells of a row of a study's table, by the keys of `HEADINGS`; empty where there is no number."""
+    """The cells of a row of a study's table, by the keys of `HEADINGS` and the names of the metrics; empty where there
+    is no number."""
     low, high = row.interval
-    cells = dict.fromkeys(HEADINGS, "") | {
+    shares = {metric: row.values_in(metric) for metric in METRICS if all(metric in run.metrics for run in row.runs)}
+    metrics = {metric: f"{100 * values.mean():.1f}" for metric, values in shares.items()}
+    cells = dict.fromkeys([*HEADINGS, *METRICS], "") | metrics
+    cells |= {
         "name": short_name(study, row),
+        "value": metrics[study.metric],
+        "beside": metrics.get(metric_beside(study.metric), ""),
         "num_members": str(row.num_members or ""),
-        "num_features": f"{row.num_features:,}",
-        "top1": f"{100 * row.mean:.1f}",
+        "num_features": f"{row.num_features:,}" if row.num_features else "",
         "interval": f"{100 * low:.1f} to {100 * high:.1f}",
     }
     if row.steps is not None:
@@ -64,7 +92,7 @@ def row_texts(study: Results, row: Row) -> dict[str, str]:
 
 
 def best_member(study: Results) -> Row | None:
-    """The member with the highest test top-1, a choice in its favor; None where there are no members."""
+    """The member with the highest metric on the test split, a choice in its favor; None where there are no members."""
     return max((row for row in study.rows if row.kind == "member"), key=lambda row: row.mean, default=None)
 
 
@@ -74,7 +102,7 @@ def hardest_first(study: Results) -> tuple[bool, float]:
 
 
 def member_gains(architectures: list[str], studies: list[Results], escape: Callable[[str], str]) -> list[list[str]]:
-    """A table of each member's top-1 alone and of what it adds to the members before it, headings first.
+    """A table of each member's metric alone and of what it adds to the members before it, headings first.
 
     Its columns are the datasets on which all members and all first members were probed; empty where there are none.
     """
@@ -87,6 +115,7 @@ def member_gains(architectures: list[str], studies: list[Results], escape: Calla
         if count == 1 or not all(name in study for name in alone + path):
             continue
         title = escape(describe_dataset(study.dataset))
+        title += f", {METRIC_NAMES[study.metric]}" if study.metric != "top1" else ""
         heading += [f"{title}: alone", "added"]
         gains = [format_points(*study.difference(new, old)[:2]) for old, new in itertools.pairwise(path)]
         for row, name, gain in zip(rows, alone, ["", *gains], strict=True):

@@ -1,11 +1,14 @@
-"""What a study's numbers say, in words, for and against the concatenation."""
+"""What a study's numbers say, in words, for and against the concatenation, and how they came about."""
 
 from __future__ import annotations
 
-from concat_ensemble.reporting.tables import best_member
-from concat_ensemble.studies.results import Results, Row, short_name
+from concat_ensemble.reporting.tables import METRIC_NAMES, best_member
+from concat_ensemble.studies.results import MAJORITY, PIXELS, UNTRAINED, Results, Row, short_name
 
-RIVAL_MARGIN = 0.05  # of top-1: a control that comes so near makes the dataset a poor test of the features
+BETTER, LEVEL, BELOW = "better", "level", "below"
+SIGNIFICANT = 0.05
+FEW_REPEATS = 5  # with fewer, the spread over repeats is hardly known
+RIVAL_MARGIN = 0.05  # of the metric: a control that comes so near makes the dataset a poor test of the features
 EQUAL_COMPUTE = 0.01  # largest relative difference of compute that is called equal
 
 
@@ -15,14 +18,13 @@ def verdict(study: Results) -> str:
     comparisons = [] if best is None else [_compare(study, subject, best, "its best member, ")]
     comparisons += [_compare(study, subject, row) for row in study.rows if row.kind in ("baseline", "control")]
     text = f"{subject.name} is {'; '.join(comparisons)}." if comparisons else ""
+    if text and study.metric != "top1":
+        text = f"In {METRIC_NAMES[study.metric]}, {text}"
     projected = [row for row in study.rows if row.kind == "projected"]
     if best and projected:
         comparisons = [f"{row.name.rpartition(', ')[2]} is {_compare(study, row, best)}" for row in projected]
         text += f" With no more features than one member: {'; '.join(comparisons)}."
-    if rival := _rival(study):
-        doubt = "so this dataset does not show that what the members learned is useful"
-        text += f" **{rival.name.capitalize()} do about as well, {doubt}.**"
-    return text
+    return " ".join(filter(None, [text, *(f"**{doubt}**" for doubt in _doubts(study))]))
 
 
 def against(study: Results) -> str:
@@ -40,7 +42,31 @@ def against(study: Results) -> str:
     sentences = [f"{finding}: {'; '.join(rows)}." for finding, rows in names.items() if rows]
     if rival := _rival(study):
         sentences.append(f"Less than 5 points below the ensemble, or above it: {rival.name}.")
+    if study.controls != "all" and UNTRAINED not in study:
+        sentences.append(f"{_left_out(study)} not measured.")
     return " ".join(sentences) or "The ensemble is better than everything that it was compared with."
+
+
+def notes(study: Results) -> list[str]:
+    """What a reader of the table must know about how its numbers came about, in sentences."""
+    sentences = []
+    if 1 < study.repeats < FEW_REPEATS:
+        few = f"{study.repeats} repeats are fewer than {FEW_REPEATS}"
+        sentences.append(f"{few}: the intervals are wide, and rough themselves.")
+    if study.num_groups is not None and study.repeats == 1:
+        sentences.append(f"Intervals and tests are over the {study.num_groups:,} groups of test images.")
+    fits = [run for row in study.rows for run in row.runs if run.at_edge is not None]
+    if at_edge := sum(bool(run.at_edge) for run in fits):
+        grid = "the edge of the grid of L2 strengths"
+        sentences.append(f"{at_edge} of {len(fits)} fits chose {grid}; a better one may lie beyond it.")
+    if failed := sum(not run.converged for run in fits):
+        sentences.append(f"{failed} of {len(fits)} fits did not converge.")
+    if study.controls != "all" and UNTRAINED not in study:
+        doubt = "so nothing here shows that a gain comes from what the members learned"
+        sentences.append(f"{_left_out(study)} left out, {doubt}.")
+    elif study.repeats > 1 and study.audit is not None and UNTRAINED in study:
+        sentences.append("The untrained members are the same in all repeats.")
+    return sentences
 
 
 def describe_compute(study: Results) -> str:
@@ -57,17 +83,55 @@ def describe_compute(study: Results) -> str:
     return f"Training {subject.name} took {subject.gflops:,.0f} GFLOP; {'; '.join(sentences)}." if sentences else ""
 
 
+def _left_out(study: Results) -> str:
+    """The controls that were left out, as a subject with its verb."""
+    names = [name for name in (UNTRAINED, PIXELS, MAJORITY) if name not in study]
+    names = [f"the {name}" if name == MAJORITY else name for name in names]
+    text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{text.capitalize()} were"
+
+
 def _rival(study: Results) -> Row | None:
-    """The better one of the controls, where it comes near the ensemble."""
-    controls = [row for row in study.rows if row.name in ("untrained members", "raw pixels")]
+    """The better one of the controls with features, where it comes near the ensemble."""
+    controls = [row for row in study.rows if row.name in (UNTRAINED, PIXELS)]
     rival = max(controls, key=lambda row: row.mean, default=None)
     return rival if rival and rival.mean > study.rows[0].mean - RIVAL_MARGIN else None
+
+
+def _doubts(study: Results) -> list[str]:
+    """What speaks against the dataset as a test of the features."""
+    doubts, subject = [], study.rows[0].name
+    if MAJORITY in study and (finding := _how_near(study, MAJORITY)) != BELOW:
+        better = "does better" if finding == BETTER else "does about as well"
+        doubts.append(f"Always guessing the largest class {better}.")
+    if rival := _rival(study):
+        finding = _how_near(study, rival.name)
+        if finding == BELOW:
+            points = 100 * study.difference(subject, rival.name)[0]
+            near = f"come within {points:.1f} points"
+        else:
+            near = "do better" if finding == BETTER else "do about as well"
+        doubt = "so this dataset does not show that what the members learned is useful"
+        doubts.append(f"{rival.name.capitalize()} {near}, {doubt}.")
+    return doubts
+
+
+def _how_near(study: Results, control: str) -> str:
+    """Whether a control is better than the ensemble, level with it or below it, by the paired test."""
+    difference, (low, high), p = study.difference(study.rows[0].name, control)
+    if high < 0 or (difference < 0 and p < SIGNIFICANT):
+        return BETTER
+    return BELOW if low > 0 or (difference > 0 and p < SIGNIFICANT) else LEVEL
+
+
+def _in_words(study: Results, row: Row) -> str:
+    return f"the {MAJORITY}" if row.name == MAJORITY else short_name(study, row)
 
 
 def _compare(study: Results, row: Row, other: Row, title: str = "") -> str:
     """How far `row` is from `other`, whose name `title` precedes."""
     difference, (low, high), _ = study.difference(row.name, other.name)
-    points, name = f"{abs(100 * difference):.1f}", f"{title}{short_name(study, other)}"
+    points, name = f"{abs(100 * difference):.1f}", f"{title}{_in_words(study, other)}"
     if points == "0.0":
         return f"level with {name}"
     doubt = "" if low > 0 or high < 0 else " (not beyond chance)"

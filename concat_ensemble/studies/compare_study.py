@@ -41,7 +41,7 @@ def run_compare_study(
     check_file(path, overwrite)
     seed = dataset.seed
     loaded = {f"{k}: {Path(name).name}": load_ensemble(name, seed + k) for k, name in enumerate(models)}
-    data = dataset.load()
-    overlap = compare_models(loaded, data, seed=seed, **dataclasses.asdict(extraction or ExtractionOptions()))
-    overlap.save(path, command=command, dataset=dataset.describe(data))
+    audited = dataset.load()
+    overlap = compare_models(loaded, audited.data, seed=seed, **dataclasses.asdict(extraction or ExtractionOptions()))
+    overlap.save(path, command=command, dataset=dataset.describe(audited))
     return CompareStudy(overlap, path)

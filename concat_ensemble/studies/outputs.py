@@ -19,6 +19,8 @@ def check_folder(path: Path, overwrite: bool) -> None:
 
 def check_file(path: Path, overwrite: bool) -> None:
     """Raise ValueError where a new file cannot be written, or may not take the place of what is there."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file with --output.")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
     check_parent(path)

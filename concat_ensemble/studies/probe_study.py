@@ -4,29 +4,50 @@ run_probe_study("two-resnets", DatasetOptions(name="digits")).results
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import DatasetDict
 
 from concat_ensemble.console import errors
+from concat_ensemble.data.bad_images import without_rows
 from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
-from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
+from concat_ensemble.features.extraction import extract_features
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
+from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
-from concat_ensemble.studies.options import ProbeOptions
+from concat_ensemble.studies.measuring import class_scores
+from concat_ensemble.studies.options import CONTROLS, ProbeOptions
 from concat_ensemble.studies.outputs import check_parent
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
 
+class Predictions(NamedTuple):
+    """What the ensemble's probe of the first repeat predicts on the test images."""
+
+    images: Sequence[dict[str, Any]]  # N, encoded
+    labels: np.ndarray  # (N,)
+    probabilities: np.ndarray  # (N, C)
+    class_names: list[str]
+
+
 @dataclass
 class ProbeStudy:
-    """Results on one dataset, their file, and whether they were measured now."""
+    """Results on one dataset, their file, and whether they were measured now. For `ProbeOptions.errors` also where the
+    page of errors belongs and, if it is to be written, what it shows."""
 
     results: Results
     path: Path
     is_new: bool
+    errors_page: Path | None = None
+    predictions: Predictions | None = None
 
 
 @dataclass
@@ -105,29 +126,53 @@ def _run_study(
     path = options.output or home / RESULTS / f"{dataset.file_stem}.json"
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
+    page = find_errors_page(model, path) if options.errors else None
     if path.exists() and not options.overwrite:
         results = Results.load(path)
-        has_head = (folder / "head.safetensors").is_file()
-        if not _is_same(results, ensemble, dataset, options) or (options.save_head and not has_head):
-            problem = f"{path} holds the results of other weights or data, or lacks a repeat, a baseline or the head"
+        has_head = not options.save_head or (folder / "head.safetensors").is_file()
+        is_whole = has_head and (page is None or page.is_file())
+        if not is_whole or not _is_same(results, ensemble, dataset, options):
+            problem = f"{path} holds the results of other weights, data or settings, or lacks a repeat, a baseline, "
+            problem += "controls, the head or the page of errors"
             raise ValueError(f"{problem}; add --overwrite, or name another --output.")
         if not extraction.quiet:
             errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True, markup=False)
-        return ProbeStudy(results, path, is_new=False)
+        return ProbeStudy(results, path, is_new=False, errors_page=page)
     check_parent(path)
     _check_repeats(dataset, options.repeats)
-    results, head = _probe_repeats(ensemble, folder.name, dataset, options=options, extraction=extraction)
-    results.save(path)
+    first = _probe_repeats(ensemble, folder.name, dataset, options=options, extraction=extraction)
+    first.results.save(path)
     if options.save_head:
-        head().save_pretrained(folder)
-    return ProbeStudy(results, path, is_new=True)
+        with_head(ensemble, first.probe, class_names(first.data["train"])).save_pretrained(folder)
+    predictions = _predict(ensemble, first, extraction) if page else None
+    return ProbeStudy(first.results, path, is_new=True, errors_page=page, predictions=predictions)
+
+
+def find_errors_page(model: str, results: Path) -> Path:
+    """Where the page of errors belongs: beside the results file, but never into the ensemble's folder, which `push`
+    publishes, since the page shows images."""
+    folder, name = Path(model).resolve(), f"{results.stem}-errors.html"
+    if is_local_ensemble(model) and folder in results.resolve().parents:
+        return Path(os.path.relpath(folder.parent / f"{folder.name}-{name}"))
+    return results.with_name(name)
 
 
 def _is_same(results: Results, ensemble: ConcatEnsembleModel, dataset: DatasetOptions, options: ProbeOptions) -> bool:
-    """Whether results of an earlier run are those that this run would give."""
+    """Whether results of an earlier run are those that this run would give, perhaps with more controls."""
     same_weights = results.members_sha256 == members_sha256(ensemble.config)
-    same_data = dataset.record.items() <= results.dataset.items() and results.repeats == options.repeats
-    return same_weights and same_data and all(Path(name).name in results for name in options.baselines or [])
+    same_data = dataset.is_recorded(results.dataset) and results.repeats == options.repeats
+    same_probe = options.metric in (None, results.metric) and options.class_weight == results.probe.get("class_weight")
+    has_controls = CONTROLS.index(results.controls) >= CONTROLS.index(options.controls)
+    has_baselines = all(Path(name).name in results for name in options.baselines or [])
+    return same_weights and same_data and same_probe and has_controls and has_baselines
+
+
+class FirstRepeat(NamedTuple):
+    """The results of all repeats, with the data and the ensemble's probe of the first."""
+
+    results: Results
+    data: DatasetDict
+    probe: LinearProbe
 
 
 def _probe_repeats(
@@ -137,29 +182,53 @@ def _probe_repeats(
     *,
     options: ProbeOptions,
     extraction: ExtractionOptions,
-) -> tuple[Results, Callable[[], ConcatEnsembleForImageClassification]]:
-    """The results of all repeats, and a function that makes a classifier of the first repeat's probe."""
-    baselines = {Path(other).name: load_ensemble(other, dataset.seed) for other in (options.baselines or [])}
-    repeats, probes, names = [], [], []
+) -> FirstRepeat:
+    baselines: dict[str, ConcatEnsemblePreTrainedModel] = {}
+    for other in options.baselines or []:
+        baselines[Path(other).name] = load_ensemble(other, dataset.seed)
+    repeats, firsts, metric = [], [], options.metric
     for seed in range(dataset.seed, dataset.seed + options.repeats):
         if options.repeats > 1 and not extraction.quiet:
             errors.print(f"repeat {len(repeats) + 1} of {options.repeats}")
-        data = dataclasses.replace(dataset, seed=seed).load()
-        about = {"name": name, "described": dataset.describe(data), "baselines": baselines, "seed": seed}
-        results, probe = probe_ensemble(ensemble, data, **about, **dataclasses.asdict(extraction))
+        audited = dataclasses.replace(dataset, seed=seed).load()
+        results, probe = probe_ensemble(
+            ensemble,
+            audited.data,
+            name=name,
+            described=dataset.describe(audited),
+            audit=audited.audit,
+            baselines=baselines,
+            controls=options.controls,
+            metric=metric,
+            class_weight=options.class_weight,
+            seed=seed,
+            untrained_seed=dataset.seed,  # the same networks in every repeat, which run each image once
+            **dataclasses.asdict(extraction),
+        )
         repeats.append(results)
-        probes.append(probe)
-        names = class_names(data["train"])
+        metric = results.metric  # of the first repeat, since the audit of another may suggest another
+        firsts = firsts or [(audited.data, probe)]
     merged = Results.merged(repeats)
     merged.command = options.command
-    return merged, lambda: with_head(ensemble, probes[0], names)
+    [(data, probe)] = firsts
+    return FirstRepeat(merged, data, probe)
+
+
+def _predict(ensemble: ConcatEnsembleModel, first: FirstRepeat, extraction: ExtractionOptions) -> Predictions:
+    """Predict the test images, whose features are stored by now."""
+    quiet = dataclasses.replace(extraction, quiet=True)
+    table = extract_features(ensemble, first.data, **dataclasses.asdict(quiet))
+    probabilities = np.exp(class_scores(first.probe, table))
+    images = without_rows(first.data, table.skipped)["test"]["image"]
+    return Predictions(images, table["test"].labels, probabilities, table.class_names)
 
 
 def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:
     """Raise ValueError where the seed changes neither the test images nor, for scattered ones, their places."""
     if repeats == 1 or dataset.shots:
         return
-    first, second = (dataclasses.replace(dataset, seed=dataset.seed + number).load()["test"] for number in range(2))
+    seeds = (dataset.seed, dataset.seed + 1)
+    first, second = (dataclasses.replace(dataset, seed=seed).load_splits()["test"] for seed in seeds)
     if list(first["label"]) == list(second["label"]) and first[0]["image"] == second[0]["image"]:
         reason = f"since {dataset.record['name']} has a test split of its own"
         remedy = "draw from it with --limit or --shots, or leave --repeats out."

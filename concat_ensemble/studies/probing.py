@@ -1,41 +1,51 @@
-"""Probing an ensemble on a dataset, beside its parts, other ensembles and the controls."""
+"""Probing an ensemble, or a table of features, on a dataset beside its parts, other ensembles and the controls."""
 
-import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from datasets import DatasetDict
-from rich.progress import track
 from torch import nn
 
+from concat_ensemble.console import show_progress
+from concat_ensemble.data.audit import Audit, audit_splits
+from concat_ensemble.data.bad_images import without_rows
+from concat_ensemble.data.labels import read_groups, read_labels
 from concat_ensemble.features.extraction import extract_features
-from concat_ensemble.features.projection import principal_projection, random_projection
-from concat_ensemble.features.table import FeatureTable, TableSplit
+from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
     ConcatEnsemblePreTrainedModel,
 )
-from concat_ensemble.probes.intervals import bootstrap_intervals
 from concat_ensemble.probes.linear import LinearProbe
-from concat_ensemble.probes.metrics import ProbeMetrics
-from concat_ensemble.studies.controls import pixel_table, untrained_like
+from concat_ensemble.studies.auditing import audit_table, with_skipped
+from concat_ensemble.studies.candidates import (
+    NO_COST,
+    Candidate,
+    ensemble_candidates,
+    majority_candidate,
+    pixel_candidate,
+    table_candidates,
+    untrained_candidate,
+)
+from concat_ensemble.studies.controls import untrained_like
 from concat_ensemble.studies.cost import describe_hardware, member_costs
+from concat_ensemble.studies.measuring import (
+    NEVER,
+    ProbeSettings,
+    check_test_split,
+    choose_metric,
+    collect_convergence_warnings,
+    fit_probe,
+    measure_majority,
+    measure_probe,
+    score_probe,
+    warn_of_convergence,
+)
+from concat_ensemble.studies.options import CONTROLS
 from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
-from concat_ensemble.studies.results import Cost, Results, Row, Run, pack_bits
-
-NO_COST = Cost(0.0, 0.0)
-NEVER = -1e4  # the logit of a class without training images, so that it is not predicted
-
-
-class Candidate(NamedTuple):
-    """A row of the results, still without runs, and the features to probe for it."""
-
-    row: Row
-    table: FeatureTable
+from concat_ensemble.studies.results import MAJORITY, MAX_CONFUSION, Results, Row
 
 
 def probe_ensemble(
@@ -44,76 +54,151 @@ def probe_ensemble(
     *,
     name: str = "ensemble",
     described: dict | None = None,
+    audit: Audit | None = None,
     baselines: dict[str, ConcatEnsemblePreTrainedModel] | None = None,
+    controls: str = "all",
+    metric: str | None = None,
+    class_weight: str | None = None,
     num_resamples: int = 5,
     seed: int = 0,
+    untrained_seed: int | None = None,
     quiet: bool = False,
     **extraction,
 ) -> tuple[Results, LinearProbe]:
     """Fit linear probes of an ensemble and of everything that its accuracy should be compared with.
 
     These are its first members, each member alone, the ensemble projected to the features of one member, the
-    baselines, untrained members and raw pixels.
+    baselines and the controls.
 
     Args:
         model: The ensemble. Its members run once; its parts are columns of the same table.
+        dataset: The splits `train`, `validation` and `test`.
         name: Name of the ensemble in the table.
-        described: Settings of the dataset, for the record.
+        described: Settings of the dataset, for the record. Its `metric`, if there is one, is the customary one.
+        audit: What `audit_splits` found in the dataset. Default: the dataset is audited here, and test images that are
+            also in training are left out.
         baselines: Other ensembles by name, such as one network that was trained longer or is wider.
+        controls: "all": untrained members, raw pixels and the majority class. "quick": without untrained members,
+            which take as long as the ensemble itself. "none": no controls.
+        metric: One of `METRICS`: it chooses every L2 strength, and rows are compared in it. Default: the customary
+            one, else mean per-class recall where the audit finds imbalanced classes, else top-1.
+        class_weight: "balanced" for a loss in which each class counts as much as the others.
         num_resamples: Number of bootstrap resamples of the training images.
-        seed: Seed of the untrained members, the random projection and the resamples; recorded with every run.
+        seed: Seed of the random projection and the resamples; recorded with every run.
+        untrained_seed: Seed of the untrained members. Default: `seed`.
         extraction: Further arguments of `extract_features`.
 
     Returns:
         The results, and the probe of the whole ensemble.
+
+    Raises:
+        ValueError: for an unknown metric, class weight or kind of controls, and test images of one class or group
+            where the metric or its interval needs two.
     """
-    started = time.perf_counter()
-    table = extract_features(model, dataset, quiet=quiet, **extraction)
+    if controls not in CONTROLS:
+        raise ValueError(f"controls={controls!r} must be one of {', '.join(CONTROLS)}.")
+    started, described = time.perf_counter(), described or {}
+    if audit is None:
+        dataset, audit = audit_splits(dataset)
+    metric = choose_metric(metric, described.get("metric"), audit)
+    settings = ProbeSettings(metric=metric, class_weight=class_weight, num_resamples=num_resamples, seed=seed)
+    groups = read_groups({"test": dataset["test"]})
+    check_test_split(metric, read_labels(dataset["test"]), None if groups is None else groups["test"])
+    extraction = {"quiet": quiet, **extraction}
+    table = extract_features(model, dataset, **extraction)
+    dataset, extraction["skip_bad"] = without_rows(dataset, table.skipped), False  # all rows are of the same images
     seconds = {"extraction": time.perf_counter() - started}
     device = extraction.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     costs = member_costs(model, device)
-    candidates = _ensemble_candidates(model, table, name, costs=costs, seed=seed)
+    candidates = ensemble_candidates(model, table, name, costs=costs, seed=seed)
     baselines = dict(baselines or {})
     if model.config.projection_dim is not None:
         baselines = {f"{name}, not projected": model.export_active(model.config.built_members), **baselines}
-    for other, baseline in baselines.items():
-        features = extract_features(baseline, dataset, quiet=quiet, **extraction)
-        row = Row(other, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
-        row.cost = sum(member_costs(baseline, device), NO_COST)
-        candidates.append(Candidate(row, features))
-    untrained = extract_features(untrained_like(model, seed), dataset, quiet=quiet, **extraction)
-    candidates += _control_candidates(model.config, dataset, untrained, sum(costs, NO_COST))
-
-    probes = {}
-    for row, features in track(candidates, "probes", disable=quiet or not sys.stderr.isatty()):
-        probes[row.name] = _fit(row, features, seed)
-        row.runs.append(_measure(probes[row.name], features, num_resamples, seed))
+    candidates += _baseline_candidates(baselines, dataset, device, extraction)
+    if controls == "all":
+        untrained = untrained_like(model, seed if untrained_seed is None else untrained_seed)
+        features = extract_features(untrained, dataset, **extraction)
+        candidates.append(untrained_candidate(features, len(costs), sum(costs, NO_COST)))
+    if controls != "none":
+        candidates += [pixel_candidate(model, dataset, quiet=quiet), majority_candidate(table)]
+    rows, probe = _measure_all(candidates, settings, quiet=quiet)
     results = Results(
         ensemble=name,
-        dataset=described or {},
-        probe={
-            "kind": "linear",
-            "l2_strengths": list(probes[name].l2_strengths),
-            "selection": "validation top-1, then fitted on train + validation",
-            "num_resamples": num_resamples,
-        },
-        rows=[row for row, _ in candidates],
+        dataset=described,
+        probe=settings.record,
+        rows=rows,
         members_sha256=members_sha256(model.config),
         versions=versions(),
         seconds=seconds | {"total": time.perf_counter() - started},
         hardware=describe_hardware(device),
+        controls=controls,
+        audit=with_skipped(audit, table).to_dict(),
+        class_names=_short_class_names(table),
     )
-    return results, probes[name]
+    return results, probe
+
+
+def probe_table(
+    table: FeatureTable,
+    *,
+    name: str = "features",
+    metric: str | None = None,
+    class_weight: str | None = None,
+    num_resamples: int = 5,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Results:
+    """Fit linear probes of a table of features, wherever they come from, as `probe_ensemble` does for an ensemble.
+
+    The rows are the whole table, its first members, each member alone, the table projected to the features of one
+    member, and the majority class. Test rows that are also in training are left out, as `audit_table` does.
+
+    Args:
+        table: Features of the splits `train` and `test`, and of `validation` if it is there.
+        name: Name of the features in the results.
+        metric, class_weight, num_resamples, seed: As for `probe_ensemble`.
+        quiet: Show no progress.
+
+    Raises:
+        ValueError: As `probe_ensemble`, and for a table without training or test rows.
+    """
+    for split in ("train", "test"):
+        if split not in table:
+            raise ValueError(f"the table has the splits {', '.join(table)} but must have {split}; add it.")
+    started = time.perf_counter()
+    table, audit = audit_table(table)
+    metric = choose_metric(metric, None, audit)
+    settings = ProbeSettings(metric=metric, class_weight=class_weight, num_resamples=num_resamples, seed=seed)
+    check_test_split(metric, table["test"].labels, table["test"].groups)
+    candidates = [*table_candidates(table, name, seed=seed), majority_candidate(table)]
+    rows, _ = _measure_all(candidates, settings, quiet=quiet)
+    return Results(
+        ensemble=name,
+        dataset={"name": name, "test_images": len(table["test"])},
+        probe=settings.record,
+        rows=rows,
+        versions=versions(),
+        seconds={"total": time.perf_counter() - started},
+        controls="quick",
+        audit=audit.to_dict(),
+        class_names=_short_class_names(table),
+    )
 
 
 def probe_again(
-    model: ConcatEnsemblePreTrainedModel, dataset: DatasetDict, name: str, seed: int, **extraction
+    model: ConcatEnsemblePreTrainedModel, dataset: DatasetDict, name: str, settings: ProbeSettings, **extraction
 ) -> dict[str, float]:
-    """Top-1 of the ensemble, its first members, each member and its projections, by their names in `Results`."""
+    """The settings' metric of the ensemble, its first members, each member and its projections, by their names in
+    `Results`."""
     table = extract_features(model, dataset, **extraction)
     costs = [NO_COST] * len(model.members)
-    candidates = _ensemble_candidates(model, table, name, costs=costs, seed=seed)
-    return {row.name: _fit(row, features, seed).score(features["test"]) for row, features in candidates}
+    candidates = ensemble_candidates(model, table, name, costs=costs, seed=settings.seed)
+    with collect_convergence_warnings() as failures:
+        values = {
+            row.name: score_probe(_fit(row, features, settings), features, settings) for row, features in candidates
+        }
+    warn_of_convergence(failures)
+    return values
 
 
 def with_head(
@@ -147,69 +232,42 @@ def with_head(
     return classifier.eval()
 
 
-def _ensemble_candidates(
-    model: ConcatEnsemblePreTrainedModel, table: FeatureTable, name: str, *, costs: list[Cost], seed: int
+def _short_class_names(table: FeatureTable) -> list[str]:
+    """The names of the classes, for the confusion matrix; empty where there are too many for one."""
+    return table.class_names if len(table.class_names) <= MAX_CONFUSION else []
+
+
+def _baseline_candidates(
+    baselines: dict[str, ConcatEnsemblePreTrainedModel], dataset: DatasetDict, device: str, extraction: dict
 ) -> list[Candidate]:
-    """The ensemble, its first members, each member, and the ensemble projected to the features of one member."""
-    dims, count = table.feature_dims, len(table.feature_dims)  # one block where the model has a projection
-    all_members = range(len(costs))
-
-    def row(name: str, kind: str, num_features: int, members: Sequence[int]) -> Row:
-        cost = sum((costs[k] for k in members), NO_COST)
-        return Row(name, kind, num_features, len(members), *training_cost(model, members), cost=cost)
-
-    candidates = [Candidate(row(name, "ensemble", sum(dims), all_members), table)]
-    if count == 1:
-        return candidates
-    for k in range(count - 1, 1, -1):
-        first = row(f"{name}, first {k} members", "first_members", sum(dims[:k]), range(k))
-        candidates.append(Candidate(first, table.members(range(k))))
-    for k in range(count):
-        alone = row(f"{name}, member {k} alone", "member", dims[k], [k])
-        candidates.append(Candidate(alone, table.members([k])))
-    largest = max(dims)
-    projections = principal_projection(table, largest), random_projection(table, largest, seed)
-    for method, projection in zip(("PCA", "random projection"), projections, strict=True):
-        projected = row(f"{name}, {method} to {largest}", "projected", largest, all_members)
-        candidates.append(Candidate(projected, projection(table)))
+    candidates = []
+    for name, baseline in baselines.items():
+        features = extract_features(baseline, dataset, **extraction)
+        row = Row(name, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
+        row.cost = sum(member_costs(baseline, device), NO_COST)
+        candidates.append(Candidate(row, features))
     return candidates
 
 
-def _control_candidates(
-    config: ConcatEnsembleConfig, dataset: DatasetDict, untrained: FeatureTable, cost: Cost
-) -> list[Candidate]:
-    """Untrained members, at the `cost` of the ensemble, and raw pixels in the color mode of the members."""
-    num_features, count = sum(untrained.feature_dims), len(config.built_members)
-    members = Row("untrained members", "control", num_features, count, steps=0, gflops=0.0, cost=cost)
-    modes = {config.members[k]["preprocessing"]["image_mode"] for k in config.built_members}
-    table = pixel_table(dataset, "L" if modes == {"L"} else "RGB")
-    pixels = Row("raw pixels", "control", table.feature_dims[0], steps=0, gflops=0.0)
-    return [Candidate(members, untrained), Candidate(pixels, table)]
+def _measure_all(
+    candidates: Sequence[Candidate], settings: ProbeSettings, *, quiet: bool
+) -> tuple[list[Row], LinearProbe]:
+    """Add a run to the row of every candidate; return the rows and the probe of the first."""
+    probes, failures = [], []
+    with show_progress("probes", len(candidates), unit="probes", quiet=quiet) as advance:
+        for row, table in candidates:
+            with collect_convergence_warnings() as messages:
+                if row.name == MAJORITY:
+                    row.runs.append(measure_majority(table, settings))
+                else:
+                    probes.append(_fit(row, table, settings))
+                    row.runs.append(measure_probe(probes[-1], table, settings, confusion=row.kind == "ensemble"))
+            row.runs[0].converged = not messages
+            failures += messages
+            advance()
+    warn_of_convergence(failures)
+    return [row for row, _ in candidates], probes[0]
 
 
-def _fit(row: Row, table: FeatureTable, seed: int) -> LinearProbe:
-    probe = LinearProbe(standardize=row.kind != "projected", seed=seed)
-    return probe.fit(table["train"], validation=table["validation"])
-
-
-def _measure(probe: LinearProbe, table: FeatureTable, num_resamples: int, seed: int) -> Run:
-    """Score `probe`, and probes like it on bootstrap resamples of the training images, on the test split."""
-    test, labeled = table["test"], TableSplit.concatenate([table["train"], table["validation"]])
-    scores = np.full((len(test), len(table.class_names)), NEVER)
-    scores[:, probe.classes_] = probe.logits(test)
-    predicted = scores.argmax(axis=1)
-    rng, resamples = np.random.default_rng(seed), []
-    for _ in range(num_resamples):
-        rows = np.sort(rng.integers(0, len(labeled), len(labeled)))
-        resampled = LinearProbe([probe.l2_strength_], probe.standardize, tol=1e-4)
-        resamples.append(resampled.fit(labeled.select(rows)).score(test))
-    return Run(
-        seed=seed,
-        metrics=ProbeMetrics().compute(predictions=scores, references=test.labels) or {},
-        l2_strength=probe.l2_strength_,
-        n_train=len(labeled),
-        n_test=len(test),
-        intervals={metric: list(ends) for metric, ends in bootstrap_intervals(predicted, test.labels, seed).items()},
-        resamples=resamples,
-        correct=pack_bits(predicted == test.labels),
-    )
+def _fit(row: Row, table: FeatureTable, settings: ProbeSettings) -> LinearProbe:
+    return fit_probe(table, settings, standardize=row.kind != "projected")

@@ -19,13 +19,24 @@ import msgspec
 import numpy as np
 from scipy import stats
 
+from concat_ensemble.data.naming import METRICS
 from concat_ensemble.files import write_json
-from concat_ensemble.probes.intervals import paired_difference, t_interval, wilson_interval
+from concat_ensemble.probes.intervals import (
+    paired_difference,
+    paired_resampled_difference,
+    share_interval,
+    t_interval,
+    wilson_interval,
+)
+from concat_ensemble.studies.options import CONTROLS
 
 RESULTS = "results"  # the folder of results files in an ensemble's folder
 SCHEMA_VERSION = 2  # of results, selection and overlap files
 # "first_members": the first 2, 3, ... members; "projected": the ensemble projected to the features of one member
 KINDS = ("ensemble", "first_members", "member", "projected", "baseline", "control")
+UNTRAINED, PIXELS, MAJORITY = "untrained members", "raw pixels", "majority class"  # the names of the controls
+MAX_CONFUSION = 100  # classes: a results file holds no larger confusion matrix
+MAX_RESAMPLES = 10_000  # that a file may hold of the test images of one run
 # Version 1 (0.1.0) used other names. Protocols are hashes over those names, so that they stay what they were.
 VERSION_1_KINDS = {"prefix": "first_members", "narrowed": "projected"}
 VERSION_1_ROW = {"width": "num_features"}
@@ -68,8 +79,15 @@ class Run:
     n_train: int
     n_test: int
     intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, bootstrap over the test images
-    resamples: list[float] = field(default_factory=list)  # top-1 with bootstrap resamples of the training images
+    # The results' metric with bootstrap resamples of the training images.
+    resamples: list[float] = field(default_factory=list)
     correct: str = ""  # which test images are predicted correctly: packed bits in base64, for paired tests
+    # The results' metric on bootstrap resamples of the test images: float32 in base64, for paired differences. The
+    # resamples are the same for all rows. Empty where `correct` says it all: for top-1 without groups.
+    resampled: str = ""
+    confusion: str = ""  # counts of (class, predicted class), row by row: uint32 in base64; of the ensemble alone
+    at_edge: bool | None = None  # whether the chosen L2 strength is at the edge of its grid; None: nothing was chosen
+    converged: bool = True  # whether the solver reached its tolerance
 
     @property
     def correct_images(self) -> np.ndarray | None:
@@ -79,10 +97,28 @@ class Run:
         bits = np.frombuffer(base64.b64decode(self.correct), dtype=np.uint8)
         return np.unpackbits(bits, count=self.n_test).astype(bool)
 
+    @property
+    def resampled_values(self) -> np.ndarray | None:
+        """(number of resamples,) the metric on bootstrap resamples of the test images; None where not recorded."""
+        return np.frombuffer(base64.b64decode(self.resampled), dtype="<f4").astype(float) if self.resampled else None
+
+    @property
+    def confusion_matrix(self) -> np.ndarray | None:
+        """(C, C) test images by class and predicted class; None where the run does not record it."""
+        if not self.confusion:
+            return None
+        counts = np.frombuffer(base64.b64decode(self.confusion), dtype="<u4").astype(int)
+        return counts.reshape(math.isqrt(len(counts)), -1)
+
 
 def pack_bits(correct: np.ndarray) -> str:
     """Encode (N,) bool the way a results file stores it."""
     return base64.b64encode(np.packbits(correct).tobytes()).decode()
+
+
+def pack_numbers(numbers: np.ndarray, dtype: str) -> str:
+    """Encode numbers the way a results file stores them: "<f4" for `Run.resampled`, "<u4" for `Run.confusion`."""
+    return base64.b64encode(np.asarray(numbers).astype(dtype).tobytes()).decode()
 
 
 @dataclass
@@ -97,26 +133,53 @@ class Row:
     gflops: float | None = None  # training compute of all members together; None where a member does not state it
     runs: list[Run] = field(default_factory=list)
     cost: Cost | None = None  # of one image; None for features that need no network
+    metric = "top1"  # that of the results that the row is in, which set it; no field of the file
+
+    @property
+    def values(self) -> np.ndarray:
+        """(number of repeats,) the metric, as shares."""
+        return self.values_in(self.metric)
 
     @property
     def top1(self) -> np.ndarray:
         """(number of repeats,) shares."""
-        return np.array([run.metrics["top1"] for run in self.runs])
+        return self.values_in("top1")
+
+    def values_in(self, metric: str) -> np.ndarray:
+        """(number of repeats,) shares in one of the metrics that the runs record."""
+        return np.array([run.metrics[metric] for run in self.runs])
 
     @property
     def mean(self) -> float:
-        return float(self.top1.mean())
+        return float(self.values.mean())
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of `mean`: Student's t over several repeats, else Wilson's over the test images."""
-        return t_interval(self.top1) if len(self.runs) > 1 else wilson_interval(self.mean, self.runs[0].n_test)
+        """95% interval of `mean`, within [0, 1].
+
+        Over several repeats `repeats_interval`, else over the test images: Wilson's for a share of independent images,
+        bootstrap percentiles for other metrics and for images in groups.
+        """
+        if len(self.runs) > 1:
+            return repeats_interval(self.values)
+        (run,) = self.runs
+        if self.metric == "top1" and not run.resampled:
+            return wilson_interval(self.mean, run.n_test)
+        low, high = run.intervals[self.metric]
+        return low, high
 
     @property
     def resample_deviation(self) -> float | None:
-        """Standard deviation of top-1 over resamples of the training images, averaged over runs; None without any."""
+        """Standard deviation of the metric over resamples of the training images, averaged over runs; None without."""
         variances = [np.var(run.resamples, ddof=1) for run in self.runs if len(run.resamples) > 1]
         return float(np.sqrt(np.mean(variances))) if variances else None
+
+
+def repeats_interval(values: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of shares over repeats (N,): Student's t, on the logit scale where it would leave
+    [0, 1] otherwise. Intervals that stay inside are those of version 0.1.0."""
+    low, high = t_interval(values)
+    return (low, high) if low >= 0 and high <= 1 else share_interval(values)
 
 
 class ResultsFile(ABC):
@@ -168,6 +231,24 @@ class Results(ResultsFile):
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     hardware: str = ""  # that the seconds of the rows' costs were measured on
+    controls: str = "all"  # one of CONTROLS
+    audit: dict[str, Any] | None = None  # an `Audit` of the dataset, of the first repeat; None: it was not audited
+    class_names: list[str] = field(default_factory=list)  # of `Run.confusion`; empty for more than MAX_CONFUSION
+
+    def __post_init__(self):
+        for row in self.rows:
+            row.metric = self.metric
+
+    @property
+    def metric(self) -> str:
+        """The metric that chose the L2 strengths and that rows are compared in; files without one used top-1."""
+        return self.probe.get("metric", "top1")
+
+    @property
+    def num_groups(self) -> int | None:
+        """Number of groups of test images, over which intervals are; None where each image stands for itself."""
+        groups = self.audit and self.audit.get("groups")
+        return groups["test"] if groups else None
 
     def __getitem__(self, name: str) -> Row:
         if name not in self:
@@ -188,18 +269,25 @@ class Results(ResultsFile):
         return len(self.rows[0].runs)
 
     def difference(self, name: str, other: str) -> tuple[float, tuple[float, float], float]:
-        """Paired difference of mean top-1, `name` minus `other`: mean, 95% interval, p-value of no difference.
+        """Paired difference of the mean metric, `name` minus `other`: mean, 95% interval, p-value of no difference.
 
-        Student's t over several repeats; the bootstrap and McNemar's test over the test images of a single repeat. The
-        interval is infinite and p is 1 where a run does not record which images it predicts correctly.
+        Student's t over several repeats. For a single repeat, over the test images: the bootstrap and McNemar's test
+        for top-1; the bootstrap for other metrics, and over groups of images where there are groups. The interval is
+        infinite and p is 1 where a run does not record what that takes.
         """
-        paired = self[name].top1 - self[other].top1
+        paired = self[name].values - self[other].values
         if self.repeats > 1:
             error = paired.std(ddof=1) / np.sqrt(self.repeats)
             p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else float(paired[0] == 0)
-            return float(paired.mean()), t_interval(paired), p
-        first, second = self[name].runs[0].correct_images, self[other].runs[0].correct_images
-        if first is None or second is None:
+            low, high = t_interval(paired)
+            return float(paired.mean()), (max(low, -1.0), min(high, 1.0)), p
+        run, other_run = self[name].runs[0], self[other].runs[0]
+        values, other_values = run.resampled_values, other_run.resampled_values
+        if values is not None and other_values is not None:
+            points = run.metrics[self.metric], other_run.metrics[self.metric]
+            return paired_resampled_difference(values, other_values, *points)
+        first, second = run.correct_images, other_run.correct_images
+        if first is None or second is None or self.metric != "top1":
             return float(paired[0]), (-float("inf"), float("inf")), 1.0
         return paired_difference(first, second)
 
@@ -216,8 +304,18 @@ class Results(ResultsFile):
         fields = {"schema_version", "protocol", *(field.name for field in dataclasses.fields(self))}
         if unknown := sorted(content.keys() - fields):  # msgspec ignores them
             raise ValueError(f"it has the unknown key {unknown[0]!r}")
+        if self.metric not in METRICS or self.controls not in CONTROLS:
+            raise ValueError(f"its metric {self.metric!r} or its controls {self.controls!r} are unknown")
+        if len(self.class_names) > MAX_CONFUSION:
+            raise ValueError(f"it has {len(self.class_names)} class names, more than {MAX_CONFUSION}")
+        if self.audit is not None:
+            _check_audit(self.audit)
         for row in self.rows:
             _check_row(row)
+            for run in row.runs:
+                _check_run(run, row, len(self.class_names))
+        if len({len(run.resampled) for row in self.rows for run in row.runs}) > 1:
+            raise ValueError("its runs must all have the same number of resamples of the test images")
         if not self.rows or len({len(row.runs) for row in self.rows}) > 1 or not self.repeats:
             raise ValueError("its rows must all have the same number of runs, at least one")
 
@@ -225,7 +323,9 @@ class Results(ResultsFile):
     def merged(cls, repeats: list[Results]) -> Results:
         """Merge single repeats with different seeds. Raises ValueError if their protocols or rows differ."""
         rows = {tuple(row.name for row in result.rows) for result in repeats}
-        if len({result.protocol for result in repeats}) > 1 or len(rows) > 1:
+        # The number of test images may differ: an audit, or a cut by groups, leaves other images out for each seed.
+        same = [dataclasses.replace(each, dataset=each.dataset | {"test_images": None}) for each in repeats]
+        if len({result.protocol for result in same}) > 1 or len(rows) > 1:
             raise ValueError("repeats differ in protocol or rows; probe them again with the same settings.")
         runs = {row.name: [run for result in repeats for run in result[row.name].runs] for row in repeats[0].rows}
         merged = [dataclasses.replace(row, runs=runs[row.name]) for row in repeats[0].rows]
@@ -251,14 +351,40 @@ def _upgrade_row(row: dict[str, Any]) -> dict[str, Any]:
     return rename_keys(row, VERSION_1_ROW) | {"name": name, "kind": kind, "runs": runs}
 
 
+def _check_audit(content: dict[str, Any]) -> None:
+    from concat_ensemble.data.audit import Audit  # loads `datasets`
+
+    audit = msgspec.convert(content, Audit)
+    counts = [audit.num_images, *audit.classes.values(), audit.groups or {}, audit.groups_across, audit.unreadable]
+    if any(number < 0 for each in counts for number in each.values()) or "test" not in (audit.groups or {"test": 0}):
+        raise ValueError("its audit counts fewer than no images, or no groups of test images")
+
+
 def _check_row(row: Row) -> None:
     """Raise ValueError for values that no probe gives: cards and pages show the results of strangers."""
     if row.kind not in KINDS or min(row.num_features, row.num_members) < 0:
         raise ValueError(f"its row {row.name!r} is of kind {row.kind!r}, not one of {', '.join(KINDS)}")
-    for run in row.runs:
-        num_bytes = len(base64.b64decode(run.correct, validate=True))
-        if not (run.n_test > 0 and 0 <= run.metrics["top1"] <= 1 and num_bytes in (0, -(-run.n_test // 8))):
-            raise ValueError(f"its row {row.name!r} does not fit {run.n_test} test images")
+
+
+def _check_run(run: Run, row: Row, num_classes: int) -> None:
+    shares = [run.metrics["top1"], run.metrics[row.metric], *(run.metrics.get(metric, 0.0) for metric in METRICS)]
+    num_bytes = len(base64.b64decode(run.correct, validate=True))
+    if not (run.n_test > 0 and all(0 <= share <= 1 for share in shares) and num_bytes in (0, -(-run.n_test // 8))):
+        raise ValueError(f"its row {row.name!r} does not fit {run.n_test} test images")
+    resampled = base64.b64decode(run.resampled, validate=True)
+    if resampled or row.metric != "top1":
+        low, high = run.intervals[row.metric]
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"its row {row.name!r} has the interval {low} to {high}, which must lie within 0 and 1")
+    values = np.frombuffer(resampled[: len(resampled) // 4 * 4], "<f4")
+    if len(resampled) % 4 or len(values) > MAX_RESAMPLES or not np.isfinite(values).all():
+        raise ValueError(f"its row {row.name!r} has {len(resampled)} bytes of resamples of the test images")
+    if run.confusion:
+        counts = base64.b64decode(run.confusion, validate=True)
+        if not 0 < num_classes <= MAX_CONFUSION or len(counts) != 4 * num_classes**2:
+            raise ValueError(f"its row {row.name!r} has a confusion matrix that does not fit {num_classes} classes")
+        if np.frombuffer(counts, "<u4").sum(dtype=np.int64) != run.n_test:
+            raise ValueError(f"its row {row.name!r} has a confusion matrix that does not fit {run.n_test} test images")
 
 
 def short_name(results: Results, row: Row) -> str:

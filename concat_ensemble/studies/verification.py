@@ -2,30 +2,30 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import DatasetDict
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
+from concat_ensemble.data.audit import audit_splits
 from concat_ensemble.data.dataset_recipes import LOAD_ARGUMENTS, dataset_recipe
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.errors import first_line
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
-from concat_ensemble.probes.intervals import wilson_interval
+from concat_ensemble.studies.measuring import ProbeSettings
 from concat_ensemble.studies.probing import probe_again
 from concat_ensemble.studies.provenance import members_sha256
-from concat_ensemble.studies.results import RESULTS, Results
+from concat_ensemble.studies.results import RESULTS, Results, Row
 
 # The arguments of `load_data` that a results file records: which images there are, and which of them are used.
-SOURCE_ARGUMENTS = (*LOAD_ARGUMENTS, "classes", "test_size")
-SAMPLING_ARGUMENTS = ("limit", "shots", "seed")
+SOURCE_ARGUMENTS = (*LOAD_ARGUMENTS, "classes", "test_size", "use_folders")
+SAMPLING_ARGUMENTS = ("limit", "shots", "seed", "group_column")
 
 
 @dataclass
 class Check:
-    """One number, measured again. All are shares."""
+    """One number, the metric of its results, measured again. All are shares."""
 
     dataset: str
     name: str
@@ -33,6 +33,7 @@ class Check:
     run: float  # the repeat that was measured with these weights
     interval: tuple[float, float]  # 95%, of `run` over the test images
     again: float
+    metric: str = "top1"
 
     @property
     def holds(self) -> bool:
@@ -54,12 +55,16 @@ def verify_ensemble(folder: Path, model: ConcatEnsemblePreTrainedModel, **extrac
     return checks
 
 
-def load_recorded_dataset(recorded: dict[str, Any]) -> DatasetDict:
-    """Load the dataset that a results file describes, with the same images in each split."""
+def load_recorded_dataset(study: Results) -> DatasetDict:
+    """Load the dataset that results were measured on, with the same images in each split. Results from before there
+    was an audit were measured on all of them."""
+    recorded = study.dataset
     sampling = {key: recorded[key] for key in SAMPLING_ARGUMENTS if key in recorded}
     if recorded.get("recipe"):
-        return dataset_recipe(recorded["recipe"]).load(**sampling)
-    return load_data(**{key: recorded[key] for key in SOURCE_ARGUMENTS if key in recorded}, **sampling)
+        data = dataset_recipe(recorded["recipe"]).load(**sampling)
+    else:
+        data = load_data(**{key: recorded[key] for key in SOURCE_ARGUMENTS if key in recorded}, **sampling)
+    return data if study.audit is None else audit_splits(data).data
 
 
 def fetch_ensemble(ensemble: str, revision: str | None = None) -> Path:
@@ -75,12 +80,14 @@ def fetch_ensemble(ensemble: str, revision: str | None = None) -> Path:
 
 def _verify_study(study: Results, model: ConcatEnsemblePreTrainedModel, **extraction) -> list[Check]:
     seed = study.dataset.get("seed", 0)
-    top1 = probe_again(model, load_recorded_dataset(study.dataset), study.ensemble, seed, **extraction)
+    settings = ProbeSettings.from_record(study.probe, seed)
+    again = probe_again(model, load_recorded_dataset(study), study.ensemble, settings, **extraction)
     checks = []
     for row in study.rows:
-        if row.name in top1:
+        if row.name in again:
             run = next((run for run in row.runs if run.seed == seed), row.runs[0])
-            share, name = run.metrics["top1"], describe_dataset(study.dataset)
-            interval = wilson_interval(share, run.n_test)
-            checks.append(Check(name, row.name, row.mean, share, interval, top1[row.name]))
+            single = Row(row.name, row.kind, row.num_features, runs=[run])
+            single.metric = study.metric
+            name = describe_dataset(study.dataset)
+            checks.append(Check(name, row.name, row.mean, single.mean, single.interval, again[row.name], study.metric))
     return checks

@@ -3,10 +3,14 @@
 # ruff: noqa: E402 (the environment comes before the imports that read it)
 
 import atexit
+import io
 import os
+import re
 import shutil
+import struct
 import sys
 import tempfile
+import zlib
 
 # Before anything of Hugging Face is imported: no network, and no traces in the user's own cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from threadpoolctl import threadpool_limits
 
@@ -25,6 +29,7 @@ from concat_ensemble import assemble, extract_features, load_data
 from concat_ensemble.commands.app import main
 from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
+CONTROLS = ("untrained members", "raw pixels", "majority class")
 torch.set_num_threads(1)
 threadpool_limits(1)  # threads that wait for each other make tiny problems ten times slower on a busy machine
 
@@ -76,6 +81,57 @@ def images():
     return make
 
 
+def _encoded(image, file_format, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _bomb() -> bytes:
+    """A PNG of a few hundred bytes whose header claims 60,000 x 60,000 pixels."""
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in {"IHDR": struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0), "IDAT": bytes(100)}.items():
+        chunk = name.encode() + data
+        content += struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
+
+
+@pytest.fixture(scope="session")
+def bad_images():
+    """Images that cannot be used, by what is wrong with them, as `datasets` stores them."""
+    noise = PILImage.effect_noise((32, 32), 50)
+    nan = PILImage.fromarray(np.full((8, 8), np.nan, np.float32))
+    contents = {
+        "cut.jpg": _encoded(noise, "JPEG")[:500],
+        "text.png": b"only text",
+        "empty.png": b"",
+        "bomb.png": _bomb(),
+        "dot.png": _encoded(PILImage.new("L", (1, 1)), "PNG"),
+        "nan.tif": _encoded(nan, "TIFF"),
+    }
+    encoded = {name: {"bytes": content, "path": name} for name, content in contents.items()}
+    return encoded | {"null": None, "missing": {"bytes": None, "path": "/nonesuch/missing.png"}}
+
+
+@pytest.fixture(scope="session")
+def damaged(images, bad_images):
+    """`damaged(train=[...], test=[...])`: 32 training, 8 validation and 10 test images of two classes, with groups; in
+    each split, the bad images with these names take the places from row 3 on.
+    """
+
+    def make(**names) -> DatasetDict:
+        data = load_data(DatasetDict(train=images(["a", "b"] * 20), test=images(["a", "b"] * 5, seed=1)))
+        for split, rows in data.items():
+            encoded, labels = list(rows["image"]), rows["label"][:]
+            for row, name in enumerate(names.get(split, []), start=3):
+                encoded[row] = bad_images[name]
+            columns = {"image": encoded, "label": labels, "group": [f"{split} {row}" for row in range(len(rows))]}
+            data[split] = Dataset.from_dict(columns, features=Features(rows.features | {"group": Value("string")}))
+        return data
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def digits():
     return load_data("digits", classes=[0, 1, 2], limit=30)
@@ -95,7 +151,7 @@ def study():
     def make(dataset: dict | None = None, hashes=("a" * 64, "b" * 64), **top1) -> Results:
         rows = []
         for n, (name, shares) in enumerate(top1.items()):
-            kind = "ensemble" if n == 0 else "control" if name in ("untrained members", "raw pixels") else "baseline"
+            kind = "ensemble" if n == 0 else "control" if name in CONTROLS else "baseline"
             runs = []
             for seed, share in enumerate(shares):
                 right = np.random.default_rng(n).permutation(100) < round(100 * share)
@@ -150,13 +206,16 @@ def contents():
 
 @pytest.fixture
 def refused(run, contents, tmp_path):
-    """Run a command that must exit with 2, print one line with all of `said`, and leave every file as it was."""
+    """Run a command that must exit with 2, print one line with all of `said`, after those on its stages, and leave
+    every file as it was.
+    """
 
     def refused(words, *said):
         before = contents(tmp_path)
         code, out, err = run(*words)
         assert code == 2, err
-        assert len(err.strip().splitlines()) == 1 and err.startswith("error: "), err
+        *stages, last = err.strip().splitlines()
+        assert last.startswith("error: ") and all(re.match(r"[a-z ]+: [\d,]+ ", line) for line in stages), err
         assert not [text for text in said if text not in err], err
         assert out == "" and "Traceback" not in err
         assert contents(tmp_path) == before, "something was written"

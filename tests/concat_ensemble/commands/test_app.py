@@ -202,7 +202,8 @@ def one(backbone, tmp_path):
 def test_probe_writes_results_head_and_card(folder, one, tmp_path, digits, ensemble):
     words = [PROGRAM, "probe", "pair", *DIGITS, "--baseline", "one", "--save-head", "--json"]
     done = subprocess.run(words, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and "probes: 9 of 9 probes" in done.stderr
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} <= {"features", "raw pixels", "probes"}
     path = folder / "results" / "digits-classes-0-2-limit-30.json"
     assert done.stdout == path.read_text()
     results = Results.load(path)
@@ -210,7 +211,7 @@ def test_probe_writes_results_head_and_card(folder, one, tmp_path, digits, ensem
         results.command
         == "concat-ensemble probe pair --dataset digits --classes 0-2 --limit 30 --baseline one --save-head --json"
     )
-    assert [row.name for row in results.rows][-3:] == ["one", "untrained members", "raw pixels"]
+    assert [row.name for row in results.rows][-4:] == ["one", "untrained members", "raw pixels", "majority class"]
     assert (
         results.dataset["classes"] == [0, 1, 2]
         and results.dataset["test_images"] == 30
@@ -228,10 +229,10 @@ def test_probe_writes_results_head_and_card(folder, one, tmp_path, digits, ensem
 
 def test_probe_prints_a_table_and_is_not_done_twice(run, folder):
     code, out, err = run("probe", "pair", *DIGITS)
-    assert code == 0 and err == ""
+    assert code == 0 and "\nprobes: 8 of 8 probes in " in err  # a line for each stage where there is no terminal
     assert (
         "raw pixels" in out
-        and "95% interval" in out
+        and "majority class" in out
         and "results: pair/results/digits-classes-0-2-limit-30.json" in out
     )
     path = folder / "results" / "digits-classes-0-2-limit-30.json"
@@ -274,7 +275,8 @@ def test_repeats_draw_the_images_anew_and_are_kept_as_one(run, folder, refused):
     assert len({run.correct for run in results["pair"].runs}) == 3
     alone = run("probe", "pair", *few, "--seed", "8", "--output", "alone.json", "--json", "-q")[1]
     for row in json.loads(alone)["rows"]:  # a repeat is what a probe with its seed gives
-        assert row["runs"][0]["metrics"] == results[row["name"]].runs[1].metrics
+        if row["name"] != "untrained members":  # which have the seed of the first repeat
+            assert row["runs"][0]["metrics"] == results[row["name"]].runs[1].metrics
     assert "mean over 3 repeats" in (folder / "README.md").read_text()
     assert run("verify", "pair")[0] == 0
     refused(["probe", "pair", *few, "--seed", "7"], "lacks a repeat", "--overwrite")
@@ -401,6 +403,30 @@ def test_an_ensemble_that_gives_nan_is_named(folder, refused):
     }
     save_file(weights, folder / "member-01.safetensors", metadata={"format": "pt"})
     refused(["probe", "pair", *DIGITS], "member 1 gives NaN or infinite features for image 0 of the train split")
+
+
+@pytest.fixture
+def photos(images, bad_images, tmp_path):
+    """Class folders with three files that are no images."""
+    for row, (label, encoded) in enumerate(zip("ab" * 15, images(["a", "b"] * 15)["image"], strict=True)):
+        (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+        encoded.save(tmp_path / "photos" / label / f"{row:02}.png")
+    for row, name in {4: "cut.jpg", 7: "text.png", 11: "empty.png"}.items():
+        path = tmp_path / "photos" / "ab"[row % 2] / f"{row:02}.png"
+        path.write_bytes(bad_images[name]["bytes"])
+    return tmp_path / "photos"
+
+
+def test_probe_names_all_bad_images_or_goes_on_without_them(run, folder, photos):
+    words = ["probe", "pair", "--dataset", "imagefolder:photos", "--output", "probe.json"]
+    code, out, err = run(*words)
+    error = err.splitlines()[-1]
+    assert code == 2 and out == "" and error.startswith("error: 3 of 30 images cannot be used: ")
+    assert all(name in error for name in ("a/04.png", "b/07.png", "b/11.png", "--skip-bad"))
+    code, out, err = run(*words, "--skip-bad")
+    assert code == 0 and "raw pixels" in out, err
+    runs = [row.runs[0] for row in Results.load(folder.parent / "probe.json").rows]
+    assert {each.n_train + each.n_test for each in runs} == {27}, "all rows are of the same images"
 
 
 def test_a_shard_cut_short_is_named(folder, refused):

@@ -19,6 +19,7 @@ STEPS = {
     "cat4, random projection to 64": ("64", "16"),
     "untrained members": ("256", "0"),
     "raw pixels": ("1,024", "0"),
+    "majority class": ("0", "0"),
 }
 MORE = {
     "cat5": ("320", "15"),
@@ -31,6 +32,7 @@ MORE = {
 }
 
 
+ERROR_FIGURES = (".recall", ".confusion")
 COMMAND = [sys.executable, "-m", "concat_ensemble.experiments.compare", "scattered_digits", "--smoke"]
 
 
@@ -81,8 +83,9 @@ def test_the_printed_folder_is_complete_and_the_printed_lines_load_it(demo):
     assert namespace["model"](**pixels).pooler_output.shape == (1, 256)
     card = (named / "README.md").read_text()
     figures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card)
-    assert sorted(figures) == ["figures/in-distribution.png", "figures/unseen.png"]
-    assert all(Image.open(named / figure).size == (1050, 630) for figure in figures)
+    expected = [f"figures/{stem}{part}.png" for stem in ("in-distribution", "unseen") for part in ERROR_FIGURES]
+    assert sorted(figures) == sorted(["figures/in-distribution.png", "figures/unseen.png", *expected])
+    assert all(Image.open(named / figure).size == (1050, 630) for figure in figures if figure not in expected)
     assert "# cat4\n" in card and "mean over 2 repeats" in card and "concat-ensemble probe" in card
     assert re.search(
         r"Training cat4 took [\d,]+ GFLOP; cat1 took [\d,]+ GFLOP, 1\.12 times as much; "

@@ -4,12 +4,14 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from concat_ensemble import ConcatEnsembleConfig, assemble
 from concat_ensemble.reporting.model_card import check_card, write_card
-from concat_ensemble.reporting.verdicts import against, describe_compute, verdict
+from concat_ensemble.reporting.verdicts import against, describe_compute, notes, verdict
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.results import Cost
 
@@ -117,12 +119,13 @@ def test_tables_are_whole_with_a_cell_for_every_column(repeats, card):
 
 
 def test_the_numbers_of_the_table_are_those_of_the_results(card):
-    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531. Minus 0.7, 0.75: differences
-    0.1, 0.15, mean 12.5, t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
+    """0.8, 0.9: 85.0, t(1) = 12.7062, half-width 12.7062 * 0.0707107 / sqrt 2 = 0.63531, on the logit scale 0.63531 /
+    (0.85 * 0.15) = 4.98282 about 1.734601: 0.037375 and 0.998793. Minus 0.7, 0.75: differences 0.1, 0.15, mean 12.5,
+    t = 5, p = 1 - 2 / pi * atan(5) = 0.126."""
     text, _ = card({"digits": REPEATS})
     _, first, second, *_ = tables(text)[0]
-    assert first == ["**pair**", "85.0", "21.5 to 148.5", "", "", "32", "2", "20"]
-    assert second == ["one", "72.5", "40.7 to 104.3", "+12.5 [-19.3, +44.3]", "0.126", "32", "1", "20"]
+    assert first == ["**pair**", "85.0", "3.7 to 99.9", "", "", "32", "2", "20"]
+    assert second == ["one", "72.5", "34.9 to 92.8", "+12.5 [-19.3, +44.3]", "0.126", "32", "1", "20"]
 
 
 def test_the_hardest_dataset_comes_first_and_few_labels_last(card, folder):
@@ -203,14 +206,68 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
         ({"pair": [0.9], "one": [0.5]}, "40.0 points above one."),
         ({"pair": [0.9], "raw pixels": [0.86]}, "Raw pixels do about as well, so this dataset does not show"),
         ({"pair": [0.9], "untrained members": [0.95], "raw pixels": [0.2]}, "Untrained members do about as well"),
+        ({"pair": [0.8, 0.81], "raw pixels": [0.9, 0.91]}, "**Raw pixels do better, so this dataset does not show"),
+        ({"pair": [0.5], "untrained members": [0.9]}, "**Untrained members do better, so"),
+        ({"pair": [0.9, 0.9001], "raw pixels": [0.88, 0.8802]}, "**Raw pixels come within 2.0 points, so"),
+        ({"pair": [0.9], "majority class": [0.9]}, "**Always guessing the largest class does about as well.**"),
+        ({"pair": [0.5], "majority class": [0.9]}, "**Always guessing the largest class does better.**"),
     ],
 )
 def test_the_verdict_speaks_for_and_against(rows, text, study):
     assert text in verdict(study(**rows))
 
 
+@pytest.mark.parametrize(
+    ("controls", "rows", "left_out"),
+    [
+        ("quick", {"raw pixels": [0.4], "majority class": [0.2]}, "Untrained members were"),
+        ("quick", {"majority class": [0.2]}, "Untrained members and raw pixels were"),  # of a table without images
+        ("none", {}, "Untrained members, raw pixels and the majority class were"),
+    ],
+)
+def test_controls_that_were_left_out_are_named_and_nothing_is_claimed_of_them(controls, rows, left_out, study):
+    results = study(pair=[0.9], one=[0.5], **rows)
+    results.controls = controls
+    (note,) = notes(results)
+    assert note == f"{left_out} left out, so nothing here shows that a gain comes from what the members learned."
+    assert "ntrained" not in verdict(results) and ("pixels" in verdict(results)) == ("raw pixels" in rows)
+    assert against(results) == f"{left_out} not measured."
+
+
+def test_notes_say_what_a_number_rests_on(study):
+    assert notes(study(pair=[0.9])) == [] == notes(study(pair=[0.9] * 5))
+    few = study(pair=[0.8, 0.9])
+    few.audit = {"groups": {"train": 8, "test": 3}}
+    assert notes(few) == ["2 repeats are fewer than 5: the intervals are wide, and rough themselves."]
+    grouped = study(pair=[0.9], one=[0.8], **{"majority class": [0.5]})
+    grouped.audit = {"groups": {"train": 8, "test": 3}}
+    grouped["pair"].runs[0].at_edge, grouped["one"].runs[0].at_edge = True, False
+    grouped["one"].runs[0].converged = False
+    assert notes(grouped) == [
+        "Intervals and tests are over the 3 groups of test images.",
+        "1 of 2 fits chose the edge of the grid of L2 strengths; a better one may lie beyond it.",
+        "1 of 2 fits did not converge.",
+    ]
+    repeated = study(**{"pair": [0.9] * 5, "untrained members": [0.5] * 5})
+    repeated.audit = {}
+    assert notes(repeated) == ["The untrained members are the same in all repeats."]
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=6), st.booleans())
+def test_about_as_well_is_never_said_where_the_paired_test_tells_them_apart(study, shares, untrained):
+    name = "untrained members" if untrained else "raw pixels"
+    pair, control = zip(*shares, strict=True)
+    results = study(pair=[n / 100 for n in pair], **{name: [n / 100 for n in control]})
+    difference, (low, high), p = results.difference("pair", name)
+    for words in ("about as well", "do better", "come within"):
+        if words in verdict(results):
+            assert (words == "do better") == (high < 0 or (difference < 0 and p < 0.05))
+            assert (words == "come within") == (low > 0 or (difference > 0 and p < 0.05))
+
+
 def test_the_verdict_leaves_out_warnings_that_do_not_hold(study):
-    assert "about as well" not in verdict(study(**{"pair": [0.9], "raw pixels": [0.5]}))
+    assert "about as well" not in verdict(study(**{"pair": [0.9], "raw pixels": [0.5], "majority class": [0.3]}))
     assert verdict(study(pair=[0.9])) == ""
 
 

@@ -1,14 +1,22 @@
 """Studies by name, as a notebook calls them: files are written, and what is there is not measured again."""
 
-import pytest
+import dataclasses
 
+import pytest
+from datasets import DatasetDict, concatenate_datasets
+
+from concat_ensemble import LinearProbe, extract_features
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.reporting.verdicts import notes
 from concat_ensemble.studies.compare_study import run_compare_study
+from concat_ensemble.studies.controls import untrained_like
+from concat_ensemble.studies.measuring import choose_metric
 from concat_ensemble.studies.options import ProbeOptions, SelectOptions
 from concat_ensemble.studies.outputs import check_file
 from concat_ensemble.studies.probe_study import run_probe_studies, run_probe_study
 from concat_ensemble.studies.results import Results
 from concat_ensemble.studies.select_study import run_select_study
+from concat_ensemble.studies.verification import Check, load_recorded_dataset, verify_ensemble
 
 DIGITS = DatasetOptions(name="digits", classes="0-2", limit=30)
 QUIET = ExtractionOptions(quiet=True)
@@ -39,6 +47,84 @@ def test_repeats_use_consecutive_seeds_and_the_record_has_the_first(folder):
     options = DatasetOptions(name="digits", classes="0-2", limit=30, seed=3)
     study = run_probe_study(str(folder), options, ProbeOptions(repeats=2), QUIET)
     assert [run.seed for run in study.results.rows[0].runs] == [3, 4] and study.results.dataset["seed"] == 3
+
+
+def test_untrained_members_are_the_same_in_all_repeats_so_that_they_run_once(folder, ensemble):
+    options = DatasetOptions(name="digits", classes="0-2", limit=30, seed=3)
+    study = run_probe_study(str(folder), options, ProbeOptions(repeats=2), QUIET)
+    untrained = untrained_like(ensemble, 3)
+    for run in study.results["untrained members"].runs:
+        data = dataclasses.replace(options, seed=run.seed).load().data
+        table = extract_features(untrained, data, quiet=True)
+        assert table.extracted == 0, "the study has extracted all of them"
+        expected = LinearProbe(seed=run.seed).fit(table["train"], validation=table["validation"]).score(table["test"])
+        assert run.metrics["top1"] == expected
+    assert "The untrained members are the same in all repeats." in notes(study.results)
+
+
+def test_the_metric_of_the_first_repeat_is_that_of_all(folder, tmp_path, images):
+    """Of 24 to 36 images a test split of 6 is imbalanced in some repeats and not in others."""
+    splits = DatasetDict(train=images(["a"] * 20 + ["b"] * 12), test=images(["a"] * 34 + ["b"] * 18, seed=1))
+    splits.save_to_disk(tmp_path / "data")
+    options = DatasetOptions(name=str(tmp_path / "data"), limit=6)
+    found = {choose_metric(None, None, dataclasses.replace(options, seed=seed).load().audit) for seed in range(6)}
+    assert found == {"top1", "mean_per_class"}
+    study = run_probe_study(str(folder), options, ProbeOptions(repeats=6, controls="none"), QUIET)
+    assert study.results.repeats == 6 and study.results.metric == choose_metric(None, None, options.load().audit)
+
+
+def test_results_with_more_controls_serve_and_those_with_fewer_do_not(folder):
+    run_probe_study(str(folder), DIGITS, ProbeOptions(controls="quick"), QUIET)
+    assert not run_probe_study(str(folder), DIGITS, ProbeOptions(controls="none"), QUIET).is_new
+    with pytest.raises(ValueError, match=r"lacks .*controls.*--overwrite"):
+        run_probe_study(str(folder), DIGITS, extraction=QUIET)
+
+
+# --- verification
+
+
+def verified(folder, ensemble, **probe) -> dict[str, Check]:
+    """Probe, and then verify: the checks by the names of the rows."""
+    dataset = DatasetOptions(**probe.pop("dataset"))
+    study = run_probe_study(str(folder), dataset, ProbeOptions(controls="none", **probe), QUIET)
+    checks = {check.name: check for check in verify_ensemble(folder, ensemble, quiet=True)}
+    assert set(checks) == {row.name for row in study.results.rows}
+    assert all(check.holds and check.again == pytest.approx(check.run, abs=1e-12) for check in checks.values())
+    assert all(check.metric == study.results.metric for check in checks.values())
+    return checks
+
+
+@pytest.mark.parametrize("metric", ["top1", "mean_per_class", "average_precision"])
+def test_numbers_in_any_metric_with_class_weights_are_confirmed(metric, folder, ensemble):
+    dataset = {"name": "digits", "classes": "3,8", "limit": 40}
+    verified(folder, ensemble, dataset=dataset, metric=metric, class_weight="balanced")
+
+
+def test_numbers_on_data_with_copies_and_groups_are_confirmed(folder, ensemble, images, tmp_path):
+    """Copies of training images are left out of the test split, and no group is in two splits, both times."""
+    labels = ["a", "b"] * 30
+    train, test = images(labels), images(labels, seed=1)
+    patients = [f"p{n // 4}" for n in range(60)]
+    train = train.add_column("patient", patients)
+    mixed = concatenate_datasets([test.add_column("patient", [f"q{p}" for p in patients]), train.select(range(8))])
+    DatasetDict(train=train, test=mixed).save_to_disk(tmp_path / "leaking")
+    dataset = {"name": str(tmp_path / "leaking"), "group_column": "patient"}
+    checks = verified(folder, ensemble, dataset=dataset)
+    results = Results.load(next((folder / "results").glob("*.json")))
+    assert results.audit["removed_from_test"] == 8 and results.num_groups == 15
+    assert results.rows[0].runs[0].n_test == 60 and checks["pair"].interval == results.rows[0].interval
+
+
+def test_results_from_before_there_was_an_audit_are_verified_on_all_images(folder, ensemble, images, tmp_path):
+    train = images(["a", "b"] * 20)
+    DatasetDict(train=train, validation=images(["a", "b"] * 20, seed=2), test=train.select(range(30))).save_to_disk(
+        tmp_path / "leaking"
+    )
+    study = Results("pair", {"name": str(tmp_path / "leaking"), "seed": 0}, {"kind": "linear"}, [])
+    assert {name: len(split) for name, split in load_recorded_dataset(study).items()}["test"] == 30
+    study.audit = {}
+    with pytest.raises(ValueError, match="test images are copies"):
+        load_recorded_dataset(study)
 
 
 def test_a_selection_is_reported_before_the_chosen_members_are_probed(folder, tmp_path):

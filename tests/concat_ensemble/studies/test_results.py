@@ -1,16 +1,42 @@
+import base64
+import dataclasses
 import json
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from concat_ensemble.studies.results import Results, Row, Run, pack_bits
+from concat_ensemble.probes.intervals import paired_resampled_difference
+from concat_ensemble.studies.results import Results, Row, Run, pack_bits, pack_numbers
 
 
 def test_mean_and_students_interval_by_hand(study):
-    """0.7, 0.8, 0.9: mean 0.8, deviation 0.1, t(2 degrees) = 4.302653, half 4.302653 * 0.1 / sqrt 3 = 0.248414."""
-    row = study(pair=[0.7, 0.8, 0.9])["pair"]
+    """0.79, 0.8, 0.81: mean 0.8, deviation 0.01, t(2 degrees) = 4.302653, half 4.302653 * 0.01 / sqrt 3 = 0.02484."""
+    row = study(pair=[0.79, 0.8, 0.81])["pair"]
     assert row.mean == pytest.approx(0.8)
-    assert row.interval == pytest.approx((0.551586, 1.048414), abs=1e-6)
+    assert row.interval == pytest.approx((0.7751586, 0.8248414), abs=1e-6)
+
+
+def test_students_interval_that_would_leave_0_to_1_is_taken_on_the_logit_scale(study):
+    """0.7, 0.8, 0.9 would reach 1.048. Of logit 0.8 = 1.386294, half 0.248414 / (0.8 * 0.2) = 1.552588: from
+    1 / (1 + e^0.166293) to 1 / (1 + e^-2.938882)."""
+    assert study(pair=[0.7, 0.8, 0.9])["pair"].interval == pytest.approx((0.458522, 0.949735), abs=1e-5)
+    assert study(pair=[1.0, 1.0, 1.0])["pair"].interval == (1.0, 1.0)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=8))
+def test_no_interval_leaves_0_to_1_and_each_holds_the_mean(counts):
+    runs = [Run(seed, {"top1": count / 100}, 0.1, 50, 100) for seed, count in enumerate(counts)]
+    row = Row("a", "ensemble", 4, runs=runs)
+    low, high = row.interval
+    assert 0 <= low <= row.mean + 1e-12 and row.mean - 1e-12 <= high <= 1
+    other = Row("b", "member", 4, runs=[dataclasses.replace(run, metrics={"top1": 0.0}) for run in runs])
+    if len(counts) > 1:
+        low, high = Results("a", {}, {}, [row, other]).difference("a", "b")[1]
+        assert -1 <= low <= high <= 1
 
 
 def test_one_repeat_has_wilsons_interval(study):
@@ -137,4 +163,113 @@ def test_a_file_of_a_newer_version_is_refused(study, tmp_path):
     content = json.loads((tmp_path / "x.json").read_text()) | {"schema_version": 3}
     (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"x\.json is not a results file .*schema_version=3"):
+        Results.load(tmp_path / "x.json")
+
+
+def test_repeats_may_score_other_numbers_of_test_images(study):
+    """An audit leaves other images out for each seed; another limit is another measurement."""
+    first, second = (study({"test_images": number, "limit": 100}, pair=[0.5], member=[0.4]) for number in (90, 95))
+    assert Results.merged([first, second]).repeats == 2
+    with pytest.raises(ValueError, match="repeats differ in protocol"):
+        Results.merged([first, study({"test_images": 90, "limit": 50}, pair=[0.5], member=[0.4])])
+
+
+# --- other metrics than top-1, and groups
+
+
+def metric_results(metric: str = "auroc", audit: dict | None = None) -> Results:
+    """Two rows of one repeat on 10 test images, with four resamples each."""
+    rows = []
+    for name, value, resampled in (("a", 0.9, [0.8, 0.85, 0.9, 0.95]), ("b", 0.6, [0.5, 0.6, 0.7, 0.6])):
+        metrics, intervals = {"top1": 0.5, metric: value}, {metric: [min(resampled), max(resampled)]}
+        run = Run(0, metrics, 0.1, 50, 10, intervals, correct=pack_bits(np.arange(10) < 5))
+        run.resampled = pack_numbers(np.array(resampled), "<f4")
+        rows.append(Row(name, "ensemble", 4, runs=[run]))
+    return Results("a", {}, {"metric": metric}, rows, audit=audit)
+
+
+def test_rows_are_compared_in_the_metric_of_the_probe():
+    """Top-1 is the same in both rows. The paired differences of the resamples are 0.3, 0.25, 0.2 and 0.35, of mean
+    0.275; they are shifted to the mean 0.3."""
+    results = metric_results()
+    assert results.metric == "auroc" and results["a"].mean == 0.9 and results["a"].top1.tolist() == [0.5]
+    assert results["b"].interval == (0.5, 0.7)
+    difference, (low, high), p = results.difference("a", "b")
+    assert difference == pytest.approx(0.3)
+    expected = np.percentile([0.225, 0.275, 0.325, 0.375], [2.5, 97.5])
+    assert [low, high] == pytest.approx(expected.tolist(), abs=1e-6)
+    exact = paired_resampled_difference(*(results[name].runs[0].resampled_values for name in "ab"), 0.9, 0.6)
+    assert p == exact[2]
+
+
+def test_top1_of_images_in_groups_has_the_interval_and_the_test_of_the_groups():
+    results = metric_results("top1", {"groups": {"train": 9, "test": 3}})
+    results["a"].runs[0].metrics["top1"] = 0.9
+    assert results.num_groups == 3 and results["a"].interval == (0.8, 0.95)
+    expected = np.percentile([0.225, 0.275, 0.325, 0.375], [2.5, 97.5])
+    assert results.difference("a", "b")[1] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_a_metric_of_several_repeats_is_compared_over_the_repeats(study):
+    results = study(pair=[0.5, 0.9, 0.7], other=[0.4, 0.7, 0.4])
+    results.probe["metric"] = "macro_f1"  # half of top-1 in these results
+    results = dataclasses.replace(results)
+    assert results["pair"].values.tolist() == [0.25, 0.45, 0.35]
+    assert results.difference("pair", "other")[:2] == (
+        pytest.approx(0.1),
+        pytest.approx((-0.024207, 0.224207), abs=1e-6),
+    )
+
+
+def test_a_metric_comes_back_from_its_file(tmp_path):
+    results = metric_results()
+    results["a"].runs[0].confusion, results.class_names = pack_numbers(np.array([[5, 0], [2, 3]]), "<u4"), ["x", "y"]
+    results.save(tmp_path / "x.json")
+    again = Results.load(tmp_path / "x.json")
+    assert again == results and again["a"].metric == "auroc" and again["a"].mean == 0.9
+    assert again["a"].runs[0].confusion_matrix.tolist() == [[5, 0], [2, 3]]
+
+
+def edit(results, path, change):
+    results.save(path)
+    content = msgspec.json.decode(path.read_bytes())
+    change(content, content["rows"][0]["runs"][0])
+    path.write_bytes(msgspec.json.encode(content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content, run: content["probe"].update(metric="accuracy"),
+        lambda content, run: content["probe"].update(metric=["auroc"]),
+        lambda content, run: content.update(controls="some"),
+        lambda content, run: content.update(audit=[1]),
+        lambda content, run: content.update(audit={"groups": {"train": 3}}),
+        lambda content, run: content.update(audit={"groups": 3}),
+        lambda content, run: content.update(audit={"num_images": {"train": -1}}),
+        lambda content, run: content.update(audit={"classes": {"a": {"train": -1}, "b": {"train": 1}}}),
+        lambda content, run: content.update(class_names=["x"] * 101),
+        lambda content, run: run["metrics"].pop("auroc"),
+        lambda content, run: run["metrics"].update(auroc=1.5),
+        lambda content, run: run["metrics"].update(average_precision=-1),
+        lambda content, run: run["intervals"].clear(),
+        lambda content, run: run["intervals"].update(auroc=[0.1]),
+        lambda content, run: run["intervals"].update(auroc=[0.9, 0.1]),
+        lambda content, run: run["intervals"].update(auroc=[0.5, 2.0]),
+        lambda content, run: run.update(resampled="<script>"),
+        lambda content, run: run.update(resampled=base64.b64encode(b"123").decode()),
+        lambda content, run: run.update(resampled=pack_numbers(np.full(4, np.nan), "<f4")),
+        lambda content, run: run.update(resampled=pack_numbers(np.full(3, 0.5), "<f4")),
+        lambda content, run: run.update(resampled=pack_numbers(np.full(20_000, 0.5), "<f4")),
+        lambda content, run: run.update(resampled=""),
+        lambda content, run: run.update(confusion=pack_numbers(np.array([10]), "<u4")),
+        lambda content, run: content.update(class_names=["x"]) or run.update(confusion=pack_numbers([9], "<u4")),
+        lambda content, run: content.update(class_names=["x"]) or run.update(confusion=pack_numbers([5, 5], "<u4")),
+        lambda content, run: content.update(class_names=["x", 2]) or run.update(confusion=""),
+        lambda content, run: run.update(at_edge="yes"),
+    ],
+)
+def test_values_that_no_probe_gives_are_refused(change, tmp_path):
+    edit(metric_results(), tmp_path / "x.json", change)
+    with pytest.raises(ValueError, match=r"x\.json is not a results file .*probe again with --overwrite"):
         Results.load(tmp_path / "x.json")
