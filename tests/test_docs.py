@@ -64,10 +64,9 @@ def put(hub: HubServer, kind: str, name: str, revision: str, files: dict[str, by
         hub.write(kind, name, hub.repo(kind, name), ref, kept, "as it is there")
 
 
-def parquet(labels: list[int], names: list[str], image: str, label: str) -> bytes:
-    rng, buffer = np.random.default_rng(0), io.BytesIO()
-    kinds = [[png(rng, 40 * (kind % 4)) for _ in range(3)] for kind in range(len(names))]
-    rows = [{"bytes": kinds[number][place % 3], "path": None} for place, number in enumerate(labels)]
+def parquet(labels: list[int], names: list[str], image: str, label: str, seed: int = 0) -> bytes:
+    rng, buffer = np.random.default_rng(seed), io.BytesIO()
+    rows = [{"bytes": png(rng, 40 * (number % 4)), "path": None} for number in labels]
     features = Features({image: Image(), label: ClassLabel(names=names)})
     Dataset.from_dict({image: rows, label: labels}, features=features).to_parquet(buffer)
     return buffer.getvalue()
@@ -84,13 +83,13 @@ def reader(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             save_for_hf(timm.create_model(name), folder)
             put(hub, "models", f"timm/{name}", "main", {path.name: path.read_bytes() for path in folder.iterdir()})
-        some = parquet([0, 1, 2] * 6, ["apple", "bear", "can"], "img", "fine_label")
+        some = [parquet([0, 1, 2] * 6, ["apple", "bear", "can"], "img", "fine_label", seed) for seed in range(2)]
         put(
             hub,
             "datasets",
             "uoft-cs/cifar100",
             "main",
-            {f"data/{split}-0.parquet": some for split in ("train", "test")},
+            {f"data/{split}-0.parquet": part for split, part in zip(("train", "test"), some, strict=True)},
         )
         for known in map(dataset_recipe, ("cifar10", "dtd")):
             counts = {known.train_split: 20 * known.num_classes, known.test_split: known.test_images}
@@ -100,6 +99,7 @@ def reader(tmp_path_factory):
                     [f"class {k}" for k in range(known.num_classes)],
                     known.image_column,
                     known.label_column,
+                    seed=len(split),
                 )
                 for split, count in counts.items()
             }
