@@ -66,9 +66,9 @@ def probe(
         results = {name: study.results for name, study in studies.finished.items()}
         print_recipes(results) if len(datasets) > 1 else print_results(*results.values(), wide=wide)
         for study in studies.finished.values():
-            out.print(f"results: {study.path}", markup=False)
+            out.print(f"results: {study.path}", soft_wrap=True, markup=False)
             if study.errors_page:
-                out.print(f"errors: {study.errors_page}", markup=False)
+                out.print(f"errors: {study.errors_page}", soft_wrap=True, markup=False)
     if studies.failures:
         reasons = "; ".join(f"{name}: {error}" for name, error in studies.failures.items())
         raise ValueError(f"{len(studies.failures)} of {len(datasets)} recipes failed: {reasons}")

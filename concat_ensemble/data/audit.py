@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from concat_ensemble.data.groups import number_values
-from concat_ensemble.data.images import image_hashes, with_hashes
+from concat_ensemble.data.groups import number_images, number_values
+from concat_ensemble.data.images import with_hashes
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
 
 FEW_IMAGES = 5  # below, the recall of a class moves by more than 20 points with one image
@@ -22,7 +22,7 @@ PAIRS = list(combinations(SPLITS, 2))
 @dataclass
 class Audit:
     """What was found in a dataset, as plain JSON values. Images are counted as they are used, after `audit_splits` has
-    left rows out; duplicates, conflicts and shared groups as they were found, before it."""
+    left rows out, and so are repetitions; leaks, conflicts and shared groups as they were found, before it."""
 
     num_images: dict[str, int] = field(default_factory=dict)  # by split, like all dicts but `classes`
     classes: dict[str, dict[str, int]] = field(default_factory=dict)  # name of the class -> images by split
@@ -91,7 +91,8 @@ class Audit:
         sentences = []
         for split in ("train", "test"):
             counts = {name: images.get(split, 0) for name, images in self.classes.items()}
-            if not is_imbalanced(list(counts.values())):
+            fitted = [count + self.classes[name].get("validation", 0) for name, count in counts.items()]
+            if not is_imbalanced(list(counts.values())) or (split == "train" and not is_imbalanced(fitted)):
                 continue
             largest, num_classes = max(counts, key=lambda name: counts[name]), sum(map(bool, counts.values()))
             share, even = counts[largest] / sum(counts.values()), 1 / num_classes
@@ -143,7 +144,7 @@ def audit_splits(data: DatasetDict) -> AuditedData:
     Raises ValueError if no test or validation image is left.
     """
     splits = {name: with_hashes(data[name]) for name in SPLITS if name in data}
-    images = number_values({name: image_hashes(split) for name, split in splits.items()})
+    images = number_images(splits)
     groups = read_groups(splits)
     group_numbers = None if groups is None else number_values({name: list(each) for name, each in groups.items()})
     audit = Audit()
@@ -151,6 +152,7 @@ def audit_splits(data: DatasetDict) -> AuditedData:
     if group_numbers is not None:
         audit.groups_across = _count_shared(group_numbers)
     used = _used_rows(images, group_numbers)
+    audit.duplicates_within = {name: len(rows) - len(np.unique(images[name][rows])) for name, rows in used.items()}
     for name, rows in used.items():
         if not len(rows):
             raise ValueError(_nothing_left(name, len(splits[name]), audit))
@@ -168,7 +170,7 @@ def is_imbalanced(counts: list[int]) -> bool:
     many classes a few images more are chance, so that the largest must have ten, or over half of all."""
     present = [count for count in counts if count]
     largest, total = max(present, default=0), sum(present)
-    return largest > 2 / max(len(present), 3) * total and (largest >= 10 or largest > total / 2)
+    return len(present) > 1 and largest > 2 / max(len(present), 3) * total and (largest >= 10 or largest > total / 2)
 
 
 def _used_rows(images: dict[str, np.ndarray], groups: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -202,7 +204,6 @@ def _purpose(name: str) -> str:
 
 
 def _count_duplicates(audit: Audit, data: Mapping[str, Dataset], images: dict[str, np.ndarray]) -> None:
-    audit.duplicates_within = {name: len(each) - len(np.unique(each)) for name, each in images.items()}
     audit.duplicates_across = {
         f"{earlier}/{later}": int(np.isin(images[later], images[earlier]).sum())
         for earlier, later in PAIRS
@@ -229,9 +230,11 @@ def _count_classes(audit: Audit, data: Mapping[str, Dataset]) -> None:
     audit.missing_classes = {name: [names[k] for k, n in enumerate(each) if not n] for name, each in counts.items()}
     largest = int(np.argmax(counts["train"]))
     audit.majority_class, audit.majority_share = names[largest], counts["train"][largest] / len(data["train"])
-    audit.imbalanced = any(is_imbalanced(counts[name]) for name in ("train", "test") if name in counts)
     to_train = np.array(counts["train"]) + np.array(counts.get("validation", 0))
     to_test = np.array(counts.get("test", to_train))
+    # A few images of a balanced dataset may be cut into a training and a validation split that are not balanced.
+    imbalanced = is_imbalanced(counts["train"]) and is_imbalanced(to_train.tolist())
+    audit.imbalanced = imbalanced or is_imbalanced(to_test.tolist())
     few = ((to_train > 0) & (to_train < FEW_IMAGES)) | ((to_test > 0) & (to_test < FEW_IMAGES))
     audit.few_images = [names[k] for k in np.flatnonzero(few)]
 

@@ -19,13 +19,12 @@ def select_columns(
     """Keep the columns of images, labels and groups, renamed to `image` (encoded), `label` and, if there is one,
     `group`.
 
-    A column that is not named is found by its type, then by common names; of several `ClassLabel` columns, one with a
-    common name is preferred. Raises ValueError if none is found in the split, which `kind` names, or if a column holds
-    something else than one image a row.
+    A column that is not named is found by its type, then by common names; of several `Image` or `ClassLabel` columns,
+    one with a common name is preferred. Raises ValueError if none is found in the split, which `kind` names, or if a
+    column holds something else than one image a row.
     """
     features = read_features(split)
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    images += [name for name in IMAGE_NAMES if name in features]
+    images = find_image_columns(features)
     class_labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     labels = [name for name in class_labels if name in LABEL_NAMES]
     labels += [name for name in LABEL_NAMES if name in features] + class_labels
@@ -48,12 +47,18 @@ def select_columns(
     return split.cast_column("image", Image(decode=False))
 
 
+def find_image_columns(features: Features) -> list[str]:
+    """Names of the columns that may hold the images, the likeliest first."""
+    by_type = [name for name, feature in features.items() if isinstance(feature, Image)]
+    by_name = [name for name in IMAGE_NAMES if name in features]
+    return [name for name in by_name if name in by_type] + by_type + by_name
+
+
 def select_images(split: Split, kind: str, image_column: str | None = None) -> Split:
     """Keep the column of images alone, renamed to `image` (encoded), of a split whose labels are not needed. Raises
     ValueError as `select_columns`."""
     features = read_features(split)
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    images += [name for name in IMAGE_NAMES if name in features]
+    images = find_image_columns(features)
     if image_column is None and not images:
         _refuse_lists(features, kind)
     image = _choose_column("image", image_column, images, features=features, kind=kind)
@@ -87,7 +92,7 @@ def add_column(split: Dataset, name: str, values: Sequence | np.ndarray, feature
     features = Features({name: feature})
     if split._indices is None:
         return concatenate_datasets([split, Dataset.from_dict({name: values}, features=features)], axis=1)
-    rows = split._indices.column(0).to_numpy()
+    rows = split._indices.column(0).to_numpy().astype(np.int64)  # `select` fails for unsigned ones in a row
     stored = [None] * len(split.data)
     for row, value in zip(rows, values, strict=True):
         stored[row] = value

@@ -6,8 +6,8 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from sklearn.model_selection import train_test_split
 
-from concat_ensemble.data.groups import number_units, number_values
-from concat_ensemble.data.images import image_hashes, with_hashes
+from concat_ensemble.data.groups import number_images, number_units
+from concat_ensemble.data.images import with_hashes
 from concat_ensemble.data.labels import read_labels
 
 
@@ -101,6 +101,18 @@ def cut_rows(labels: np.ndarray, name: str, size: float, seed: int) -> np.ndarra
         raise ValueError(f"cannot cut {name}={size} off {len(labels)} images: {error}") from error
     side = np.zeros(len(labels), dtype=bool)
     side[part] = True
+    if len(np.unique(labels[~side])) < 2 <= len(counts):
+        side = _spare_classes(labels, len(part), seed)
+    return side
+
+
+def _spare_classes(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """(N,) bool: up to `number` random rows, but never the last one of a class. For a handful of images, of which a
+    random cut would leave one class to train on."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    _, first_of_class = np.unique(labels[order], return_index=True)
+    side = np.zeros(len(labels), dtype=bool)
+    side[np.delete(order, first_of_class)[:number]] = True
     return side
 
 
@@ -167,7 +179,7 @@ def _drop_copies(splits: dict[str, Dataset], cut: list[str]) -> dict[str, Datase
     if not cut:
         return splits
     splits = {kind: with_hashes(split) for kind, split in splits.items()}
-    images = number_values({kind: image_hashes(split) for kind, split in splits.items()})
+    images = number_images(splits)
     for kind in cut:
         earlier = [each for each in ("train", "validation", "test") if each in splits]
         earlier = [images[each] for each in earlier[: earlier.index(kind)] if each == "train" or each in cut]

@@ -9,7 +9,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from concat_ensemble.data.columns import add_column, read_column
-from concat_ensemble.data.images import image_hashes
+from concat_ensemble.data.images import NO_IMAGE, image_hashes
 
 
 def check_groups(splits: Mapping[str, Dataset], group_column: str) -> dict[str, Dataset]:
@@ -35,6 +35,17 @@ def number_values(values: Mapping[str, Sequence]) -> dict[str, np.ndarray]:
     }
 
 
+def number_images(splits: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
+    """(N,) int64 by split: copies of an image get one number, in all splits. An image that is missing is no copy."""
+    hashes = {name: image_hashes(split) for name, split in splits.items()}
+    return number_values(
+        {
+            name: [(name, row) if image.startswith(NO_IMAGE) else image for row, image in enumerate(each)]
+            for name, each in hashes.items()
+        }
+    )
+
+
 def number_units(split: Dataset, *, copies: bool) -> np.ndarray | None:
     """(N,) the number of the unit that each row belongs to, from 0, or None if every row is alone.
 
@@ -43,7 +54,7 @@ def number_units(split: Dataset, *, copies: bool) -> np.ndarray | None:
     """
     parts = []
     if copies:
-        parts.append(number_values({"": image_hashes(split)})[""])
+        parts.append(number_images({"": split})[""])
     if "group" in split.column_names:
         parts.append(number_values({"": read_column(split, "group").to_pylist()})[""])
     return join_units(parts)

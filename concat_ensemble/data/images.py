@@ -13,6 +13,7 @@ from concat_ensemble.data.columns import add_column, read_column
 from concat_ensemble.errors import first_line
 
 HASH_BYTES = 16  # of sha256: among 10^12 images, two have the same hash with probability 1e-15
+NO_IMAGE = b"no image"  # that the hash begins with where there are no bytes
 HASH_COLUMN = "image_hash"
 
 
@@ -123,5 +124,6 @@ def _hash_image(encoded: dict | None, index: int) -> bytes:
         try:
             content = Path((encoded or {})["path"]).read_bytes()
         except (OSError, KeyError, TypeError):
-            content = f"no image in row {index}: {encoded}".encode()
+            digest = hashlib.sha256(f"{index}: {encoded}".encode()).digest()
+            return (NO_IMAGE + digest)[:HASH_BYTES]
     return hashlib.sha256(content).digest()[:HASH_BYTES]

@@ -203,8 +203,8 @@ def share_interval(values: ArrayLike) -> Interval:
     if len(values) < 2 or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"values={values.tolist()} must be at least two numbers from 0 to 1.")
     mean, error = float(values.mean()), float(stats.sem(values))
-    if values.min() == values.max():
-        return float(values[0]), float(values[0])
+    if values.min() == values.max() or not 1e-12 < mean < 1 - 1e-12:  # up to rounding
+        return float(values.min()), float(values.max())
     half = stats.t.ppf(0.975, len(values) - 1) * error / (mean * (1 - mean))
     return float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
 

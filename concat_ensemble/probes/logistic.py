@@ -61,6 +61,7 @@ from concat_ensemble.features.standardized import StandardizedFeatures, kernel
 MAX_TRIALS = 12  # lengths that a line search tries
 MAX_PRODUCTS = 50  # of the Hessian, per Newton step
 SHARE = 0.25  # of the gradient that conjugate gradients may leave; less costs more products than it saves Newton steps
+STALLED = 0.05  # of the gain that a step promises
 SAMPLE = 65_536  # rows that are solved first if not all rows fit into memory
 ROTATED = (
     1_300  # rows up to which their kernel is decomposed, and five more for each class, whose products get cheaper
@@ -184,10 +185,10 @@ class Problem:
         """Derivative of f in the direction of a step, after each of these lengths of it."""
         of_loss = self.sample_weight.new_zeros(len(lengths), dtype=torch.float64)
         for rows, (logits, change) in self.logits(point, step):
-            at_label = change.gather(1, self.y[rows, None])[:, 0]
+            relative = change - change.gather(1, self.y[rows, None])  # the other classes keep their digits
             for k, length in enumerate(lengths):
-                expected = (_softmax(logits.add(change, alpha=length)) * change).sum(1)
-                of_loss[k] += self.sample_weight[rows] @ (expected - at_label)
+                slopes = (_softmax(logits.add(change, alpha=length)) * relative).sum(1)
+                of_loss[k] += self.sample_weight[rows] @ slopes
         weight, direction = point.coefficients.weight, step.coefficients.weight
         slope, curvature = float((weight * direction).sum()), float(direction.square().sum())
         penalties = [self.l2_strength * (slope + length * curvature) for length in lengths]
@@ -434,7 +435,9 @@ def minimize(problem: Problem, start: Coefficients, eigen: Eigenbasis, *, tol: f
         # An inexact step leaves SHARE^2 to twice that of what it gained where f is nearly quadratic; else it may leave
         # as much as it gained.
         remaining = (2 * SHARE**2 if length == 1 else 1.0) * gain
-        converged = remaining <= tol / 2 * float(value)
+        # Where it gained far less than its slope promised, rounding or the line search kept it from going on.
+        stalled = gain < STALLED * -slope / 2
+        converged = not stalled and remaining <= tol / 2 * float(value)
     weight, bias = point.coefficients.weight, point.coefficients.bias
     return Solution(weight, bias, problem.l2_strength, float(value), newton_steps, products, converged)
 

@@ -1,5 +1,6 @@
 """Figures of a classifier's errors: the confusion matrix, and each class's recall."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,4 +76,6 @@ def _title(what: str, shown: int, total: int) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of names in scripts that the font lacks
+        figure.savefig(path)

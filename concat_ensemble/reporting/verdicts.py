@@ -130,9 +130,9 @@ def _in_words(study: Results, row: Row) -> str:
 
 def _compare(study: Results, row: Row, other: Row, title: str = "") -> str:
     """How far `row` is from `other`, whose name `title` precedes."""
-    difference, (low, high), _ = study.difference(row.name, other.name)
+    difference, (low, high), p = study.difference(row.name, other.name)
     points, name = f"{abs(100 * difference):.1f}", f"{title}{_in_words(study, other)}"
     if points == "0.0":
         return f"level with {name}"
-    doubt = "" if low > 0 or high < 0 else " (not beyond chance)"
+    doubt = "" if (low > 0 or high < 0) and p < 0.05 else " (not beyond chance)"
     return f"{points} points {'above' if difference > 0 else 'below'} {name}{doubt}"

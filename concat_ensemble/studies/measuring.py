@@ -16,7 +16,13 @@ from concat_ensemble.data.audit import Audit
 from concat_ensemble.data.naming import METRICS
 from concat_ensemble.features.table import FeatureTable, labeled_split
 from concat_ensemble.probes.estimator import L2_STRENGTHS
-from concat_ensemble.probes.intervals import central_interval, resample_weights, resampled_metrics
+from concat_ensemble.probes.intervals import (
+    Interval,
+    central_interval,
+    resample_weights,
+    resampled_metrics,
+    wilson_interval,
+)
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import RANKING_METRICS, ProbeMetrics, metric_value
 from concat_ensemble.studies.results import MAX_CONFUSION, Run, pack_bits, pack_numbers
@@ -93,11 +99,12 @@ def fit_probe(table: FeatureTable, settings: ProbeSettings, *, standardize: bool
 def class_scores(probe: LinearProbe, table: FeatureTable) -> np.ndarray:
     """(N, C) log-probabilities of the test rows, with a column for every class of the table.
 
-    They are as comparable between images as AUROC needs; a class without training images is never predicted.
+    They are as comparable between images as AUROC needs. A class without training images is never predicted, and all
+    images are equally unlikely to be of it.
     """
     scores = np.full((len(table["test"]), len(table.class_names)), NEVER)
-    scores[:, probe.classes_] = probe.logits(table["test"])
-    return log_softmax(scores, axis=1)
+    scores[:, probe.classes_] = log_softmax(probe.logits(table["test"]), axis=1)
+    return scores
 
 
 def measure_probe(probe: LinearProbe, table: FeatureTable, settings: ProbeSettings, *, confusion: bool) -> Run:
@@ -157,10 +164,19 @@ def _measure_scores(scores: np.ndarray, table: FeatureTable, settings: ProbeSett
         l2_strength=0.0,
         n_train=len(labeled_split(table)),
         n_test=len(test),
-        intervals={name: list(central_interval(draws, values[name])) for name, draws in resampled.items()},
+        intervals={name: list(_interval(name, draws, values[name], test.labels)) for name, draws in resampled.items()},
         correct=pack_bits(scores.argmax(axis=1) == test.labels),
         resampled=pack_numbers(resampled[metric], "<f4") if needed else "",
     )
+
+
+def _interval(metric: str, draws: np.ndarray, value: float, labels: np.ndarray) -> Interval:
+    """The bootstrap's interval; where all resamples give 0 or 1, of which it learns nothing, Wilson's over the images,
+    or over those of the rarest class for a metric that averages classes."""
+    if value in (0, 1) and np.ptp(draws) == 0:
+        rarest = int(np.unique(labels, return_counts=True)[1].min())
+        return wilson_interval(value, len(labels) if metric == "top1" else rarest)
+    return central_interval(draws, value)
 
 
 def _resample_training(probe: LinearProbe, table: FeatureTable, settings: ProbeSettings) -> list[float]:

@@ -229,7 +229,7 @@ def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:
         return
     seeds = (dataset.seed, dataset.seed + 1)
     first, second = (dataclasses.replace(dataset, seed=seed).load_splits()["test"] for seed in seeds)
-    if list(first["label"]) == list(second["label"]) and first[0]["image"] == second[0]["image"]:
+    if len(first) == len(second) and all(one == other for one, other in zip(first, second, strict=True)):
         reason = f"since {dataset.record['name']} has a test split of its own"
         remedy = "draw from it with --limit or --shots, or leave --repeats out."
         raise ValueError(f"--repeats {repeats} would measure the same images each time, {reason}; {remedy}")

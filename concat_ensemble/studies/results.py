@@ -273,12 +273,15 @@ class Results(ResultsFile):
 
         Student's t over several repeats. For a single repeat, over the test images: the bootstrap and McNemar's test
         for top-1; the bootstrap for other metrics, and over groups of images where there are groups. The interval is
-        infinite and p is 1 where a run does not record what that takes.
+        infinite and p is 1 where a run does not record what that takes; it is -1 to 1 where all repeats differ by the
+        same.
         """
         paired = self[name].values - self[other].values
         if self.repeats > 1:
             error = paired.std(ddof=1) / np.sqrt(self.repeats)
-            p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else float(paired[0] == 0)
+            if error == 0 and paired[0]:  # repeats that happen to agree say nothing about the spread
+                return float(paired[0]), (-1.0, 1.0), 1.0
+            p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else 1.0
             low, high = t_interval(paired)
             return float(paired.mean()), (max(low, -1.0), min(high, 1.0)), p
         run, other_run = self[name].runs[0], self[other].runs[0]

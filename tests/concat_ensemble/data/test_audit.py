@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Image
+from datasets import Dataset, DatasetDict, Image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
@@ -131,6 +131,49 @@ def test_classes_with_few_images_and_missing_classes_are_named(numbered):
         "class c has no images in the test split.",
         "2 of 4 classes (c, d) have fewer than 5 images to train or to test on; read their recall with care.",
     ]
+
+
+def test_rows_without_an_image_at_the_same_places_are_no_copies(numbered):
+    """Rows without an image, at the same places of several splits."""
+    splits = [numbered(range(start, start + 20), [0, 1] * 10) for start in (0, 100, 200)]
+    splits = [
+        Dataset.from_dict(
+            {"image": [None, None, *split["image"][2:]], "label": split["label"]}, features=split.features
+        )
+        for split in splits
+    ]
+    data, audit = audited(*splits)
+    assert audit.sentences() == [] and [len(split) for split in data.values()] == [20, 20, 20]
+    assert [len(split) for split in load_data(splits[0], validation_size=0.5).values()] == [5, 5, 10]
+
+
+def test_repetitions_are_those_that_are_scored(numbered):
+    train, validation = numbered(range(20), [0, 1] * 10), numbered(range(100, 120), [0, 1] * 10)
+    test = numbered([0, 0, 0, *range(200, 217)], [0, 1] * 10)
+    _, audit = audited(train, validation, test)
+    assert audit.removed_from_test == 3 and audit.duplicates_within["test"] == 0
+
+
+def test_a_cut_of_a_balanced_dataset_is_not_called_imbalanced(numbered):
+    """Six labelled images, of which the validation cut takes two of one class; and a test split of one class."""
+    train, validation = numbered(range(4), [0, 0, 0, 1]), numbered(range(10, 12), [1, 1])
+    _, audit = audited(train, validation, numbered(range(20, 40), [0, 1] * 10))
+    assert not audit.imbalanced and not any("misleads" in sentence for sentence in audit.sentences())
+    assert not is_imbalanced([0, 30])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_six_images_leave_two_classes_to_train_on(numbered, seed):
+    data = load_data(numbered(range(6), [0, 0, 0, 1, 1, 1]), seed=seed)
+    assert set(data["train"]["label"]) == {0, 1} and sum(map(len, data.values())) == 6
+
+
+@pytest.mark.parametrize("keep", [range(30), range(5, 25)])
+def test_selected_rows_that_follow_each_other_are_audited(numbered, keep, tmp_path):
+    """`filter` leaves row numbers that `Dataset.select` does not take as they are."""
+    split = numbered(range(30), [0, 1] * 15).filter(lambda label: True, input_columns="label").select(keep)
+    _, audit = audit_splits(load_data(split.filter(lambda label: label < 2, input_columns="label")))
+    assert sum(audit.num_images.values()) == len(keep)
 
 
 def test_a_class_without_any_image_is_named_once(numbered):

@@ -25,6 +25,11 @@ from concat_ensemble.probes.metrics import default_metrics, metric_value
 from tests.concat_ensemble.probes.test_metrics import scored_images
 
 
+def test_shares_that_are_1_up_to_rounding_have_an_interval():
+    """scikit-learn's AUROC of perfect scores is often 0.9999999999999999."""
+    assert share_interval([0.9999999999999999, 1.0]) == (0.9999999999999999, 1.0)
+
+
 def test_wilson_by_hand():
     """z^2 = 3.8415. For 50 of 100 the half-width is 1.96 / 1.038415 * sqrt(0.0025 + 3.8415 / 40000). For 0 of 10 the
     upper end is z^2 / (10 + z^2)."""

@@ -254,3 +254,19 @@ def test_a_weighted_probe_equals_the_probe_of_the_repeated_rows(num_features):
     for name in ("mean", "scale"):
         np.testing.assert_allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-6)
     np.testing.assert_allclose(weighted.logits(X), repeated.logits(X), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_features", "num_classes", "l2_strength"), [(600, 10, 1e-6), (60, 3, 1e-7), (600, 2, 1e-7)]
+)
+def test_losses_of_millionths_reach_their_minimum_in_float32(num_features, num_classes, l2_strength):
+    """Separable classes and weak strengths: a line search on rounded slopes ended 19% above the minimum, unnoticed."""
+    rng, y = np.random.default_rng(1), np.arange(300) % num_classes
+    X = rng.normal(size=(300, num_features)) + rng.normal(size=(num_classes, num_features))[y]
+    X = torch.from_numpy(X - X.mean(0))
+    options = {"num_classes": num_classes, "max_iter": 500}
+    [rounded] = logistic_path(X.float(), torch.from_numpy(y), [l2_strength], **options)
+    [exact] = logistic_path(X, torch.from_numpy(y), [l2_strength], **options)
+    logits = X @ rounded.weight.double() + rounded.bias.double()
+    at_rounded = objective(logits, torch.from_numpy(y), rounded.weight, l2_strength)
+    assert float(at_rounded) == pytest.approx(exact.objective, rel=1e-3)

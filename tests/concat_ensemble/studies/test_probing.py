@@ -22,7 +22,12 @@ from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.naming import METRICS
 from concat_ensemble.features.projection import principal_projection
 from concat_ensemble.features.table import FeatureTable
-from concat_ensemble.probes.intervals import central_interval, paired_resampled_difference, resampled_metrics
+from concat_ensemble.probes.intervals import (
+    central_interval,
+    paired_resampled_difference,
+    resampled_metrics,
+    wilson_interval,
+)
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 from concat_ensemble.studies.measuring import collect_convergence_warnings, warn_of_convergence
 from concat_ensemble.studies.probing import probe_ensemble, probe_table, with_head
@@ -436,3 +441,27 @@ def test_a_table_without_test_rows_is_refused():
     table = FeatureTable.from_arrays({"train": (np.eye(4), [0, 1, 0, 1])})
     with pytest.raises(ValueError, match="the table has the splits train but must have test"):
         probe_table(table)
+
+
+def test_a_class_without_training_images_is_a_tie_in_auroc():
+    rng, y = np.random.default_rng(0), np.arange(300) % 3
+    X = rng.normal(size=(300, 8)).astype(np.float32)
+    X[np.arange(300), y] += 2
+    seen = (y < 2) & (np.arange(300) < 150)
+    splits = {"train": (X[seen], y[seen]), "test": (X[150:], y[150:])}
+    table = FeatureTable.from_arrays(splits, class_names=["a", "b", "c"])
+    results = probe_table(table, metric="auroc", num_resamples=0, quiet=True)
+    run, probe = results.rows[0].runs[0], LinearProbe([results.rows[0].runs[0].l2_strength]).fit(X[seen], y[seen])
+    log_probabilities = np.log(probe.predict_proba(X[150:]))
+    known = [roc_auc_score(y[150:] == c, log_probabilities[:, c]) for c in (0, 1)]
+    assert run.metrics["auroc"] == pytest.approx((sum(known) + 0.5) / 3, abs=1e-3)
+
+
+def test_a_perfect_score_of_few_images_has_an_interval():
+    y = np.array([0] * 18 + [1] * 2)
+    shift = np.arange(20)[:, None]
+    splits = {"train": (y[:, None] + shift / 100, y), "test": (y[:, None] + shift / 97 + 0.003, y)}
+    run = probe_table(FeatureTable.from_arrays(splits), num_resamples=0, quiet=True).rows[0].runs[0]
+    assert run.metrics["mean_per_class"] == 1
+    assert run.intervals["mean_per_class"] == pytest.approx(wilson_interval(1.0, 2))
+    assert run.intervals["top1"] == pytest.approx(wilson_interval(1.0, 20))

@@ -273,3 +273,8 @@ def test_values_that_no_probe_gives_are_refused(change, tmp_path):
     edit(metric_results(), tmp_path / "x.json", change)
     with pytest.raises(ValueError, match=r"x\.json is not a results file .*probe again with --overwrite"):
         Results.load(tmp_path / "x.json")
+
+
+def test_repeats_that_differ_by_the_same_are_no_certainty(study):
+    difference, (low, high), p = study(pair=[0.6, 0.7], other=[0.4, 0.5]).difference("pair", "other")
+    assert difference == pytest.approx(0.2) and (low, high) == (-1, 1) and p == 1
