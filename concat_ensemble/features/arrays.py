@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 KINDS = ("train", "validation", "test")
+MAX_LABEL = 2**53  # up to which floats hold every whole number
 CHUNK = 4096  # rows that are checked at a time
 INDEX_COLUMN = "__index_level_"  # how pandas names its index in a parquet file
 Members = Sequence[str] | Mapping[str, str | Sequence[str]] | None
@@ -246,6 +247,8 @@ def read_labels(y: Any) -> np.ndarray:
         raise ValueError(f"row {int(np.argmax(bad))} has no label; remove the {int(bad.sum()):,} rows without one.")
     if array.dtype.kind == "f" and (array != np.round(array)).any():
         raise ValueError(f"y holds {array[array != np.round(array)][0]}; give class names or whole numbers.")
+    if array.dtype.kind in "uf" and (np.abs(array) > MAX_LABEL).any():
+        raise ValueError(f"y holds {array[np.abs(array) > MAX_LABEL][0]}; class numbers must be at most 2^53.")
     if array.dtype.kind == "b":
         return array.astype(str)
     return array if array.dtype.kind == "U" else array.astype(np.int64)

@@ -88,8 +88,11 @@ def measure_overlap(
             of the table is a subject.
 
     Raises:
-        ValueError: for one subject, fewer than 4 training images, or a control with other feature_dims.
+        ValueError: for a missing split, one subject, fewer than 4 training images, or a control with other
+            feature_dims.
     """
+    if missing := [split for split in SPLIT_NAMES if split not in table]:
+        raise ValueError(f"the table has the splits {', '.join(table)} but must have {' and '.join(missing)}; add it.")
     subjects = {name: [k] for k, name in enumerate(table.member_names)} if subjects is None else subjects
     count = len(subjects)
     if count < 2 or len(table["train"]) < 4:

@@ -168,6 +168,8 @@ REFUSED = {
     "lengths of members": (([X, MORE[:9]], y), "member 1 has 9 rows for 60 labels"),
     "label nan": ((X, np.where(np.arange(60) == 5, np.nan, 1.0)), "row 5 has no label"),
     "label none": ((X, [*y[:5], None, *y[6:]]), "row 5 has no label"),
+    "labels that int64 does not hold": ((X, np.arange(60) * 1e300), "y holds 1e.300; class numbers must"),
+    "unsigned labels that int64 does not hold": ((X, np.arange(60).astype(np.uint64) + 2**63), "must be at most 2.53"),
     "label nan among texts": ((X, [*y[:5], float("nan"), *y[6:]]), "row 5 has no label"),
     "label NA": ((X, pd.Series([1] * 5 + [None] + [2] * 54, dtype="Int64")), "row 5 has no label"),
     "label empty": ((X, np.where(np.arange(60) == 5, "", y)), "row 5 has no label"),

@@ -284,3 +284,10 @@ def test_compare_takes_whole_ensembles_and_prints_json_alone(run, folder):
 )
 def test_compare_refuses_in_one_line(words, message, refused, folder):
     refused(["compare", *words], message)
+
+
+def test_a_table_without_a_split_is_refused():
+    rng, y = np.random.default_rng(0), np.arange(40) % 2
+    splits = {name: ([rng.normal(size=(40, 4)), rng.normal(size=(40, 3))], y) for name in ("train", "test")}
+    with pytest.raises(ValueError, match="the table has the splits train, test but must have validation; add it"):
+        measure_overlap(FeatureTable.from_arrays(splits), quiet=True)
