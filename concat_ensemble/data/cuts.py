@@ -103,6 +103,8 @@ def cut_rows(labels: np.ndarray, name: str, size: float, seed: int) -> np.ndarra
     side[part] = True
     if len(np.unique(labels[~side])) < 2 <= len(counts):
         side = _spare_classes(labels, len(part), seed)
+        if not side.any():
+            raise ValueError(f"cannot cut {name}={size} off {len(labels)} images: each class needs one to train on.")
     return side
 
 
