@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
 from concat_ensemble.data.groups import number_images, number_values
 from concat_ensemble.data.images import with_hashes
@@ -144,25 +144,52 @@ def audit_splits(data: DatasetDict) -> AuditedData:
     Raises ValueError if no test or validation image is left.
     """
     splits = {name: with_hashes(data[name]) for name in SPLITS if name in data}
-    images = number_images(splits)
     groups = read_groups(splits)
-    group_numbers = None if groups is None else number_values({name: list(each) for name, each in groups.items()})
-    audit = Audit()
-    _count_duplicates(audit, splits, images)
-    if group_numbers is not None:
-        audit.groups_across = _count_shared(group_numbers)
-    used = _used_rows(images, group_numbers)
-    audit.duplicates_within = {name: len(rows) - len(np.unique(images[name][rows])) for name, rows in used.items()}
+    used, audit = audit_rows(
+        number_images(splits),
+        {name: read_labels(split) for name, split in splits.items()},
+        None if groups is None else number_values({name: list(each) for name, each in groups.items()}),
+        class_names(next(iter(splits.values()))),
+    )
     for name, rows in used.items():
         if not len(rows):
             raise ValueError(_nothing_left(name, len(splits[name]), audit))
-    removed = {name: len(split) - len(used[name]) for name, split in splits.items()}
-    audit.removed_from_test, audit.removed_from_validation = removed.get("test", 0), removed.get("validation", 0)
-    if group_numbers is not None:
-        audit.groups = {name: len(np.unique(group_numbers[name][rows])) for name, rows in used.items()}
-    kept = {name: split.select(used[name]) if removed[name] else split for name, split in splits.items()}
-    _count_classes(audit, kept)
+    kept = {
+        name: split.select(used[name]) if len(used[name]) < len(split) else split for name, split in splits.items()
+    }
     return AuditedData(DatasetDict(kept.items()), audit)
+
+
+def audit_rows(
+    images: Mapping[str, np.ndarray],
+    labels: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray] | None,
+    names: list[str],
+) -> tuple[dict[str, np.ndarray], Audit]:
+    """Audit rows by number: those of each split that do not leak, and what was found.
+
+    Args:
+        images, groups: (N,) int64 by split, in the order train, validation, test: equal images, or groups, have one
+            number in all splits.
+        labels: (N,) class numbers by split.
+        names: Of the classes.
+    """
+    used, audit = _used_rows(images, groups), Audit()
+    audit.duplicates_within = {name: len(rows) - len(np.unique(images[name][rows])) for name, rows in used.items()}
+    audit.duplicates_across = {
+        f"{earlier}/{later}": int(np.isin(images[later], images[earlier]).sum())
+        for earlier, later in PAIRS
+        if earlier in images and later in images
+    }
+    every = np.stack([np.concatenate([each[name] for name in images]) for each in (images, labels)])
+    audit.conflicting_labels = int((np.bincount(np.unique(every, axis=1)[0]) > 1).sum())
+    removed = {name: len(each) - len(used[name]) for name, each in images.items()}
+    audit.removed_from_test, audit.removed_from_validation = removed.get("test", 0), removed.get("validation", 0)
+    if groups is not None:
+        audit.groups_across = _count_shared(groups)
+        audit.groups = {name: len(np.unique(groups[name][rows])) for name, rows in used.items()}
+    _count_classes(audit, {name: labels[name][rows] for name, rows in used.items()}, names)
+    return used, audit
 
 
 def is_imbalanced(counts: list[int]) -> bool:
@@ -173,7 +200,7 @@ def is_imbalanced(counts: list[int]) -> bool:
     return len(present) > 1 and largest > 2 / max(len(present), 3) * total and (largest >= 10 or largest > total / 2)
 
 
-def _used_rows(images: dict[str, np.ndarray], groups: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+def _used_rows(images: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
     """Rows of each split without those whose image or group is in an earlier split."""
     used = {}
     for place, name in enumerate(images):
@@ -203,18 +230,7 @@ def _purpose(name: str) -> str:
     return "score" if name == "test" else "choose the regularization on"
 
 
-def _count_duplicates(audit: Audit, data: Mapping[str, Dataset], images: dict[str, np.ndarray]) -> None:
-    audit.duplicates_across = {
-        f"{earlier}/{later}": int(np.isin(images[later], images[earlier]).sum())
-        for earlier, later in PAIRS
-        if earlier in images and later in images
-    }
-    labels = [read_labels(split) for split in data.values()]
-    pairs = np.unique(np.stack([np.concatenate(list(images.values())), np.concatenate(labels)]), axis=1)
-    audit.conflicting_labels = int((np.bincount(pairs[0]) > 1).sum())
-
-
-def _count_shared(groups: dict[str, np.ndarray]) -> dict[str, int]:
+def _count_shared(groups: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {
         f"{earlier}/{later}": len(np.intersect1d(groups[earlier], groups[later]))
         for earlier, later in PAIRS
@@ -222,14 +238,13 @@ def _count_shared(groups: dict[str, np.ndarray]) -> dict[str, int]:
     }
 
 
-def _count_classes(audit: Audit, data: Mapping[str, Dataset]) -> None:
-    names = class_names(next(iter(data.values())))
-    counts = {name: np.bincount(read_labels(split), minlength=len(names)).tolist() for name, split in data.items()}
-    audit.num_images = {name: len(split) for name, split in data.items()}
+def _count_classes(audit: Audit, labels: Mapping[str, np.ndarray], names: list[str]) -> None:
+    counts = {split: np.bincount(each, minlength=len(names)).tolist() for split, each in labels.items()}
+    audit.num_images = {split: len(each) for split, each in labels.items()}
     audit.classes = {label: {name: counts[name][k] for name in counts} for k, label in enumerate(names)}
     audit.missing_classes = {name: [names[k] for k, n in enumerate(each) if not n] for name, each in counts.items()}
     largest = int(np.argmax(counts["train"]))
-    audit.majority_class, audit.majority_share = names[largest], counts["train"][largest] / len(data["train"])
+    audit.majority_class, audit.majority_share = names[largest], counts["train"][largest] / len(labels["train"])
     to_train = np.array(counts["train"]) + np.array(counts.get("validation", 0))
     to_test = np.array(counts.get("test", to_train))
     # A few images of a balanced dataset may be cut into a training and a validation split that are not balanced.

@@ -109,11 +109,12 @@ def class_scores(probe: LinearProbe, table: FeatureTable) -> np.ndarray:
 
 def measure_probe(probe: LinearProbe, table: FeatureTable, settings: ProbeSettings, *, confusion: bool) -> Run:
     """Score a probe on the test split, and probes like it that are fitted on resamples of the training images."""
-    run = _measure_scores(class_scores(probe, table), table, settings)
+    scores = class_scores(probe, table)
+    run = _measure_scores(scores, table, settings)
     run.l2_strength, run.at_edge = float(probe.l2_strength_), probe.at_edge_
     run.resamples = _resample_training(probe, table, settings)
     if confusion and len(table.class_names) <= MAX_CONFUSION:
-        run.confusion = pack_numbers(_count_confusions(class_scores(probe, table), table), "<u4")
+        run.confusion = pack_numbers(_count_confusions(scores, table), "<u4")
     return run
 
 

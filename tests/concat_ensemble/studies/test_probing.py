@@ -465,3 +465,13 @@ def test_a_perfect_score_of_few_images_has_an_interval():
     assert run.metrics["mean_per_class"] == 1
     assert run.intervals["mean_per_class"] == pytest.approx(wilson_interval(1.0, 2))
     assert run.intervals["top1"] == pytest.approx(wilson_interval(1.0, 20))
+
+
+def test_a_table_is_audited_as_a_dataset_is():
+    """Rows that leak are left out before repetitions are counted; labels that contradict each other are counted."""
+    X, y = np.arange(80.0).reshape(40, 2), np.arange(40) % 2
+    test = np.concatenate([X[:1].repeat(3, 0), X + 1_000])
+    splits = {"train": (np.concatenate([X, X[1:2]]), [*y, 1 - y[1]]), "test": (test, [y[0]] * 3 + [*y])}
+    audit = probe_table(FeatureTable.from_arrays(splits), num_resamples=0, quiet=True).audit
+    assert audit["removed_from_test"] == 3 and audit["conflicting_labels"] == 1
+    assert audit["duplicates_within"] == {"train": 1, "test": 0}
