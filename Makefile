@@ -8,6 +8,9 @@ demo: .venv/installed    ## the paper's claim on real digits, with controls, in 
 	.venv/bin/python -m concat_ensemble.experiments.compare scattered_digits --output runs/demo $(if $(SMOKE),--smoke)
 test: .venv/installed    ## all tests but the slow ones, on all cores
 	.venv/bin/python -m pytest -n logical --dist loadfile $(PYTEST)
+gpu: .venv/installed     ## what needs a CUDA device: its tests, and the table of tests/benchmarks/gpu.py in runs/gpu
+	.venv/bin/python -m pytest -m gpu -n 0
+	.venv/bin/python tests/benchmarks/gpu.py --output runs/gpu
 check: .venv/installed   ## lint, formatting, types, and pages written from docstrings
 	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/pyright && .venv/bin/python docs/make_api.py --check
 .venv/installed: pyproject.toml constraints.txt
@@ -15,4 +18,4 @@ check: .venv/installed   ## lint, formatting, types, and pages written from docs
 	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,export]'
 	@touch $@
 
-.PHONY: help demo test check
+.PHONY: help demo test gpu check

@@ -27,6 +27,7 @@ from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.extractor import Extractor, PooledFeatures
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK, NTKFeatures
+from concat_ensemble.features.precision import full_float32
 from concat_ensemble.features.projection import stored_projection
 from concat_ensemble.features.store import Block, block_key, default_store
 from concat_ensemble.features.table import FeatureTable
@@ -66,8 +67,10 @@ def extract_features(
         dataset: From `load_data`. Any other dataset is passed through `load_data` with its defaults.
         processor: Makes `pixel_values` from a list of PIL images. Default: the model's own.
         ntk: Store gradients with these settings in place of pooled features.
-        device: Where the model runs. Default: the GPU if there is one, else the CPU.
-        compute: float32, or bfloat16 for autocast. Each precision has blocks of its own.
+        device: Where the model runs; afterwards it is back where it was. Default: the GPU if there is one, else the
+            CPU.
+        compute: float32, or bfloat16 for autocast. Each precision has blocks of its own. float32 on a GPU is float32
+            itself, not TF32, so that the stored features are those of any other device up to rounding.
         storage: "float32", or "float16" for half the disk space.
         store: Folder of the stored features. Default: one in `HF_ASSETS_CACHE`.
         skip_bad: Leave images out of the table that cannot be read; `FeatureTable.skipped` has their rows.
@@ -177,6 +180,8 @@ class _Run:
         state = PartialState()
         with ExitStack() as stack:
             stack.callback(self.model.train, self.model.training)
+            where = next(self.model.parameters()).device
+            stack.callback(lambda: self.model.to(where))  # pyright: ignore[reportArgumentType]
             if self.device.type == "cpu":
                 stack.enter_context(keep_freed_memory())
             if state.is_main_process:
@@ -269,7 +274,7 @@ class _Run:
     def _forward(self, part: PreTrainedModel, positions: Sequence[int], pixels: torch.Tensor) -> list[torch.Tensor]:
         """(B, D_k) float32 of each member, on the CPU."""
         autocast = torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
-        with torch.inference_mode(not self.extractor.needs_gradients), autocast:
+        with torch.inference_mode(not self.extractor.needs_gradients), autocast, full_float32():
             pixels = pixels.to(self.device, non_blocking=True)
             return [block.float().cpu() for block in self.extractor.features(part, positions, pixels)]
 

@@ -40,7 +40,7 @@ class StandardizedFeatures:
         device: str | torch.device | None = None,
         in_memory: bool | None = None,
     ):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or _default_device())
         self.dtype = torch.float64 if split.dtype == np.float64 else torch.float32
         self.shape = split.blocks[0].shape[0], split.num_features
         self._choose_fast_dtype()
@@ -161,12 +161,12 @@ def moments(split: TableSplit, sample_weight: np.ndarray | None = None) -> tuple
     Args:
         sample_weight: (n,), at least 0. A weight of 2 counts as the row twice. Default: all the same.
     """
-    total = 0.0
-    mean = squares = torch.zeros(split.num_features, dtype=torch.float64)
+    total, device = 0.0, _default_device()
+    mean = squares = torch.zeros(split.num_features, dtype=torch.float64, device=device)
     for start in range(0, split.blocks[0].shape[0], CHUNK):
-        chunk = _read_rows(split, start).double()
+        chunk = _read_rows(split, start).to(device).double()
         weights = torch.ones(len(chunk)) if sample_weight is None else sample_weight[start : start + CHUNK]
-        weights = torch.as_tensor(weights, dtype=torch.float64)[:, None]
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=device)[:, None]
         chunk_total = float(weights.sum())
         if chunk_total == 0:
             continue
@@ -175,7 +175,7 @@ def moments(split: TableSplit, sample_weight: np.ndarray | None = None) -> tuple
         squares = squares + (weights * (chunk - chunk_mean).square_()).sum(0)
         squares += shift**2 * (total - chunk_total) * chunk_total / total
         mean = mean + shift * chunk_total / total
-    mean, deviation = mean.numpy(), (squares / total).sqrt().numpy()
+    mean, deviation = mean.cpu().numpy(), (squares / total).sqrt().cpu().numpy()
     ends = np.cumsum([block.shape[1] for block in split.blocks])[:-1]
     scale = np.concatenate(
         [_scale(*pair) for pair in zip(np.split(mean, ends), np.split(deviation, ends), strict=True)]
@@ -207,6 +207,10 @@ def kernel(rows: torch.Tensor) -> torch.Tensor:
 def _read_rows(split: TableSplit, start: int) -> torch.Tensor:
     """The chunk (at most CHUNK, D) that starts at this row; torch needs a contiguous, writable array."""
     return torch.from_numpy(np.require(split.rows(slice(start, start + CHUNK)), requirements=["C", "W"]))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _has_bfloat16(device: torch.device) -> bool:

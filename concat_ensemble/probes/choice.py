@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, check_cv, train_test_split
 
 from concat_ensemble.features.table import TableSplit
@@ -174,14 +175,17 @@ class HeldOut:
         self._numbers: list[np.ndarray] = []
         self._weights: list[np.ndarray] = []
 
-    def add(self, scores: np.ndarray, fitted: np.ndarray, labels: np.ndarray, weight: np.ndarray | None) -> None:
+    def add(
+        self, scores: np.ndarray | torch.Tensor, fitted: np.ndarray, labels: np.ndarray, weight: np.ndarray | None
+    ) -> None:
         """Add rows with their scores (n, c) for the c classes that were `fitted`, which may lack some of `classes`."""
         columns = np.searchsorted(self.classes, fitted)
         if self.metric in RANKING_METRICS:
+            scores = _to_array(scores)
             result = np.full((len(scores), len(self.classes)), -np.inf, scores.dtype)
             result[:, columns] = scores
         else:
-            result = columns[scores.argmax(axis=1)]
+            result = columns[_to_array(scores.argmax(1))]  # of scores on a GPU, one number a row is copied
         self._results.append(result)
         self._numbers.append(np.searchsorted(self.classes, labels))
         self._weights.append(np.ones(len(labels)) if weight is None else weight)
@@ -191,6 +195,10 @@ class HeldOut:
         results, numbers, weights = (np.concatenate(parts) for parts in (self._results, self._numbers, self._weights))
         compute = metric_value if self.metric in RANKING_METRICS else predicted_metric
         return compute(self.metric, results, numbers, weights)
+
+
+def _to_array(values: np.ndarray | torch.Tensor) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
 
 
 class Search(NamedTuple):

@@ -234,5 +234,6 @@ class RidgeSolver:
                 predicted = rotated @ (self.targets / shifted[:, None]) + self.shares
                 leverage = weight * (1 + (rotated.square() / shifted).sum(1, keepdim=True))
                 scores = (predicted - leverage * targets) / (1 - leverage).clamp_min(1e-9)
-                predictions.add(scores.cpu().numpy(), self.classes, labels[rows], counts)
+                scores = scores if scores.is_cuda else scores.numpy()
+                predictions.add(scores, self.classes, labels[rows], counts)
         return [predictions.value() for predictions in held_out]

@@ -21,6 +21,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features, load_data
 from concat_ensemble.data.images import image_hashes, read_image
@@ -29,10 +30,11 @@ from concat_ensemble.data.images import image_hashes, read_image
 def photographs(number: int) -> DatasetDict:
     """JPEG files of 256 x 256: a digit enlarged, with noise."""
     rng, digits = np.random.default_rng(0), load_digits()
-    encoded = []
+    noise, encoded = rng.integers(0, 16, (512, 512, 3)), []
     for n in range(number):
         pixels = PILImage.fromarray((digits.images[n % 1797] * 15).astype(np.uint8)).resize((256, 256))
-        noisy = np.asarray(pixels)[:, :, None] + rng.integers(0, 16, (256, 256, 3))
+        top, left = rng.integers(0, 256, 2)
+        noisy = np.asarray(pixels)[:, :, None] + noise[top : top + 256, left : left + 256]
         buffer = io.BytesIO()
         PILImage.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=90)
         encoded.append({"bytes": buffer.getvalue(), "path": None})
@@ -41,18 +43,27 @@ def photographs(number: int) -> DatasetDict:
     return load_data(Dataset.from_dict({"image": encoded, "label": labels}, features=features))
 
 
+class ImageBatches(TorchDataset):
+    """Pixels of one batch after the other, over all splits."""
+
+    def __init__(self, dataset: DatasetDict, processor: ConcatEnsembleImageProcessor, batch_size: int):
+        places = [(split, row) for split, rows in dataset.items() for row in range(len(rows))]
+        self.batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+        self.dataset, self.processor = dataset, processor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        images = [read_image(self.dataset[split], row) for split, row in self.batches[number]]
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+
 def bare_loop(model, processor, dataset: DatasetDict, batch_size: int, workers: int) -> float:
     """Seconds of a loop as one writes it by hand."""
     backbone = model.members["0"].eval().to(memory_format=torch.channels_last)
-    places = [(split, row) for split, rows in dataset.items() for row in range(len(rows))]
-
-    def collate(batch):
-        return processor([read_image(dataset[split], row) for split, row in batch], return_tensors="pt")[
-            "pixel_values"
-        ]
-
     started = time.perf_counter()
-    loader = DataLoader(places, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(ImageBatches(dataset, processor, batch_size), batch_size=None, num_workers=workers)
     with torch.inference_mode():
         torch.cat([backbone(pixels) for pixels in loader])
     return time.perf_counter() - started
