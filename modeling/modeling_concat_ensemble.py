@@ -71,9 +71,10 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             spec, index = config.members[k], config.geometry_index(k)
             with error_prefix(f"members[{k}]"):
                 self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
-            number = index if len(geometries) > 1 else None
-            select = functools.partial(_select_pixels, number, geometries[index], spec["preprocessing"])
-            self._member_pixels[str(k)] = select  # not a closure, since models are pickled
+            number, shape = index if len(geometries) > 1 else None, geometries[index]
+            # A partial, not a closure, since models are pickled.
+            self._member_pixels[str(k)] = functools.partial(_select_pixels, number, shape, spec["preprocessing"])
+        self.mark_members()
         dim = config.projection_dim
         self.projection = None if dim is None else nn.Linear(config.num_member_features, dim)
         self.members_frozen = False
@@ -138,11 +139,17 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         for member in filter(_can_checkpoint, self.members.values()):
             member.set_grad_checkpointing(enable)
 
+    def mark_members(self) -> None:
+        for module in self.members.modules():
+            module.is_of_member = True  # `_init_weights` leaves these alone
+
     @torch.no_grad()
     def _init_weights(self, module):
-        # `from_pretrained` leaves timm's non-persistent buffers as uninitialized memory (transformers #48892): Swin
-        # crashes on it, EVA02 is silently wrong. Nothing else in a member is touched: missing weights are an error.
-        if hasattr(module, "init_non_persistent_buffers"):
+        # timm initializes its own, but `from_pretrained` leaves their non-persistent buffers as uninitialized memory
+        # (transformers #48892): Swin crashes on it, EVA02 is silently wrong.
+        if not hasattr(module, "is_of_member"):
+            super()._init_weights(module)
+        elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 
     @classmethod
@@ -324,9 +331,8 @@ def _check_loaded(model: ConcatEnsemblePreTrainedModel, info: dict, name) -> Non
         raise ValueError(f"device_map puts members on disk, which gives wrong features; {remedy}.")
     # With ignore_mismatched_sizes a head may change; a member's weight would be left as uninitialized memory.
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    missing = [key for key in missing if key.startswith(("members.", "projection."))]
-    unexpected = [key for key in info["unexpected_keys"] if key.startswith(("members.", "projection."))]
-    refuse_misfit(missing, unexpected, name)
+    both, parts = (missing, info["unexpected_keys"]), ("members.", "projection.")
+    refuse_misfit(*([key for key in keys if key.startswith(parts)] for keys in both), name)
 
 
 def create_backbone(architecture: str, **model_args) -> nn.Module:

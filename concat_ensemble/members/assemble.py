@@ -106,6 +106,7 @@ def _build_model(members: list[_Member], projection: nn.Linear | None) -> Concat
         model = ConcatEnsembleModel(config)
     model.projection = copy.deepcopy(projection)
     model.members = nn.ModuleDict({str(k): member.backbone for k, member in enumerate(members)})
+    model.mark_members()
     return model.float().eval()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -215,6 +216,45 @@ def test_a_head_of_two_unnamed_classes_survives(build, noise, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(again(noise(model)).logits, model(noise(model)).logits)
+
+
+@pytest.mark.parametrize("base", [ConcatEnsembleModel, ConcatEnsembleForImageClassification])
+def test_layers_of_a_subclass_are_initialized_as_in_any_model(base, build, tmp_path):
+    """They are not in the file, and torch's memory for them holds what was there before (weights of 1e38)."""
+
+    class WithLayers(base):
+        def __init__(self, config):
+            super().__init__(config)
+            self.linear, self.conv = nn.Linear(64, 300), nn.Conv2d(8, 8, 3)
+            self.layer_norm, self.batch_norm = nn.LayerNorm(300), nn.BatchNorm2d(8)
+            self.recurrent = nn.Sequential(nn.Embedding(10, 8), nn.LSTM(8, 8))
+            self.post_init()
+
+    model, _ = build("grey", cls=base, num_labels=3)
+    model.save_pretrained(tmp_path)
+    garbage = [torch.full((300, 64), 1e38) for _ in range(50)]
+    del garbage
+    loaded = WithLayers.from_pretrained(tmp_path)
+    for layer in (loaded.linear, loaded.conv):
+        assert layer.weight.std().item() == pytest.approx(loaded.config.initializer_range, rel=0.2)
+        assert not layer.bias.any()
+    for layer in (loaded.layer_norm, loaded.batch_norm):
+        assert torch.equal(layer.weight, torch.ones_like(layer.weight)) and not layer.bias.any()
+    assert not loaded.batch_norm.running_mean.any() and torch.equal(loaded.batch_norm.running_var, torch.ones(8))
+    assert max(parameter.abs().max() for parameter in loaded.recurrent.parameters()) < 1
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_fresh_members_keep_timms_own_initialization(build):
+    """transformers would draw each weight from a normal distribution of standard deviation 0.02."""
+    assembled, _ = build("grey")
+    before = {key: tensor.clone() for key, tensor in assembled.state_dict().items()}
+    assembled.init_weights()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in assembled.state_dict().items())
+    model = ConcatEnsembleModel(assembled.config)
+    deviations = {layer.weight.std().item() for layer in model.modules() if isinstance(layer, nn.Conv2d)}
+    assert not any(deviation == pytest.approx(model.config.initializer_range, rel=0.02) for deviation in deviations)
 
 
 @pytest.mark.parametrize("delicate", ["resnetblur50", "swin", "eva02"])
