@@ -17,16 +17,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 # transformers finds the other files of the payload by these lines.
-from .configuration_concat_ensemble import ConcatEnsembleConfig
-from .configuration_concat_ensemble import error_prefix
-from .configuration_concat_ensemble import refuse_links
-from .configuration_concat_ensemble import require
+from .configuration_concat_ensemble import ConcatEnsembleConfig, error_prefix, refuse_links, require
 from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
-from .weights_concat_ensemble import copy_card
-from .weights_concat_ensemble import list_saved_members
-from .weights_concat_ensemble import open_checkpoint
-from .weights_concat_ensemble import refuse_misfit
-from .weights_concat_ensemble import save_weights
+from .weights_concat_ensemble import copy_card, list_saved_members, open_checkpoint, refuse_misfit, save_weights
 
 # Bounds for what a stranger's config may ask for: above all of timm's networks, and below what takes hours to build.
 MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**30
