@@ -29,6 +29,7 @@ from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK, NTKFeatures
 from concat_ensemble.features.precision import full_float32
 from concat_ensemble.features.projection import stored_projection
+from concat_ensemble.features.standardized import default_device
 from concat_ensemble.features.store import Block, block_key, default_store
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble, is_ensemble
@@ -398,7 +399,7 @@ def _choose_device(device: str | torch.device | None) -> torch.device:
     state = PartialState()
     if device is None and state.num_processes > 1:
         device = state.device
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(device or default_device())
 
 
 def _first_places(hashes: dict[str, list[bytes]]) -> Places:

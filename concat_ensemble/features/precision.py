@@ -12,7 +12,7 @@ def full_float32() -> Iterator[None]:
     """Within this context convolutions and matrix products of float32 tensors on a GPU keep all 24 bits.
 
     By default torch lets convolutions round their inputs to TF32, with 11 bits, on Nvidia GPUs since 2020. On an H100
-    that moved features by up to 0.5% of themselves, so that a table would depend on the device that made it.
+    that moved a ResNet's features by up to 1e-3, so that a table would depend on the device that made it.
     """
     cudnn: Any = torch.backends.cudnn
     backends = cudnn.conv, torch.backends.cuda.matmul

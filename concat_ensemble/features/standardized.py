@@ -40,7 +40,7 @@ class StandardizedFeatures:
         device: str | torch.device | None = None,
         in_memory: bool | None = None,
     ):
-        self.device = torch.device(device or _default_device())
+        self.device = torch.device(device or default_device())
         self.dtype = torch.float64 if split.dtype == np.float64 else torch.float32
         self.shape = split.blocks[0].shape[0], split.num_features
         self._choose_fast_dtype()
@@ -161,7 +161,7 @@ def moments(split: TableSplit, sample_weight: np.ndarray | None = None) -> tuple
     Args:
         sample_weight: (n,), at least 0. A weight of 2 counts as the row twice. Default: all the same.
     """
-    total, device = 0.0, _default_device()
+    total, device = 0.0, default_device()
     mean = squares = torch.zeros(split.num_features, dtype=torch.float64, device=device)
     for start in range(0, split.blocks[0].shape[0], CHUNK):
         chunk = _read_rows(split, start).to(device).double()
@@ -209,7 +209,8 @@ def _read_rows(split: TableSplit, start: int) -> torch.Tensor:
     return torch.from_numpy(np.require(split.rows(slice(start, start + CHUNK)), requirements=["C", "W"]))
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """The GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

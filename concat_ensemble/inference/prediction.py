@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from concat_ensemble.console import show_progress
 from concat_ensemble.errors import first_line
 from concat_ensemble.features.memory import keep_freed_memory
+from concat_ensemble.features.standardized import default_device
 from concat_ensemble.inference.folding import fold_batchnorm
 from concat_ensemble.inference.image_sources import ImageSource, open_images
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
@@ -127,8 +128,7 @@ def load_classifier(name: str | Path) -> ConcatEnsembleForImageClassification:
     _check_head(model)
     with suppress(ValueError):  # a member whose features folding would change runs as it is
         fold_batchnorm(model.eval())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device, memory_format=torch.channels_last)  # convolutions run faster in it
+    return model.to(default_device(), memory_format=torch.channels_last)  # convolutions run faster in it
 
 
 def class_names(model: ConcatEnsembleForImageClassification) -> list[str]:

@@ -12,6 +12,7 @@ from concat_ensemble.data.audit import Audit, audit_splits
 from concat_ensemble.data.bad_images import without_rows
 from concat_ensemble.data.labels import read_groups, read_labels
 from concat_ensemble.features.extraction import extract_features
+from concat_ensemble.features.standardized import default_device
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
@@ -108,7 +109,7 @@ def probe_ensemble(
     table = extract_features(model, dataset, **extraction)
     dataset, extraction["skip_bad"] = without_rows(dataset, table.skipped), False  # all rows are of the same images
     seconds = {"extraction": time.perf_counter() - started}
-    device = extraction.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = extraction.get("device") or default_device()
     costs = member_costs(model, device)
     candidates = ensemble_candidates(model, table, name, costs=costs, seed=seed)
     baselines = dict(baselines or {})
