@@ -28,6 +28,7 @@ AUTO_MAP = {
 }
 PAYLOAD_FILES = {f"{part}_concat_ensemble.py" for part in ("configuration", "image_processing", "modeling", "weights")}
 IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
+CHANNELS = "channels"  # the image_mode of members that see channels of an array by number, as listed under this key
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 MEMBER_KEYS = ("architecture", "model_args", "num_features", "preprocessing", "provenance")
@@ -41,6 +42,7 @@ PLAIN_NAME = re.compile(r"[\w.-]{0,64}")  # no path, no URL
 REFUSED_KEYS = {"adapter_config", "per_layer_config", "quantization_config", "sub_configs", "transformers_weights"}
 # Bounds for a stranger's numbers, before anything is allocated; MAX_NUMBER is for features, labels and arguments.
 MAX_MEMBERS, MAX_NUMBER, MAX_IMAGE_SIDE, MAX_NESTING = 256, 65_536, 4_096, 16
+MAX_CHANNELS, MAX_IMAGE_CHANNELS = 32, 256  # of a member, and of the images that it sees some channels of
 
 
 @functools.cache
@@ -93,7 +95,8 @@ class ConcatEnsembleConfig(PreTrainedConfig):
             - `num_features` (`int`): number of its pooled features, as measured;
             - `preprocessing` (`dict`): `input_size` (C, H, W), `crop_pct`, `crop_mode`, `interpolation`, `mean` and
               `std` (one per channel), `image_mode` (`"RGB"` or `"L"`), with the meaning that
-              `timm.data.create_transform` gives them;
+              `timm.data.create_transform` gives them; with the `image_mode` `"channels"` also `channels`, a list of C
+              numbers: which channels of an image the member sees (C from 1 to 32, numbers from 0 to 255);
             - `provenance` (`dict`): where the weights come from; shown on the card, never used to compute.
         active_members (`list[int]`, *optional*): Numbers of the members to build; defaults to all of them.
         projection_dim (`int`, *optional*): Number of features of a stored linear projection of the concatenation, such
@@ -193,11 +196,14 @@ class ConcatEnsembleConfig(PreTrainedConfig):
     @property
     def geometries(self) -> list[dict[str, Any]]:
         """The distinct ways in which members resize and crop an image, numbered over all members. `mean` and `std` are
-        those of the first member with this geometry; the model derives the pixels of the others from its pixels."""
-        first = {}
+        those of the first member with this geometry; the model derives the pixels of the others from its pixels.
+        Members that name their `channels` share a geometry with all of these."""
+        geometries = {}
         for member in self.members:
-            first.setdefault(_geometry_key(member["preprocessing"]), member["preprocessing"])
-        return list(first.values())
+            pixels = member["preprocessing"]
+            key = _geometry_key(pixels)
+            geometries[key] = _add_channels(geometries[key], pixels) if key in geometries else pixels
+        return list(geometries.values())
 
     def geometry_index(self, member: int) -> int:
         """Index in `geometries` of the member's geometry."""
@@ -218,7 +224,19 @@ def _geometry_key(preprocessing: dict[str, Any]) -> tuple:
     key = tuple(preprocessing[name] for name in ("crop_pct", "crop_mode", "interpolation", "image_mode"))
     # timm fills the border with the mean, so there a member with another mean sees another image.
     border = tuple(preprocessing["mean"]) if preprocessing["crop_mode"] == "border" else ()
-    return (*preprocessing["input_size"], *key, *border)
+    channels, *size = preprocessing["input_size"]
+    if CHANNELS in preprocessing:  # each channel is resized by itself
+        channels = tuple(preprocessing[CHANNELS]) if border else None
+    return (channels, *size, *key, *border)
+
+
+def _add_channels(geometry: dict[str, Any], pixels: dict[str, Any]) -> dict[str, Any]:
+    """`geometry` with those channels of `pixels` that it lacks, each with its mean and std."""
+    new = [place for place, number in enumerate(pixels.get(CHANNELS, ())) if number not in geometry[CHANNELS]]
+    if not new:
+        return geometry
+    added = {key: geometry[key] + [pixels[key][place] for place in new] for key in (CHANNELS, "mean", "std")}
+    return geometry | added | {"input_size": [len(added["mean"]), *geometry["input_size"][1:]]}
 
 
 def _check_other_keys(config_class: type, others: dict[str, Any]) -> None:
@@ -270,19 +288,19 @@ def validate_model_args(model_args: Any) -> dict[str, Any]:
     return model_args
 
 
-def validate_preprocessing(preprocessing: Any) -> dict[str, Any]:
+def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS) -> dict[str, Any]:
     """A copy of a member's preprocessing with lists in place of tuples. Raises ValueError for a missing or unknown key
     and for a value that is not allowed."""
-    if not isinstance(preprocessing, dict) or set(preprocessing) != set(PREPROCESSING_KEYS):
+    if not isinstance(preprocessing, dict) or set(preprocessing) - {CHANNELS} != set(PREPROCESSING_KEYS):
         content = _short(list(preprocessing) if isinstance(preprocessing, dict) else preprocessing)
         raise ValueError(f"preprocessing {content} must have exactly the keys {', '.join(PREPROCESSING_KEYS)}.")
     pixels = _copy_json(preprocessing, "preprocessing")
     size, mode, crop = pixels["input_size"], pixels["image_mode"], pixels["crop_pct"]
     is_size = isinstance(size, list) and len(size) == 3 and all(_is_whole(n, 1, MAX_IMAGE_SIDE) for n in size)
-    expected = f"[C, H, W] with 1 or 3 channels and up to {MAX_IMAGE_SIDE:,} pixels a side"
-    require(is_size and size[0] in IMAGE_MODES, "input_size", size, expected)
+    expected = f"[C, H, W] with 1 to {max_channels} channels and up to {MAX_IMAGE_SIDE:,} pixels a side"
+    require(is_size and size[0] <= max_channels, "input_size", size, expected)
     channels = size[0]
-    require(mode == IMAGE_MODES[channels], "image_mode", mode, f"{IMAGE_MODES[channels]!r} for {channels} channels")
+    _check_channels(channels, mode, pixels)
     require(_is_number(crop) and 0.1 <= crop <= 10, "crop_pct", crop, "a number from 0.1 to 10")
     for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
         require(pixels[name] in allowed, name, pixels[name], f"one of {', '.join(allowed)}")
@@ -292,6 +310,19 @@ def validate_preprocessing(preprocessing: Any) -> dict[str, Any]:
         require(are_numbers, name, values, f"{channels} numbers, one per channel")
     require(min(pixels["std"]) > 0, "std", pixels["std"], "above zero")
     return pixels
+
+
+def _check_channels(count: int, mode: Any, pixels: dict[str, Any]) -> None:
+    """Raise ValueError unless `mode` and, if there is such a key, the channels' numbers go with `count` channels."""
+    numbers = pixels.get(CHANNELS)
+    if CHANNELS not in pixels and count in IMAGE_MODES:
+        expected = f"{IMAGE_MODES[count]!r} for {count} channels, or {CHANNELS!r} beside a list of their numbers"
+        require(mode == IMAGE_MODES[count], "image_mode", mode, expected)
+        return
+    are_numbers = isinstance(numbers, list) and all(_is_whole(n, 0, MAX_IMAGE_CHANNELS - 1) for n in numbers)
+    expected = f"{count} numbers from 0 to {MAX_IMAGE_CHANNELS - 1}: which channels of an image the member sees"
+    require(are_numbers and len(numbers) == count, CHANNELS, numbers, expected)
+    require(mode == CHANNELS, "image_mode", mode, f"{CHANNELS!r} beside a list of channels")
 
 
 def require(condition: bool, name: str, value: Any, expected: str) -> None:

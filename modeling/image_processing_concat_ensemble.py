@@ -1,5 +1,7 @@
 """Images to the pixels of every member of an ensemble, as timm's evaluation transform makes them."""
 
+import copy
+import math
 import os
 from typing import Any
 
@@ -13,6 +15,10 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
+from .configuration_concat_ensemble import CHANNELS
+from .configuration_concat_ensemble import IMAGE_MODES
+from .configuration_concat_ensemble import MAX_CHANNELS
+from .configuration_concat_ensemble import MAX_IMAGE_CHANNELS
 from .configuration_concat_ensemble import ConcatEnsembleConfig
 from .configuration_concat_ensemble import copy_payload
 from .configuration_concat_ensemble import error_prefix
@@ -61,21 +67,24 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             remedy = "use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)"
             raise ValueError(f"geometries={geometries!r} must be a list of at least one geometry; {remedy}.")
         with error_prefix("geometries"):
-            self.geometries = [validate_preprocessing(geometry) for geometry in geometries]
-        settings = [{key: geometry[key] for key in geometry if key != "image_mode"} for geometry in geometries]
-        self._transforms = [timm.data.create_transform(**each, is_training=False) for each in settings]
+            self.geometries = [validate_preprocessing(geometry, MAX_IMAGE_CHANNELS) for geometry in geometries]
+        self._transforms = [_create_transform(geometry) for geometry in self.geometries]
+        self._num_channels = 1 + max((n for each in self.geometries for n in each.get(CHANNELS, ())), default=-1)
 
     @classmethod
     def from_config(cls, config: ConcatEnsembleConfig) -> "ConcatEnsembleImageProcessor":
         """The processor that matches a model with this configuration."""
         return cls(geometries=config.geometries)
 
-    def preprocess(self, images, return_tensors: str = "pt", **kwargs) -> BatchFeature:
+    def preprocess(
+        self, images, return_tensors: str = "pt", *, input_data_format: str | None = None, **kwargs
+    ) -> BatchFeature:
         """
         Args:
-            images: One image or a list: PIL images, paths, URLs, or uint8 or [0, 1] float arrays or tensors, (H, W, C)
-                or (C, H, W).
+            images: One image or a list: PIL images, paths, URLs, open files, or uint8 or [0, 1] float arrays or
+                tensors, (H, W, C) or (C, H, W). For members that name their channels, see `read_channels`.
             return_tensors: `"pt"` or `"np"`.
+            input_data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape leaves that open.
 
         Returns:
             `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several. ValueError with the
@@ -85,23 +94,35 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             raise ValueError(f"unknown arguments {sorted(kwargs)}; leave them out: the config fixes what members see.")
         if not (images := _flatten(images)):
             raise ValueError("images is empty; give at least one.")
-        pixels = [self._create_pixels(number, image) for number, image in enumerate(images)]
+        pixels = [self._create_pixels(number, image, input_data_format) for number, image in enumerate(images)]
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
 
-    def _create_pixels(self, number: int, image) -> torch.Tensor:
+    def _create_pixels(self, number: int, image, input_data_format: str | None) -> torch.Tensor:
         try:
-            pil_image = _to_pil(image)
-            slices = [
-                transform(convert_image(pil_image, geometry["image_mode"]))
-                for transform, geometry in zip(self._transforms, self.geometries, strict=True)
-            ]
+            slices = self._create_slices(image, input_data_format)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL's for a bad image
             path = f" ({image})" if isinstance(image, str | os.PathLike) else ""
             raise ValueError(f"image {number} of the batch{path}: {error}") from error
         channels, height, width = (max(axis) for axis in zip(*(s.shape for s in slices), strict=True))
-        # A gray slice fills all channels.
-        padded = [pad(s.expand(channels, -1, -1), (0, width - s.shape[2], 0, height - s.shape[1])) for s in slices]
+        # A gray slice fills all channels; further channels are zero.
+        slices = [s.expand(channels, -1, -1) if len(s) == 1 else s for s in slices]
+        padded = [pad(s, (0, width - s.shape[2], 0, height - s.shape[1], 0, channels - len(s))) for s in slices]
         return padded[0] if len(padded) == 1 else torch.stack(padded)
+
+    def _create_slices(self, image, input_data_format: str | None) -> list[torch.Tensor]:
+        """What each geometry makes of an image, normalized."""
+        channels, picture = None, None
+        if self._num_channels:
+            channels = read_channels(image, self._num_channels, input_data_format)
+            image = image if _is_file(image) else channels[:3] if len(channels) == 4 else channels
+        slices = []
+        for geometry, transform in zip(self.geometries, self._transforms, strict=True):
+            if CHANNELS in geometry:
+                slices.append(_transform_channels(channels, geometry, transform))
+            else:
+                picture = picture or _to_pil(image)
+                slices.append(transform(convert_image(picture, geometry["image_mode"])))
+        return slices
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         refuse_links(save_directory)
@@ -112,7 +133,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         # Only config.json names the class: transformers' `pipeline` takes an `auto_map` here for a video processor's,
         # and asks whether to trust its code even if this package is installed.
-        left_out = ("_transforms", "image_processor_type", "auto_map")
+        left_out = ("_transforms", "_num_channels", "image_processor_type", "auto_map")
         return {key: value for key, value in super().to_dict().items() if key not in left_out}
 
 
@@ -130,12 +151,192 @@ def _to_pil(image) -> PIL.Image.Image:
         return load_image(path) if path.startswith(("http://", "https://", "data:")) else PIL.Image.open(path)
     if isinstance(image, PIL.Image.Image):
         return image
+    if hasattr(image, "read"):
+        image.seek(0)
+        return PIL.Image.open(image)
     array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3):
         expected = "a PIL image, a path, or an array of 2 or 3 dimensions"
         raise ValueError(f"{type(image).__name__} is not an image; give {expected}.")
+    if array.ndim == 3 and not {1, 3, 4} & {array.shape[0], array.shape[2]}:
+        remedy = "name those that a member sees, as in assemble(member, channels=[2, 1, 0])"
+        raise ValueError(f"its shape {array.shape} has neither 1 nor 3 channels, nor 4; {remedy}.")
     if array.dtype == np.uint16:
         array = (array / 257.0).round().astype(np.uint8)
     if not np.isfinite(array).all():
         raise ValueError("it has pixels that are NaN or infinite; remove or repair it.")
     return to_pil_image(array[None] if array.ndim == 2 else array)
+
+
+def read_channels(image, least: int = 1, input_data_format: str | None = None) -> np.ndarray:
+    """The channels (C, H, W) of an image for members that name theirs: uint8, uint16 or float32.
+
+    Args:
+        image: An array or tensor, (H, W), (H, W, C) or (C, H, W), of these types, float16, bfloat16 or float64; or a
+            PIL image, path or open file. A TIFF's channels are its pages, or the samples of its only page.
+        least: Number of channels that it must have at least.
+        input_data_format: `"channels_first"` or `"channels_last"`. By default, the channels are on the axis of `least`
+            entries, or on the one of up to 32 entries if the other is longer.
+
+    Raises:
+        ValueError: for fewer channels, for a shape that leaves open which axis has them, and for other types.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
+    array = _read_bands(image) if _is_file(image) else _channels_first(np.asarray(image), least, input_data_format)
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    elif array.dtype.type not in (np.uint8, np.uint16):
+        remedy = "give uint8, uint16, or floats in the units of the members' mean and std"
+        raise ValueError(f"its pixels are {array.dtype}; {remedy}.")
+    if len(array) < least:
+        remedy = "give an array or a TIFF with all of them"
+        raise ValueError(f"it has {len(array)} channels, and members see channels up to number {least - 1}; {remedy}.")
+    if array[0].size < 2:
+        raise ValueError("the image is 1x1 pixels, which shows nothing; remove it from the data.")
+    return array
+
+
+def _channels_first(array: np.ndarray, least: int, input_data_format: str | None) -> np.ndarray:
+    """An array (H, W), (H, W, C) or (C, H, W) as (C, H, W)."""
+    formats = ("channels_first", "channels_last")
+    if input_data_format not in (None, *formats):
+        raise ValueError(f"input_data_format={input_data_format!r} must be {' or '.join(formats)}.")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"its shape {array.shape} must be (H, W), (H, W, C) or (C, H, W).")
+    if array.ndim == 2:
+        return array[None]
+    name = input_data_format or _infer_data_format(array.shape, least)
+    return array if name == "channels_first" else array.transpose(2, 0, 1)
+
+
+def _infer_data_format(shape: tuple[int, ...], least: int) -> str:
+    """Which end of a shape (C, H, W) or (H, W, C) has the channels: the one of `least`, or the one that is short."""
+    first, last = shape[0], shape[2]
+    if first == least != last and last not in IMAGE_MODES:  # else it may be an RGB image with `least` rows
+        return "channels_first"
+    if last == least != first and first not in IMAGE_MODES:
+        return "channels_last"
+    if min(first, last) <= MAX_CHANNELS < max(first, last):
+        return "channels_first" if first < last else "channels_last"
+    remedy = "pass input_data_format='channels_first' or 'channels_last'"
+    raise ValueError(f"its shape {shape} leaves open which axis has the {least} or more channels; {remedy}.")
+
+
+def _read_bands(image) -> np.ndarray:
+    """The channels (C, H, W) of a PIL image or of a file, by Pillow, or by tifffile where Pillow would lose some."""
+    file, picture = image, image
+    if not isinstance(image, PIL.Image.Image):
+        try:
+            picture = _to_pil(image)
+        except (PIL.UnidentifiedImageError, ValueError):
+            if not _is_tiff(file):
+                raise
+            return _read_samples(file)
+    elif getattr(image, "filename", ""):
+        file = image.filename
+    tags = getattr(picture, "tag_v2", None)
+    if tags is None:
+        return _bands(picture)
+    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    is_premultiplied = 1 in tags.get(338, ())  # Pillow would divide the colors by the last channel
+    if samples > 1 and (bits > 8 or samples != len(picture.getbands()) or is_premultiplied):
+        return _read_samples(file)
+    pages = []
+    for page in range(picture.n_frames):
+        picture.seek(page)
+        pages.append(_bands(picture))
+    picture.seek(0)
+    shapes = sorted({page.shape for page in pages})
+    if len(pages) > 1 and (len(shapes) > 1 or shapes[0][0] > 1):
+        raise ValueError(f"its pages have the shapes {shapes}; save one gray page of one size for each channel.")
+    return np.concatenate(pages)
+
+
+def _bands(image: PIL.Image.Image) -> np.ndarray:
+    """The channels (C, H, W) of one picture, set upright."""
+    image = PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "LA", "RGB", "RGBA", "I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")  # of a palette, CMYK or YCbCr
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _is_tiff(file) -> bool:
+    if hasattr(file, "read"):
+        file.seek(0)
+        start = file.read(4)
+        file.seek(0)
+    else:
+        with open(file, "rb") as opened:
+            start = opened.read(4)
+    return start[:2] in (b"II", b"MM") and start[2:] in (b"*\0", b"\0*", b"+\0", b"\0+")
+
+
+def _read_samples(file) -> np.ndarray:
+    """The channels (C, H, W) of a TIFF with several samples a pixel, which Pillow cuts to three or to 8 bits."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ValueError("a TIFF with several samples a pixel needs tifffile: pip install tifffile.") from error
+    if isinstance(file, PIL.Image.Image):
+        raise ValueError("Pillow cannot give all channels of this TIFF; pass its path or the open file instead.")
+    try:
+        if hasattr(file, "seek"):
+            file.seek(0)
+        with tifffile.TiffFile(file) as tiff:
+            series, tag = tiff.series[0], tiff.pages[0].tags.get("Orientation")
+            if tag is not None and tag.value != 1:
+                raise ValueError("its orientation is not upright; save it upright")
+            axes, shape = series.axes, series.shape
+            (channel,) = (n for n, axis in enumerate(axes) if axis not in "YX" and shape[n] > 1)
+            if axes.count("Y") != 1 or math.prod(shape) > MAX_IMAGE_CHANNELS * PIL.Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its axes {axes} of {shape} are no picture")
+            array = np.moveaxis(series.asarray(), channel, 0)
+    except Exception as error:  # of damaged files, of nearly every kind
+        raise ValueError(
+            f"tifffile cannot read it ({str(error).splitlines()[0]}); save its channels as pages."
+        ) from error
+    return array.reshape(len(array), *(n for axis, n in zip(axes, shape, strict=True) if axis in "YX"))
+
+
+def _is_file(image) -> bool:
+    """Whether an image comes with its own layout: a path, an open file or a PIL image."""
+    return isinstance(image, str | os.PathLike | PIL.Image.Image) or hasattr(image, "read")
+
+
+def _create_transform(geometry: dict[str, Any]) -> Any:
+    """timm's evaluation transform; of a geometry with named channels a list with one for each, by PIL mode."""
+    settings = {key: value for key, value in geometry.items() if key not in ("image_mode", CHANNELS)}
+    if CHANNELS not in geometry:
+        return timm.data.create_transform(**settings, is_training=False)
+    transforms = []
+    for mean, std in zip(geometry["mean"], geometry["std"], strict=True):
+        one = settings | {"input_size": (1, *geometry["input_size"][1:]), "mean": (mean,), "std": (std,)}
+        bytes_transform = timm.data.create_transform(**one, is_training=False)
+        float_transform = copy.deepcopy(bytes_transform)
+        if geometry["crop_mode"] == "border":
+            float_transform.transforms[1].fill = [mean]  # timm's is in 8 bits
+        transforms.append({"L": bytes_transform, "F": float_transform})
+    return transforms
+
+
+def _transform_channels(channels: np.ndarray, geometry: dict[str, Any], transforms: list[dict]) -> torch.Tensor:
+    """The slice (C, H, W) of a geometry with named channels. Each is resized by itself: 8 bits as Pillow does for RGB,
+    16 bits and floats in float32. 16 bits are divided by 65,535 and, as 8 bits, cut off where resizing overshoots."""
+    slices = []
+    for place, number in enumerate(geometry[CHANNELS]):
+        channel, mean, std = channels[number], geometry["mean"][place], geometry["std"][place]
+        if channel.dtype != np.uint8:
+            if not np.isfinite(channel).all():
+                raise ValueError(f"channel {number} has pixels that are NaN or infinite; remove or repair it.")
+            channel = channel.astype(np.float32) / (1 if channel.dtype.kind == "f" else 65_535)
+        picture = PIL.Image.fromarray(np.ascontiguousarray(channel))
+        pixels = transforms[place][picture.mode](picture)
+        if channels.dtype == np.uint16:
+            pixels = pixels.clamp((0 - mean) / std, (1 - mean) / std)
+        slices.append(pixels)
+    return torch.cat(slices)

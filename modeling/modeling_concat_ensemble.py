@@ -377,12 +377,17 @@ def _can_checkpoint(member: nn.Module) -> bool:
 
 
 def _select_pixels(index: int | None, source: dict, target: dict, pixel_values: Tensor) -> Tensor:
-    """What a member with the preprocessing `target` sees: slice `index` of its geometry (None if there is only one),
-    normalized by its own mean and std in place of those of `source` (exact: both are affine)."""
+    """What a member with the preprocessing `target` sees: its channels of slice `index` (None if there is only one) of
+    its geometry, normalized by its own mean and std in place of those of `source` (exact: both are affine)."""
     channels, height, width = target["input_size"]
-    pixels = pixel_values if index is None else pixel_values[:, index, :channels, :height, :width]
-    if source["mean"] == target["mean"] and source["std"] == target["std"]:
+    pixels = pixel_values if index is None else pixel_values[:, index, :, :height, :width]
+    places = list(range(channels))
+    if source.get("channels") != target.get("channels"):
+        places = [source["channels"].index(number) for number in target["channels"]]
+    pixels = pixels[:, :channels] if places == list(range(channels)) else pixels[:, places]
+    mean, std = ([source[key][place] for place in places] for key in ("mean", "std"))
+    if mean == target["mean"] and std == target["std"]:
         return pixels
-    scale = [s / t for s, t in zip(source["std"], target["std"], strict=True)]
-    shift = [(m - n) / t for m, n, t in zip(source["mean"], target["mean"], target["std"], strict=True)]
+    scale = [s / t for s, t in zip(std, target["std"], strict=True)]
+    shift = [(m - n) / t for m, n, t in zip(mean, target["mean"], target["std"], strict=True)]
     return pixels * pixels.new_tensor(scale)[:, None, None] + pixels.new_tensor(shift)[:, None, None]

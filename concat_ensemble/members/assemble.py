@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -26,6 +26,7 @@ from concat_ensemble.members.checkpoints import (
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
 from concat_ensemble.modeling.configuration_concat_ensemble import (
+    CHANNELS,
     IMAGE_MODES,
     MEMBER_KEYS,
     REFUSED_MODEL_ARGS,
@@ -54,7 +55,14 @@ class _Member:
 
 
 def assemble(
-    members: Source | Iterable[Source], *, preprocessing: str = "own", seed: int = 0, license: str | None = None
+    members: Source | Iterable[Source],
+    *,
+    preprocessing: str = "own",
+    channels: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    license: str | None = None,
 ) -> ConcatEnsembleModel:
     """Concatenate backbones into one model.
 
@@ -71,6 +79,10 @@ def assemble(
             An ensemble contributes its members in their order, and also its projection if it is the only source.
         preprocessing: `"own"`: every member gets its timm evaluation transform. `"shared"`: all members get the first
             member's, which is faster and changes the features of the others.
+        channels: Numbers of the channels of an image that each of these members sees, from 0, as many as it takes.
+            Default: gray or RGB for members of 1 and 3 channels, the first channels for others.
+        mean, std: One number for each channel, in place of timm's. For a member of other than 3 channels, timm takes
+            the average of an RGB mean and std for all of them.
         seed: Random seed of the untrained members: member k has `seed + k`.
         license: SPDX-like identifier for members whose source names no license.
 
@@ -92,11 +104,21 @@ def assemble(
     for k, member in enumerate(loaded):
         if preprocessing == "shared":
             member.spec["preprocessing"] = loaded[0].spec["preprocessing"]
+        _set_channels(k, member.spec, channels=channels, mean=mean, std=std)
         if license:
             member.spec["provenance"].setdefault("license", license)
         member.spec["provenance"]["weights_sha256"] = weights_sha256(member.backbone.state_dict())
         member.spec["num_features"] = _measure_num_features(k, member)
     return _build_model(loaded, loaded[0].projection if len(sources) == 1 else None)
+
+
+def _set_channels(k: int, spec: dict[str, Any], **settings: Sequence | None) -> None:
+    """Replace those of `channels`, `mean` and `std` that are given in a member's preprocessing."""
+    given = {key: list(values) for key, values in settings.items() if values is not None}
+    if given:
+        mode = {"image_mode": CHANNELS} if CHANNELS in given else {}
+        with error_prefix(f"member {k} ({spec['architecture']})"):
+            spec["preprocessing"] = validate_preprocessing(spec["preprocessing"] | given | mode)
 
 
 def _build_model(members: list[_Member], projection: nn.Linear | None) -> ConcatEnsembleModel:
@@ -297,10 +319,11 @@ def _make_member(
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
+    pixels["image_mode"] = IMAGE_MODES.get(channels, CHANNELS)
     if channels not in IMAGE_MODES:
-        raise ValueError(f"{name}: it takes {channels} channels; images have {' or '.join(map(str, IMAGE_MODES))}.")
+        pixels[CHANNELS] = list(range(channels))
     with error_prefix(name):
-        preprocessing = validate_preprocessing({**pixels, "image_mode": IMAGE_MODES[channels]})
+        preprocessing = validate_preprocessing(pixels)
     spec = dict.fromkeys(MEMBER_KEYS) | {
         "architecture": name,
         "model_args": _select_model_args(backbone),
