@@ -300,7 +300,7 @@ def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS)
     expected = f"[C, H, W] with 1 to {max_channels} channels and up to {MAX_IMAGE_SIDE:,} pixels a side"
     require(is_size and size[0] <= max_channels, "input_size", size, expected)
     channels = size[0]
-    _check_channels(channels, mode, pixels)
+    _check_channels(size, mode, pixels)
     require(_is_number(crop) and 0.1 <= crop <= 10, "crop_pct", crop, "a number from 0.1 to 10")
     for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
         require(pixels[name] in allowed, name, pixels[name], f"one of {', '.join(allowed)}")
@@ -312,10 +312,11 @@ def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS)
     return pixels
 
 
-def _check_channels(count: int, mode: Any, pixels: dict[str, Any]) -> None:
-    """Raise ValueError unless `mode` and, if there is such a key, the channels' numbers go with `count` channels."""
-    numbers = pixels.get(CHANNELS)
-    if CHANNELS not in pixels and count in IMAGE_MODES:
+def _check_channels(size: list[int], mode: Any, pixels: dict[str, Any]) -> None:
+    """Raise ValueError unless `mode` and, if there is such a key, the channels' numbers go with the size."""
+    count, numbers = size[0], pixels.get(CHANNELS)
+    if CHANNELS not in pixels:
+        require(count in IMAGE_MODES, "input_size", size, f"of 1 or 3 channels, or beside {CHANNELS!r}, their numbers")
         expected = f"{IMAGE_MODES[count]!r} for {count} channels, or {CHANNELS!r} beside a list of their numbers"
         require(mode == IMAGE_MODES[count], "image_mode", mode, expected)
         return

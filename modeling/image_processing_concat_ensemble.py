@@ -16,8 +16,6 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
 from .configuration_concat_ensemble import CHANNELS
-from .configuration_concat_ensemble import IMAGE_MODES
-from .configuration_concat_ensemble import MAX_CHANNELS
 from .configuration_concat_ensemble import MAX_IMAGE_CHANNELS
 from .configuration_concat_ensemble import ConcatEnsembleConfig
 from .configuration_concat_ensemble import copy_payload
@@ -175,8 +173,7 @@ def read_channels(image, least: int = 1, input_data_format: str | None = None) -
         image: An array or tensor, (H, W), (H, W, C) or (C, H, W), of these types, float16, bfloat16 or float64; or a
             PIL image, path or open file. A TIFF's channels are its pages, or the samples of its only page.
         least: Number of channels that it must have at least.
-        input_data_format: `"channels_first"` or `"channels_last"`. By default, the channels are on the axis of `least`
-            entries, or on the one of up to 32 entries if the other is longer.
+        input_data_format: `"channels_first"` or `"channels_last"`; found by the shape by default.
 
     Raises:
         ValueError: for fewer channels, for a shape that leaves open which axis has them, and for other types.
@@ -212,14 +209,14 @@ def _channels_first(array: np.ndarray, least: int, input_data_format: str | None
 
 
 def _infer_data_format(shape: tuple[int, ...], least: int) -> str:
-    """Which end of a shape (C, H, W) or (H, W, C) has the channels: the one of `least`, or the one that is short."""
-    first, last = shape[0], shape[2]
-    if first == least != last and last not in IMAGE_MODES:  # else it may be an RGB image with `least` rows
-        return "channels_first"
-    if last == least != first and first not in IMAGE_MODES:
-        return "channels_last"
-    if min(first, last) <= MAX_CHANNELS < max(first, last):
-        return "channels_first" if first < last else "channels_last"
+    """Which end of a shape (C, H, W) or (H, W, C) has the channels: of a square image the end that differs, else one
+    of at most half the length of both other axes, or of `least` entries."""
+    first, middle, last = shape
+    for name, end, other in (("channels_first", first, last), ("channels_last", last, first)):
+        if middle == other != end or (first != middle != last and 2 * end <= min(middle, other)):
+            return name
+    if (first == least) != (last == least):
+        return "channels_first" if first == least else "channels_last"
     remedy = "pass input_data_format='channels_first' or 'channels_last'"
     raise ValueError(f"its shape {shape} leaves open which axis has the {least} or more channels; {remedy}.")
 
@@ -329,14 +326,19 @@ def _transform_channels(channels: np.ndarray, geometry: dict[str, Any], transfor
     16 bits and floats in float32. 16 bits are divided by 65,535 and, as 8 bits, cut off where resizing overshoots."""
     slices = []
     for place, number in enumerate(geometry[CHANNELS]):
-        channel, mean, std = channels[number], geometry["mean"][place], geometry["std"][place]
-        if channel.dtype != np.uint8:
-            if not np.isfinite(channel).all():
-                raise ValueError(f"channel {number} has pixels that are NaN or infinite; remove or repair it.")
-            channel = channel.astype(np.float32) / (1 if channel.dtype.kind == "f" else 65_535)
-        picture = PIL.Image.fromarray(np.ascontiguousarray(channel))
+        mean, std = geometry["mean"][place], geometry["std"][place]
+        picture = PIL.Image.fromarray(scale_channel(channels, number))
         pixels = transforms[place][picture.mode](picture)
         if channels.dtype == np.uint16:
             pixels = pixels.clamp((0 - mean) / std, (1 - mean) / std)
         slices.append(pixels)
     return torch.cat(slices)
+
+
+def scale_channel(channels: np.ndarray, number: int) -> np.ndarray:
+    """Channel `number` of (C, H, W) as 8 bits, or as float32: 16 bits from 0 to 1, floats as they are. Raises
+    ValueError for values that are not finite."""
+    channel = np.ascontiguousarray(channels[number])
+    if not np.isfinite(channel).all():
+        raise ValueError(f"channel {number} has pixels that are NaN or infinite; remove or repair it.")
+    return channel.astype(np.float32) / 65_535 if channel.dtype == np.uint16 else channel

@@ -1,7 +1,8 @@
 """`build`: an ensemble from its members."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,6 +20,11 @@ def build(
     preprocessing: Annotated[
         str, typer.Option(help="own: each member's evaluation transform. shared: the first member's for all.")
     ] = "own",
+    channels: Annotated[
+        str | None, typer.Option(help="Numbers of the channels that each member sees, from 0, such as 2,1,0.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean of each channel, such as 0.5,0.4,0.3,0.2.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of each channel.")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A system of the paper, such as swav-cat5, in place of members.")
     ] = None,
@@ -47,6 +53,9 @@ def build(
         recipe=recipe,
         checkpoints=checkpoints,
         preprocessing=preprocessing,
+        channels=_parse_list("--channels", channels, int),
+        mean=_parse_list("--mean", mean, float),
+        std=_parse_list("--std", std, float),
         license=license,
         dtype=dtype,
         seed=seed,
@@ -59,12 +68,21 @@ def build(
     print_written(member_table(output, facts["members"]), facts, as_json, quiet)
 
 
+def _parse_list(option: str, text: str | None, kind: Callable[[str], Any]) -> list | None:
+    try:
+        return None if text is None else [kind(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: give numbers with commas between them, such as 0,1,2.") from error
+
+
 def member_table(output: Path, members: list[dict]) -> Table:
     """The members' architectures, pooled features, inputs and sources."""
+    from concat_ensemble.reporting.model_card import describe_input
+
     num_features = sum(member["num_features"] for member in members)
     table = Table("", "architecture", "features", "input", "source", title=f"{output}: {num_features:,} features")
     for k, member in enumerate(members):
-        size = "x".join(map(str, member["preprocessing"]["input_size"]))
+        size = describe_input(member["preprocessing"])
         source = member["provenance"]["source"]
         table.add_row(str(k), member["architecture"], f"{member['num_features']:,}", size, source)
     return table

@@ -6,7 +6,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+)
+
+from concat_ensemble.data.arrays import array_type, encode_column
 
 IMAGE_NAMES = ("image", "img", "picture", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "y", "cls")
@@ -44,14 +56,15 @@ def select_columns(
     # By way of names that no column has, since a dataset may use these names for other columns.
     split = split.rename_columns({name: f"{role} of {name}" for role, name in columns.items()})
     split = split.rename_columns({f"{role} of {name}": role for role, name in columns.items()})
-    return split.cast_column("image", Image(decode=False))
+    return _encode_images(split)
 
 
 def find_image_columns(features: Features) -> list[str]:
     """Names of the columns that may hold the images, the likeliest first."""
     by_type = [name for name, feature in features.items() if isinstance(feature, Image)]
     by_name = [name for name in IMAGE_NAMES if name in features]
-    return [name for name in by_name if name in by_type] + by_type + by_name
+    arrays = [name for name, feature in features.items() if isinstance(feature, Array2D | Array3D)]
+    return [name for name in by_name if name in by_type] + by_type + by_name + arrays
 
 
 def select_images(split: Split, kind: str, image_column: str | None = None) -> Split:
@@ -65,7 +78,7 @@ def select_images(split: Split, kind: str, image_column: str | None = None) -> S
     _check_images(image, features[image], kind)
     split = split.select_columns([image])
     split = split if image == "image" else split.rename_column(image, "image")
-    return split.cast_column("image", Image(decode=False))
+    return _encode_images(split)
 
 
 def refuse_urls(split: Dataset, kind: str) -> None:
@@ -117,7 +130,9 @@ def _choose_column(role: str, name: str | None, candidates: list[str], *, featur
 
 
 def _check_images(name: str, feature: Any, kind: str) -> None:
-    """Raise ValueError for a column whose rows are no encoded images, files or bytes."""
+    """Raise ValueError for a column whose rows are no encoded images, files, bytes or arrays."""
+    if array_type(feature) is not None:
+        return
     if isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature)):
         return
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"):
@@ -138,3 +153,10 @@ def _holds_images(feature: Any) -> bool:
     """Whether a row of such a column is a list of images."""
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     return isinstance(inner, Image)
+
+
+def _encode_images(split: Split) -> Split:
+    """The split with encoded images in the column `image`."""
+    features = read_features(split)
+    dtype = array_type(features["image"])
+    return split.cast_column("image", Image(decode=False)) if dtype is None else encode_column(split, dtype, features)

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, Value
 
+from concat_ensemble.data.arrays import decode_array, is_array
 from concat_ensemble.data.columns import add_column, read_column
 from concat_ensemble.errors import first_line
 
@@ -34,12 +35,11 @@ def decode_image(encoded: dict | None, name: str) -> PIL.Image.Image:
 
 def open_image(encoded: dict | None) -> PIL.Image.Image:
     """As `decode_image`; the error is the reason alone, without a name."""
-    if not encoded or (encoded["bytes"] is None and encoded["path"] is None):
-        raise ValueError("the row has no image")
-    if encoded["bytes"] == b"":
-        raise ValueError("the file is empty")
+    content = _check_content(encoded)
+    if is_array(content):
+        return _show_array(decode_array(content))
     try:
-        image = PIL.Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+        image = PIL.Image.open(_open_encoded(encoded))
         image.load()
         only_alpha = _shows_only_alpha(image)
     except Exception as error:  # of damaged files, PIL's plugins raise errors of nearly every kind
@@ -47,6 +47,42 @@ def open_image(encoded: dict | None) -> PIL.Image.Image:
     if only_alpha:
         raise ValueError("its colors are all the same and what it shows is in its alpha channel, which is not read")
     return image
+
+
+def processor_input(encoded: dict | None, processor: Any) -> PIL.Image.Image | np.ndarray | io.BytesIO | str:
+    """What an ensemble's image processor reads of an image: the decoded picture, or for members that name the channels
+    they see, and for arrays, `open_file`'s result. Raises ValueError if there is no image."""
+    names_channels = any("channels" in geometry for geometry in processor.geometries)
+    is_file = names_channels or is_array(_check_content(encoded))
+    return open_file(encoded) if is_file else open_image(encoded)
+
+
+def open_file(encoded: dict | None) -> np.ndarray | io.BytesIO | str:
+    """An array, or the file of a picture, of which Pillow may not give all channels. Raises ValueError without one."""
+    content = _check_content(encoded)
+    if is_array(content):
+        return decode_array(content)
+    return _open_encoded(encoded)
+
+
+def _check_content(encoded: dict | None) -> bytes | None:
+    """The bytes of an image, or None for a path. Raises ValueError if there is neither."""
+    if not encoded or (encoded["bytes"] is None and encoded["path"] is None):
+        raise ValueError("the row has no image")
+    if encoded["bytes"] == b"":
+        raise ValueError("the file is empty")
+    return encoded["bytes"]
+
+
+def _open_encoded(encoded: Any) -> io.BytesIO | str:
+    return io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
+
+
+def _show_array(pixels: np.ndarray) -> PIL.Image.Image:
+    """An array as a picture. Raises ValueError for one that is none."""
+    if pixels.dtype != np.uint8 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise ValueError(f"it is an array of {pixels.dtype} and shape {pixels.shape}, which is no picture of 8 bits")
+    return PIL.Image.fromarray(pixels)
 
 
 def describe_read_error(error: Exception) -> str:

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from concat_ensemble.console import show_progress
 from concat_ensemble.data.bad_images import BadImages, describe_bad_images, usable_rows
-from concat_ensemble.data.images import describe_read_error, image_hashes, open_image
+from concat_ensemble.data.images import describe_read_error, image_hashes, open_image, processor_input
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.extractor import Extractor, PooledFeatures
@@ -303,9 +303,10 @@ class _PixelDataset(TorchDataset):
     def __getitem__(self, image_hash: bytes) -> tuple[bytes, torch.Tensor | str]:
         split, row = self.places[image_hash]
         try:
-            image = open_image(self.splits[split][row]["image"])
+            encoded = self.splits[split][row]["image"]
             # Our own processor, also one loaded from a repo, converts to what each member takes; others expect RGB.
-            image = image if hasattr(self.processor, "geometries") else convert_image(image, "RGB")
+            is_ours = hasattr(self.processor, "geometries")
+            image = processor_input(encoded, self.processor) if is_ours else convert_image(open_image(encoded), "RGB")
             return image_hash, self.processor([image], return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # of all kinds: a damaged file may only fail in the processor
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from concat_ensemble.data.columns import refuse_urls, select_images
-from concat_ensemble.data.images import decode_image
+from concat_ensemble.data.images import decode_image, processor_input
 from concat_ensemble.data.loading import SCATTERED, load_data
 from concat_ensemble.data.sources import identify_source, load_source
 from concat_ensemble.data.splits import pick_split
@@ -27,7 +28,7 @@ class ImageSource:
 
     heading: str  # "file" or "row": what the names are
     names: list[str]
-    images: Sequence[Any]  # paths, PIL images, or rows with an encoded `image`
+    images: Sequence[Any]  # paths, PIL images, arrays, or rows with an encoded `image`
     ignored: list[str] = field(default_factory=list)  # files of the folder that are no images
 
     def __len__(self) -> int:
@@ -38,19 +39,25 @@ class ImageSource:
         name = "".join(filter(str.isprintable, self.names[number]))
         return name if self.heading == "file" else f"image {name}"
 
-    def read(self, number: int) -> PIL.Image.Image:
-        """Decode an image. Raises ValueError naming it if it cannot be read."""
+    def read(self, number: int, processor: Any = None) -> Any:
+        """Decode an image, or give what this image processor reads of it. Raises ValueError naming it if it cannot be
+        read."""
         image = self.images[number]
-        if isinstance(image, PIL.Image.Image):
+        if isinstance(image, PIL.Image.Image | np.ndarray):
             return image
         encoded = {"bytes": None, "path": os.fspath(image)} if isinstance(image, str | Path) else image["image"]
         if not encoded or (encoded["bytes"] is None and not encoded["path"]):
             raise ValueError(f"{self.describe(number)} cannot be read: the row has no image; remove or repair it.")
-        return decode_image(encoded, self.describe(number))
+        if processor is None:
+            return decode_image(encoded, self.describe(number))
+        try:
+            return processor_input(encoded, processor)
+        except ValueError as error:
+            raise ValueError(f"{self.describe(number)} cannot be read: {error}; remove or repair it.") from error
 
 
 def open_images(
-    images: str | Path | Dataset | DatasetDict | Sequence[str | Path | PIL.Image.Image],
+    images: str | Path | Dataset | DatasetDict | Sequence[str | Path | PIL.Image.Image | np.ndarray],
     *,
     split: str | None = None,
     image_column: str | None = None,
@@ -61,7 +68,7 @@ def open_images(
 
     Args:
         images: A folder, whose images are found at any depth; an image file; any dataset that `load_data` takes; or a
-            list of paths or of PIL images. A folder that `datasets` or parquet files were saved in is a dataset.
+            list of paths, or of PIL images and arrays. A folder that `datasets` or parquet files were saved in is a dataset.
         split: Of a dataset, such as test or train[:100]. Default: its test split, or its only one.
         image_column, config, revision: Of a dataset, as in `load_data`.
 
@@ -122,8 +129,8 @@ def _open_list(images: Any) -> ImageSource:
     if not images:
         raise ValueError("images is empty; give at least one.")
     are_paths = all(isinstance(image, str | Path) for image in images)
-    if not are_paths and not all(isinstance(image, PIL.Image.Image) for image in images):
-        raise ValueError("images must be paths or PIL images, all of one kind.")
+    if not are_paths and not all(isinstance(image, PIL.Image.Image | np.ndarray) for image in images):
+        raise ValueError("images must be paths, or PIL images and arrays, all of one kind.")
     names = list(map(os.fspath, images)) if are_paths else list(map(str, range(len(images))))
     return ImageSource("file" if are_paths else "row", names, images)
 

@@ -209,7 +209,7 @@ class _PixelDataset(TorchDataset):
 
     def __getitem__(self, number: int) -> torch.Tensor | str:
         try:
-            image = self.source.read(number)
+            image = self.source.read(number, self.processor)
         except ValueError as error:
             return str(error)
         try:

@@ -230,9 +230,15 @@ def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
         "source": source,
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),
         "num_features": spec["num_features"],
-        "input": "x".join(map(str, spec["preprocessing"]["input_size"])),
+        "input": describe_input(spec["preprocessing"]),
         "sha256": str(provenance.get("weights_sha256", ""))[:12],
     }
+
+
+def describe_input(preprocessing: dict[str, Any]) -> str:
+    """Channels, height and width of a member's input, and which channels of an image these are if it names them."""
+    size, numbers = "x".join(map(str, preprocessing["input_size"])), preprocessing.get("channels")
+    return f"{size} (channels {', '.join(map(str, numbers))})" if numbers else size
 
 
 def _describe_study(study: Results) -> dict[str, Any]:

@@ -70,9 +70,10 @@ def untrained_candidate(table: FeatureTable, num_members: int, cost: Cost) -> Ca
 
 
 def pixel_candidate(model: ConcatEnsemblePreTrainedModel, dataset: DatasetDict, *, quiet: bool) -> Candidate:
-    """The control without a network: raw pixels in the color mode of the members."""
-    modes = {model.config.members[k]["preprocessing"]["image_mode"] for k in model.config.built_members}
-    table = pixel_table(dataset, "L" if modes == {"L"} else "RGB", quiet=quiet)
+    """The control without a network: raw pixels in the members' color mode, or all channels that they name."""
+    seen = [model.config.members[k]["preprocessing"] for k in model.config.built_members]
+    modes, channels = {each["image_mode"] for each in seen}, {n for each in seen for n in each.get("channels", ())}
+    table = pixel_table(dataset, sorted(channels) or ("L" if modes == {"L"} else "RGB"), quiet=quiet)
     return Candidate(Row(PIXELS, "control", table.feature_dims[0], steps=0, gflops=0.0), table)
 
 

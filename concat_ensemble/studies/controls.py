@@ -1,6 +1,6 @@
 """The controls: what could explain a concatenation's gain other than what its members learned."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import PIL.Image
@@ -9,10 +9,10 @@ from datasets import Dataset, DatasetDict
 
 from concat_ensemble.console import show_progress
 from concat_ensemble.data.bad_images import BadImages, usable_rows
-from concat_ensemble.data.images import describe_read_error, open_image
+from concat_ensemble.data.images import describe_read_error, open_file, open_image
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
 from concat_ensemble.features.table import FeatureTable, Rows
-from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
+from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image, read_channels, scale_channel
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 
 PIXEL_SIDE = 32
@@ -25,13 +25,16 @@ def untrained_like(model: ConcatEnsemblePreTrainedModel, seed: int) -> ConcatEns
         return ConcatEnsembleModel(type(model.config).from_dict(model.config.to_dict())).eval()
 
 
-def pixel_table(dataset: DatasetDict, mode: str, *, skip_bad: bool = False, quiet: bool = False) -> FeatureTable:
+def pixel_table(
+    dataset: DatasetDict, mode: str | Sequence[int], *, skip_bad: bool = False, quiet: bool = False
+) -> FeatureTable:
     """Raw pixels as features in one block: what a probe achieves without any network.
 
-    Images are converted to the PIL mode `mode`, such as `L`; if larger than 32x32, or of several sizes, also resized.
-    One image at a time is in memory, beside the table of one byte per feature.
+    One image at a time is in memory, beside the table of one byte per feature, or of four for channels by number.
 
     Args:
+        mode: The PIL mode to which images are converted, such as `L`, or the numbers of their channels to take. If
+            larger than 32x32, or of several sizes, they are also resized.
         skip_bad: Leave images out that cannot be read, as `extract_features` does.
         quiet: Show no progress.
 
@@ -42,10 +45,12 @@ def pixel_table(dataset: DatasetDict, mode: str, *, skip_bad: bool = False, quie
     bad: BadImages = {name: {} for name in splits}
     with show_progress("raw pixels", sum(map(len, splits.values())), quiet=quiet) as advance:
         size = _common_size(splits, mode)
-        shape = (*reversed(size), len(mode))  # (H, W, channels) in one of PIL's modes L and RGB
-        pixels = {name: np.zeros((len(split), int(np.prod(shape))), np.uint8) for name, split in splits.items()}
-        for name, row, image in _read_images(splits, mode, bad):
-            pixels[name][row] = np.asarray(image if image.size == size else image.resize(size)).ravel()
+        length = size[0] * size[1] * len(mode)  # of one of PIL's modes L and RGB, or of channels
+        dtype = np.uint8 if isinstance(mode, str) else np.float32
+        pixels = {name: np.zeros((len(split), length), dtype) for name, split in splits.items()}
+        for name, row, images in _read_images(splits, mode, bad):
+            resized = [image if image.size == size else image.resize(size) for image in images]
+            pixels[name][row] = np.concatenate([np.asarray(image).ravel() for image in resized])
             advance()
         advance(sum(map(len, bad.values())))
     rows = usable_rows(splits, bad, skip_bad=skip_bad)
@@ -60,21 +65,22 @@ def pixel_table(dataset: DatasetDict, mode: str, *, skip_bad: bool = False, quie
 
 
 class PixelRows(Rows):
-    """Pixels (N, D) of 8 bits, read as float32 from 0 to 1."""
+    """Pixels (N, D) of 8 bits, read as float32 from 0 to 1, or floats."""
 
     def __init__(self, pixels: np.ndarray):
         super().__init__(pixels.shape, np.dtype(np.float32))
         self._pixels = pixels
 
     def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
-        return self._pixels[part].astype(np.float32) / 255
+        pixels = self._pixels[part]
+        return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
 
 
-def _common_size(splits: Mapping[str, Dataset], mode: str) -> tuple[int, int]:
+def _common_size(splits: Mapping[str, Dataset], mode: str | Sequence[int]) -> tuple[int, int]:
     """(width, height) of all readable images if they are small and of one size, else 32x32. Of larger images, only the
     first is read."""
     common = None
-    for _, _, image in _read_images(splits, mode, {}):
+    for _, _, (image, *_) in _read_images(splits, mode, {}):
         common = common or image.size
         if image.size != common or max(image.size) > PIXEL_SIDE:
             return PIXEL_SIDE, PIXEL_SIDE
@@ -82,14 +88,25 @@ def _common_size(splits: Mapping[str, Dataset], mode: str) -> tuple[int, int]:
 
 
 def _read_images(
-    splits: Mapping[str, Dataset], mode: str, bad: BadImages
-) -> Iterator[tuple[str, int, PIL.Image.Image]]:
-    """(split, row, image in this mode) of all images, one at a time. The others are added to `bad`."""
+    splits: Mapping[str, Dataset], mode: str | Sequence[int], bad: BadImages
+) -> Iterator[tuple[str, int, list[PIL.Image.Image]]]:
+    """(split, row, pictures) of all images, one image at a time: in this mode, or a picture for each channel. The
+    others are added to `bad`."""
     for name, split in splits.items():
         for row in range(len(split)):
             try:
-                image = convert_image(open_image(split[row]["image"]), mode)
+                images = _read_pixels(split[row]["image"], mode)
             except Exception as error:  # of all kinds: a damaged file may only fail when it is converted
                 bad.setdefault(name, {})[row] = describe_read_error(error)
                 continue
-            yield name, row, image
+            yield name, row, images
+
+
+def _read_pixels(encoded: dict, mode: str | Sequence[int]) -> list[PIL.Image.Image]:
+    if isinstance(mode, str):
+        return [convert_image(open_image(encoded), mode)]
+    channels = read_channels(open_file(encoded), 1 + max(mode))
+    planes = [scale_channel(channels, number) for number in mode]
+    return [
+        PIL.Image.fromarray(plane.astype(np.float32) / (255 if plane.dtype == np.uint8 else 1)) for plane in planes
+    ]

@@ -32,6 +32,9 @@ def build_ensemble(
     recipe: str | None = None,
     checkpoints: Path = Path(),
     preprocessing: str = "own",
+    channels: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     license: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
@@ -40,7 +43,7 @@ def build_ensemble(
     """Assemble members, or those of a recipe, and record in their provenance the command that did it.
 
     Args:
-        members, preprocessing, license, seed: Arguments of `assemble`; no members with a recipe.
+        members, preprocessing, channels, mean, std, license, seed: Arguments of `assemble`; no members with a recipe.
         recipe: Name of an ensemble recipe, such as "swav-cat5".
         checkpoints: Folder with the files that a recipe names.
         dtype: Of the weights: one of `DTYPES`.
@@ -55,7 +58,8 @@ def build_ensemble(
         raise ValueError(f"--recipe {recipe} names its members; leave out {' '.join(members)}, or --recipe.")
     provenances = ensemble_recipe(recipe).resolve_members(checkpoints) if recipe else {}
     sources = list(provenances) if recipe else list(members)
-    model = assemble(sources, preprocessing=preprocessing, seed=seed, license=license)
+    pixels = {"preprocessing": preprocessing, "channels": channels, "mean": mean, "std": std}
+    model = assemble(sources, **pixels, seed=seed, license=license)
     if dtype != "float32":  # a member's digest is that of its weights in float32: assemble again what rounding left
         model = assemble(model.to(getattr(torch, dtype))).to(getattr(torch, dtype))
     known = provenances.values() if recipe else itertools.repeat({})

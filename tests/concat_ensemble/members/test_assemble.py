@@ -230,9 +230,9 @@ BAD_MEMBERS = {
         lambda _, b: [b(global_pool="")],
         r"resnet10t\) has no pooled features: it returns \(1, 16, 1, 1\).*set its global_pool",
     ),
-    "four channels": (
-        lambda _, b: [b(in_chans=4, pixels={"input_size": (4, 32, 32)})],
-        "takes 4 channels; images have 1 or 3",
+    "33 channels": (
+        lambda _, b: [b(in_chans=33)],
+        r"resnet10t: input_size=\[33, 32, 32\] must be \[C, H, W\] with 1 to 32 channels",
     ),
     "not a name": (lambda *_: [None], "None"),
 }
@@ -272,3 +272,41 @@ def test_without_the_hub_the_answer_comes_at_once(name):
 
 def test_config_of_an_assembled_model_is_plain_json(ensemble):
     assert json.loads(ensemble.config.to_json_string())["members"] == ensemble.config.members
+
+
+# --- channels -------------------------------------------------------------------------------------------------------
+
+
+def test_channels_mean_and_std_hold_for_all_members_of_a_call_and_mix_by_nesting(backbone):
+    four = assemble(
+        [backbone(0, in_chans=4), backbone(1, in_chans=4)], channels=[7, 3, 2, 1], mean=[0.1, 0.2, 0.3, 0.4]
+    )
+    mixed = assemble([four, backbone(2)])
+    seen = [member["preprocessing"] for member in mixed.config.members]
+    assert [each.get("channels") for each in seen] == [[7, 3, 2, 1], [7, 3, 2, 1], None]
+    assert seen[0]["mean"] == [0.1, 0.2, 0.3, 0.4] and seen[0]["std"] == [0.5] * 4 and seen[2]["mean"] == [0.5]
+    assert [each["image_mode"] for each in seen] == ["channels", "channels", "L"]
+
+
+def test_mean_and_std_alone_leave_the_channels_as_they_are(backbone):
+    (member,) = assemble(backbone(0), mean=[0.1], std=[0.2]).config.members
+    assert (member["preprocessing"]["mean"], member["preprocessing"]["std"]) == ([0.1], [0.2])
+    assert member["preprocessing"]["image_mode"] == "L" and "channels" not in member["preprocessing"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": [0, 1]}, r"member 0 \(resnet10t\): channels=\[0, 1\] must be 4 numbers"),
+        ({"mean": [0.5]}, r"member 0 \(resnet10t\): mean=\[0\.5\] must be 4 numbers, one per channel"),
+        ({"std": [1, 1, 1, 0]}, r"std=\[1, 1, 1, 0\] must be above zero"),
+    ],
+)
+def test_channels_that_do_not_fit_a_member_are_refused(backbone, settings, message):
+    with pytest.raises(ValueError, match=message):
+        assemble(backbone(0, in_chans=4), **settings)
+
+
+def test_the_preprocessing_of_other_channels_cannot_be_shared(backbone):
+    with pytest.raises(ValueError, match=r"member 1 \(resnet10t\) cannot take an image of \(4, 32, 32\)"):
+        assemble([backbone(0, in_chans=4), backbone(1)], preprocessing="shared")
