@@ -68,7 +68,8 @@ def open_images(
 
     Args:
         images: A folder, whose images are found at any depth; an image file; any dataset that `load_data` takes; or a
-            list of paths, or of PIL images and arrays. A folder that `datasets` or parquet files were saved in is a dataset.
+            list of paths, or of PIL images and arrays. A folder that `datasets` or parquet files were saved in is a
+            dataset.
         split: Of a dataset, such as test or train[:100]. Default: its test split, or its only one.
         image_column, config, revision: Of a dataset, as in `load_data`.
 
