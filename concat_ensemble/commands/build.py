@@ -77,12 +77,10 @@ def _parse_list(option: str, text: str | None, kind: Callable[[str], Any]) -> li
 
 def member_table(output: Path, members: list[dict]) -> Table:
     """The members' architectures, pooled features, inputs and sources."""
-    from concat_ensemble.reporting.model_card import describe_input
-
     num_features = sum(member["num_features"] for member in members)
     table = Table("", "architecture", "features", "input", "source", title=f"{output}: {num_features:,} features")
     for k, member in enumerate(members):
-        size = describe_input(member["preprocessing"])
+        size = "x".join(map(str, member["preprocessing"]["input_size"]))
         source = member["provenance"]["source"]
         table.add_row(str(k), member["architecture"], f"{member['num_features']:,}", size, source)
     return table

@@ -74,6 +74,11 @@ def read_pixels(config: ConcatEnsembleConfig) -> Pixels:
         remedy = "fine-tune with stages=two, or build with --preprocessing shared"
         raise ValueError(f"stages=one needs members with images of the same size and crop; {remedy}.")
     source = config.geometries[0]
+    if "channels" in source:
+        remedy = "use transformers' Trainer with the ensemble's own image processor"
+        raise ValueError(
+            f"a member sees channels {source['channels']}; fine-tuning takes gray or RGB images: {remedy}."
+        )
     size, mean, std = (tuple(source[key]) for key in ("input_size", "mean", "std"))
     return Pixels(size, mean, std, source["interpolation"], source["crop_pct"])
 

@@ -20,7 +20,7 @@ from concat_ensemble import (
     ConcatEnsembleModel,
     assemble,
 )
-from concat_ensemble.inference.export import export_onnx
+from concat_ensemble.inference.export import export_onnx, export_program
 from concat_ensemble.modeling.configuration_concat_ensemble import validate_preprocessing
 from concat_ensemble.modeling.image_processing_concat_ensemble import read_channels
 
@@ -484,9 +484,10 @@ def test_pixel_values_of_another_shape_are_refused():
         model(torch.zeros(2, 3, 32, 32))
 
 
-def test_a_mixed_ensemble_is_exported_to_onnx(tmp_path):
+@pytest.mark.parametrize("export", [export_program, pytest.param(export_onnx, marks=pytest.mark.slow)])
+def test_a_mixed_ensemble_is_exported(export, tmp_path):
     model = assemble([assemble(network(3), channels=[3, 0, 0]), network(4, 1), network(3, 2)])
-    export_onnx(model, tmp_path / "bands.onnx")  # compares ONNX Runtime's features with PyTorch's
+    assert export(model, tmp_path / "bands").is_file()  # it compares the file's features with PyTorch's
 
 
 VISITOR = """

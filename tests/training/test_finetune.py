@@ -203,3 +203,9 @@ def test_saving_twice_gives_the_same_files(ensemble, tmp_path):
     assert files[0] == files[1]
     provenance = json.loads((tmp_path / "second" / "whole" / "config.json").read_text())["members"][0]["provenance"]
     assert provenance["steps"] == 16 and provenance["compute"]["images"] == 160 + 6 * 16
+
+
+def test_members_that_name_their_channels_are_refused():
+    model = assemble("random:resnet10t", channels=[2, 1, 0])
+    with pytest.raises(ValueError, match=r"a member sees channels \[2, 1, 0\]; fine-tuning takes gray or RGB images"):
+        read_pixels(model.config)
