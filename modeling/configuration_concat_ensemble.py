@@ -314,15 +314,17 @@ def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS)
 
 def _check_channels(size: list[int], mode: Any, pixels: dict[str, Any]) -> None:
     """Raise ValueError unless `mode` and, if there is such a key, the channels' numbers go with the size."""
-    count, numbers = size[0], pixels.get(CHANNELS)
+    count: int = size[0]
+    numbers: Any = pixels.get(CHANNELS)
     if CHANNELS not in pixels:
         require(count in IMAGE_MODES, "input_size", size, f"of 1 or 3 channels, or beside {CHANNELS!r}, their numbers")
         expected = f"{IMAGE_MODES[count]!r} for {count} channels, or {CHANNELS!r} beside a list of their numbers"
         require(mode == IMAGE_MODES[count], "image_mode", mode, expected)
         return
-    are_numbers = isinstance(numbers, list) and all(_is_whole(n, 0, MAX_IMAGE_CHANNELS - 1) for n in numbers)
+    is_list = isinstance(numbers, list) and len(numbers) == count
+    are_numbers = is_list and all(_is_whole(n, 0, MAX_IMAGE_CHANNELS - 1) for n in numbers)
     expected = f"{count} numbers from 0 to {MAX_IMAGE_CHANNELS - 1}: which channels of an image the member sees"
-    require(are_numbers and len(numbers) == count, CHANNELS, numbers, expected)
+    require(are_numbers, CHANNELS, numbers, expected)
     require(mode == CHANNELS, "image_mode", mode, f"{CHANNELS!r} beside a list of channels")
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from .configuration_concat_ensemble import copy_payload
 from .configuration_concat_ensemble import error_prefix
 from .configuration_concat_ensemble import refuse_links
 from .configuration_concat_ensemble import validate_preprocessing
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # of files; with a plus, of those above 4 GB
+MAX_IMAGE_VALUES = 2**31  # of a TIFF, before memory is allocated for it
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -109,7 +113,8 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
 
     def _create_slices(self, image, input_data_format: str | None) -> list[torch.Tensor]:
         """What each geometry makes of an image, normalized."""
-        channels, picture = None, None
+        channels: Any = None
+        picture = None
         if self._num_channels:
             channels = read_channels(image, self._num_channels, input_data_format)
             image = image if _is_file(image) else channels[:3] if len(channels) == 4 else channels
@@ -223,16 +228,13 @@ def _infer_data_format(shape: tuple[int, ...], least: int) -> str:
 
 def _read_bands(image) -> np.ndarray:
     """The channels (C, H, W) of a PIL image or of a file, by Pillow, or by tifffile where Pillow would lose some."""
-    file, picture = image, image
-    if not isinstance(image, PIL.Image.Image):
-        try:
-            picture = _to_pil(image)
-        except (PIL.UnidentifiedImageError, ValueError):
-            if not _is_tiff(file):
-                raise
-            return _read_samples(file)
-    elif getattr(image, "filename", ""):
-        file = image.filename
+    try:
+        picture: Any = _to_pil(image)
+    except PIL.UnidentifiedImageError:
+        if not _is_tiff(image):
+            raise
+        return _read_samples(image)
+    file = (getattr(image, "filename", "") or image) if picture is image else image
     tags = getattr(picture, "tag_v2", None)
     if tags is None:
         return _bands(picture)
@@ -265,12 +267,10 @@ def _bands(image: PIL.Image.Image) -> np.ndarray:
 def _is_tiff(file) -> bool:
     if hasattr(file, "read"):
         file.seek(0)
-        start = file.read(4)
-        file.seek(0)
-    else:
-        with open(file, "rb") as opened:
-            start = opened.read(4)
-    return start[:2] in (b"II", b"MM") and start[2:] in (b"*\0", b"\0*", b"+\0", b"\0+")
+        return file.read(4) in TIFF_STARTS
+    with suppress(OSError), open(file, "rb") as opened:  # OSError: an address
+        return opened.read(4) in TIFF_STARTS
+    return False
 
 
 def _read_samples(file) -> np.ndarray:
@@ -281,23 +281,19 @@ def _read_samples(file) -> np.ndarray:
         raise ValueError("a TIFF with several samples a pixel needs tifffile: pip install tifffile.") from error
     if isinstance(file, PIL.Image.Image):
         raise ValueError("Pillow cannot give all channels of this TIFF; pass its path or the open file instead.")
+    if hasattr(file, "seek"):
+        file.seek(0)
     try:
-        if hasattr(file, "seek"):
-            file.seek(0)
         with tifffile.TiffFile(file) as tiff:
-            series, tag = tiff.series[0], tiff.pages[0].tags.get("Orientation")
-            if tag is not None and tag.value != 1:
-                raise ValueError("its orientation is not upright; save it upright")
-            axes, shape = series.axes, series.shape
-            (channel,) = (n for n, axis in enumerate(axes) if axis not in "YX" and shape[n] > 1)
-            if axes.count("Y") != 1 or math.prod(shape) > MAX_IMAGE_CHANNELS * PIL.Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"its axes {axes} of {shape} are no picture")
-            array = np.moveaxis(series.asarray(), channel, 0)
+            tags: Any = tiff.pages.first.tags
+            if tags.valueof("Orientation", default=1) != 1:
+                raise ValueError("its orientation is not upright")
+            axes, shape = tiff.series[0].axes, tiff.series[0].shape
+            if len(axes) != 3 or "YX" not in axes or math.prod(shape) > MAX_IMAGE_VALUES:
+                raise ValueError(f"its axes {axes} of {shape} are not those of a picture's channels")
+            return np.moveaxis(tiff.series[0].asarray(), 2 if axes.startswith("YX") else 0, 0)
     except Exception as error:  # of damaged files, of nearly every kind
-        raise ValueError(
-            f"tifffile cannot read it ({str(error).splitlines()[0]}); save its channels as pages."
-        ) from error
-    return array.reshape(len(array), *(n for axis, n in zip(axes, shape, strict=True) if axis in "YX"))
+        raise ValueError(f"tifffile cannot read it ({error!r}); save its channels as gray pages.") from error
 
 
 def _is_file(image) -> bool:
@@ -313,7 +309,7 @@ def _create_transform(geometry: dict[str, Any]) -> Any:
     transforms = []
     for mean, std in zip(geometry["mean"], geometry["std"], strict=True):
         one = settings | {"input_size": (1, *geometry["input_size"][1:]), "mean": (mean,), "std": (std,)}
-        bytes_transform = timm.data.create_transform(**one, is_training=False)
+        bytes_transform: Any = timm.data.create_transform(**one, is_training=False)
         float_transform = copy.deepcopy(bytes_transform)
         if geometry["crop_mode"] == "border":
             float_transform.transforms[1].fill = [mean]  # timm's is in 8 bits

@@ -1,7 +1,7 @@
 """Images that a dataset holds as arrays, of any number of channels: stored like files, in NumPy's format."""
 
 import io
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from datasets import Array2D, Array3D, Dataset, Features, Image, IterableDataset, Value
@@ -16,11 +16,13 @@ def array_type(feature: Any) -> str | None:
     """The dtype of a column whose rows are arrays of two or three dimensions; None for other columns."""
     if isinstance(feature, Array2D | Array3D):
         return feature.dtype
-    depth = 0
-    while (inner := feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)) is not None:
-        feature, depth = inner, depth + 1
-    is_number = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float"))
-    return feature.dtype if depth in (2, 3) and is_number else None
+    value: Any = None
+    inner, depth = feature, -1
+    while inner is not None:
+        value, depth = inner, depth + 1
+        inner = value[0] if isinstance(value, list) else getattr(value, "feature", None)
+    is_number = isinstance(value, Value) and value.dtype.startswith(("int", "uint", "float"))
+    return value.dtype if depth in (2, 3) and is_number else None
 
 
 def encode_column(split: Split, dtype: str, features: Features) -> Split:
@@ -42,7 +44,7 @@ def encode_array(pixels: np.ndarray) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def is_array(content: bytes | None) -> bool:
+def is_array(content: bytes | None) -> TypeGuard[bytes]:
     """Whether `encode_array` wrote these bytes."""
     return content is not None and content.startswith(START)
 

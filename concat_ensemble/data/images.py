@@ -49,7 +49,7 @@ def open_image(encoded: dict | None) -> PIL.Image.Image:
     return image
 
 
-def processor_input(encoded: dict | None, processor: Any) -> PIL.Image.Image | np.ndarray | io.BytesIO | str:
+def processor_input(encoded: dict | None, processor: Any) -> Any:
     """What an ensemble's image processor reads of an image: the decoded picture, or for members that name the channels
     they see, and for arrays, `open_file`'s result. Raises ValueError if there is no image."""
     names_channels = any("channels" in geometry for geometry in processor.geometries)
