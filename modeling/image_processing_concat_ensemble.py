@@ -74,9 +74,9 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
 
     Args:
         geometries (`list[dict]`): `ConcatEnsembleConfig.geometries`; use `from_config` rather than writing them.
-        size (`int` or `dict`, *optional*): Input size of every member in place of its own, for ensembles with
-            `dynamic_img_size`: the side of a square, or `{"height": 96, "width": 128}`. All else stays as it is,
-            `crop_pct` included. `from_pretrained` takes it too; both refuse what else would change the pixels.
+        size (`int` or `dict`, *optional*): Input size of all members in place of their own, which the model takes if
+            its config has `dynamic_img_size`: the side of a square, or `{"height": 96, "width": 128}`. `crop_pct` and
+            the rest stay. `from_pretrained` takes it, too; all else that would change the pixels is refused.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers has it)
@@ -91,7 +91,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         with error_prefix("geometries"):
             self.geometries = [validate_preprocessing(geometry) for geometry in geometries]
         if size is not None:
-            self.geometries = [_resize_geometry(geometry, size) for geometry in self.geometries]
+            self.geometries = [_resize_geometry(self.geometries, size)]
         settings = [{key: geometry[key] for key in geometry if key != "image_mode"} for geometry in self.geometries]
         self._transforms = [timm.data.create_transform(**each, is_training=False) for each in settings]
 
@@ -142,9 +142,9 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:
         """
         Args:
-            images: One image or a list: PIL images, paths, URLs, or arrays or tensors of any dtype, (H, W), (H, W, C) or
-                (C, H, W), gray or RGB, with or without alpha, which is dropped; a 4-dimensional one is a batch. Floats
-                up to 1 mean 0..1, larger ones 0..255; integers mean 0..255, and uint16 or above 255 16 bits.
+            images: One image or a list: PIL images, paths, URLs, or arrays or tensors, (H, W), (H, W, C) or (C, H, W),
+                gray or RGB, with or without alpha, which is dropped; a 4-dimensional one is a batch. Floats up to 1
+                mean 0..1, else 0..255; integers mean 0..255, or 16 bits if one is above 255 and in uint16.
             return_tensors: `"pt"` or `"np"`.
             size: As for the class, for this call.
             do_resize: `False` neither resizes nor crops: the images must have the members' input size.
@@ -165,13 +165,9 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         pixels = [processor._create_pixels(number, image, **options) for number, image in enumerate(images)]
         return BatchFeature({"pixel_values": torch.stack(pixels).to(device)}, tensor_type=return_tensors or "pt")
 
-    def _create_pixels(self, number: int, image, *, do_resize, do_rescale, input_data_format) -> torch.Tensor:
+    def _create_pixels(self, number: int, image, **options) -> torch.Tensor:
         try:
-            pil_image = _to_pil(image, do_rescale is False, input_data_format)
-            slices = [
-                _transform_image(transform, convert_image(pil_image, geometry["image_mode"]), geometry, do_resize)
-                for transform, geometry in zip(self._transforms, self.geometries, strict=True)
-            ]
+            slices = self._create_slices(image, **options)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL's for a bad image
             path = f" ({image})" if isinstance(image, str | os.PathLike) else ""
             raise ValueError(f"image {number} of the batch{path}: {error}") from error
@@ -179,6 +175,14 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         # A gray slice fills all channels.
         padded = [pad(s.expand(channels, -1, -1), (0, width - s.shape[2], 0, height - s.shape[1])) for s in slices]
         return padded[0] if len(padded) == 1 else torch.stack(padded)
+
+    def _create_slices(self, image, *, do_resize, do_rescale, input_data_format) -> list[torch.Tensor]:
+        """What each geometry makes of an image, normalized."""
+        picture, slices = _to_pil(image, do_rescale is False, input_data_format), []
+        for geometry, transform in zip(self.geometries, self._transforms, strict=True):
+            converted = convert_image(picture, geometry["image_mode"])
+            slices.append(_transform_image(converted, transform, geometry, do_resize is not False))
+        return slices
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         refuse_links(save_directory)
@@ -210,19 +214,23 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"{name}={value!r} cannot be set, since the config fixes what members see; {remedy}.")
 
 
-def _resize_geometry(geometry: dict[str, Any], size: Any) -> dict[str, Any]:
-    """A copy with another input size."""
+def _resize_geometry(geometries: list[dict[str, Any]], size: Any) -> dict[str, Any]:
+    """A copy of the only geometry with another input size."""
+    if len(geometries) > 1:
+        remedy = "leave it out, or assemble with preprocessing='shared' and dynamic_img_size=True"
+        raise ValueError(f"size={size!r} cannot be set: members resize and crop in {len(geometries)} ways; {remedy}.")
     sides = get_size_dict(size)
     if set(sides) != {"height", "width"}:
-        raise ValueError(
-            f"size={size!r} must be a whole number or {{'height': 96, 'width': 128}}; images are cropped."
-        )
-    channels = geometry["input_size"][0]
-    return validate_preprocessing(geometry | {"input_size": [channels, sides["height"], sides["width"]]})
+        raise ValueError(f"size={size!r} must be a whole number or have the keys height and width alone.")
+    channels = geometries[0]["input_size"][0]
+    return validate_preprocessing(geometries[0] | {"input_size": [channels, sides["height"], sides["width"]]})
 
 
-def _transform_image(transform, image: PIL.Image.Image, geometry: dict[str, Any], do_resize) -> torch.Tensor:
-    if do_resize is not False:
+def _transform_image(
+    image: PIL.Image.Image, transform: Any, geometry: dict[str, Any], do_resize: bool
+) -> torch.Tensor:
+    """What timm's transform makes of an image in its mode, or its end, without resizing and cropping."""
+    if do_resize:
         return transform(image)
     height, width = geometry["input_size"][1:]
     if image.size != (width, height):
