@@ -218,7 +218,7 @@ def test_tensors_of_other_types_are_taken(dtype):
     torch.testing.assert_close(seen(values)["pixel_values"], expected)
 
 
-@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint32", "bool", "complex64"])
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint32", "bool"])
 def test_types_without_a_unit_are_refused_with_the_way_out(dtype):
     with pytest.raises(ValueError, match=rf"its pixels are {dtype}; give uint8, uint16, or floats in the units"):
         processor(pixels_of(2))(np.ones((8, 9, 2), dtype))
@@ -390,6 +390,26 @@ def tiff_samples(image):
         patch.setitem(sys.modules, "tifffile", tifffile)
         tifffile.imwrite(file, image, photometric="minisblack", planarconfig="contig")
     return file
+
+
+# --- settings of a call --------------------------------------------------------------------------------------------
+
+
+def test_channels_of_the_right_size_need_no_resizing():
+    image = np.random.default_rng(0).random((32, 32, 4), dtype=np.float32)
+    actual = processor(pixels_of(4))(image, do_resize=False, do_rescale=False)["pixel_values"][0]
+    mean = torch.tensor(pixels_of(4)["mean"])
+    torch.testing.assert_close(actual, ((torch.from_numpy(image) - mean) / 0.3).permute(2, 0, 1))
+    with pytest.raises(ValueError, match="do_resize=False needs images of 32x32 pixels, not 30x31"):
+        processor(pixels_of(4))(image[:31, :30], do_resize=False)
+    with pytest.raises(ValueError, match="do_rescale=False needs an array of floats"):
+        processor(pixels_of(4))(image.astype(np.uint8), do_rescale=False)
+
+
+def test_another_size_holds_for_channels_too(bands):
+    expected = processor(pixels_of(4, input_size=(4, 48, 24)))(bands)["pixel_values"]
+    actual = processor(pixels_of(4))(bands, size={"height": 48, "width": 24})["pixel_values"]
+    assert torch.equal(actual, expected)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

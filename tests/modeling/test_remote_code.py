@@ -32,6 +32,7 @@ import PIL.Image
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoProcessor
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
@@ -72,6 +73,13 @@ for folder in sorted(path.parent for path in root.glob("*/config.json")):
     assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}, sorted(again.iterdir())
     check(str(again), expected, images)
     print("checked", folder.name)
+    for load in (AutoImageProcessor.from_pretrained, AutoProcessor.from_pretrained):
+        alone = load(root / "alone" / folder.name, **remote)
+        assert type(alone).__module__.startswith("transformers_modules."), type(alone)
+        assert torch.equal(alone(images)["pixel_values"], expected["pixels"]), "a processor alone"
+        alone.save_pretrained(root / "alone" / "again")
+        alone = load(root / "alone" / "again", **remote)
+        assert torch.equal(alone(images)["pixel_values"], expected["pixels"]), "its copy"
 assert not any(name.split(".")[0] == "concat_ensemble" for name in sys.modules)
 """
 
@@ -90,7 +98,9 @@ def make(build, root, name, photos, head):
     labels = {"cls": ConcatEnsembleForImageClassification, "id2label": LABELS, "standardize": True} if head else {}
     folder = root / (f"{name}-head" if head else name)
     build(*ENSEMBLES[name], **labels)[0].save_pretrained(folder)
-    pixels = AutoImageProcessor.from_pretrained(folder)(photos)["pixel_values"]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    processor.save_pretrained(root / "alone" / folder.name)
+    pixels = processor(photos)["pixel_values"]
     expected = {"pixels": pixels, "pooled": AutoModel.from_pretrained(folder)(pixels).pooler_output}
     if head:
         expected["logits"] = AutoModelForImageClassification.from_pretrained(folder)(pixels).logits

@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleImageProcessor, load_data
 from concat_ensemble.data.images import read_image
@@ -139,6 +145,23 @@ def test_a_checkpoint_is_a_folder_as_save_pretrained_writes_it(make_trainer, tmp
     assert same(weights(AutoModelForImageClassification.from_pretrained(checkpoint)), weights(trainer.model))
     names = json.loads((checkpoint / "config.json").read_text())["id2label"]
     assert names == {str(n): str(n) for n in range(10)}
+    assert AutoImageProcessor.from_pretrained(checkpoint).to_dict() == trainer.processing_class.to_dict()
+
+
+def test_the_processor_in_a_checkpoint_of_an_adapter_is_loaded(make_trainer, digits, tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = make_trainer(tmp_path / "whole")
+    lora = peft.LoraConfig(target_modules=r".*layer4.*conv1", modules_to_save=["classifier"])
+    arguments = TrainingArguments(
+        tmp_path / "adapter", max_steps=1, save_steps=1, use_cpu=True, report_to="none", remove_unused_columns=False
+    )
+    processor, rows = trainer.processing_class, trainer.train_dataset
+    model = peft.get_peft_model(trainer.model, lora)
+    Trainer(model, arguments, train_dataset=rows, processing_class=processor).train()
+    checkpoint = tmp_path / "adapter" / "checkpoint-1"
+    assert (checkpoint / "adapter_config.json").is_file() and not (checkpoint / "config.json").exists()
+    loaded, images = AutoImageProcessor.from_pretrained(checkpoint), digits[0]["test"]
+    assert torch.equal(loaded(images)["pixel_values"], processor(images)["pixel_values"])
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, tmp_path):
