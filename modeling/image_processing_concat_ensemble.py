@@ -46,7 +46,7 @@ CLASS_KEYS = {
     "video_processor_type": "none",
 }
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # of files; with a plus, of those above 4 GB
-MAX_IMAGE_VALUES = 2**31  # of a TIFF, before memory is allocated for it
+MAX_IMAGE_VALUES = 2**28  # of a TIFF's channels together, before memory is allocated for them
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -403,6 +403,8 @@ def _read_bands(image) -> np.ndarray:
     is_premultiplied = 1 in tags.get(338, ())  # Pillow would divide the colors by the last channel
     if samples > 1 and (bits > 8 or samples != len(picture.getbands()) or is_premultiplied):
         return _read_samples(file)
+    if picture.n_frames * picture.width * picture.height > MAX_IMAGE_VALUES:
+        raise ValueError(f"its {picture.n_frames} pages are too large together; cut it into smaller images.")
     pages = []
     for page in range(picture.n_frames):
         picture.seek(page)
@@ -451,7 +453,7 @@ def _read_samples(file) -> np.ndarray:
                 raise ValueError("its orientation is not upright")
             axes, shape = tiff.series[0].axes, tiff.series[0].shape
             if len(axes) != 3 or "YX" not in axes or math.prod(shape) > MAX_IMAGE_VALUES:
-                raise ValueError(f"its axes {axes} of {shape} are not those of a picture's channels")
+                raise ValueError(f"its axes {axes} of {shape} are not a picture's channels, or are too large")
             return np.moveaxis(tiff.series[0].asarray(), 2 if axes.startswith("YX") else 0, 0)
     except Exception as error:  # of damaged files, of nearly every kind
         raise ValueError(f"tifffile cannot read it ({error!r}); save its channels as gray pages.") from error

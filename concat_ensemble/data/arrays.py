@@ -21,8 +21,9 @@ def array_type(feature: Any) -> str | None:
     while inner is not None:
         value, depth = inner, depth + 1
         inner = value[0] if isinstance(value, list) else getattr(value, "feature", None)
-    is_number = isinstance(value, Value) and value.dtype.startswith(("int", "uint", "float"))
-    return value.dtype if depth in (2, 3) and is_number else None
+    if isinstance(value, Value) and value.dtype.startswith(("int", "uint", "float")) and depth in (2, 3):
+        return value.dtype
+    return None
 
 
 def encode_column(split: Split, dtype: str, features: Features) -> Split:

@@ -366,6 +366,16 @@ def test_pages_that_are_no_channels_are_refused(bands):
         read_channels(file)
 
 
+@pytest.mark.parametrize("layout", ["pages", "samples"])
+def test_a_tiff_that_would_fill_the_memory_is_refused(layout, sentinel, monkeypatch):
+    first, options = TIFFS[layout]
+    file = tiff(np.ascontiguousarray(sentinel.transpose(2, 0, 1) if first else sentinel), **options)
+    assert read_channels(file).shape == (13, 40, 48)
+    monkeypatch.setitem(read_channels.__globals__, "MAX_IMAGE_VALUES", sentinel.size - 1)
+    with pytest.raises(ValueError, match="too large"):
+        read_channels(file)
+
+
 @pytest.mark.parametrize("length", [8, 200, 3000])
 def test_a_cut_tiff_is_an_error_of_one_line(sentinel, length):
     whole = tiff(sentinel, **GRAY, planarconfig="contig").getvalue()
