@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ChannelDimension, load_image
+from transformers.processing_utils import ImagesKwargs
 
 from .configuration_concat_ensemble import AUTO_MAP, CHANNELS, MAX_IMAGE_CHANNELS, PREPROCESSING_KEYS
 from .configuration_concat_ensemble import ConcatEnsembleConfig
@@ -25,7 +26,9 @@ from .configuration_concat_ensemble import error_prefix
 from .configuration_concat_ensemble import refuse_links
 from .configuration_concat_ensemble import validate_preprocessing
 
-# What transformers' image processors take and the config fixes here, with the value that changes nothing.
+# What transformers' image processors can be told about the pixels, and timm's transform. The config fixes it here.
+SETTINGS = {*ImagesKwargs.__annotations__, *PREPROCESSING_KEYS}
+# The values that change nothing.
 NEUTRAL_SETTINGS = {
     "data_format": "channels_first",
     "do_center_crop": True,
@@ -36,7 +39,7 @@ NEUTRAL_SETTINGS = {
     "do_resize": True,
     "rescale_factor": 1 / 255,
 }
-# What a call may set, but not a processor.
+# What can be set in a call, but not at loading.
 CALL_SETTINGS = ("device", "do_rescale", "do_resize", "input_data_format", "return_tensors")
 # How a processor in a folder of its own names its class. The last key holds transformers' `pipeline` back from taking
 # the `auto_map` for a video processor's and asking whether to trust its code, even if this package is installed.
@@ -87,9 +90,8 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers has it)
 
     def __init__(self, geometries: list[dict[str, Any]] | None = None, size: int | dict | None = None, **kwargs):
-        settings = {name: kwargs.pop(name) for name in list(kwargs) if name in self._setting_names()}
-        _check_settings(settings)
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in CLASS_KEYS})
+        _check_settings({name: value for name, value in kwargs.items() if name in SETTINGS})
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in {*SETTINGS, *CLASS_KEYS}})
         if not geometries or not isinstance(geometries, list | tuple):
             remedy = "use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)"
             raise ValueError(f"geometries={geometries!r} must be a list of at least one geometry; {remedy}.")
@@ -109,13 +111,9 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         # transformers would set attributes of a finished processor. It also passes on what is meant for a model, such
         # as a pipeline's `model_kwargs`: other names are left to it, which ignores or returns them.
-        settings = {name: kwargs.pop(name) for name in list(kwargs) if name in {"geometries", *cls._setting_names()}}
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if name in {"geometries", *SETTINGS}}
         changes = {name: value for name, value in settings.items() if value is not None}
         return super().from_dict(image_processor_dict | changes, **kwargs)
-
-    @classmethod
-    def _setting_names(cls) -> set[str]:
-        return {*cls.valid_kwargs.__annotations__, *PREPROCESSING_KEYS}
 
     @property
     def size(self) -> dict[str, int]:

@@ -130,6 +130,15 @@ def test_members_are_trained_on_the_gpu(changes, tmp_path):
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
 
 
+def test_a_processor_takes_images_from_the_gpu_and_puts_pixels_there(pair):
+    processor = ConcatEnsembleImageProcessor.from_config(pair.config)
+    images = torch.rand(3, 1, 40, 50)
+    expected = processor(images)["pixel_values"]
+    pixels = processor(images.cuda().requires_grad_(), device="cuda")["pixel_values"]
+    assert pixels.device.type == "cuda" and torch.equal(pixels.cpu(), expected)
+    assert torch.equal(processor(images.cuda())["pixel_values"], expected)
+
+
 def test_probe_runs_from_the_command_line(pair, tmp_path):
     pair.save_pretrained(tmp_path / "pair")
     words = ["probe", str(tmp_path / "pair"), "--dataset", "digits", "--limit", "100", "--save-head"]

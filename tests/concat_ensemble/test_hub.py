@@ -379,3 +379,17 @@ def test_a_bad_folder_or_bad_options_are_refused_before_anything_is_sent(refused
     refused(["push", folder, "me/x"], "no whole ensemble")
     (folder / "config.json").write_text('{"model_type": "resnet"}')
     refused(["push", folder, "me/x"], "'resnet', not an ensemble")
+
+
+def test_a_processor_is_pushed_alone_with_its_code(publisher, hub, client, folder, tmp_path):
+    publisher("import concat_ensemble; from transformers import AutoImageProcessor")
+    publisher(f"processor = AutoImageProcessor.from_pretrained({str(folder)!r})")
+    publisher("processor.push_to_hub('me/processor')")
+    publisher(f"processor.save_pretrained({str(tmp_path / 'saved')!r}, push_to_hub=True, repo_id='me/saved')")
+    other = client(token=None, package=False)
+    other("from transformers import AutoImageProcessor")
+    for name in ("me/processor", "me/saved"):
+        assert "image_processing_concat_ensemble.py" in hub.files(name)
+        other(f"assert AutoImageProcessor.from_pretrained({name!r}, trust_remote_code=True).geometries")
+    other("from transformers import AutoProcessor")
+    other("assert AutoProcessor.from_pretrained('me/saved', trust_remote_code=True).size")
