@@ -77,6 +77,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         self._no_split_modules = {type(member).__name__ for member in self.members.values()}
         inactive = [k for k in range(len(config.members)) if k not in config.built_members]
         self._keys_to_ignore_on_load_unexpected = {rf"^members\.{k}\." for k in inactive}
+        self._tied_weights_keys = _find_tied_weights(self)
 
     def forward_members(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Each built member's pooled features, (B, `num_features`), from the processor's `pixel_values`. Raises
@@ -125,6 +126,16 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             self.members.eval()
         return self
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # transformers' own ties nothing unless config.tie_word_embeddings says so, which no config of images has.
+        return dict(self._tied_weights_keys)
+
+    def mark_tied_weights_as_initialized(self, loading_info):
+        # transformers' own marks tied weights before it looks which are missing, so that none would be missed. Here
+        # whole layers are shared: a weight that was loaded under one name has its mark under all of them.
+        keys, mark = loading_info.missing_keys, "_is_hf_initialized"
+        loading_info.missing_keys = {k for k in keys if not getattr(self.get_parameter_or_buffer(k), mark, False)}
+
     def get_input_embeddings(self):
         return None  # images have none
 
@@ -162,7 +173,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         config = name if config is None else config
         with torch.device("meta"):
-            expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict()
+            expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)
         with_head = not issubclass(cls, ConcatEnsembleModel)
         with open_checkpoint(name, expected, with_head, hub_arguments) as source:
             model, info = super().from_pretrained(source, *model_args, config=config, **kwargs)
@@ -200,7 +211,10 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             config.dtype, config.architectures = self.dtype, [type(self).__name__]
             config.save_pretrained(folder)
             ConcatEnsembleImageProcessor.from_config(config).save_pretrained(folder)  # copies the code, too
-            save_weights(self.state_dict() if state_dict is None else state_dict, folder, max_shard_size)
+            weights = self.state_dict() if state_dict is None else state_dict
+            tied = self._tied_weights_keys
+            untied = {key: tensor for key, tensor in weights.items() if tied.get(key) not in weights}
+            save_weights(untied, folder, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -359,6 +373,14 @@ def _limit_size():
             hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
             hooks.callback(hook.remove)
         yield
+
+
+def _find_tied_weights(module: nn.Module) -> dict[str, str]:
+    """The first name of each weight by its other names: some of timm's networks, such as CoaT, reuse layers."""
+    first = {}
+    named_weights = module.named_parameters(remove_duplicate=False)
+    sources = {name: first.setdefault(id(weight), name) for name, weight in named_weights}
+    return {name: source for name, source in sources.items() if name != source}
 
 
 def _as_tuples(value):
