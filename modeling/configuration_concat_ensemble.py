@@ -105,7 +105,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     model_type = "concat_ensemble"
     # Without this `Trainer.predict` returns a tuple in place of the logits.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["pooler_output", "member_features"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["pooler_output", "member_features", "hidden_states"]
 
     members: list[dict[str, Any]] = field(default_factory=list)
     active_members: list[int] | None = None

@@ -34,12 +34,15 @@ class ConcatEnsembleOutput(ModelOutput):
         loss: Scalar, from a model with a head and with `labels`. `logits`: (B, `num_labels`), with a head.
         pooler_output: (B, `config.num_features`), the built members' features side by side, or their projection.
         member_features: One (B, `num_features`) tensor per built member, with `output_member_features=True`.
+        hidden_states: Feature maps (B, C, H, W) of the members' layers, with `output_hidden_states`: those of the
+            first built member from its first layer to its last, then those of the next.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     pooler_output: Tensor | None = None
     member_features: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class ConcatEnsemblePreTrainedModel(PreTrainedModel):
@@ -82,20 +85,39 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def forward_members(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Each built member's pooled features, (B, `num_features`), from the processor's `pixel_values`. Raises
         ValueError for pixels of another shape than (B, *`config.pixel_shape`)."""
+        return self._forward_members(pixel_values, layers=False)[0]
+
+    def _forward_members(self, pixel_values: Tensor, layers: bool | list[int]) -> tuple[tuple, tuple | None]:
+        """The members' pooled features and, if `layers` is not false, the feature maps of all or of these layers."""
         expected = self._pixel_shape
         if pixel_values.ndim != len(expected) + 1 or tuple(pixel_values.shape[1:]) != expected:
             shape = f"(B, {', '.join(map(str, expected))}); use the ensemble's own image processor"
             raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)} must be of shape {shape}.")
-        features = []
+        features, hidden_states = [], []
         for name, member in self.members.items():
             weight = next(member.parameters())
-            pooled = member(self._member_pixels[name](pixel_values.to(weight.device, weight.dtype)))
+            pixels = self._member_pixels[name](pixel_values.to(weight.device, weight.dtype))
+            with error_prefix(f"members[{name}]"):
+                pooled, maps = _forward_layers(member, pixels, layers) if layers else (member(pixels), ())
             width = self.config.members[int(name)]["num_features"]
             if pooled.ndim != 2 or pooled.shape[1] != width:
                 shape = tuple(pooled.shape)
                 raise ValueError(f"members[{name}] returns shape {shape}; its config promises pooled (B, {width}).")
             features.append(pooled.to(pixel_values.device))
-        return tuple(features)
+            hidden_states += [each.to(pixel_values.device) for each in maps]
+        return tuple(features), tuple(hidden_states) if layers else None
+
+    def _forward(
+        self, pixel_values: Tensor, output_member_features: bool, output_hidden_states: bool | list[int] | None
+    ) -> ConcatEnsembleOutput:
+        """What both classes return."""
+        layers = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        features, hidden_states = self._forward_members(pixel_values, layers)
+        return ConcatEnsembleOutput(
+            pooler_output=self.pool(features),
+            member_features=features if output_member_features else None,
+            hidden_states=hidden_states,
+        )
 
     def pool(self, features: tuple[Tensor, ...]) -> Tensor:
         """(B, `config.num_features`): the members' features side by side, projected if there is a projection."""
@@ -139,6 +161,9 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self):
         return None  # images have none
 
+    def set_input_embeddings(self, value):
+        raise NotImplementedError("an ensemble takes images and has no token embeddings to set.")
+
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         for member in filter(_can_checkpoint, self.members.values()):
             member.set_grad_checkpointing(enable)
@@ -149,12 +174,17 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # timm initializes its own, but `from_pretrained` leaves their non-persistent buffers as uninitialized memory
-        # (transformers #48892): Swin crashes on it, EVA02 is silently wrong.
+        # timm initializes its own weights when it builds a network. What is built without memory first has buffers of
+        # uninitialized memory: in `from_pretrained` the non-persistent ones (transformers #48892), with which Swin
+        # crashes and EVA02 is silently wrong, and otherwise BatchNorm's statistics as well.
         if not hasattr(module, "is_of_member"):
             super()._init_weights(module)
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
+        elif getattr(module, "running_mean", None) is not None:
+            init.zeros_(module.running_mean)  # not where it was loaded: these functions look for transformers' mark
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -267,15 +297,21 @@ class ConcatEnsembleModel(ConcatEnsemblePreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, output_member_features: bool = False, **kwargs) -> ConcatEnsembleOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_member_features: bool = False,
+        output_hidden_states: bool | list[int] | None = None,
+        **kwargs,
+    ) -> ConcatEnsembleOutput:
         """
         Args:
             pixel_values: (B, C, H, W), or (B, G, C, H, W) if members differ in geometry, from the image processor.
             output_member_features: Whether to return each member's features as well.
+            output_hidden_states: Whether to return the members' feature maps, by default as the config says. A list of
+                layers, such as `[-1]`, selects these of each member. ValueError for a member that has none.
         """
-        features = self.forward_members(pixel_values)
-        members = features if output_member_features else None
-        return ConcatEnsembleOutput(pooler_output=self.pool(features), member_features=members)
+        return self._forward(pixel_values, output_member_features, output_hidden_states)
 
 
 class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
@@ -300,16 +336,21 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, output_member_features: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_member_features: bool = False,
+        output_hidden_states: bool | list[int] | None = None,
+        **kwargs,
     ) -> ConcatEnsembleOutput:
         """As `ConcatEnsembleModel.forward`, with `labels`: (B,) int64 class numbers, (B,) floats for regression, or
         (B, `num_labels`) floats for several labels an image."""
-        features = self.forward_members(pixel_values)
-        pooled = self.pool(features)
+        output = self._forward(pixel_values, output_member_features, output_hidden_states)
+        pooled = output.pooler_output
         inputs = (pooled - self.feature_mean) / self.feature_scale if self.config.standardize else pooled
         logits = self.classifier(inputs.to(self.classifier.weight.dtype))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        return ConcatEnsembleOutput(loss, logits, pooled, features if output_member_features else None)
+        return ConcatEnsembleOutput(loss, logits, pooled, output.member_features, output.hidden_states)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -396,6 +437,21 @@ def _can_checkpoint(member: nn.Module) -> bool:
         return True
     except (AssertionError, AttributeError, NotImplementedError):
         return False
+
+
+def _forward_layers(member: nn.Module, pixels: Tensor, layers: bool | list[int]) -> tuple[Tensor, list[Tensor]]:
+    """A member's pooled features and the feature maps of its layers. Raises ValueError if it cannot return them."""
+    kind = type(member).__name__
+    if not hasattr(member, "forward_intermediates"):
+        raise ValueError(
+            f"timm's {kind} does not return the feature maps of its layers; leave out output_hidden_states."
+        )
+    try:
+        indices = None if layers is True else list(layers)
+        final, maps = member.forward_intermediates(pixels, indices=indices)
+    except AssertionError as error:
+        raise ValueError(f"output_hidden_states={layers} must be True or layers that {kind} has: {error}.") from error
+    return member.forward_head(final), maps
 
 
 def _select_pixels(index: int | None, source: dict, target: dict, pixel_values: Tensor) -> Tensor:
