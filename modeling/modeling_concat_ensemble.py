@@ -3,6 +3,7 @@
 import copy
 import functools
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +61,17 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def __init__(self, config: ConcatEnsembleConfig):
         super().__init__(config)
         config.check_active_members()
+        config.check_dynamic_img_size()
         if not config.members:
             raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
         self.members, self._member_pixels, geometries = nn.ModuleDict(), {}, config.geometries
         for k in config.built_members:
             spec, index = config.members[k], config.geometry_index(k)
             with error_prefix(f"members[{k}]"):
-                self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
+                if config.dynamic_img_size:
+                    self.members[str(k)] = _create_dynamic_backbone(spec)
+                else:
+                    self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
             number, shape = index if len(geometries) > 1 else None, geometries[index]
             # A partial, not a closure, since models are pickled.
             self._member_pixels[str(k)] = functools.partial(_select_pixels, number, shape, spec["preprocessing"])
@@ -84,13 +89,15 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     def forward_members(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Each built member's pooled features, (B, `num_features`), from the processor's `pixel_values`. Raises
-        ValueError for pixels of another shape than (B, *`config.pixel_shape`)."""
+        ValueError for pixels of another shape than (B, *`config.pixel_shape`), unless `config.dynamic_img_size`."""
         return self._forward_members(pixel_values, layers=False)[0]
 
     def _forward_members(self, pixel_values: Tensor, layers: bool | list[int]) -> tuple[tuple, tuple | None]:
         """The members' pooled features and, if `layers` is not false, the feature maps of all or of these layers."""
         expected = self._pixel_shape
-        if pixel_values.ndim != len(expected) + 1 or tuple(pixel_values.shape[1:]) != expected:
+        if self.config.dynamic_img_size:
+            expected = (expected[0], *pixel_values.shape[2:])
+        if pixel_values.ndim != len(self._pixel_shape) + 1 or tuple(pixel_values.shape[1:]) != expected:
             shape = f"(B, {', '.join(map(str, expected))}); use the ensemble's own image processor"
             raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)} must be of shape {shape}.")
         features, hidden_states = [], []
@@ -98,7 +105,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             weight = next(member.parameters())
             pixels = self._member_pixels[name](pixel_values.to(weight.device, weight.dtype))
             with error_prefix(f"members[{name}]"):
-                pooled, maps = _forward_layers(member, pixels, layers) if layers else (member(pixels), ())
+                pooled, maps = _forward_member(member, pixels, layers)
             width = self.config.members[int(name)]["num_features"]
             if pooled.ndim != 2 or pooled.shape[1] != width:
                 shape = tuple(pooled.shape)
@@ -280,6 +287,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         config = ConcatEnsembleConfig(
             members=[self.config.members[k] for k in chosen],
             projection_dim=self.config.projection_dim if members is None else None,
+            dynamic_img_size=self.config.dynamic_img_size,
             dtype=self.dtype,
         )
         with torch.device("meta"):
@@ -397,6 +405,24 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
         raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {reason}") from error
 
 
+def _create_dynamic_backbone(spec: dict) -> nn.Module:
+    """A member that takes images of other sizes than its own: with timm's argument where it has it, else if it does by
+    itself. Raises ValueError if images twice as high and twice as wide cannot be run on the meta device."""
+    architecture, (channels, height, width) = spec["architecture"], spec["preprocessing"]["input_size"]
+    for arguments in ({**spec["model_args"], "dynamic_img_size": True}, spec["model_args"]):
+        try:
+            with torch.device("meta"):
+                network = create_backbone(architecture, **arguments).eval()
+                for size in ((2 * height, width), (height, 2 * width)):
+                    network(torch.zeros(1, channels, *size))
+        except Exception as error:  # of any kind, for a network that cannot
+            reason = str(error)
+        else:
+            return create_backbone(architecture, **arguments)
+    problem = f"dynamic_img_size=True must be left out: timm's {architecture} takes images of {height}x{width} alone"
+    raise ValueError(f"{problem} ({reason}).")
+
+
 @contextmanager
 def _limit_size():
     """Raise ValueError as soon as a network that is built inside has more than `MAX_WEIGHTS` or `MAX_MODULES`."""
@@ -439,19 +465,22 @@ def _can_checkpoint(member: nn.Module) -> bool:
         return False
 
 
-def _forward_layers(member: nn.Module, pixels: Tensor, layers: bool | list[int]) -> tuple[Tensor, list[Tensor]]:
-    """A member's pooled features and the feature maps of its layers. Raises ValueError if it cannot return them."""
-    kind = type(member).__name__
-    if not hasattr(member, "forward_intermediates"):
+def _forward_member(member: nn.Module, pixels: Tensor, layers: bool | list[int]) -> tuple[Tensor, Iterable[Tensor]]:
+    """A member's pooled features and, if `layers` is not false, the feature maps of all or of these layers. Raises
+    ValueError for layers and for sizes of images that it does not take."""
+    kind, size = type(member).__name__, "x".join(map(str, pixels.shape[2:]))
+    if layers and not hasattr(member, "forward_intermediates"):
         raise ValueError(
             f"timm's {kind} does not return the feature maps of its layers; leave out output_hidden_states."
         )
     try:
-        indices = None if layers is True else list(layers)
-        final, maps = member.forward_intermediates(pixels, indices=indices)
+        if not layers:
+            return member(pixels), ()
+        final, maps = member.forward_intermediates(pixels, indices=None if layers is True else list(layers))
+        return member.forward_head(final), maps
     except AssertionError as error:
-        raise ValueError(f"output_hidden_states={layers} must be True or layers that {kind} has: {error}.") from error
-    return member.forward_head(final), maps
+        problem = f"timm's {kind} refuses output_hidden_states={layers} or images of {size} pixels"
+        raise ValueError(f"{problem} ({error}); choose others.") from error
 
 
 def _select_pixels(index: int | None, source: dict, target: dict, pixel_values: Tensor) -> Tensor:

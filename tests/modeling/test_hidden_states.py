@@ -51,7 +51,7 @@ def test_a_classifier_returns_them_with_their_gradients(build, noise):
     model, _ = build(*PAIR, cls=ConcatEnsembleForImageClassification, num_labels=3)
     output = model(noise(model), labels=torch.tensor([0, 2]), output_hidden_states=[0])
     resnet, vit = output.hidden_states
-    assert (resnet.shape[2:], vit.shape[2:]) == ((16, 16), (2, 2))
+    assert (resnet.shape[2:], vit.shape[2:]) == ((32, 32), (2, 2))
     resnet.retain_grad()
     (output.loss + vit.square().mean()).backward()  # a loss on the tokens as a map, too
     assert resnet.grad.abs().sum() > 0 and model.members["1"].blocks[0].mlp.fc2.weight.grad.abs().sum() > 0
@@ -70,7 +70,7 @@ def test_trainer_predicts_logits_alone_whatever_the_config_says(build, noise, tm
 @pytest.mark.parametrize("layers", [[99], [-99]])
 def test_the_error_for_a_layer_that_a_member_lacks_names_both(build, noise, layers):
     model, _ = build(*PAIR)
-    with pytest.raises(ValueError, match=r"members\[0\]: output_hidden_states=\[-?99\] must be .*ResNet"):
+    with pytest.raises(ValueError, match=r"members\[0\]: timm's ResNet refuses output_hidden_states=\[-?99\]"):
         model(noise(model), output_hidden_states=layers)
 
 
