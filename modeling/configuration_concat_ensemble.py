@@ -165,7 +165,10 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         require(_is_whole(num_labels, 0), "num_labels", num_labels, f"a whole number from 0 to {MAX_NUMBER:,}")
         is_dict = isinstance(names, dict) and len(names) <= MAX_NUMBER and all(str(n).isdecimal() for n in names)
         require(names is None or is_dict, "id2label", names, f"names by number, up to {MAX_NUMBER:,}")
-        is_dict = isinstance(numbers, dict) and all(type(n) is int for n in numbers.values())
+        # transformers' example scripts write the numbers as strings.
+        is_dict = isinstance(numbers, dict) and all(
+            type(n) is int or (isinstance(n, str) and n.isdecimal()) for n in numbers.values()
+        )
         require(numbers is None or is_dict, "label2id", numbers, "numbers by name")
 
     def check_active_members(self) -> None:
