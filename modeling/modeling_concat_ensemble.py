@@ -85,14 +85,13 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         self._no_split_modules = {type(member).__name__ for member in self.members.values()}
         inactive = [k for k in range(len(config.members)) if k not in config.built_members]
         self._keys_to_ignore_on_load_unexpected = {rf"^members\.{k}\." for k in inactive}
-        self._tied_weights_keys = _find_tied_weights(self)
 
     def forward_members(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Each built member's pooled features, (B, `num_features`), from the processor's `pixel_values`. Raises
         ValueError for pixels of another shape than (B, *`config.pixel_shape`), unless `config.dynamic_img_size`."""
         return self._forward_members(pixel_values, layers=False)[0]
 
-    def _forward_members(self, pixel_values: Tensor, layers: bool | list[int]) -> tuple[tuple, tuple | None]:
+    def _forward_members(self, pixel_values: Tensor, layers: bool | list[int] | None) -> tuple[tuple, tuple | None]:
         """The members' pooled features and, if `layers` is not false, the feature maps of all or of these layers."""
         expected = self._pixel_shape
         if self.config.dynamic_img_size:
@@ -156,8 +155,13 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         return self
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        # transformers' own ties nothing unless config.tie_word_embeddings says so, which no config of images has.
-        return dict(self._tied_weights_keys)
+        # Beside transformers' own, which come from a class attribute and a field of the config: the first name of each
+        # weight by its other names, since some of timm's networks, such as CoaT, reuse layers.
+        first = {}
+        named_weights = self.named_parameters(remove_duplicate=False)
+        sources = {name: first.setdefault(id(weight), name) for name, weight in named_weights}
+        shared = {name: source for name, source in sources.items() if name != source}
+        return super().get_expanded_tied_weights_keys(all_submodels) | shared
 
     def mark_tied_weights_as_initialized(self, loading_info):
         # transformers' own marks tied weights before it looks which are missing, so that none would be missed. Here
@@ -249,7 +253,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             config.save_pretrained(folder)
             ConcatEnsembleImageProcessor.from_config(config).save_pretrained(folder)  # copies the code, too
             weights = self.state_dict() if state_dict is None else state_dict
-            tied = self._tied_weights_keys
+            tied = self.all_tied_weights_keys
             untied = {key: tensor for key, tensor in weights.items() if tied.get(key) not in weights}
             save_weights(untied, folder, max_shard_size)
         if push_to_hub:
@@ -442,14 +446,6 @@ def _limit_size():
         yield
 
 
-def _find_tied_weights(module: nn.Module) -> dict[str, str]:
-    """The first name of each weight by its other names: some of timm's networks, such as CoaT, reuse layers."""
-    first = {}
-    named_weights = module.named_parameters(remove_duplicate=False)
-    sources = {name: first.setdefault(id(weight), name) for name, weight in named_weights}
-    return {name: source for name, source in sources.items() if name != source}
-
-
 def _as_tuples(value):
     """Lists as tuples, which timm's own defaults are and JSON cannot hold."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
@@ -465,7 +461,9 @@ def _can_checkpoint(member: nn.Module) -> bool:
         return False
 
 
-def _forward_member(member: nn.Module, pixels: Tensor, layers: bool | list[int]) -> tuple[Tensor, Iterable[Tensor]]:
+def _forward_member(
+    member: nn.Module, pixels: Tensor, layers: bool | list[int] | None
+) -> tuple[Tensor, Iterable[Tensor]]:
     """A member's pooled features and, if `layers` is not false, the feature maps of all or of these layers. Raises
     ValueError for layers and for sizes of images that it does not take."""
     kind, size = type(member).__name__, "x".join(map(str, pixels.shape[2:]))

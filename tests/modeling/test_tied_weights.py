@@ -60,6 +60,16 @@ def test_with_a_head_a_step_of_training_moves_all_names_and_is_saved(build, nois
     assert torch.equal(loaded(noise(model)).logits, model(noise(model)).logits)
 
 
+def test_adapters_are_put_into_members_with_and_without_tied_weights(tied, noise, tmp_path):
+    peft = pytest.importorskip("peft")
+    before = features(tied, noise(tied))
+    adapted = peft.get_peft_model(tied, peft.LoraConfig(target_modules=["qkv", "fc1", "conv1"]))
+    assert torch.equal(features(adapted, noise(tied)), before)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(features(AutoModel.from_pretrained(tmp_path), noise(tied)), features(merged, noise(tied)))
+
+
 def test_one_member_alone_is_loaded_exported_and_saved(tied, noise, tmp_path):
     tied.save_pretrained(tmp_path)
     part = AutoModel.from_pretrained(tmp_path, active_members=[1])
