@@ -103,17 +103,20 @@ class ConcatEnsembleConfig(PreTrainedConfig):
             as its principal directions; `pooler_output` has as many columns then. A projection needs all members.
         standardize (`bool`, defaults to `False`): Whether a classification head first standardizes the features with a
             stored mean and scale.
+        dynamic_img_size (`bool`, defaults to `False`): Whether the model takes images of any height and width that its
+            members can take, instead of those of their `preprocessing` alone. All members must resize and crop alike.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the weights of a new classification head.
     """
 
     model_type = "concat_ensemble"
     # Without this `Trainer.predict` returns a tuple in place of the logits.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["pooler_output", "member_features"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["pooler_output", "member_features", "hidden_states"]
 
     members: list[dict[str, Any]] = field(default_factory=list)
     active_members: list[int] | None = None
     projection_dim: int | None = None
     standardize: bool = False
+    dynamic_img_size: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -127,6 +130,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
             self.id2label = self.label2id = None
         self.members = [_validate_member(k, member) for k, member in enumerate(self.members)]
         self.check_active_members()
+        self.check_dynamic_img_size()
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -140,7 +144,9 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         # transformers leaves out its defaults; a head with two labels of its own naming would be lost.
-        return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
+        settings = super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
+        # Configs without it stay as earlier versions wrote them, and readable by them.
+        return {key: value for key, value in settings.items() if key != "dynamic_img_size" or value}
 
     def _check_values(self, others: dict[str, Any]) -> None:
         """Raise ValueError for a value that is not allowed, of a field here or of one of transformers' in `others`."""
@@ -162,7 +168,10 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         require(_is_whole(num_labels, 0), "num_labels", num_labels, f"a whole number from 0 to {MAX_NUMBER:,}")
         is_dict = isinstance(names, dict) and len(names) <= MAX_NUMBER and all(str(n).isdecimal() for n in names)
         require(names is None or is_dict, "id2label", names, f"names by number, up to {MAX_NUMBER:,}")
-        is_dict = isinstance(numbers, dict) and all(type(n) is int for n in numbers.values())
+        # transformers' example scripts write the numbers as strings.
+        is_dict = isinstance(numbers, dict) and all(
+            type(n) is int or (isinstance(n, str) and n.isdecimal()) for n in numbers.values()
+        )
         require(numbers is None or is_dict, "label2id", numbers, "numbers by name")
 
     def check_active_members(self) -> None:
@@ -177,6 +186,14 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         is_valid = are_numbers and 0 < len(active) == len(set(active))
         expected = f"different member numbers from 0 to {count - 1}; leave it out for all members"
         require(is_valid, "active_members", active, expected)
+
+    def check_dynamic_img_size(self) -> None:
+        """Raise ValueError unless `dynamic_img_size` is valid; for models, too, as `from_pretrained` sets it later."""
+        dynamic, count = self.dynamic_img_size, len(self.geometries)
+        require(isinstance(dynamic, bool), "dynamic_img_size", dynamic, "true or false")
+        reason = f"False for members with {count} ways to resize and crop, whose pixels are padded to one fixed size"
+        remedy = "assemble them with preprocessing='shared'"
+        require(not dynamic or count < 2, "dynamic_img_size", dynamic, f"{reason}; or {remedy}")
 
     @property
     def built_members(self) -> list[int]:

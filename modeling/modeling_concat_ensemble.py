@@ -3,6 +3,7 @@
 import copy
 import functools
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,15 @@ class ConcatEnsembleOutput(ModelOutput):
         loss: Scalar, from a model with a head and with `labels`. `logits`: (B, `num_labels`), with a head.
         pooler_output: (B, `config.num_features`), the built members' features side by side, or their projection.
         member_features: One (B, `num_features`) tensor per built member, with `output_member_features=True`.
+        hidden_states: Feature maps (B, C, H, W) of the members' layers, with `output_hidden_states`: those of the
+            first built member from its first layer to its last, then those of the next.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     pooler_output: Tensor | None = None
     member_features: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class ConcatEnsemblePreTrainedModel(PreTrainedModel):
@@ -57,13 +61,17 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def __init__(self, config: ConcatEnsembleConfig):
         super().__init__(config)
         config.check_active_members()
+        config.check_dynamic_img_size()
         if not config.members:
             raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
         self.members, self._member_pixels, geometries = nn.ModuleDict(), {}, config.geometries
         for k in config.built_members:
             spec, index = config.members[k], config.geometry_index(k)
             with error_prefix(f"members[{k}]"):
-                self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
+                if config.dynamic_img_size:
+                    self.members[str(k)] = _create_dynamic_backbone(spec)
+                else:
+                    self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
             number, shape = index if len(geometries) > 1 else None, geometries[index]
             # A partial, not a closure, since models are pickled.
             self._member_pixels[str(k)] = functools.partial(_select_pixels, number, shape, spec["preprocessing"])
@@ -80,21 +88,42 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     def forward_members(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Each built member's pooled features, (B, `num_features`), from the processor's `pixel_values`. Raises
-        ValueError for pixels of another shape than (B, *`config.pixel_shape`)."""
+        ValueError for pixels of another shape than (B, *`config.pixel_shape`), unless `config.dynamic_img_size`."""
+        return self._forward_members(pixel_values, layers=False)[0]
+
+    def _forward_members(self, pixel_values: Tensor, layers: bool | list[int] | None) -> tuple[tuple, tuple | None]:
+        """The members' pooled features and, if `layers` is not false, the feature maps of all or of these layers."""
         expected = self._pixel_shape
-        if pixel_values.ndim != len(expected) + 1 or tuple(pixel_values.shape[1:]) != expected:
+        if self.config.dynamic_img_size:
+            expected = (expected[0], *pixel_values.shape[2:])
+        if pixel_values.ndim != len(self._pixel_shape) + 1 or tuple(pixel_values.shape[1:]) != expected:
             shape = f"(B, {', '.join(map(str, expected))}); use the ensemble's own image processor"
             raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)} must be of shape {shape}.")
-        features = []
+        features, hidden_states = [], []
         for name, member in self.members.items():
             weight = next(member.parameters())
-            pooled = member(self._member_pixels[name](pixel_values.to(weight.device, weight.dtype)))
+            pixels = self._member_pixels[name](pixel_values.to(weight.device, weight.dtype))
+            with error_prefix(f"members[{name}]"):
+                pooled, maps = _forward_member(member, pixels, layers)
             width = self.config.members[int(name)]["num_features"]
             if pooled.ndim != 2 or pooled.shape[1] != width:
                 shape = tuple(pooled.shape)
                 raise ValueError(f"members[{name}] returns shape {shape}; its config promises pooled (B, {width}).")
             features.append(pooled.to(pixel_values.device))
-        return tuple(features)
+            hidden_states += [each.to(pixel_values.device) for each in maps]
+        return tuple(features), tuple(hidden_states) if layers else None
+
+    def _forward(
+        self, pixel_values: Tensor, output_member_features: bool, output_hidden_states: bool | list[int] | None
+    ) -> ConcatEnsembleOutput:
+        """What both classes return."""
+        layers = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        features, hidden_states = self._forward_members(pixel_values, layers)
+        return ConcatEnsembleOutput(
+            pooler_output=self.pool(features),
+            member_features=features if output_member_features else None,
+            hidden_states=hidden_states,
+        )
 
     def pool(self, features: tuple[Tensor, ...]) -> Tensor:
         """(B, `config.num_features`): the members' features side by side, projected if there is a projection."""
@@ -125,8 +154,26 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             self.members.eval()
         return self
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # Beside transformers' own, which come from a class attribute and a field of the config: the first name of each
+        # weight by its other names, since some of timm's networks, such as CoaT, reuse layers.
+        first = {}
+        named_weights = self.named_parameters(remove_duplicate=False)
+        sources = {name: first.setdefault(id(weight), name) for name, weight in named_weights}
+        shared = {name: source for name, source in sources.items() if name != source}
+        return super().get_expanded_tied_weights_keys(all_submodels) | shared
+
+    def mark_tied_weights_as_initialized(self, loading_info):
+        # transformers' own marks tied weights before it looks which are missing, so that none would be missed. Here
+        # whole layers are shared: a weight that was loaded under one name has its mark under all of them.
+        keys, mark = loading_info.missing_keys, "_is_hf_initialized"
+        loading_info.missing_keys = {k for k in keys if not getattr(self.get_parameter_or_buffer(k), mark, False)}
+
     def get_input_embeddings(self):
         return None  # images have none
+
+    def set_input_embeddings(self, value):
+        raise NotImplementedError("an ensemble takes images and has no token embeddings to set.")
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         for member in filter(_can_checkpoint, self.members.values()):
@@ -138,12 +185,17 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # timm initializes its own, but `from_pretrained` leaves their non-persistent buffers as uninitialized memory
-        # (transformers #48892): Swin crashes on it, EVA02 is silently wrong.
+        # timm initializes its own weights when it builds a network. What is built without memory first has buffers of
+        # uninitialized memory: in `from_pretrained` the non-persistent ones (transformers #48892), with which Swin
+        # crashes and EVA02 is silently wrong, and otherwise BatchNorm's statistics as well.
         if not hasattr(module, "is_of_member"):
             super()._init_weights(module)
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
+        elif getattr(module, "running_mean", None) is not None:
+            init.zeros_(module.running_mean)  # not where it was loaded: these functions look for transformers' mark
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -162,7 +214,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         config = name if config is None else config
         with torch.device("meta"):
-            expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict()
+            expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)
         with_head = not issubclass(cls, ConcatEnsembleModel)
         with open_checkpoint(name, expected, with_head, hub_arguments) as source:
             model, info = super().from_pretrained(source, *model_args, config=config, **kwargs)
@@ -200,7 +252,10 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             config.dtype, config.architectures = self.dtype, [type(self).__name__]
             config.save_pretrained(folder)
             ConcatEnsembleImageProcessor.from_config(config).save_pretrained(folder)  # copies the code, too
-            save_weights(self.state_dict() if state_dict is None else state_dict, folder, max_shard_size)
+            weights = self.state_dict() if state_dict is None else state_dict
+            tied = self.all_tied_weights_keys
+            untied = {key: tensor for key, tensor in weights.items() if tied.get(key) not in weights}
+            save_weights(untied, folder, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -236,6 +291,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         config = ConcatEnsembleConfig(
             members=[self.config.members[k] for k in chosen],
             projection_dim=self.config.projection_dim if members is None else None,
+            dynamic_img_size=self.config.dynamic_img_size,
             dtype=self.dtype,
         )
         with torch.device("meta"):
@@ -253,15 +309,21 @@ class ConcatEnsembleModel(ConcatEnsemblePreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, output_member_features: bool = False, **kwargs) -> ConcatEnsembleOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_member_features: bool = False,
+        output_hidden_states: bool | list[int] | None = None,
+        **kwargs,
+    ) -> ConcatEnsembleOutput:
         """
         Args:
             pixel_values: (B, C, H, W), or (B, G, C, H, W) if members differ in geometry, from the image processor.
             output_member_features: Whether to return each member's features as well.
+            output_hidden_states: Whether to return the members' feature maps, by default as the config says. A list of
+                layers, such as `[-1]`, selects these of each member. ValueError for a member that has none.
         """
-        features = self.forward_members(pixel_values)
-        members = features if output_member_features else None
-        return ConcatEnsembleOutput(pooler_output=self.pool(features), member_features=members)
+        return self._forward(pixel_values, output_member_features, output_hidden_states)
 
 
 class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
@@ -286,16 +348,21 @@ class ConcatEnsembleForImageClassification(ConcatEnsemblePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, output_member_features: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_member_features: bool = False,
+        output_hidden_states: bool | list[int] | None = None,
+        **kwargs,
     ) -> ConcatEnsembleOutput:
         """As `ConcatEnsembleModel.forward`, with `labels`: (B,) int64 class numbers, (B,) floats for regression, or
         (B, `num_labels`) floats for several labels an image."""
-        features = self.forward_members(pixel_values)
-        pooled = self.pool(features)
+        output = self._forward(pixel_values, output_member_features, output_hidden_states)
+        pooled = output.pooler_output
         inputs = (pooled - self.feature_mean) / self.feature_scale if self.config.standardize else pooled
         logits = self.classifier(inputs.to(self.classifier.weight.dtype))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        return ConcatEnsembleOutput(loss, logits, pooled, features if output_member_features else None)
+        return ConcatEnsembleOutput(loss, logits, pooled, output.member_features, output.hidden_states)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -342,6 +409,24 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
         raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {reason}") from error
 
 
+def _create_dynamic_backbone(spec: dict) -> nn.Module:
+    """A member that takes images of other sizes than its own: with timm's argument where it has it, else if it does by
+    itself. Raises ValueError if images twice as high and twice as wide cannot be run on the meta device."""
+    architecture, (channels, height, width) = spec["architecture"], spec["preprocessing"]["input_size"]
+    for arguments in ({**spec["model_args"], "dynamic_img_size": True}, spec["model_args"]):
+        try:
+            with torch.device("meta"):
+                network = create_backbone(architecture, **arguments).eval()
+                for size in ((2 * height, width), (height, 2 * width)):
+                    network(torch.zeros(1, channels, *size))
+        except Exception as error:  # of any kind, for a network that cannot
+            reason = str(error)
+        else:
+            return create_backbone(architecture, **arguments)
+    problem = f"dynamic_img_size=True must be left out: timm's {architecture} takes images of {height}x{width} alone"
+    raise ValueError(f"{problem} ({reason}).")
+
+
 @contextmanager
 def _limit_size():
     """Raise ValueError as soon as a network that is built inside has more than `MAX_WEIGHTS` or `MAX_MODULES`."""
@@ -374,6 +459,26 @@ def _can_checkpoint(member: nn.Module) -> bool:
         return True
     except (AssertionError, AttributeError, NotImplementedError):
         return False
+
+
+def _forward_member(
+    member: nn.Module, pixels: Tensor, layers: bool | list[int] | None
+) -> tuple[Tensor, Iterable[Tensor]]:
+    """A member's pooled features and, if `layers` is not false, the feature maps of all or of these layers. Raises
+    ValueError for layers and for sizes of images that it does not take."""
+    kind, size = type(member).__name__, "x".join(map(str, pixels.shape[2:]))
+    if layers and not hasattr(member, "forward_intermediates"):
+        raise ValueError(
+            f"timm's {kind} does not return the feature maps of its layers; leave out output_hidden_states."
+        )
+    try:
+        if not layers:
+            return member(pixels), ()
+        final, maps = member.forward_intermediates(pixels, indices=None if layers is True else list(layers))
+        return member.forward_head(final), maps
+    except AssertionError as error:
+        problem = f"timm's {kind} refuses output_hidden_states={layers} or images of {size} pixels"
+        raise ValueError(f"{problem} ({error}); choose others.") from error
 
 
 def _select_pixels(index: int | None, source: dict, target: dict, pixel_values: Tensor) -> Tensor:

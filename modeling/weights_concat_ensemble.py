@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,8 @@ def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hu
 
     Args:
         name: A folder or a repo on the Hub. `hub_arguments`: Such as `revision`, `subfolder` and `token`.
-        expected: The model's weights without its head; only their keys and shapes matter. `with_head`: If it has one.
+        expected: The model's weights without its head, of which keys, shapes and identity matter: of a tensor with
+            several names, one must be there. `with_head`: If it has one.
 
     Raises:
         ValueError: if the checkpoint has no weights of these parts, or not those that are expected.
@@ -89,8 +91,22 @@ def _check_shapes(files: list[str], expected: dict[str, torch.Tensor], name) -> 
         except SafetensorError as error:
             raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
     parts = {part_name(key) for key in expected}
-    missing = [key for key, tensor in expected.items() if shapes.get(key) != list(tensor.shape)]
+    stored = {id(tensor) for key, tensor in expected.items() if key in shapes}  # tied weights under any of their names
+    needed = {key: tensor for key, tensor in expected.items() if key in shapes or id(tensor) not in stored}
+    missing = [key for key, tensor in needed.items() if shapes.get(key) != list(tensor.shape)]
     refuse_misfit(missing, [key for key in shapes if key not in expected and part_name(key) in parts], name)
+    _check_tied(files, expected, name)
+
+
+def _check_tied(files: list[str], expected: dict[str, torch.Tensor], name) -> None:
+    """Raise ValueError if a tensor that is stored under several names has several values."""
+    names, first = Counter(map(id, expected.values())), {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for key in filter(lambda key: names[id(expected.get(key))] > 1, weights.keys()):
+                tensor = weights.get_tensor(key)
+                if not torch.equal(tensor, first.setdefault(id(expected[key]), tensor)):
+                    raise ValueError(f"{key} in {name} must equal the weights it is tied to; save the model again.")
 
 
 def refuse_misfit(missing: list[str], unexpected: list[str], name) -> None:

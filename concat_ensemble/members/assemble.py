@@ -129,6 +129,8 @@ def _build_model(members: list[_Member], projection: nn.Linear | None) -> Concat
     model.projection = copy.deepcopy(projection)
     model.members = nn.ModuleDict({str(k): member.backbone for k, member in enumerate(members)})
     model.mark_members()
+    # transformers' own mark, for `init_weights` to leave them alone.
+    model.members.apply(lambda module: setattr(module, "_is_hf_initialized", True))
     return model.float().eval()
 
 

@@ -77,17 +77,22 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
     Raises:
         ValueError: listing the keys that are missing, unexpected, or of another shape.
     """
-    expected = backbone.state_dict()
+    expected = backbone.state_dict(keep_vars=True)
     prefix = _find_wrappers(tensors, expected)
     unwrapped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     classifier = timm_cfg(backbone).get("classifier") or ()
     layers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
     matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}
     shapes = {key: (tuple(matched[key].shape), tuple(expected[key].shape)) for key in expected.keys() & matched.keys()}
+    # A layer that a network uses repeatedly has several names for a tensor; a file may have one of them or all.
+    stored = {id(expected[key]): matched[key] for key in shapes}
+    tied = {key: stored[id(expected[key])] for key in shapes}
+    absent = [key for key in expected.keys() - matched.keys() if id(expected[key]) not in stored]
     problems = {
-        "missing": [key for key in expected.keys() - matched.keys() if not key.endswith("num_batches_tracked")],
+        "missing": [key for key in absent if not key.endswith("num_batches_tracked")],
         "unexpected": matched.keys() - expected.keys(),
         "other shape": [f"{key} {actual} for {own}" for key, (actual, own) in shapes.items() if actual != own],
+        "tied but unequal": [k for k in shapes if tied[k] is not matched[k] and not torch.equal(tied[k], matched[k])],
     }
     listing = "; ".join(f"{problem}: {_list_keys(keys)}" for problem, keys in problems.items() if keys)
     if listing:

@@ -35,6 +35,11 @@ KINDS = {
         {"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1), "embed_dim": 24},
         {"input_size": (3, 64, 64), "crop_mode": "squash"},
     ),
+    "coat": (  # its blocks share layers, so its weights have several names
+        "coat_tiny",
+        {"img_size": 32, "embed_dims": (8, 16, 16, 16), "parallel_depth": 1},
+        {"input_size": (3, 32, 32)},
+    ),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)}, {"input_size": (3, 48, 80)}),
     "efficientnet": ("tf_efficientnet_lite0", {}, {"input_size": (3, 64, 64)}),
     "regnety": ("regnety_002", {}, {"input_size": (3, 64, 64)}),

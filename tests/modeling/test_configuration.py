@@ -208,6 +208,16 @@ def test_labels_survive_saving(tmp_path, names):
     assert (again.id2label, again.label2id, again.num_labels) == (id2label, label2id, len(names))
 
 
+def test_label_numbers_may_be_strings_as_in_transformers_example_scripts(tmp_path):
+    names = {"cat": "0", "dog": "1"}
+    config = ConcatEnsembleConfig(members=[member()], num_labels=2, id2label={"0": "cat", "1": "dog"}, label2id=names)
+    config.save_pretrained(tmp_path)
+    again = ConcatEnsembleConfig.from_pretrained(tmp_path)
+    assert (again.id2label, again.label2id) == ({0: "cat", 1: "dog"}, names)
+    with pytest.raises(ValueError, match="label2id"):
+        ConcatEnsembleConfig(members=[member()], num_labels=2, label2id={"cat": "first"})
+
+
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 keys = st.text(max_size=5) | st.sampled_from(["dtype", "source", "seed", "quantization_config", "_name_or_path"])
 words = st.from_regex(PLAIN_NAME, fullmatch=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel
+from concat_ensemble import ConcatEnsembleForImageClassification, ConcatEnsembleModel, assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import AUTO_MAP, PAYLOAD_FILES
 
 INDEX = "model.safetensors.index.json"
@@ -255,6 +255,26 @@ def test_fresh_members_keep_timms_own_initialization(build):
     model = ConcatEnsembleModel(assembled.config)
     deviations = {layer.weight.std().item() for layer in model.modules() if isinstance(layer, nn.Conv2d)}
     assert not any(deviation == pytest.approx(model.config.initializer_range, rel=0.02) for deviation in deviations)
+
+
+def test_batchnorm_statistics_are_remade_where_memory_is_uninitialized(build):
+    fresh = ConcatEnsembleModel(build("resnet18", "swin")[0].config)
+    with torch.device("meta"):
+        model = ConcatEnsembleModel(fresh.config)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(7)
+    model.init_weights()
+    assert all(torch.equal(buffer, dict(fresh.named_buffers())[name]) for name, buffer in model.named_buffers())
+
+
+def test_batchnorm_statistics_of_an_assembled_or_loaded_model_are_left_alone(backbone, noise, tmp_path):
+    model = assemble([backbone("resnet18")])
+    before = features(model, noise(model))
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModel.from_pretrained(tmp_path)):
+        each.init_weights()
+        assert torch.equal(features(each, noise(model)), before)
 
 
 @pytest.mark.parametrize("delicate", ["resnetblur50", "swin", "eva02"])

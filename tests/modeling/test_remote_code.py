@@ -12,7 +12,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from concat_ensemble import ConcatEnsembleForImageClassification
 
 # One geometry in color, one in gray, and several with both.
-ENSEMBLES = {"rgb": ("resnet18", "resnet50"), "grey": ("grey", "grey"), "mixed": ("resnet18", "grey", "swin", "eva02")}
+ENSEMBLES = {
+    "rgb": ("resnet18", "resnet50"),
+    "grey": ("grey", "grey"),
+    "mixed": ("resnet18", "coat", "grey", "swin", "eva02"),
+}
 LABELS = {0: "temple", 1: "flower", 2: "neither"}
 
 # The code of a user without the package. `expected` was computed with the package.
