@@ -273,7 +273,9 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def _list_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights without those of adapters, by the names that they have without adapters, each tensor once.
         Raises ValueError for adapters that transformers does not know of."""
-        wrappers = [f"{name}." for name, module in self.named_modules() if any(map(module._modules.get, WRAPPED_LAYERS))]
+        wrappers = [
+            f"{name}." for name, module in self.named_modules() if any(map(module._modules.get, WRAPPED_LAYERS))
+        ]
         if wrappers and not self._hf_peft_config_loaded:
             remedy = "save PEFT's own model, or its merge_and_unload()"
             raise ValueError(f"{type(self).__name__} has adapters of a model of PEFT, which would be lost; {remedy}.")

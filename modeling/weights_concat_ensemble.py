@@ -125,13 +125,15 @@ def check_savable(weights: dict[str, torch.Tensor], expected: dict[str, torch.Te
     """Raise ValueError unless a model that expects these keys, shapes and ties could load the weights from files."""
     for key, tensor in weights.items():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
-            kind = "one without memory" if tensor.is_meta else type(tensor).__name__
+            kind = "one without memory" if getattr(tensor, "is_meta", False) else type(tensor).__name__
             remedy = "save the model before it is quantized or sharded, and do so again after loading"
             raise ValueError(f"{name} cannot be saved: {key} is no plain tensor but {kind}; {remedy}.")
     try:
         _check_fit({key: list(tensor.shape) for key, tensor in weights.items()}, expected, name)
+        others = [key for key in weights if key not in expected and key.startswith(("members.", "projection."))]
+        refuse_misfit([], others, name)
     except ValueError as error:
-        remedy = "merge adapters, and undo other changes of layers, before saving"
+        remedy = "undo what changed its layers, such as quantization"
         raise ValueError(f"{name} could not be loaded again: {error} To save it, {remedy}.") from error
 
 
@@ -164,7 +166,9 @@ def replace_files(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
         yield Path(aside)
-        files = sorted(Path(aside).iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors"))
+        files = sorted(
+            Path(aside).iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors")
+        )
         for path in files:  # renamed, not copied: a loaded model's tensors may be the old file, mapped into memory
             os.replace(path, folder / path.name)
     if files and files[-1].name == INDEX_NAME:

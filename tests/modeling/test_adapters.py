@@ -45,7 +45,9 @@ def output(model, noise):
     return result.pooler_output if result.logits is None else result.logits
 
 
-@pytest.mark.parametrize("cls, auto", [(CLASSIFIER, AutoModelForImageClassification), (ConcatEnsembleModel, AutoModel)])
+@pytest.mark.parametrize(
+    "cls, auto", [(CLASSIFIER, AutoModelForImageClassification), (ConcatEnsembleModel, AutoModel)]
+)
 def test_an_adapter_is_saved_alone_and_loaded_with_its_base(base, noise, tmp_path, cls, auto):
     before, files = output(cls.from_pretrained(base), noise), digests(base)
     model = cls.from_pretrained(base)
