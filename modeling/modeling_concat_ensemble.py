@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -15,16 +16,21 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import ModelOutput, can_return_tuple
 
 # transformers finds the other files of the payload by these lines.
 from .configuration_concat_ensemble import ConcatEnsembleConfig, error_prefix, refuse_links, require
 from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
-from .weights_concat_ensemble import copy_card, list_saved_members, open_checkpoint, refuse_misfit, save_weights
+from .weights_concat_ensemble import check_savable, copy_card, holds_weights, list_saved_members, open_checkpoint
+from .weights_concat_ensemble import refuse_misfit, replace_files, save_weights
 
 # Bounds for what a stranger's config may ask for: above all of timm's networks, and below what takes hours to build.
 MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**30
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# PEFT's names of its file and of the layers to which it adds others.
+ADAPTER_CONFIG, WRAPPED_LAYERS = "adapter_config.json", ("base_layer", "original_module")
+WRAPPED = re.compile(rf"\.(?:{'|'.join(WRAPPED_LAYERS)})(?=\.)")
 SHARD_PATTERNS = ["member-*.safetensors", "projection*.safetensors", "head*.safetensors", "model*.safetensors"]
 
 
@@ -150,6 +156,11 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         if mode:
             self._check_not_folded("trained")
         super().train(mode)
+        for module in self.members.modules() if mode else ():
+            # Without this, training an adapter would move the statistics of layers that it leaves alone.
+            weight = getattr(module, "weight", None)
+            if hasattr(module, "running_mean") and weight is not None and not weight.requires_grad:
+                module.eval()
         if self.members_frozen:
             self.members.eval()
         return self
@@ -211,7 +222,11 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         return_info = kwargs.get("output_loading_info", False)
         kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        name = pretrained_model_name_or_path
+        # transformers would look for an adapter where we let it load from, which may be a temporary folder.
+        adapter, name, options = maybe_load_adapters(
+            pretrained_model_name_or_path, hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})
+        )
+        kwargs["adapter_kwargs"] = {**options, "_adapter_model_path": adapter}
         config = name if config is None else config
         with torch.device("meta"):
             expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)
@@ -238,26 +253,74 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             OSError: if the folder is a file, cannot be written, or holds a symbolic link.
         """
         self._check_not_folded("saved")
-        folder, config = Path(save_directory), copy.deepcopy(self.config)
+        folder, variant = Path(save_directory), kwargs.pop("variant", None)
         if folder.is_file():
             raise OSError(f"{folder} is a file; name a folder to save into.")
-        variant = kwargs.pop("variant", None)
         require(variant is None, "variant", variant, "left out: an ensemble has one set of weights per folder")
-        others = sorted(list_saved_members(folder) - set(config.built_members))
+        with_adapter = self._hf_peft_config_loaded
+        own = self._list_weights(self.state_dict())
+        weights = own if state_dict is None else self._list_weights(state_dict)
+        refuse_misfit([key for key in own if key not in weights], [], "state_dict")
+        with_base = not with_adapter or not self._find_base(folder, weights)
+        if with_base:
+            self._check_base(folder, weights)
+        if is_main_process:
+            refuse_links(folder)
+            with replace_files(folder) as aside:
+                if with_adapter:
+                    super().save_pretrained(aside, state_dict=state_dict)
+                if with_base:
+                    self._save_base(weights, aside, max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def _list_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights without those of adapters, by the names that they have without adapters, each tensor once.
+        Raises ValueError for adapters that transformers does not know of."""
+        wrappers = [
+            f"{name}." for name, module in self.named_modules() if any(map(module._modules.get, WRAPPED_LAYERS))
+        ]
+        if wrappers and not self._hf_peft_config_loaded:
+            remedy = "save PEFT's own model, or its merge_and_unload()"
+            raise ValueError(f"{type(self).__name__} has adapters of a model of PEFT, which would be lost; {remedy}.")
+        weights = {}
+        for key, tensor in state_dict.items():
+            is_adapters = any(key.startswith(name) and not WRAPPED.match(key, len(name) - 1) for name in wrappers)
+            plain = WRAPPED.sub("", key)
+            if not is_adapters and self.all_tied_weights_keys.get(plain) not in state_dict:
+                weights[plain] = tensor
+        return weights
+
+    def _find_base(self, folder: Path, weights: dict[str, Tensor]) -> bool:
+        """Whether `folder`, or where the model was loaded from, holds the weights that are not the adapter's."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            return True  # quantized weights are not trained
+        commit = getattr(self.config, "_commit_hash", None)
+        return holds_weights(folder, None, weights) or holds_weights(self.name_or_path, commit, weights)
+
+    def _check_base(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Raise ValueError for weights that could not be loaded, and for a folder whose files do not go with them."""
+        config = copy.deepcopy(self.config)
+        with torch.device("meta"):
+            expected = ConcatEnsembleModel(config).state_dict(keep_vars=True)
+        check_savable(weights, expected, f"this {type(self).__name__}")
+        saved = list_saved_members(folder)
+        others = sorted(saved - set(config.built_members))
         if others and config.active_members:
             remedy = "save elsewhere, or save the result of export_active()"
             raise ValueError(f"{folder} holds the weights of members {others}, which are not built here; {remedy}.")
-        if is_main_process:
-            refuse_links(folder)
-            config.dtype, config.architectures = self.dtype, [type(self).__name__]
-            config.save_pretrained(folder)
-            ConcatEnsembleImageProcessor.from_config(config).save_pretrained(folder)  # copies the code, too
-            weights = self.state_dict() if state_dict is None else state_dict
-            tied = self.all_tied_weights_keys
-            untied = {key: tensor for key, tensor in weights.items() if tied.get(key) not in weights}
-            save_weights(untied, folder, max_shard_size)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        if self._hf_peft_config_loaded and saved:
+            problem = f"{folder} holds other weights than those that the adapter was trained with"
+            raise ValueError(f"{problem}; save elsewhere, or call freeze_members() before the adapter is added.")
+        if not self._hf_peft_config_loaded and Path(folder, ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{folder} holds an adapter, which would be loaded with these weights; save elsewhere.")
+
+    def _save_base(self, weights: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+        config = copy.deepcopy(self.config)
+        config.dtype, config.architectures = self.dtype, [type(self).__name__]
+        config.save_pretrained(folder)
+        ConcatEnsembleImageProcessor.from_config(config).save_pretrained(folder)  # copies the code, too
+        save_weights(weights, folder, max_shard_size)
 
     def push_to_hub(
         self, repo_id, *, private=None, token=None, revision=None, max_shard_size="50GB", **commit

@@ -90,12 +90,17 @@ def _check_shapes(files: list[str], expected: dict[str, torch.Tensor], name) -> 
                 shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
+    _check_fit(shapes, expected, name)
+    _check_tied(files, expected, name)
+
+
+def _check_fit(shapes: dict[str, list[int]], expected: dict[str, torch.Tensor], name) -> None:
+    """Raise ValueError unless there are the expected shapes, and no others of the parts that are expected."""
     parts = {part_name(key) for key in expected}
     stored = {id(tensor) for key, tensor in expected.items() if key in shapes}  # tied weights under any of their names
     needed = {key: tensor for key, tensor in expected.items() if key in shapes or id(tensor) not in stored}
     missing = [key for key, tensor in needed.items() if shapes.get(key) != list(tensor.shape)]
     refuse_misfit(missing, [key for key in shapes if key not in expected and part_name(key) in parts], name)
-    _check_tied(files, expected, name)
 
 
 def _check_tied(files: list[str], expected: dict[str, torch.Tensor], name) -> None:
@@ -116,10 +121,67 @@ def refuse_misfit(missing: list[str], unexpected: list[str], name) -> None:
         raise ValueError(f"the weights in {name} do not fit its config: {misfit}.")
 
 
-def save_weights(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
-    """Write a file or more per part, then the index; then remove what an earlier save left."""
+def check_savable(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> None:
+    """Raise ValueError unless a model that expects these keys, shapes and ties could load the weights from files."""
+    for key, tensor in weights.items():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+            kind = "one without memory" if getattr(tensor, "is_meta", False) else type(tensor).__name__
+            remedy = "save the model before it is quantized or sharded, and do so again after loading"
+            raise ValueError(f"{name} cannot be saved: {key} is no plain tensor but {kind}; {remedy}.")
+    try:
+        _check_fit({key: list(tensor.shape) for key, tensor in weights.items()}, expected, name)
+        others = [key for key in weights if key not in expected and key.startswith(("members.", "projection."))]
+        refuse_misfit([], others, name)
+    except ValueError as error:
+        remedy = "undo what changed its layers, such as quantization"
+        raise ValueError(f"{name} could not be loaded again: {error} To save it, {remedy}.") from error
+
+
+def holds_weights(name: str | Path, commit: str | None, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a folder, or a repo in the cache, holds exactly these weights, up to their dtype."""
+    options = {"revision": commit, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    try:
+        file = cached_file(name, INDEX_NAME, **options) if str(name) else None
+        if file is None:
+            return False
+        shards = json.loads(Path(file).read_text())["weight_map"]
+        if not weights.keys() <= shards.keys():
+            return False
+        for shard in {shards[key] for key in weights}:
+            path = cached_file(name, shard, **options)
+            with safe_open(path, framework="pt") as stored:
+                for key in weights.keys() & set(stored.keys()):
+                    tensor = weights[key].detach().cpu()
+                    if not torch.equal(stored.get_tensor(key).to(tensor.dtype), tensor):
+                        return False
+    except (OSError, LookupError, TypeError, ValueError, SafetensorError):  # no folder, or none of an ensemble
+        return False
+    return True
+
+
+@contextmanager
+def replace_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder within `folder` to write to. Its files replace those of `folder` only when the block ends
+    without an error: first the weights, at last their index. Shards that a new index does not name are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+        yield Path(aside)
+        files = sorted(
+            Path(aside).iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors")
+        )
+        for path in files:  # renamed, not copied: a loaded model's tensors may be the old file, mapped into memory
+            os.replace(path, folder / path.name)
+    if files and files[-1].name == INDEX_NAME:
+        shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+        for path in folder.glob("*.safetensors"):
+            if SHARD_NAME.fullmatch(path.name) and path.name not in shards:
+                path.unlink()
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Write a file or more per part, and the index."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in state_dict.items():
+    for key, tensor in weights.items():
         parts.setdefault(part_name(key), {})[key] = tensor
     weight_map = {}
     for part, tensors in parts.items():
@@ -127,17 +189,11 @@ def save_weights(state_dict: dict[str, torch.Tensor], folder: Path, max_shard_si
         split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
         for file, keys in split.filename_to_tensors.items():
             shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
-            # Written aside and renamed: a loaded model's tensors may be the old file, mapped into memory.
-            save_file(shard, folder / f"{file}.tmp", metadata={"format": "pt"})
-            os.replace(folder / f"{file}.tmp", folder / file)
+            save_file(shard, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(keys, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"{INDEX_NAME}.tmp").write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(folder / f"{INDEX_NAME}.tmp", folder / INDEX_NAME)
-    for path in folder.glob("*.safetensors"):
-        if SHARD_NAME.fullmatch(path.name) and path.name not in weight_map.values():
-            path.unlink()
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def list_saved_members(folder: Path) -> set[int]:

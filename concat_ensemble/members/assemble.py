@@ -173,6 +173,8 @@ def _load_module(module: nn.Module) -> list[_Member]:
 
 def _copy_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
     """Copy an ensemble's members, so that the ensemble itself keeps its dtype, mode and device."""
+    if any(hasattr(module, "base_layer") for module in ensemble.members.modules()):  # PEFT's layers
+        raise ValueError(f"{type(ensemble).__name__} has adapters; merge them first, by PEFT's merge_and_unload().")
     return [
         _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), ensemble.projection)
         for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True)
