@@ -134,6 +134,9 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     def mark_members(self) -> None:
         for module in self.members.modules():
+            if hasattr(module, "attention_bias_cache") and not hasattr(module, "is_of_member"):
+                module.register_forward_pre_hook(_clear_attention_biases)
+                module.register_forward_hook(_clear_attention_biases)
             module.is_of_member = True  # `_init_weights` leaves these alone
 
     @torch.no_grad()
@@ -340,6 +343,13 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
     except Exception as error:  # timm checks few of its arguments, so any kind of error may come
         reason = repr(error) if isinstance(error, LookupError) or not str(error) else str(error)
         raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {reason}") from error
+
+
+def _clear_attention_biases(module: nn.Module, *_) -> None:
+    """Before and after a forward pass with gradients, forget what timm keeps in evaluation mode: one kept without a
+    gradient would have none, and one with a gradient could neither be used twice nor copied."""
+    if torch.is_grad_enabled():
+        module.attention_bias_cache = {}
 
 
 @contextmanager

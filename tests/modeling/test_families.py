@@ -1,0 +1,103 @@
+"""One architecture of every family of timm: built, saved, loaded, assembled, folded, trained with less memory."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import list_modules
+
+from concat_ensemble import assemble
+from tests.modeling.families import PAGE, Visitor, check, check_family, create_network, row
+
+ROOT = Path(__file__).parents[2]
+# Architecture, arguments that make it small, pixels a side, how many BatchNorms are folded, and whether timm has
+# gradient checkpointing for it.
+UNLIKE = {
+    "shared position encodings": (
+        *("coat_tiny", {"img_size": 32, "embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1}),
+        *(32, "-", "-"),
+    ),
+    "attention biases kept in evaluation mode": ("efficientvit_m0", {"img_size": 64}, 64, "112 of 112", "yes"),
+    "shifted windows, channels last": (
+        *("swinv2_tiny_window8_256", {"img_size": 64, "window_size": 4, "depths": [2, 1], "embed_dim": 24}),
+        *(64, "-", "yes"),
+    ),
+    "a buffer made in forward": ("convit_tiny", {"img_size": 32, "depth": 3, "local_up_to_layer": 2}, 32, "-", "-"),
+    "rotary positions": ("vit_tiny_patch16_dinov3_qkvb", {"img_size": 32, "depth": 1}, 32, "-", "yes"),
+    "images of any size": (
+        *("naflexvit_base_patch16_parfac_gap", {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 3}),
+        *(32, "-", "yes"),
+    ),
+    "recurrent": (
+        *("sequencer2d_s", {"img_size": 56, "layers": [1] * 4, "embed_dims": [16] * 4, "hidden_sizes": [4] * 4}),
+        *(56, "-", "-"),
+    ),
+    "two scales, a class token each": ("crossvit_tiny_240", {"depth": [[1, 1, 0]]}, 240, "-", "-"),
+    "a language model's vision tower": (
+        *("gemma4_vit_167m", {"img_size": 96, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_kv_heads": 2}),
+        *(96, "-", "yes"),
+    ),
+    "frequencies of a cosine transform": (
+        *("csatv2", {"dims": [8, 16, 32, 64], "depths": [1] * 4, "transformer_depths": [0, 0, 1, 1]}),
+        *(64, "-", "yes"),
+    ),
+    "a BatchNorm's output used twice": ("repghostnet_050", {}, 64, "80 of 112", "yes"),
+    "scaled weights": ("test_nfnet", {}, 64, "-", "yes"),
+}
+
+
+@pytest.fixture(scope="module")
+def visitor(tmp_path_factory):
+    with Visitor(tmp_path_factory.mktemp("visitor")) as visitor:
+        yield visitor
+
+
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_a_dozen_that_are_built_unlike_others_are_exact(visitor, tmp_path, unlike):
+    architecture, model_args, size, folded, checkpointing = UNLIKE[unlike]
+    result = check("", architecture, model_args, size, folder=tmp_path, visitor=visitor)
+    assert not result.failures
+    exact = dict.fromkeys(("saved and loaded", "from memory", "from a file"), "yes")
+    assert result.held == {**exact, "BatchNorms folded": folded, "checkpointing": checkpointing}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [("levit_128s", {}), ("efficientvit_m0", {"img_size": 64})],
+)
+def test_attention_biases_that_timm_keeps_for_evaluation_have_gradients_and_can_be_copied(architecture, model_args):
+    backbone = create_network(architecture, model_args, None)
+    model = assemble([backbone])  # which runs it once, without gradients
+    pixels = torch.randn(2, *model.config.pixel_shape)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(pixels).pooler_output.square().mean().backward()
+        gradients.append([w.grad for name, w in model.named_parameters() if name.endswith("attention_biases")])
+    assert gradients[0] and all(gradient is not None for gradient in gradients[0])
+    assert all(map(torch.equal, *gradients))
+    with torch.no_grad():
+        expected = backbone(pixels)
+        assert torch.equal(assemble([model])(pixels).pooler_output, expected)
+        torch.testing.assert_close(model.fold_batchnorm()(pixels).pooler_output, expected, atol=1e-4, rtol=0)
+
+
+def test_the_page_has_a_row_for_every_family_of_the_version_that_it_names():
+    text = read_page()
+    assert text.startswith(PAGE[: PAGE.index("{")])
+    if f"of timm {timm.__version__}." in text:
+        assert re.findall(r"^\| (\w+) \| `", text, re.MULTILINE) == sorted(list_modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(list_modules()))
+def test_the_smallest_architecture_of_every_family_is_exact(visitor, family):
+    result = check_family(family, visitor)
+    assert not result.failures
+    assert row(result) in read_page()
+
+
+def read_page() -> str:
+    return (ROOT / "docs/architectures.md").read_text()
