@@ -112,7 +112,10 @@ class Visitor:
         """Empty if the ensemble in `folder` has the weights and the features in `expected.safetensors` beside it."""
         self.process.stdin.write(json.dumps(str(folder)) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process without the package has ended")
+        return json.loads(answer)
 
     def __enter__(self) -> "Visitor":
         return self
