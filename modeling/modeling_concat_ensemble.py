@@ -335,6 +335,8 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
     """timm's network without a head, with fresh weights, built on the meta device first, where its size costs nothing.
     Raises ValueError when timm cannot build it, and when it is larger than any of timm's own."""
     arguments = {name: _as_tuples(value) for name, value in model_args.items()}
+    dtype = torch.get_default_dtype()  # that of `from_pretrained(dtype=...)`; some of timm's layers do not look there
+    arguments |= {} if dtype == torch.float32 else {"dtype": dtype}
     create = functools.partial(timm.create_model, architecture, pretrained=False, num_classes=0, **arguments)
     try:
         with torch.device("meta"), _limit_size():

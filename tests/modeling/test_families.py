@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models import list_modules
 
-from concat_ensemble import assemble
+from concat_ensemble import ConcatEnsembleModel, assemble
 from tests.modeling.families import PAGE, Visitor, check, check_family, create_network, row
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,18 @@ def test_attention_biases_that_timm_keeps_for_evaluation_have_gradients_and_can_
         expected = backbone(pixels)
         assert torch.equal(assemble([model])(pixels).pooler_output, expected)
         torch.testing.assert_close(model.fold_batchnorm()(pixels).pooler_output, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["csatv2", "vit_tiny_patch16_dinov3_qkvb", "swinv2_tiny_window8_256"])
+def test_a_network_loaded_in_bfloat16_is_the_one_converted_to_bfloat16(tmp_path, architecture):
+    model_args, size, *_ = UNLIKE_OTHERS[architecture]
+    model = assemble([create_network(architecture, model_args, size)])
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, *model.config.pixel_shape)
+    features = ConcatEnsembleModel.from_pretrained(tmp_path, dtype=torch.bfloat16)(pixels).pooler_output
+    assert features.dtype == torch.bfloat16
+    assert torch.equal(features, model.to(torch.bfloat16)(pixels).pooler_output)
 
 
 def test_an_encoder_that_does_not_pool_is_refused():
