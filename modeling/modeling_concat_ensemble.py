@@ -347,13 +347,6 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
         raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {reason}") from error
 
 
-def _clear_attention_biases(module: nn.Module, *_) -> None:
-    """Before and after a forward pass with gradients, forget what timm keeps in evaluation mode: one kept without a
-    gradient would have none, and one with a gradient could neither be used twice nor copied."""
-    if torch.is_grad_enabled():
-        module.attention_bias_cache = {}
-
-
 @contextmanager
 def _limit_size():
     """Raise ValueError as soon as a network that is built inside has more than `MAX_WEIGHTS` or `MAX_MODULES`."""
@@ -376,6 +369,13 @@ def _limit_size():
 def _as_tuples(value):
     """Lists as tuples, which timm's own defaults are and JSON cannot hold."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _clear_attention_biases(module: nn.Module, *_) -> None:
+    """Before and after a forward pass with gradients, forget what timm keeps in evaluation mode: one kept without a
+    gradient would have none, and one with a gradient could neither be used twice nor copied."""
+    if torch.is_grad_enabled():
+        module.attention_bias_cache = {}
 
 
 def _can_checkpoint(member: nn.Module) -> bool:
