@@ -238,9 +238,8 @@ def check_file(case: Case, model: ConcatEnsembleModel) -> str:
     """`assemble("ARCHITECTURE=FILE")` of its state dict."""
     path = case.folder / "weights.safetensors"
     save_file({key: tensor.clone().contiguous() for key, tensor in case.backbone.state_dict().items()}, path)
-    arguments = {"model_args": case.model_args} if case.model_args else {}
-    # The member itself, since a file does not say that the images are smaller here.
-    return case.compare(assemble(f"{case.architecture}={path}", **arguments).members["0"])
+    model = assemble(f"{case.architecture}={path}", model_args=case.model_args or None)
+    return case.compare(model.members["0"])  # the member, since a file does not say that the images are smaller here
 
 
 def check_folding(case: Case, model: ConcatEnsembleModel) -> str:
