@@ -192,6 +192,9 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
 
     def mark_members(self) -> None:
         for module in self.members.modules():
+            if hasattr(module, "attention_bias_cache") and not hasattr(module, "is_of_member"):
+                module.register_forward_pre_hook(_clear_attention_biases)
+                module.register_forward_hook(_clear_attention_biases)
             module.is_of_member = True  # `_init_weights` leaves these alone
 
     @torch.no_grad()
@@ -462,6 +465,8 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
     """timm's network without a head, with fresh weights, built on the meta device first, where its size costs nothing.
     Raises ValueError when timm cannot build it, and when it is larger than any of timm's own."""
     arguments = {name: _as_tuples(value) for name, value in model_args.items()}
+    dtype = torch.get_default_dtype()  # that of `from_pretrained(dtype=...)`; some of timm's layers do not look there
+    arguments |= {} if dtype == torch.float32 else {"dtype": dtype}
     create = functools.partial(timm.create_model, architecture, pretrained=False, num_classes=0, **arguments)
     try:
         with torch.device("meta"), _limit_size():
@@ -512,6 +517,13 @@ def _limit_size():
 def _as_tuples(value):
     """Lists as tuples, which timm's own defaults are and JSON cannot hold."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _clear_attention_biases(module: nn.Module, *_) -> None:
+    """Before and after a forward pass with gradients, forget what timm keeps in evaluation mode: one kept without a
+    gradient would have none, and one with a gradient could neither be used twice nor copied."""
+    if torch.is_grad_enabled():
+        module.attention_bias_cache = {}
 
 
 def _can_checkpoint(member: nn.Module) -> bool:
