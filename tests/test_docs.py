@@ -35,13 +35,13 @@ BACKBONES = [
     "efficientnet_b0.ra_in1k",
     "deit_tiny_patch16_224.fb_in1k",
 ]
-# Run by the reader first, so that convolutions take seconds instead of minutes: the convolutional backbones see 64x64.
+# Run by the reader first, so that convolutions take seconds instead of minutes: the convolutional backbones see 32x32.
 SMALL_IMAGES = """
 from timm.models import _registry
 
 for name, cfg in _registry._model_pretrained_cfgs.items():
     if name.startswith(("resnet18", "efficientnet_b0")):
-        cfg.input_size, cfg.test_input_size = (3, 64, 64), None
+        cfg.input_size, cfg.test_input_size = (3, 32, 32), None
 """
 ELSEWHERE = {
     "pip install .": "tests/test_wheel.py",
