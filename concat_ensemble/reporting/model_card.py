@@ -63,8 +63,8 @@ def write_card(folder: Path, title: str | None = None, *, redraw: bool = True) -
 
     What users wrote into an earlier card stays: sections (`## `) under other headings, each after the section that it
     followed, and metadata under other keys.
-    The title is that of the earlier card, or the folder's name, when left out. Without `redraw`, figures that are newer
-    than their results stay as they are.
+    The title is that of the earlier card, or the folder's name, when left out. Without `redraw`, figures newer than
+    their results stay as they are.
 
     Raises:
         ValueError: when the folder holds no ensemble, or results of other weights.
