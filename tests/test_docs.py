@@ -1,8 +1,8 @@
 """Every block of code in README and docs runs, and its commands are what a reader would type.
 
 They run in order, a page after the other, in one folder and one process, with a Hub on loopback: its backbones have
-random weights and its datasets a few images, so commands get a smaller `--limit`. What trains for long is run in a few
-steps, or stands in `ELSEWHERE` with the test that runs it.
+random weights and see small images, and its datasets have a few images, so commands get a smaller `--limit`. What trains
+for long is run in a few steps, or stands in `ELSEWHERE` with the test that runs it.
 """
 
 import io
@@ -35,6 +35,14 @@ BACKBONES = [
     "efficientnet_b0.ra_in1k",
     "deit_tiny_patch16_224.fb_in1k",
 ]
+# Run by the reader first, so that convolutions take seconds instead of minutes: the convolutional backbones see 32x32.
+SMALL_IMAGES = """
+from timm.models import _registry
+
+for name, cfg in _registry._model_pretrained_cfgs.items():
+    if name.startswith(("resnet18", "efficientnet_b0")):
+        cfg.input_size, cfg.test_input_size = (3, 32, 32), None
+"""
 ELSEWHERE = {
     "pip install .": "tests/test_wheel.py",
     "make test": "this run",
@@ -106,6 +114,7 @@ def reader(tmp_path_factory):
             put(hub, "datasets", known.name, known.revision or "main", files)
         home = tmp_path_factory.mktemp("reader") / "home"
         client = Client(hub, home, TOKEN, package=True)
+        client(SMALL_IMAGES)
         rng = np.random.default_rng(1)
         (home / "photo.jpg").write_bytes(png(rng, 0))
         for number, kind in enumerate(("cat", "dog", "owl")):
