@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config
 from torch import nn
+from transformers import TimmWrapperConfig
 
 from concat_ensemble.errors import first_line, suggest
 from concat_ensemble.members.checkpoints import (
@@ -48,7 +49,7 @@ from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
-TIMM_WRAPPER = "timm_wrapper"  # the model type of transformers' wrapper of timm's models
+TIMM_WRAPPER = TimmWrapperConfig.model_type
 
 
 @dataclass
@@ -142,22 +143,36 @@ def is_ensemble(model: nn.Module) -> TypeGuard[ConcatEnsemblePreTrainedModel]:
 
 def _load_module(module: nn.Module) -> list[_Member]:
     if is_ensemble(module):
-        return _copy_members(module)
+        return _rebuild_members(module)
+    if hasattr(module, "merge_and_unload"):
+        remedy = "call its merge_and_unload() and give what that returns"
+        raise ValueError(f"{type(module).__name__} has adapters, which a member cannot have; {remedy}.")
     network = unwrap(module)
     if not hasattr(network, "pretrained_cfg"):
         kind = type(network).__name__
         raise ValueError(f"{kind} is not a timm model, as members must be; make it with timm.create_model(...).")
-    wrapper = getattr(module, "config", None)  # of transformers' TimmWrapper
-    pretrained_cfg = getattr(wrapper, "pretrained_cfg", None) or timm_cfg(network)
-    label_names = _select_label_names(wrapper.to_dict()) if hasattr(wrapper, "to_dict") else None
-    provenance = {"source": "a model in memory", "label_names": label_names}
+    configs = (getattr(layer, "config", None) for layer in module.modules())
+    config = next((config.to_dict() for config in configs if isinstance(config, TimmWrapperConfig)), {})
+    pretrained_cfg = config.get("pretrained_cfg") or timm_cfg(network)
+    provenance = {"source": "a model in memory", "label_names": _select_label_names(config)}
     return [_make_member(rebuild(network), provenance, pretrained_cfg)]
 
 
+def _rebuild_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
+    """As `_copy_members`, for an ensemble whose members a user may have changed."""
+    members = []
+    for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True):
+        spec = copy.deepcopy(ensemble.config.members[k])
+        with error_prefix(f"members[{k}]"):
+            rebuilt = rebuild(backbone, spec["preprocessing"]["input_size"])
+        members.append(_Member(rebuilt, spec | {"model_args": select_model_args(rebuilt)}, ensemble.projection))
+    return members
+
+
 def _copy_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
-    """Copy an ensemble's members, so that the ensemble itself keeps its dtype, mode and device."""
+    """The members of an ensemble that was just loaded."""
     return [
-        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), ensemble.projection)
+        _Member(backbone.float(), ensemble.config.members[k], ensemble.projection)
         for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True)
     ]
 
