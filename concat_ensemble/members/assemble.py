@@ -68,11 +68,13 @@ def assemble(
         members: One or several of
 
             - a timm name for its pretrained weights (`"resnet50.a1_in1k"`), or `"random:resnet50"` for untrained ones;
-            - `"hf-hub:org/name@revision"`: a timm model or an ensemble on the Hub;
-            - a folder saved by timm (`timm.models.save_for_hf`), by `training/pretrain_members.py`, or an ensemble's;
+            - `"hf-hub:org/name@revision"`: a timm model, one of transformers' TimmWrapper, or an ensemble on the Hub;
+            - a folder saved by timm (`timm.models.save_for_hf`), by transformers' TimmWrapper (a Trainer's checkpoint,
+              too), by `training/pretrain_members.py`, or an ensemble's;
             - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
               `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems;
-            - a timm model or an ensemble in memory.
+            - a timm model, one in a TimmWrapper, `torch.compile` or `DataParallel`, or an ensemble in memory. A network
+              that was changed after it was made, and that timm cannot build again from arguments, is refused.
 
             An ensemble contributes its members in their order, and also its projection if it is the only source.
         preprocessing: `"own"`: every member gets its timm evaluation transform. `"shared"`: all members get the first
@@ -82,7 +84,7 @@ def assemble(
 
     Returns:
         The model in evaluation mode, on the CPU, in float32. `config.members[k]["provenance"]` holds the source of
-        member k and the sha256 of its weights.
+        member k, the sha256 of its weights and, from a TimmWrapper, the `label_names` of its classes.
 
     Raises:
         ValueError, FileNotFoundError: for a member that cannot be loaded, in one line that names it and the remedy.
@@ -220,8 +222,9 @@ def _load_from_hub(name: str) -> list[_Member]:
         return members
     architecture, model_args, _ = _read_network(config, name)
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
-        create_backbone(architecture, **model_args)
+        rebuilt = create_backbone(architecture, **model_args)
     backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0, **model_args)
+    match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
     license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
 
