@@ -1,5 +1,7 @@
-"""Rebuilding a timm model in memory from its architecture and arguments, which is how an ensemble is loaded, and
-checking that the rebuilt network is the one in memory."""
+"""Rebuilding a timm model in memory from its architecture and arguments, and checking that this gives the same network.
+
+An ensemble is loaded in this way, so what was done to a network after it was made would be lost.
+"""
 
 import copy
 from collections.abc import Iterator, Sequence
