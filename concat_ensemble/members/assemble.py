@@ -73,8 +73,8 @@ def assemble(
               too), by `training/pretrain_members.py`, or an ensemble's;
             - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
               `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems;
-            - a timm model, one in a TimmWrapper, `torch.compile` or `DataParallel`, or an ensemble in memory; refused if
-              it was changed after it was made, and timm cannot build it again from arguments.
+            - a timm model, one in a TimmWrapper, `torch.compile` or `DataParallel`, or an ensemble in memory; refused
+              if it was changed after it was made, and timm cannot build it again from arguments.
 
             An ensemble contributes its members in their order, and also its projection if it is the only source.
         preprocessing: `"own"`: every member gets its timm evaluation transform. `"shared"`: all members get the first

@@ -1,4 +1,4 @@
-"""Rebuilding a timm model in memory from its architecture and arguments, and checking that this gives the same network.
+"""Rebuilding a timm model in memory from its architecture and arguments, and checking that this gives the same one.
 
 An ensemble is loaded in this way, so what was done to a network after it was made would be lost.
 """
@@ -120,7 +120,7 @@ def _compute_features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Pooled features of a copy of `network` in float32 on the CPU; a classifier is left out."""
     kind = type(network).__name__
     try:
-        original = copy.deepcopy(network).cpu().float().to(memory_format=torch.contiguous_format).eval()
+        original: Any = copy.deepcopy(network).cpu().float().to(memory_format=torch.contiguous_format).eval()
         if any(parameter.dtype != torch.float32 for parameter in network.parameters()):
             for layer in original.modules():  # timm computes these buffers in float32 and does not save them
                 getattr(layer, "init_non_persistent_buffers", lambda: None)()
