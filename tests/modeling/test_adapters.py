@@ -201,7 +201,7 @@ def test_what_cannot_be_loaded_again_is_refused_before_anything_is_written(base,
     get_peft_model(model, lora())  # changes the model itself
     with pytest.raises(ValueError, match="adapters of a model of PEFT, which would be lost; .*merge_and_unload"):
         model.save_pretrained(base)
-    with pytest.raises(ValueError, match="has adapters; merge them first"):
+    with pytest.raises(ValueError, match="merge adapters"):
         assemble([model])
     assert digests(base) == files and not (base / "adapter_config.json").exists()
 
