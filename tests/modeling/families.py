@@ -48,9 +48,8 @@ PAGE = """<!-- Written by `python tests/modeling/families.py --write docs/archit
 Every architecture of timm that returns pooled features can be a member. Encoders of language models that return a map
 (`gemma4_vit_167m_enc` and others in `_enc`) cannot; each has a twin that pools (`gemma4_vit_167m`).
 
-This table has one architecture of each family, which is a module of `timm.models`: all {families} of timm {version}.
-It is the smallest one, with random weights in every tensor, and with fewer layers or smaller images where it takes
-them.
+This table has the smallest architecture of each family, which is a module of `timm.models` ({families} of
+timm {version}), with random weights in every tensor, and with fewer layers or smaller images where it takes them.
 
 - **saved and loaded**: `save_pretrained`, then `AutoModel.from_pretrained(..., trust_remote_code=True)` in a process
   without this package. All weights and the features of one and of two images equal timm's bit for bit, on the CPU.
