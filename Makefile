@@ -1,6 +1,9 @@
 PYTHON ?= python3
 # Nothing here needs the Hub; offline, its client does not go looking for it.
 export HF_HUB_OFFLINE = 1
+# Building, saving, loading and probing ensembles, from the command line too.
+QUICK = tests/test_dependencies.py tests/test_golden.py tests/test_wheel.py tests/modeling \
+        $(addprefix tests/concat_ensemble/,members features probes commands)
 
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -8,6 +11,12 @@ demo: .venv/installed    ## the paper's claim on real digits, with controls, in 
 	.venv/bin/python -m concat_ensemble.experiments.compare scattered_digits --output runs/demo $(if $(SMOKE),--smoke)
 test: .venv/installed    ## all tests but the slow ones, on all cores
 	.venv/bin/python -m pytest -n logical --dist loadfile $(PYTEST)
+quick: .venv/installed   ## the tests of building, saving, loading and probing ensembles
+	.venv/bin/python -m pytest -n logical --dist loadfile $(QUICK) $(PYTEST)
+lowest:          ## the same with the lowest versions that pyproject.toml declares, in .venv-lowest (needs uv)
+	uv venv -q --clear --seed --python 3.11 .venv-lowest
+	uv pip install -q --python .venv-lowest --resolution lowest-direct -e '.[train,export,test]'
+	LOWEST_VERSIONS=1 .venv-lowest/bin/python -m pytest -n logical --dist loadfile $(QUICK) $(PYTEST)
 gpu: .venv/installed     ## what needs a CUDA device: its tests, and the table of tests/benchmarks/gpu.py in runs/gpu
 	.venv/bin/python -m pytest -m gpu -n 0
 	.venv/bin/python tests/benchmarks/gpu.py --output runs/gpu
@@ -18,4 +27,4 @@ check: .venv/installed   ## lint, formatting, types, and pages written from docs
 	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,export]'
 	@touch $@
 
-.PHONY: help demo test gpu check
+.PHONY: help demo test quick lowest gpu check

@@ -1,8 +1,8 @@
 """Every block of code in README and docs runs, and its commands are what a reader would type.
 
 They run in order, a page after the other, in one folder and one process, with a Hub on loopback: its backbones have
-random weights and its datasets a few images, so commands get a smaller `--limit`. What trains for long is run in a few
-steps, or stands in `ELSEWHERE` with the test that runs it.
+random weights and see small images, and its datasets have a few images, so commands get a smaller `--limit`. What
+trains for long is run in a few steps, or stands in `ELSEWHERE` with the test that runs it.
 """
 
 import io
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from timm.models import save_for_hf
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 
 from concat_ensemble.commands.app import app
 from concat_ensemble.data.dataset_recipes import dataset_recipe
+from concat_ensemble.training import pretraining
 from tests.clients import COMMAND, Client
 from tests.hub_server import TOKEN, HubServer
 
@@ -35,6 +37,14 @@ BACKBONES = [
     "efficientnet_b0.ra_in1k",
     "deit_tiny_patch16_224.fb_in1k",
 ]
+# Run by the reader first, so that convolutions take seconds instead of minutes: the convolutional backbones see 48x48.
+SMALL_IMAGES = """
+from timm.models import _registry
+
+for name, cfg in _registry._model_pretrained_cfgs.items():
+    if name.startswith(("resnet18", "efficientnet_b0")):
+        cfg.input_size, cfg.test_input_size = (3, 48, 48), None
+"""
 ELSEWHERE = {
     "pip install .": "tests/test_wheel.py",
     "make test": "this run",
@@ -106,23 +116,24 @@ def reader(tmp_path_factory):
             put(hub, "datasets", known.name, known.revision or "main", files)
         home = tmp_path_factory.mktemp("reader") / "home"
         client = Client(hub, home, TOKEN, package=True)
+        client(SMALL_IMAGES)
         rng = np.random.default_rng(1)
         (home / "photo.jpg").write_bytes(png(rng, 0))
         for number, kind in enumerate(("cat", "dog", "owl")):
             (home / "photos" / kind).mkdir(parents=True)
             for k in range(10):
                 (home / "photos" / kind / f"{k}.png").write_bytes(png(rng, 60 * number))
-        train = ["training/pretrain_members.py", "training/recipes/scattered_digits_timecat.yaml", "--cpu", "--smoke"]
-        subprocess.run(
-            [sys.executable, *train, "--output", home / "runs/demo"], cwd=ROOT, check=True, capture_output=True
-        )
+        recipe = str(ROOT / "training/recipes/scattered_digits_timecat.yaml")
+        pretraining.main([recipe, "--cpu", "--smoke", "--output", str(home / "runs/demo")])
+        AcceleratorState._reset_state(reset_partial_state=True)  # of this process, for later tests
         client.commands = []
         lines = [line for page in PAGES for _, text in blocks(page) for line in text.splitlines()]
         for ensemble in ("two-resnets", "three-backbones"):
             words = shlex.split(next(line for line in lines if f"--output {ensemble}" in line))
             client(COMMAND.format(words=words[1:]))
             client.commands.append(words)
-            client(COMMAND.format(words=["probe", ensemble, "--dataset", "imagefolder:photos", "--limit", "6", "-q"]))
+            probe = f"probe {ensemble} --dataset imagefolder:photos --limit 6 --controls none --quiet"
+            client(COMMAND.format(words=probe.split()))
         yield client
         client.process.kill()
         client.process.wait()

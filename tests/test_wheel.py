@@ -32,6 +32,14 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder of installed packages that has the wheel alone."""
+    place = tmp_path_factory.mktemp("installed") / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, wheel)
+    return place
+
+
 def test_it_has_one_top_level_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -85,21 +93,19 @@ print(type(model).__name__, model.config.num_features)
 """
 
 
-def test_installed_it_builds_an_ensemble_that_loads_without_it(wheel, tmp_path):
-    place = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, wheel)
-    assert (place / "concat_ensemble" / "reporting" / "templates" / "card.md.jinja").is_file()
+def test_installed_it_builds_an_ensemble_that_loads_without_it(site, tmp_path):
+    assert (site / "concat_ensemble" / "reporting" / "templates" / "card.md.jinja").is_file()
     # -S leaves out the environment's own packages and with them its editable install; the dependencies come by path.
     packages = next(path for path in sys.path if path.endswith("site-packages"))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
     with_it, without = (
-        environment | {"PYTHONPATH": os.pathsep.join(map(str, paths))} for paths in ([place, packages], [packages])
+        environment | {"PYTHONPATH": os.pathsep.join(map(str, paths))} for paths in ([site, packages], [packages])
     )
-    shown = run(sys.executable, "-S", "-c", BUILD, place / "bin" / "concat-ensemble", cwd=tmp_path, env=with_it)
+    shown = run(sys.executable, "-S", "-c", BUILD, site / "bin" / "concat-ensemble", cwd=tmp_path, env=with_it)
     assert all(command in shown for command in ("build", "probe", "card"))
     assert shown.split()[-2:] == [
-        str(place / "concat_ensemble" / "commands" / "app.py"),
-        str(place / "concat_ensemble" / "modeling"),
+        str(site / "concat_ensemble" / "commands" / "app.py"),
+        str(site / "concat_ensemble" / "modeling"),
     ]
     assert "Written by `concat-ensemble card`" in (tmp_path / "one" / "README.md").read_text()
     assert run(sys.executable, "-S", "-c", LOAD, cwd=tmp_path, env=without).split() == ["ConcatEnsembleModel", "64"]
@@ -117,13 +123,12 @@ wrong: str = score
 
 
 @pytest.mark.parametrize("install", ["wheel", "editable"])
-def test_a_file_outside_the_repository_type_checks(install, wheel, tmp_path):
+def test_a_file_outside_the_repository_type_checks(install, site, tmp_path):
     """Type checkers see the package both installed and as an editable install: one error, in the wrong line."""
     (tmp_path / "user.py").write_text(TYPED)
     settings = {"typeCheckingMode": "basic"}
     if install == "wheel":
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
-        settings["extraPaths"] = ["site"]
+        settings["extraPaths"] = [str(site)]
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     words = ["pyright", "--outputjson", "--pythonpath", sys.executable, "user.py"]
     done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)

@@ -53,7 +53,7 @@ def probe(
 
     def on_study(study: "ProbeStudy") -> None:
         if study.is_new and is_local_ensemble(model):
-            write_card(Path(model))
+            write_card(Path(model), redraw=False)  # with many datasets, only the figures of this one
         if study.errors_page and study.predictions and probing.errors:
             write_error_page(study.errors_page, *study.predictions, probing.errors)
 

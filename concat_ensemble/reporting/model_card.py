@@ -58,12 +58,13 @@ PROBE_DESCRIPTIONS = {
 }
 
 
-def write_card(folder: Path, title: str | None = None) -> Path:
+def write_card(folder: Path, title: str | None = None, *, redraw: bool = True) -> Path:
     """Write `README.md` and the figures of an ensemble's folder, and `LICENSE.md` where no licence covers all members.
 
     What users wrote into an earlier card stays: sections (`## `) under other headings, each after the section that it
     followed, and metadata under other keys.
-    The title is that of the earlier card, or the folder's name, when left out.
+    The title is that of the earlier card, or the folder's name, when left out. Without `redraw`, figures newer than
+    their results stay as they are.
 
     Raises:
         ValueError: when the folder holds no ensemble, or results of other weights.
@@ -72,7 +73,8 @@ def write_card(folder: Path, title: str | None = None) -> Path:
     config, studies = _read(folder)
     refuse_links(folder, RESULTS, FIGURES)  # only for writing: in the Hub's cache every file is a link
     for stem, study in studies.items():
-        _draw_figures(study, folder / FIGURES, stem)
+        if redraw or not _figures_are_current(folder, study, stem):
+            _draw_figures(study, folder / FIGURES, stem)
     for path, text in _render_files(folder, title, config, studies).items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -110,6 +112,12 @@ def _figure_names(study: Results, stem: str) -> list[str]:
     """The names of a study's figures: of all rows, and of the ensemble's errors where its results have them."""
     has_errors = bool(study.rows[0].runs[0].confusion)
     return [f"{stem}.png"] + [f"{stem}.{kind}.png" for kind in ("recall", "confusion") if has_errors]
+
+
+def _figures_are_current(folder: Path, study: Results, stem: str) -> bool:
+    measured = (folder / RESULTS / f"{stem}.json").stat().st_mtime_ns
+    figures = [folder / FIGURES / name for name in _figure_names(study, stem)]
+    return all(figure.is_file() and figure.stat().st_mtime_ns > measured for figure in figures)
 
 
 def _draw_figures(study: Results, folder: Path, stem: str) -> None:

@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="concat-ensemble-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -30,6 +31,7 @@ from concat_ensemble.commands.app import main
 from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
 CONTROLS = ("untrained members", "raw pixels", "majority class")
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds after each pass over a stream; 5 by default
 torch.set_num_threads(1)
 threadpool_limits(1)  # threads that wait for each other make tiny problems ten times slower on a busy machine
 

@@ -317,7 +317,9 @@ def test_a_device_map_on_the_cpu_changes_nothing(saved, whole, noise, device_map
     [{"device_map": {"members.0": "cpu", "members.1": "disk", "members.2": "cpu"}}, {"max_memory": {"cpu": "1MB"}}],
 )
 def test_offloading_to_disk_is_refused_since_it_gives_wrong_features(saved, tmp_path, placed):
-    with pytest.raises(ValueError, match=r"disk.*wrong features.*active_members"):
+    # Before 1.15, accelerate itself refuses a model that is wholly on disk.
+    refusal = r"disk.*wrong features.*active_members|offload the whole model to the disk"
+    with pytest.raises(ValueError, match=refusal):
         AutoModel.from_pretrained(saved, **{"device_map": "auto", **placed}, offload_folder=tmp_path)
 
 

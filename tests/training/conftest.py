@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # as in the processes that `script` starts, so that both end in the same weights
 ROOT = Path(__file__).parents[2]
 
 

@@ -46,7 +46,7 @@ def test_every_recipe_runs(path, digits, members, tmp_path):
     smoke = [path, "--smoke", "--cpu", "--output", tmp_path]
     if path in IMAGENET:
         size = ["--input-size", "[3, 32, 32]", "--total-steps", "5", "--mixed-precision", "no"]
-        size += ["--model-args", "{img_size: 32, drop_path_rate: 0.1}"] if "vit" in path.stem else []
+        size += ["--model-args", "{img_size: 32, drop_path_rate: 0.1, depth: 2}"] if "vit" in path.stem else []
         run(pretraining, *smoke, *size, "--dataset", digits, "--batch-size", "4")
         count = yaml.safe_load(path.read_text())["members"][0]
         assert (tmp_path / f"cat{count}" / "model.safetensors.index.json").is_file()

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from concat_ensemble import assemble, extract_features, load_data
+from concat_ensemble import ConcatEnsembleModel, assemble, extract_features, load_data
 from concat_ensemble.commands.app import main
 from concat_ensemble.data.images import image_hashes
+from concat_ensemble.features import extraction
 from concat_ensemble.features.store import Block, stored_blocks
 
 SHARDS = "*/*.safetensors"
@@ -136,12 +138,22 @@ def contents(store) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.glob(SHARDS)}
 
 
-@pytest.fixture
-def undisturbed(ensemble, tmp_path):
-    ensemble.save_pretrained(tmp_path / "model")
-    done = child(tmp_path / "model", tmp_path / "calm")
-    assert done.wait(120) == 0, done.stderr.read()
-    return contents(tmp_path / "calm")
+@pytest.fixture(scope="module")
+def model(ensemble, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    ensemble.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory) -> dict[str, bytes]:
+    """What a child writes that nothing stops."""
+    store = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extraction, "SHARD_IMAGES", 64)
+        loaded, data = ConcatEnsembleModel.from_pretrained(model), load_data("digits")
+        extract_features(loaded, data, store=store, batch_size=32, quiet=True)
+    return contents(store)
 
 
 def killed_until_done(folder, store, seed: int, kills: int, within: float = 1.5) -> int:
@@ -162,32 +174,32 @@ def killed_until_done(folder, store, seed: int, kills: int, within: float = 1.5)
     return hits
 
 
-def test_a_killed_extraction_continues_to_the_same_files(undisturbed, tmp_path):
-    assert killed_until_done(tmp_path / "model", tmp_path / "store", seed=0, kills=2, within=0.5) > 0
+def test_a_killed_extraction_continues_to_the_same_files(undisturbed, model, tmp_path):
+    assert killed_until_done(model, tmp_path / "store", seed=0, kills=2, within=0.5) > 0
     assert contents(tmp_path / "store") == undisturbed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
-def test_thirty_kills_each_continue_to_the_same_files(undisturbed, tmp_path, seed):
-    killed_until_done(tmp_path / "model", tmp_path / "store", seed=seed, kills=1)
+def test_thirty_kills_each_continue_to_the_same_files(undisturbed, model, tmp_path, seed):
+    killed_until_done(model, tmp_path / "store", seed=seed, kills=1)
     assert contents(tmp_path / "store") == undisturbed
 
 
-def test_two_processes_share_one_extraction(undisturbed, tmp_path):
+def test_two_processes_share_one_extraction(undisturbed, model, tmp_path):
     script = tmp_path / "shared.py"
     head = "from accelerate import PartialState\nstate = PartialState(cpu=True)\nassert state.num_processes == 2\n"
     script.write_text(head + CHILD)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", str(script), str(tmp_path / "model"), str(tmp_path / "store")]
+    launch += ["--main_process_port", "0", str(script), str(model), str(tmp_path / "store")]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr
     assert contents(tmp_path / "store") == undisturbed
 
 
 @pytest.mark.slow
-def test_two_extractions_at_once_write_the_same_files(undisturbed, tmp_path):
-    both = [child(tmp_path / "model", tmp_path / "store") for _ in range(2)]
+def test_two_extractions_at_once_write_the_same_files(undisturbed, model, tmp_path):
+    both = [child(model, tmp_path / "store") for _ in range(2)]
     assert [process.wait(180) for process in both] == [0, 0]
     assert contents(tmp_path / "store") == undisturbed
 

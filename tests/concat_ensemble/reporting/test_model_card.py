@@ -30,7 +30,7 @@ def card(folder, study):
         config.save_pretrained(folder)
         for name, rows in (studies or {}).items():
             study(how.get("dataset"), hashes, **rows).save(folder / "results" / f"{name}.json")
-        assert write_card(folder, how.get("title")) == folder / "README.md"
+        assert write_card(folder, how.get("title"), redraw=how.get("redraw", True)) == folder / "README.md"
         return (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
 
     return write
@@ -388,3 +388,18 @@ def test_the_card_is_the_golden_one(card):
     provenance = [{"license": "mit", "command": "concat-ensemble build a b"}, {"license": "apache-2.0"}]
     text, _ = card({"digits": REPEATS}, provenance)
     assert re.fullmatch(re.escape(golden).replace(re.escape("<...>"), r"[^\n|]*"), text)
+
+
+def test_without_redraw_figures_newer_than_their_results_stay(card, folder):
+    def drawn() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (folder / "figures").iterdir()}
+
+    card({"digits": REPEATS, "more": REPEATS})
+    before = drawn()
+    card({"new": REPEATS}, redraw=False)
+    assert drawn().keys() - before.keys() == {"new.png"} and before.items() <= drawn().items()
+    card({"digits": REPEATS | {"pair": [0.1, 0.2]}}, redraw=False)
+    assert {name for name in before if drawn()[name] > before[name]} == {"digits.png"}
+    before = drawn()
+    card()
+    assert {name for name in before if drawn()[name] > before[name]} == {"digits.png", "more.png", "new.png"}

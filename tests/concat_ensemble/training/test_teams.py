@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch import distributed
 
+from concat_ensemble.training import pretraining
 from concat_ensemble.training.teams import Team, split_processes
 
 ROOT = Path(__file__).parents[3]
@@ -42,9 +43,9 @@ def launched(script, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(script, tmp_path_factory) -> Path:
+def alone(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("alone")
-    script(sys.executable, *SMOKE, "--output", output)
+    pretraining.main([str(ROOT / SMOKE[1]), *SMOKE[2:], "--output", str(output)])
     return output
 
 
