@@ -1,4 +1,4 @@
-"""Saving over an ensemble's folder: what cannot be loaded again is refused, and an error leaves the old files alone."""
+"""Saving over an ensemble's folder: what cannot be loaded again is refused, and an error leaves the old files."""
 
 import hashlib
 import resource
@@ -41,7 +41,7 @@ def largest_file(size: int):
 def test_a_full_disk_leaves_the_old_ensemble(folder, build, noise, size):
     before = digests(folder)
     other, _ = build("resnet18", "vit-small", "vit-tiny")
-    with pytest.raises(Exception, match="(?i)large|code: 27"), largest_file(size):
+    with pytest.raises(Exception, match=r"(?i)large|code: 27"), largest_file(size):
         other.save_pretrained(folder)
     assert digests(folder) == before
     ConcatEnsembleModel.from_pretrained(folder)
@@ -78,7 +78,7 @@ def of_no_member(model):
 @pytest.mark.parametrize("change", [without_memory, sparse, half_of_it, of_other_shape, with_more, of_no_member])
 def test_a_state_dict_that_could_not_be_loaded_is_refused(folder, build, change):
     model, before = ConcatEnsembleModel.from_pretrained(folder), digests(folder)
-    with pytest.raises(ValueError, match="cannot be saved|could not be loaded again|do not fit"):
+    with pytest.raises(ValueError, match=r"cannot be saved|could not be loaded again|do not fit"):
         model.save_pretrained(folder, state_dict=change(model))
     assert digests(folder) == before
 
