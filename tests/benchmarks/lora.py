@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, seed: int, folder: Path) -> tuple[np.ndarra
     """Which test images are classified correctly before and after."""
     torch.manual_seed(seed)
     ensemble = load_ensemble(options.ensemble, seed=seed)
-    data = load_data(options.dataset, seed=seed).shuffle(seed=seed)
+    data = load_data(options.dataset, classes=options.classes, seed=seed).shuffle(seed=seed)
     for split, images in (("train", options.images), ("validation", options.images // 4), ("test", options.test)):
         data[split] = data[split].select(range(min(images, len(data[split]))))
     table = extract_features(ensemble, data, store=folder / "features", quiet=True)
@@ -69,6 +69,7 @@ def run(options: argparse.Namespace, seed: int, folder: Path) -> tuple[np.ndarra
         lr_scheduler_type="cosine",
         save_strategy="no",
         report_to="none",
+        dataloader_pin_memory=False,
         disable_tqdm=True,
         seed=seed,
     )
@@ -78,13 +79,14 @@ def run(options: argparse.Namespace, seed: int, folder: Path) -> tuple[np.ndarra
     assert torch.equal(predict(loaded, test), after)
     sizes = f"adapter {weights_size(folder / 'adapter'):.1f} MB, base {weights_size(folder / 'base'):.1f} MB"
     print(f"seed {seed}: {len(train)} images, same logits after loading; {sizes}", flush=True)
-    return tuple((logits.argmax(dim=1) == labels).numpy() for logits in (before, after))
+    return (before.argmax(dim=1) == labels).numpy(), (after.argmax(dim=1) == labels).numpy()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ensemble", help="folder or Hub id")
     parser.add_argument("--dataset", default="scattered:digits")
+    parser.add_argument("--classes", type=int, nargs="+", help="default: all")
     parser.add_argument("--layers", nargs="+", default=["conv_pw", "conv_pwl"])
     for name, default in (("images", 200), ("test", 500), ("epochs", 5), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ensemble", help="folder or Hub id")
     parser.add_argument("--dataset", default="scattered:digits")
+    parser.add_argument("--classes", type=int, nargs="+", help="default: all")
     for name, default in (("limit", 1500), ("batch-size", 16), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
         spread = f"[{min(runs):.1f}, {max(runs):.1f}], {ratio:.2f} times float32"
         print(f"{name:12s} {memory[name] / 1e6:6.1f} MB ({share}); {median(runs):.1f} images/s {spread}", flush=True)
 
-    data, correct = load_data(options.dataset, limit=options.limit), {}
+    data, correct = load_data(options.dataset, classes=options.classes, limit=options.limit), {}
     with tempfile.TemporaryDirectory() as store:
         for name, model in models.items():
             compute = torch.bfloat16 if name == "bfloat16" else torch.float32

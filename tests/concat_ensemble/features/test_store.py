@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from optimum.quanto import freeze, qint4, qint8, quantize
+from optimum.quanto import freeze, qfloat8_e4m3fn, qint8, quantize
 from peft import LoraConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
@@ -101,8 +101,8 @@ def to_be_quantized_by_quanto(model):
     return model
 
 
-def to_be_quantized_by_quanto_to_four_bits(model):
-    quantize(model, weights=qint4)
+def to_be_quantized_by_quanto_to_float8(model):
+    quantize(model, weights=qfloat8_e4m3fn)
     return model
 
 
@@ -136,7 +136,7 @@ CHANGES = [
     quantized_by_torchao_with_activations,
     quantized_by_quanto,
     to_be_quantized_by_quanto,
-    to_be_quantized_by_quanto_to_four_bits,
+    to_be_quantized_by_quanto_to_float8,
     adapted,
     adapted_with_another_scale,
     with_an_adapter_turned_off,
