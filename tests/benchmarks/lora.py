@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, seed: int, folder: Path) -> tuple[np.ndarra
     labels, before = torch.tensor([example["labels"] for example in test]), predict(model, test)
     model.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=options.layers, modules_to_save=["classifier"]))
     arguments = TrainingArguments(
-        folder / "run",
+        str(folder / "run"),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=16,
         learning_rate=options.learning_rate,
