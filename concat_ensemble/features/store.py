@@ -35,6 +35,8 @@ from concat_ensemble.members.checkpoints import weights_sha256
 logger = logging.getLogger(__name__)
 
 ABOUT = "about.json"  # names the architecture, for people
+# What decides the output of PEFT's and quanto's layers and is not among their weights.
+LAYER_SETTINGS = ("active_adapters", "disable_adapters", "scaling", "weight_qtype", "activation_qtype")
 
 
 def default_store() -> Path:
@@ -43,9 +45,17 @@ def default_store() -> Path:
 
 
 def block_key(backbone: nn.Module, fields: dict[str, Any]) -> str:
-    """Name of a member's block: a hash of its live weights and of what else decides its features. Provenance is no
-    part of it: fine-tuning changes the weights and leaves the provenance as it was."""
+    """Name of a member's block: a hash of its live weights and of what else decides its features, such as the
+    settings of adapters and of quantized layers. Provenance is no part of it: fine-tuning changes the weights and
+    leaves the provenance as it was."""
     fields = fields | {"weights": weights_sha256(backbone.state_dict())}
+    settings = {
+        layer: {name: str(getattr(module, name, None)) for name in LAYER_SETTINGS}
+        for layer, module in backbone.named_modules()
+        if hasattr(module, "active_adapters") or hasattr(module, "weight_qtype")
+    }
+    if settings:
+        fields["layers"] = settings
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

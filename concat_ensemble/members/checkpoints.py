@@ -103,11 +103,19 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
 
 
 def weights_sha256(state_dict: Tensors) -> str:
-    """Hex digest of a state dict's names, dtypes, shapes and values in the order of the names, for any file format."""
+    """Hex digest of a state dict's names, dtypes, shapes and values in the order of the names, for any file format.
+    Raises ValueError for weights that are no tensors, as torch.ao.quantization makes them."""
     digest = hashlib.sha256()
     for key, tensor in sorted(state_dict.items()):
+        if not isinstance(tensor, torch.Tensor):
+            problem = f"{key}={type(tensor).__name__} must be a tensor"
+            raise ValueError(f"{problem}; to quantize a model, use torchao or optimum-quanto.")
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's: several tensors, and how to compute with them
+            names, settings = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+            digest.update(f"{settings} {weights_sha256({name: getattr(tensor, name) for name in names})}\n".encode())
+        else:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -199,7 +199,7 @@ def noise_of(model, noise):
 def test_what_cannot_be_loaded_again_is_refused_before_anything_is_written(base, noise, tmp_path):
     files, model = digests(base), CLASSIFIER.from_pretrained(base)
     get_peft_model(model, lora())  # changes the model itself
-    with pytest.raises(ValueError, match="adapters of a model of PEFT, which would be lost; .*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"adapters of a model of PEFT, which would be lost; .*merge_and_unload"):
         model.save_pretrained(base)
     with pytest.raises(ValueError, match="merge adapters"):
         assemble([model])

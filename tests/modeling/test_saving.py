@@ -1,4 +1,4 @@
-"""Saving over an ensemble's folder: what cannot be loaded again is refused, and an error leaves the old files alone."""
+"""Saving over an ensemble's folder: what cannot be loaded again is refused, and an error leaves the old files."""
 
 import hashlib
 import resource
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from optimum.quanto import qint8, quantize
+from peft import LoraConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoModel, QuantoConfig, TorchAoConfig
 
@@ -41,7 +42,7 @@ def largest_file(size: int):
 def test_a_full_disk_leaves_the_old_ensemble(folder, build, noise, size):
     before = digests(folder)
     other, _ = build("resnet18", "vit-small", "vit-tiny")
-    with pytest.raises(Exception, match="(?i)large|code: 27"), largest_file(size):
+    with pytest.raises(Exception, match=r"(?i)large|code: 27"), largest_file(size):
         other.save_pretrained(folder)
     assert digests(folder) == before
     ConcatEnsembleModel.from_pretrained(folder)
@@ -78,7 +79,7 @@ def of_no_member(model):
 @pytest.mark.parametrize("change", [without_memory, sparse, half_of_it, of_other_shape, with_more, of_no_member])
 def test_a_state_dict_that_could_not_be_loaded_is_refused(folder, build, change):
     model, before = ConcatEnsembleModel.from_pretrained(folder), digests(folder)
-    with pytest.raises(ValueError, match="cannot be saved|could not be loaded again|do not fit"):
+    with pytest.raises(ValueError, match=r"cannot be saved|could not be loaded again|do not fit"):
         model.save_pretrained(folder, state_dict=change(model))
     assert digests(folder) == before
 
@@ -135,3 +136,21 @@ def test_a_quantized_model_computes_and_is_refused_before_anything_is_written(fo
         with pytest.raises(ValueError, match="quantiz"):
             model.save_pretrained(target)
     assert digests(folder) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "config", [lambda: TorchAoConfig(Int8WeightOnlyConfig()), lambda: QuantoConfig(weights="int8")]
+)
+@torch.no_grad()
+def test_an_adapter_of_a_quantized_model_is_saved_alone_and_loaded_over_it(folder, noise, tmp_path, config):
+    before, model = digests(folder), AutoModel.from_pretrained(folder, quantization_config=config())
+    pixels = noise(model)
+    plain = model(pixels).pooler_output
+    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False))
+    model.eval().save_pretrained(tmp_path / "adapter")
+    expected = model(pixels).pooler_output
+    assert sorted(digests(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    loaded = AutoModel.from_pretrained(folder, quantization_config=config())
+    loaded.load_adapter(tmp_path / "adapter")
+    assert torch.equal(loaded.eval()(pixels).pooler_output, expected) and not torch.equal(plain, expected)
+    assert digests(folder) == before

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from optimum.quanto import freeze, qfloat8_e4m3fn, qint8, quantize
+from peft import LoraConfig
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-from concat_ensemble import ConcatEnsembleModel, assemble, extract_features, load_data
+from concat_ensemble import ConcatEnsembleImageProcessor, ConcatEnsembleModel, assemble, extract_features, load_data
 from concat_ensemble.commands.app import main
-from concat_ensemble.data.images import image_hashes
+from concat_ensemble.data.images import image_hashes, read_image
 from concat_ensemble.features import extraction
 from concat_ensemble.features.store import Block, stored_blocks
 
@@ -74,6 +78,98 @@ def test_float16_and_bfloat16_are_kept_apart_from_float32(extract, ensemble, dig
     assert half.extracted == coarse.extracted == full.extracted
     np.testing.assert_allclose(half["test"].features, full["test"].features, rtol=1e-3, atol=1e-5)
     assert not same(half, full) and not same(coarse, full)
+
+
+def quantized_by_torchao(model):
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def quantized_by_torchao_with_activations(model):
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def quantized_by_quanto(model):
+    quantize(model, weights=qint8)
+    freeze(model)
+    return model
+
+
+def to_be_quantized_by_quanto(model):
+    quantize(model, weights=qint8)
+    return model
+
+
+def to_be_quantized_by_quanto_to_float8(model):
+    quantize(model, weights=qfloat8_e4m3fn)
+    return model
+
+
+def adapted(model, alpha=8):
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["qkv"], init_lora_weights=False))
+    return model
+
+
+def adapted_with_another_scale(model):
+    return adapted(model, alpha=32)
+
+
+def with_an_adapter_turned_off(model):
+    adapted(model).disable_adapters()
+    return model
+
+
+def with_another_adapter(model):
+    adapted(model).add_adapter(LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False), "other")
+    return model
+
+
+def with_both_adapters_of_which_the_first_is_active(model):
+    with_another_adapter(model).set_adapter("default")
+    return model
+
+
+CHANGES = [
+    quantized_by_torchao,
+    quantized_by_torchao_with_activations,
+    quantized_by_quanto,
+    to_be_quantized_by_quanto,
+    to_be_quantized_by_quanto_to_float8,
+    adapted,
+    adapted_with_another_scale,
+    with_an_adapter_turned_off,
+    with_another_adapter,
+    with_both_adapters_of_which_the_first_is_active,
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_features_of_quantized_and_adapted_models_are_kept_apart(tmp_path, digits):
+    settings = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **settings)
+    assemble(vit).save_pretrained(tmp_path / "vit")
+    images, keys = digits["test"], set()
+    for change in (lambda model: model, *CHANGES):
+        for _ in range(2):  # the second one reads what the first has stored
+            model = change(ConcatEnsembleModel.from_pretrained(tmp_path / "vit"))
+            table = extract_features(model, digits, store=tmp_path / "store", quiet=True)
+        assert table.extracted == 0
+        keys |= set(table.keys)
+        pixels = ConcatEnsembleImageProcessor.from_config(model.config)([read_image(images, n) for n in range(8)])
+        with torch.inference_mode():
+            expected = model.eval()(**pixels).pooler_output
+        np.testing.assert_allclose(table["test"].features[:8], expected, atol=1e-5)
+    assert len(keys) == 1 + len(CHANGES)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_own_quantization_is_refused(extract, digits):
+    model = torch.ao.quantization.quantize_dynamic(assemble("random:vit_tiny_patch16_224"), {torch.nn.Linear})
+    with pytest.raises(ValueError, match=r"_packed_params=.* must be a tensor; to quantize a model, use torchao"):
+        extract(model, digits)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
