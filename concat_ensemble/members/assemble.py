@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any, TypeGuard
 
 import timm
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from timm.data.model_config import resolve_input_data_config
+from timm.models import get_model_input_config
 from torch import nn
+from transformers import TimmWrapperConfig
 
 from concat_ensemble.errors import first_line, suggest
 from concat_ensemble.members.checkpoints import (
     PICKLES,
+    Tensors,
     load_backbone,
     match_state_dict,
     read_checkpoint,
@@ -25,11 +29,11 @@ from concat_ensemble.members.checkpoints import (
     weights_sha256,
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
+from concat_ensemble.members.rebuilding import rebuild, select_model_args, unwrap
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     CHANNELS,
     IMAGE_MODES,
     MEMBER_KEYS,
-    REFUSED_MODEL_ARGS,
     ConcatEnsembleConfig,
     describe_unknown_architecture,
     error_prefix,
@@ -42,9 +46,11 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsemblePreTrainedModel,
     create_backbone,
 )
+from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
+TIMM_WRAPPER = TimmWrapperConfig.model_type
 
 
 @dataclass
@@ -70,11 +76,13 @@ def assemble(
         members: One or several of
 
             - a timm name for its pretrained weights (`"resnet50.a1_in1k"`), or `"random:resnet50"` for untrained ones;
-            - `"hf-hub:org/name@revision"`: a timm model or an ensemble on the Hub;
-            - a folder saved by timm (`timm.models.save_for_hf`), by `training/pretrain_members.py`, or an ensemble's;
+            - `"hf-hub:org/name@revision"`: a timm model, one of transformers' TimmWrapper, or an ensemble on the Hub;
+            - a folder saved by timm (`timm.models.save_for_hf`), by transformers' TimmWrapper (a Trainer's checkpoint,
+              too), by `training/pretrain_members.py`, or an ensemble's;
             - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
               `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems;
-            - a timm model or an ensemble in memory.
+            - a timm model, one in a TimmWrapper, `torch.compile` or `DataParallel`, or an ensemble in memory; refused
+              if it was changed after it was made, and timm cannot build it again from arguments.
 
             An ensemble contributes its members in their order, and also its projection if it is the only source.
         preprocessing: `"own"`: every member gets its timm evaluation transform. `"shared"`: all members get the first
@@ -88,7 +96,7 @@ def assemble(
 
     Returns:
         The model in evaluation mode, on the CPU, in float32. `config.members[k]["provenance"]` holds the source of
-        member k and the sha256 of its weights.
+        member k, the sha256 of its weights and, from a TimmWrapper, the `label_names` of its classes.
 
     Raises:
         ValueError, FileNotFoundError: for a member that cannot be loaded, in one line that names it and the remedy.
@@ -159,20 +167,36 @@ def is_ensemble(model: nn.Module) -> TypeGuard[ConcatEnsemblePreTrainedModel]:
 
 def _load_module(module: nn.Module) -> list[_Member]:
     if is_ensemble(module):
-        return _copy_members(module)
-    kind = type(module).__name__
-    if not hasattr(module, "pretrained_cfg"):
+        return _rebuild_members(module)
+    if hasattr(module, "merge_and_unload"):
+        remedy = "call its merge_and_unload() and give what that returns"
+        raise ValueError(f"{type(module).__name__} has adapters, which a member cannot have; {remedy}.")
+    network = unwrap(module)
+    if not hasattr(network, "pretrained_cfg"):
+        kind = type(network).__name__
         raise ValueError(f"{kind} is not a timm model, as members must be; make it with timm.create_model(...).")
-    pretrained_cfg = timm_cfg(module)
-    backbone = create_backbone(pretrained_cfg["architecture"], **_select_model_args(module))
-    load_backbone(backbone, module.state_dict(), f"the {kind} in memory")
-    return [_make_member(backbone, {"source": "a model in memory"}, pretrained_cfg)]
+    configs = (getattr(layer, "config", None) for layer in module.modules())
+    config = next((config.to_dict() for config in configs if isinstance(config, TimmWrapperConfig)), {})
+    pretrained_cfg = config.get("pretrained_cfg") or timm_cfg(network)
+    provenance = {"source": "a model in memory", "label_names": _select_label_names(config)}
+    return [_make_member(rebuild(network), provenance, pretrained_cfg)]
+
+
+def _rebuild_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
+    """As `_copy_members`, for an ensemble whose members a user may have changed."""
+    members = []
+    for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True):
+        spec = copy.deepcopy(ensemble.config.members[k])
+        with error_prefix(f"members[{k}]"):
+            rebuilt = rebuild(backbone, spec["preprocessing"]["input_size"])
+        members.append(_Member(rebuilt, spec | {"model_args": select_model_args(rebuilt)}, ensemble.projection))
+    return members
 
 
 def _copy_members(ensemble: ConcatEnsemblePreTrainedModel) -> list[_Member]:
-    """Copy an ensemble's members, so that the ensemble itself keeps its dtype, mode and device."""
+    """The members of an ensemble that was just loaded."""
     return [
-        _Member(copy.deepcopy(backbone).cpu().float(), copy.deepcopy(ensemble.config.members[k]), ensemble.projection)
+        _Member(backbone.float(), ensemble.config.members[k], ensemble.projection)
         for k, backbone in zip(ensemble.config.built_members, ensemble.members.values(), strict=True)
     ]
 
@@ -212,10 +236,17 @@ def _load_from_hub(name: str) -> list[_Member]:
         for member in members:
             member.spec["provenance"] |= {"taken_from": repo, "taken_from_revision": commit}
         return members
-    model_args = _read_model_args(config, name)
+    if config.get("model_type") == TIMM_WRAPPER:
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+        members = _load_folder(Path(snapshot_download(repo, revision=commit, allow_patterns=patterns)))
+        for member in members:
+            member.spec["provenance"] |= {"source": HUB + repo, "hub_id": repo, "revision": commit}
+        return members
+    architecture, model_args, _ = _read_network(config, name)
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
-        create_backbone(config["architecture"], **model_args)
-    backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0)
+        rebuilt = create_backbone(architecture, **model_args)
+    backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0, **model_args)
+    match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
     license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
 
@@ -245,18 +276,31 @@ def _load_folder(folder: Path) -> list[_Member]:
     if config.get("model_type") == "concat_ensemble":
         ensemble: Any = ConcatEnsembleModel.from_pretrained(folder)
         return _copy_members(ensemble)
-    model_args = _read_model_args(config, str(folder))
-    architecture, weights, pickled = config["architecture"], folder / "model.safetensors", folder / "pytorch_model.bin"
-    if not weights.is_file() and pickled.is_file():
-        raise ValueError(f"{folder} has pickled weights; to read them, give {architecture}={pickled}.")
-    tensors = read_checkpoint(weights)[0]
+    architecture, model_args, pretrained_cfg = _read_network(config, str(folder))
+    tensors = _read_weights(folder, architecture)
     with torch.device("meta"):  # refuses a checkpoint of another architecture before the model takes memory
-        tensors = match_state_dict(create_backbone(architecture, **model_args), tensors, str(weights))
+        tensors = match_state_dict(create_backbone(architecture, **model_args), tensors, str(folder))
     backbone = create_backbone(architecture, **model_args)
     backbone.load_state_dict(tensors, strict=False)
-    pretrained_cfg = config.get("pretrained_cfg") or {}
-    provenance = {"source": folder.name, "license": pretrained_cfg.get("license")} | (config.get("provenance") or {})
-    return [_make_member(backbone, provenance, pretrained_cfg)]
+    label_names = _select_label_names(config) if config.get("model_type") == TIMM_WRAPPER else None
+    provenance = {"source": folder.name, "license": pretrained_cfg.get("license"), "label_names": label_names}
+    return [_make_member(backbone, provenance | (config.get("provenance") or {}), pretrained_cfg)]
+
+
+def _read_weights(folder: Path, architecture: str) -> Tensors:
+    """The tensors of `model.safetensors`, or of the shards that its index names."""
+    weights, index, pickled = (folder / f"{name}" for name in ("model.safetensors", INDEX_NAME, "pytorch_model.bin"))
+    if weights.is_file() or not (index.is_file() or pickled.is_file()):
+        return read_checkpoint(weights)[0]
+    if not index.is_file():
+        raise ValueError(f"{folder} has pickled weights; to read them, give {architecture}={pickled}.")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names):  # no way out of the folder
+            raise ValueError(f"a bad file name among {names[:3]}")
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error!r}); fetch or save it again.") from error
+    return {key: tensor for name in names for key, tensor in read_checkpoint(folder / name)[0].items()}
 
 
 def _load_file(path: Path, architecture: str) -> _Member:
@@ -287,23 +331,59 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_model_args(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Check the model arguments in a config that anybody may have written."""
-    _check_architecture(config.get("architecture"))
+def _read_network(config: dict[str, Any], source: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, model arguments and `pretrained_cfg` of a config that anybody may have written.
+
+    timm builds a network with the channels and, if it is fixed, the image size of `pretrained_cfg`; those that are not
+    the architecture's own become arguments. transformers' TimmWrapper builds it without, and only its processor uses
+    `pretrained_cfg`; there, the architecture's name may have a tag, such as `resnet18.a1_in1k`.
+    """
+    name = config.get("architecture")
+    _check_architecture(name)
+    architecture, is_wrapper = str(name).split(".")[0], config.get("model_type") == TIMM_WRAPPER
     # A member does not take these two: it has no classifier, and its weights are loaded here.
     ignored = ("num_classes", "pretrained")
     model_args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in ignored}
     with error_prefix(source):
-        return validate_model_args(model_args)
+        model_args = validate_model_args(model_args)
+        tagged = _find_pretrained_cfg(str(name)) if is_wrapper else {}
+        # Before timm 0.9, what is in `pretrained_cfg` stood in the config itself.
+        pretrained_cfg = config.get("pretrained_cfg") or tagged or ({} if "pretrained_cfg" in config else config)
+        own = tagged if is_wrapper else pretrained_cfg
+        return architecture, _read_input_args(architecture, own) | model_args, pretrained_cfg
+
+
+def _find_pretrained_cfg(name: str) -> dict[str, Any]:
+    """What timm knows of the weights of this name, which may have a tag that it does not know."""
+    pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return {} if pretrained is None else pretrained.to_dict()
+
+
+def _read_input_args(architecture: str, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    """`in_chans` and `img_size` with which timm builds a network, where they are not the architecture's own."""
+    size = pretrained_cfg.get("input_size")
+    if not isinstance(size, list | tuple) or len(size) != 3:
+        return {}
+    with torch.device("meta"):
+        channels, *own_size = get_model_input_config(create_backbone(architecture))["input_size"]
+    model_args: dict[str, Any] = {"in_chans": size[0]} if size[0] != channels else {}
+    if pretrained_cfg.get("fixed_input_size") and [*size[1:]] != own_size:
+        model_args["img_size"] = [*size[1:]]
+    return validate_model_args(model_args)
+
+
+def _select_label_names(config: dict[str, Any]) -> list[str] | None:
+    """Class names from the config of transformers' TimmWrapper, unless they only count the classes."""
+    names = config.get("label_names")
+    names = list(names.values()) if isinstance(names, dict) else names
+    if not isinstance(names, list) or names == [f"LABEL_{k}" for k in range(len(names))]:
+        return None
+    return [str(name) for name in names]
 
 
 def _check_architecture(name: Any) -> None:
     if str(name).split(".")[0] not in timm_architectures():
         raise ValueError(describe_unknown_architecture(name))
-
-
-def _select_model_args(backbone: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in getattr(backbone, "_model_args", {}).items() if key not in REFUSED_MODEL_ARGS}
 
 
 def _make_member(
@@ -326,7 +406,7 @@ def _make_member(
         preprocessing = validate_preprocessing(pixels)
     spec = dict.fromkeys(MEMBER_KEYS) | {
         "architecture": name,
-        "model_args": _select_model_args(backbone),
+        "model_args": select_model_args(backbone),
         "preprocessing": preprocessing,
         "provenance": {key: value for key, value in provenance.items() if value is not None},
     }

@@ -20,7 +20,7 @@ CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 CONTAINERS += ("state_dict", "model_state_dict", "model_params", "classy_state_dict")
 CONTAINERS += ("base_model", "model", "trunk", "teacher")
 MAX_UNPACKED = 50  # times the size on disk; all-zero weights shrink to a thousandth, trained weights to 0.9
-WRAPPERS = re.compile(r"(?:module|_orig_mod|model0|model|backbone|encoder)\.")
+WRAPPERS = re.compile(r"(?:module|_orig_mod|timm_model|model0|model|backbone|encoder)\.")
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,7 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from concat_ensemble import ConcatEnsembleModel, assemble
 from concat_ensemble.reporting.model_card import write_card
@@ -379,3 +382,44 @@ def test_a_bad_folder_or_bad_options_are_refused_before_anything_is_sent(refused
     refused(["push", folder, "me/x"], "no whole ensemble")
     (folder / "config.json").write_text('{"model_type": "resnet"}')
     refused(["push", folder, "me/x"], "'resnet', not an ensemble")
+
+
+def put_folder(hub: HubServer, folder: Path, repo: str) -> str:
+    """Store a folder's files as a repo, and return its commit."""
+    hub.create("models", repo, private=False)
+    files = {path.name: hub.store(path.read_bytes(), lfs=True) for path in folder.iterdir()}
+    return hub.write("models", repo, hub.repo("models", repo), "refs/heads/main", files, "add")
+
+
+def test_a_repo_of_transformers_timm_wrapper_is_a_member(publisher, hub, tmp_path):
+    model_args = {"depth": 1, "img_size": 32, "global_pool": "avg"}
+    settings = {"model_args": model_args, "id2label": {0: "ant", 1: "bee", 2: "cat"}}
+    wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="vit_tiny_patch16_224", **settings))
+    wrapper.save_pretrained(tmp_path, max_shard_size="200KB")
+    commit = put_folder(hub, tmp_path, "org/wrapped")
+    publisher("from concat_ensemble import assemble", "wrapped = assemble(['hf-hub:org/wrapped'])")
+    expected = assemble([tmp_path]).config.members[0]
+    expected["provenance"] |= {"source": "hf-hub:org/wrapped", "hub_id": "org/wrapped", "revision": commit}
+    assert publisher.ask("wrapped.config.members[0]") == expected
+    assert expected["model_args"] == model_args and expected["provenance"]["label_names"] == ["ant", "bee", "cat"]
+
+
+def test_channels_and_size_that_only_a_timm_repos_pretrained_cfg_has_are_kept(publisher, hub, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=80, in_chans=1, num_classes=0).eval()
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] = {"depth": 1}  # older versions of timm saved only what a user named
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    put_folder(hub, tmp_path, "org/old")
+    publisher(
+        "from concat_ensemble import ConcatEnsembleModel, assemble",
+        "assemble(['hf-hub:org/old']).save_pretrained('o')",
+    )
+    publisher("pixels = __import__('torch').ones(1, 1, 80, 80)", "loaded = ConcatEnsembleModel.from_pretrained('o')")
+    model_args = {"depth": 1, "in_chans": 1, "img_size": [80, 80]}
+    features = publisher.ask("loaded(pixels).pooler_output.tolist()")
+    with torch.no_grad():
+        assert torch.equal(torch.tensor(features), network(torch.ones(1, 1, 80, 80)))
+    assert publisher.ask("loaded.config.members[0]['model_args']") == model_args
+    assert assemble([tmp_path]).config.members[0]["model_args"] == model_args
