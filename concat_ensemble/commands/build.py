@@ -45,7 +45,7 @@ def build(
 
     concat-ensemble build resnet50.a1_in1k resnet50.tv_in1k --output two-resnets
 
-    concat-ensemble build vit_small_patch16_224.augreg_in1k --model-arg img_size=384 --output larger-images
+    concat-ensemble build deit_tiny_patch16_224.fb_in1k --model-arg img_size=384 --output larger-images
 
     concat-ensemble build --recipe vit-objectives --output vit-objectives
     """

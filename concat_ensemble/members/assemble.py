@@ -290,13 +290,33 @@ def _load_from_hub(name: str, model_args: dict[str, Any]) -> list[_Member]:
             member.spec["provenance"] |= {"source": HUB + repo, "hub_id": repo, "revision": commit}
         return members
     architecture, own_args, _ = _read_network(config, name)
-    model_args = own_args | model_args
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
-        rebuilt = create_backbone(architecture, **model_args)
-    backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0, **model_args)
+        rebuilt = create_backbone(architecture, **(own_args | model_args))
+    backbone = _create_pretrained(f"{HUB}{repo}@{commit}", own_args, model_args)
     match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
     license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
+
+
+def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[str, Any]) -> nn.Module:
+    """timm's pretrained network. With arguments of the user, it is created twice, from other random numbers, because
+    timm leaves layers random if it has no weights for them."""
+    networks = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for seed in range(2 if model_args else 1):
+                torch.manual_seed(seed)
+                arguments = own_args | model_args
+                networks.append(timm.create_model(source, pretrained=True, num_classes=0, **arguments))
+    except RuntimeError as error:  # for weights of another shape
+        reason = " ".join(str(error).split())
+        raise ValueError(f"timm cannot load {source} with model_args {model_args}: {reason}") from error
+    first, last = networks[0].state_dict(), networks[-1].state_dict()
+    if random := [key for key in first if not torch.equal(first[key], last[key])]:
+        names = ", ".join(random[:3]) + (f" and {len(random) - 3} more" if len(random) > 3 else "")
+        problem = f"timm cannot adapt the weights of {source} to model_args {model_args}"
+        raise ValueError(f"{problem}: {names} would be random; use other arguments.")
+    return networks[0]
 
 
 def _find_commit(repo: str, revision: str | None) -> str | None:

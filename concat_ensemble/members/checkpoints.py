@@ -82,7 +82,7 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
     if listing:
         name = timm_cfg(backbone).get("architecture", type(backbone).__name__)
         problem = f"{source} does not hold the weights of {name}; {listing}"
-        raise ValueError(f"{problem}. Name the right architecture, as NAME=FILE.")
+        raise ValueError(f"{problem}. Name the right architecture, as NAME=FILE, or other model_args.")
     return matched
 
 
