@@ -21,7 +21,10 @@ CONTAINERS += ("state_dict", "model_state_dict", "model_params", "classy_state_d
 CONTAINERS += ("base_model", "model", "trunk")
 MAX_CONTAINERS = 4  # one inside the other
 # Names of weights that are an average over training; they are preferred, and provenance names them.
-AVERAGES = {"EMA": re.compile(r"(^|[._])ema([._]|$)"), "teacher": re.compile(r"(^|[._])teacher([._]|$)")}
+AVERAGES = {
+    "EMA": re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE),
+    "teacher": re.compile(r"(^|[._])teacher([._]|$)"),
+}
 METADATA = ("architecture", "license", "source")  # of .safetensors
 
 Tensors = dict[str, torch.Tensor]

@@ -23,9 +23,9 @@ def find_train_args(content: dict[str, Any]) -> dict[str, Any]:
     """Those arguments of timm's `train.py` in a checkpoint that change its network or its pixels."""
     keys = ("gp", "bn_eps", "model_kwargs", *SIZES, *PIXELS)
     args = _find_args(content)
-    # Other scripts have arguments of the same names. Only timm's have all of these.
-    is_timm = {"gp", "model_kwargs", "img_size", "crop_pct"} <= args.keys()
-    return {key: args[key] for key in keys if is_timm and args.get(key) not in (None, "", {})}
+    if isinstance(args.get("input_size"), int):  # of DeiT and MAE, for square images
+        args = {key: value for key, value in args.items() if key != "input_size"}
+    return {key: args[key] for key in keys if args.get(key) not in (None, "", {})}
 
 
 def resolve_train_args(architecture: str, train_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -65,9 +65,9 @@ def test_a_pickle_in_a_folder_of_timms_is_read_with_its_config(prefix, tmp_path,
     network = timm.create_model("test_vit", num_classes=5, img_size=96, global_pool="avg")
     network.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "input_size": (3, 96, 96), "license": "mit"}
     save_for_hf(network, tmp_path / "mine", safe_serialization=False)
-    code, out, err = run("build", tmp_path / "mine", "--output", "out")
+    code, _, err = run("build", tmp_path / "mine", "--output", "out")
     assert code == 2 and f"to read them, give {tmp_path / 'mine' / 'pytorch_model.bin'}" in err
-    code, out, err = run("build", f"{prefix}{tmp_path / 'mine' / 'pytorch_model.bin'}", "--output", tmp_path / "out")
+    code, _, err = run("build", f"{prefix}{tmp_path / 'mine' / 'pytorch_model.bin'}", "--output", tmp_path / "out")
     assert code == 0, err
     loaded = ConcatEnsembleModel.from_pretrained(tmp_path / "out")
     member = loaded.config.members[0]
@@ -122,6 +122,6 @@ def test_values_are_parsed_as_timms_model_kwargs():
     ],
 )
 def test_a_bad_argument_is_named_in_one_line(text, message, run, tmp_path):
-    code, out, err = run("build", "random:test_vit", "--model-arg", text, "--output", "out")
+    code, _, err = run("build", "random:test_vit", "--model-arg", text, "--output", "out")
     assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
     assert message in err

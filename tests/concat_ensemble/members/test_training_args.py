@@ -96,6 +96,16 @@ def test_input_size_and_arguments_of_assemble_override(checkpoint):
         assemble(path, model_args={"in_chans": 3})
 
 
+def test_arguments_of_other_scripts_are_read_where_they_mean_the_same(tmp_path):
+    """torchvision's and DeiT's: an `input_size` of one number is not timm's."""
+    network = timm.create_model("test_resnet", num_classes=5)
+    args = Namespace(model="test_resnet", input_size=160, interpolation="bilinear", val_crop_size=160, lr=0.1)
+    torch.save({"model": network.state_dict(), "args": args, "epoch": 90}, tmp_path / "checkpoint.pth")
+    ensemble = assemble(tmp_path / "checkpoint.pth")
+    assert_timms_features(ensemble, tmp_path / "checkpoint.pth", "test_resnet")
+    assert ensemble.config.members[0]["preprocessing"]["interpolation"] == "bilinear"
+
+
 def test_the_name_of_a_file_comes_before_what_it_says(checkpoint):
     path = checkpoint(timm.create_model("test_resnet", num_classes=5), model="resnet18")
     assert assemble(f"test_resnet={path}").config.members[0]["architecture"] == "test_resnet"
