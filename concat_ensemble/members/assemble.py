@@ -386,7 +386,8 @@ def _load_file(path: Path, architecture: str, model_args: dict[str, Any]) -> lis
     train_args = metadata.get("train_args")
     with error_prefix(str(path)):
         own_args, pixels = resolve_train_args(architecture, train_args) if train_args else ({}, {})
-        backbone = create_backbone(converted.architecture, **(own_args | converted.model_args | model_args))
+        model_args = _check_model_args(own_args | converted.model_args | model_args)
+        backbone = create_backbone(converted.architecture, **model_args)
     average = None
     if is_jax:
         load_jax_vit(backbone, path)

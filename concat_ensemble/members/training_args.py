@@ -1,5 +1,6 @@
 """What timm's `train.py` records beside the weights: the network, its arguments and its preprocessing."""
 
+import json
 from typing import Any
 
 from timm.models import resolve_model_input_args
@@ -25,7 +26,7 @@ def find_train_args(content: dict[str, Any]) -> dict[str, Any]:
     args = _find_args(content)
     if isinstance(args.get("input_size"), int):  # of DeiT and MAE, for square images
         args = {key: value for key, value in args.items() if key != "input_size"}
-    return {key: args[key] for key in keys if args.get(key) not in (None, "", {})}
+    return {key: args[key] for key in keys if _is_given(args.get(key))}
 
 
 def resolve_train_args(architecture: str, train_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,12 +35,16 @@ def resolve_train_args(architecture: str, train_args: dict[str, Any]) -> tuple[d
     Raises:
         ValueError: for arguments that do more than construct a network, and for those that contradict each other.
     """
+    try:
+        train_args = json.loads(json.dumps(train_args, allow_nan=False))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"its training arguments are not plain values: {error}") from error
     model_args = {"global_pool": train_args.get("gp"), "bn_eps": train_args.get("bn_eps")}
     own = validate_model_args(train_args.get("model_kwargs", {}))
     sizes = {key: train_args[key] for key in SIZES if key in train_args}
     try:
         resolved = resolve_model_input_args(architecture, args=sizes, **(model_args | own))
-    except (RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"its training arguments {sizes} do not describe images: {error}") from error
     pretrained_cfg: dict[str, Any] = {key: train_args[key] for key in PIXELS if key in train_args}
     own_size = resolved.pop("pretrained_cfg").get("input_size", (3, 224, 224))
@@ -49,6 +54,10 @@ def resolve_train_args(architecture: str, train_args: dict[str, Any]) -> tuple[d
         pretrained_cfg["input_size"] = tuple(size)
     del resolved["model_name"]
     return validate_model_args(resolved), pretrained_cfg
+
+
+def _is_given(value: Any) -> bool:
+    return bool(value) if value is None or isinstance(value, str | dict) else True
 
 
 def _find_args(content: dict[str, Any]) -> dict[str, Any]:
