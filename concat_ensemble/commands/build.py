@@ -1,5 +1,6 @@
 """`build`: an ensemble from its members."""
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,10 @@ def build(
     preprocessing: Annotated[
         str, typer.Option(help="own: each member's evaluation transform. shared: the first member's for all.")
     ] = "own",
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Argument of timm's networks as NAME=VALUE, such as img_size=384; may be repeated."),
+    ] = None,
     channels: Annotated[
         str | None, typer.Option(help="Numbers of the channels that each member sees, from 0, such as 2,1,0.")
     ] = None,
@@ -40,6 +45,8 @@ def build(
 
     concat-ensemble build resnet50.a1_in1k resnet50.tv_in1k --output two-resnets
 
+    concat-ensemble build deit_tiny_patch16_224.fb_in1k --model-arg img_size=384 --output larger-images
+
     concat-ensemble build --recipe vit-objectives --output vit-objectives
     """
     from concat_ensemble.files import replace_folder
@@ -53,6 +60,7 @@ def build(
         recipe=recipe,
         checkpoints=checkpoints,
         preprocessing=preprocessing,
+        model_args=_parse_model_args(model_arg or []),
         channels=_parse_list("--channels", channels, int),
         mean=_parse_list("--mean", mean, float),
         std=_parse_list("--std", std, float),
@@ -68,6 +76,20 @@ def build(
     print_written(member_table(output, facts["members"]), facts, as_json, quiet)
 
 
+def _parse_model_args(texts: list[str]) -> dict[str, Any]:
+    """Python literals become values and anything else strings, as in timm's `--model-kwargs`."""
+    model_args = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name.isidentifier() or not value:
+            raise ValueError(f"--model-arg {text}: give NAME=VALUE, such as img_size=384.")
+        try:
+            model_args[name] = ast.literal_eval(value)
+        except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+            model_args[name] = value
+    return model_args
+
+
 def _parse_list(option: str, text: str | None, kind: Callable[[str], Any]) -> list | None:
     try:
         return None if text is None else [kind(number) for number in text.split(",")]
@@ -81,6 +103,8 @@ def member_table(output: Path, members: list[dict]) -> Table:
     table = Table("", "architecture", "features", "input", "source", title=f"{output}: {num_features:,} features")
     for k, member in enumerate(members):
         size = "x".join(map(str, member["preprocessing"]["input_size"]))
-        source = member["provenance"]["source"]
+        provenance = member["provenance"]
+        weights = f" ({provenance['weights']} weights)" if "weights" in provenance else ""
+        source = f"{provenance['source']}{weights}"
         table.add_row(str(k), member["architecture"], f"{member['num_features']:,}", size, source)
     return table

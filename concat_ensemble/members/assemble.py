@@ -30,13 +30,17 @@ from concat_ensemble.members.checkpoints import (
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
 from concat_ensemble.members.rebuilding import rebuild, select_model_args, unwrap
+from concat_ensemble.members.training_args import resolve_train_args
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     CHANNELS,
     IMAGE_MODES,
+    MAX_CHANNELS,
+    MAX_IMAGE_SIDE,
     MEMBER_KEYS,
     ConcatEnsembleConfig,
     describe_unknown_architecture,
     error_prefix,
+    require,
     timm_architectures,
     validate_model_args,
     validate_preprocessing,
@@ -51,6 +55,7 @@ from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
 TIMM_WRAPPER = TimmWrapperConfig.model_type
+PICKLE_NAME = "pytorch_model.bin"
 
 
 @dataclass
@@ -64,6 +69,7 @@ def assemble(
     members: Source | Iterable[Source],
     *,
     preprocessing: str = "own",
+    model_args: dict[str, Any] | None = None,
     channels: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -79,14 +85,18 @@ def assemble(
             - `"hf-hub:org/name@revision"`: a timm model, one of transformers' TimmWrapper, or an ensemble on the Hub;
             - a folder saved by timm (`timm.models.save_for_hf`), by transformers' TimmWrapper (a Trainer's checkpoint,
               too), by `training/pretrain_members.py`, or an ensemble's;
-            - a checkpoint file whose stem is its timm architecture, or `"resnet50=path/to/file.pth"`; see
-              `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems;
+            - a checkpoint file whose stem or content says its timm architecture, or `"resnet50=path/to/file.pth"`; see
+              `checkpoints.read_checkpoint`, and `converters` for the layouts of the paper's systems. Averaged (EMA)
+              weights are preferred, and the arguments of timm's `train.py` are applied;
             - a timm model, one in a TimmWrapper, `torch.compile` or `DataParallel`, or an ensemble in memory; refused
               if it was changed after it was made, and timm cannot build it again from arguments.
 
             An ensemble contributes its members in their order, and also its projection if it is the only source.
         preprocessing: `"own"`: every member gets its timm evaluation transform. `"shared"`: all members get the first
             member's, which is faster and changes the features of the others.
+        model_args: Arguments of `timm.create_model`, such as `{"img_size": 384, "in_chans": 4}`. timm adapts its
+            pretrained weights to them. They override those in a folder or a checkpoint, whose weights must fit.
+            Refused for ensembles and for models in memory, which have theirs.
         channels: Numbers of the channels of an image that each of these members sees, from 0, as many as it takes.
             Default: gray or RGB for members of 1 and 3 channels, the first channels for others.
         mean, std: One number for each channel, in place of timm's. For a member of other than 3 channels, timm takes
@@ -96,7 +106,8 @@ def assemble(
 
     Returns:
         The model in evaluation mode, on the CPU, in float32. `config.members[k]["provenance"]` holds the source of
-        member k, the sha256 of its weights and, from a TimmWrapper, the `label_names` of its classes.
+        member k, the sha256 of its weights, `weights` ("EMA" or "teacher") if they are such averages and, from a
+        TimmWrapper, the `label_names` of its classes.
 
     Raises:
         ValueError, FileNotFoundError: for a member that cannot be loaded, in one line that names it and the remedy.
@@ -104,9 +115,10 @@ def assemble(
     if preprocessing not in ("own", "shared"):
         raise ValueError(f"preprocessing={preprocessing!r} must be 'own' or 'shared'.")
     sources = [members] if isinstance(members, Source) else list(members)
+    model_args = _check_model_args(model_args or {})
     loaded: list[_Member] = []
     for source in sources:
-        loaded += _load_members(source, seed + len(loaded))
+        loaded += _load_members(source, model_args, seed + len(loaded))
     if not loaded:
         raise ValueError("members is empty; name at least one, such as 'resnet50.a1_in1k' or a checkpoint file.")
     for k, member in enumerate(loaded):
@@ -142,24 +154,58 @@ def _build_model(members: list[_Member], projection: nn.Linear | None) -> Concat
     return model.float().eval()
 
 
-def _load_members(source: Source, seed: int) -> list[_Member]:
+def _load_members(source: Source, model_args: dict[str, Any], seed: int) -> list[_Member]:
     """Load one source, which may be an ensemble of several members."""
     if isinstance(source, nn.Module):
+        _refuse_model_args(model_args, type(source).__name__)
         return _load_module(source)
     text = str(source)
     if text.startswith(HUB):
-        return _load_from_hub(text)
-    if text.startswith(RANDOM):
-        return [_make_untrained(text.removeprefix(RANDOM), seed)]
-    if Path(text).is_dir():
-        return _load_folder(Path(text))
+        members = _load_from_hub(text, model_args)
+    elif text.startswith(RANDOM):
+        members = [_make_untrained(text.removeprefix(RANDOM), model_args, seed)]
+    elif Path(text).is_dir():
+        members = _load_folder(Path(text), model_args)
+    else:
+        members = _load_name(text, model_args)
+    if model_args.get("img_size"):  # timm's own choice is another for networks that take images of any size
+        size = model_args["img_size"]
+        for member in members:
+            pixels = member.spec["preprocessing"]
+            pixels["input_size"] = [pixels["input_size"][0], *(size if isinstance(size, list) else [size, size])]
+            member.spec["preprocessing"] = validate_preprocessing(pixels)
+    return members
+
+
+def _load_name(text: str, model_args: dict[str, Any]) -> list[_Member]:
+    """Load `[ARCHITECTURE=]FILE` or timm's pretrained weights of this name."""
     architecture, _, path = text.rpartition("=")
     if architecture or Path(path).is_file() or path.endswith((".safetensors", ".npz", *PICKLES)):
-        return [_load_file(Path(path), architecture)]
+        return _load_file(Path(path), architecture, model_args)
     if "/" in text:
         hint = suggest(text, map(str, Path(text).parent.glob("*")), limit=1)
         raise ValueError(f"there is no folder {text}{hint} For a model on the Hub, write {HUB}ORG/NAME.")
-    return _load_from_hub(HUB + _find_pretrained(text))
+    return _load_from_hub(HUB + _find_pretrained(text), model_args)
+
+
+def _check_model_args(model_args: dict[str, Any]) -> dict[str, Any]:
+    """A copy of arguments of `timm.create_model`; sizes are checked before a network of this size is built."""
+    model_args = validate_model_args(model_args)
+    channels, size = model_args.get("in_chans", 3), model_args.get("img_size", 1)
+    expected = f"a whole number from 1 to {MAX_CHANNELS}"
+    require(type(channels) is int and 1 <= channels <= MAX_CHANNELS, "model_args: in_chans", channels, expected)
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    are_sides = all(type(side) is int and 1 <= side <= MAX_IMAGE_SIDE for side in sides)
+    expected = f"a whole number from 1 to {MAX_IMAGE_SIDE:,}, or two, height and width"
+    require(are_sides, "model_args: img_size", size, expected)
+    return model_args
+
+
+def _refuse_model_args(model_args: dict[str, Any], source: str) -> None:
+    """Raise ValueError if there are arguments for members that have their own."""
+    if model_args:
+        problem = f"model_args={model_args} cannot be applied to {source}, whose networks are built"
+        raise ValueError(f"{problem}; give the members that they are for in a call of their own.")
 
 
 def is_ensemble(model: nn.Module) -> TypeGuard[ConcatEnsemblePreTrainedModel]:
@@ -219,20 +265,21 @@ def _find_pretrained(name: str) -> str:
     return f"{repo}{pretrained.architecture}.{pretrained.tag}" if repo.endswith("/") else repo
 
 
-def _make_untrained(name: str, seed: int) -> _Member:
+def _make_untrained(name: str, model_args: dict[str, Any], seed: int) -> _Member:
     _check_architecture(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = create_backbone(name)
+        backbone = create_backbone(name, **model_args)
     provenance = {"source": f"{RANDOM}{name}", "objective": "none (random weights)", "seed": seed, "steps": 0}
     return _make_member(backbone, provenance | {"license": "apache-2.0"})
 
 
-def _load_from_hub(name: str) -> list[_Member]:
+def _load_from_hub(name: str, model_args: dict[str, Any]) -> list[_Member]:
     repo, _, revision = name.removeprefix(HUB).partition("@")
     commit = _find_commit(repo, revision or None)
     config = _read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
     if config.get("model_type") == "concat_ensemble":
+        _refuse_model_args(model_args, name)
         ensemble: Any = ConcatEnsembleModel.from_pretrained(repo, revision=commit)
         members = _copy_members(ensemble)
         for member in members:
@@ -240,17 +287,38 @@ def _load_from_hub(name: str) -> list[_Member]:
         return members
     if config.get("model_type") == TIMM_WRAPPER:
         patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-        members = _load_folder(Path(snapshot_download(repo, revision=commit, allow_patterns=patterns)))
+        members = _load_folder(Path(snapshot_download(repo, revision=commit, allow_patterns=patterns)), model_args)
         for member in members:
             member.spec["provenance"] |= {"source": HUB + repo, "hub_id": repo, "revision": commit}
         return members
-    architecture, model_args, _ = _read_network(config, name)
+    architecture, own_args, _ = _read_network(config, name)
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
-        rebuilt = create_backbone(architecture, **model_args)
-    backbone = timm.create_model(f"{HUB}{repo}@{commit}", pretrained=True, num_classes=0, **model_args)
+        rebuilt = create_backbone(architecture, **(own_args | model_args))
+    backbone = _create_pretrained(f"{HUB}{repo}@{commit}", own_args, model_args)
     match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
     license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
+
+
+def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[str, Any]) -> nn.Module:
+    """timm's pretrained network. With arguments of the user, it is created twice, from other random numbers, because
+    timm leaves layers random if it has no weights for them."""
+    networks = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for seed in range(2 if model_args else 1):
+                torch.manual_seed(seed)
+                arguments = own_args | model_args
+                networks.append(timm.create_model(source, pretrained=True, num_classes=0, **arguments))
+    except RuntimeError as error:  # for weights of another shape
+        reason = " ".join(str(error).split())
+        raise ValueError(f"timm cannot load {source} with model_args {model_args}: {reason}") from error
+    first, last = networks[0].state_dict(), networks[-1].state_dict()
+    if random := [key for key in first if not torch.equal(first[key], last[key])]:
+        names = ", ".join(random[:3]) + (f" and {len(random) - 3} more" if len(random) > 3 else "")
+        problem = f"timm cannot adapt the weights of {source} to model_args {model_args}"
+        raise ValueError(f"{problem}: {names} would be random; use other arguments.")
+    return networks[0]
 
 
 def _find_commit(repo: str, revision: str | None) -> str | None:
@@ -270,16 +338,19 @@ def _find_commit(repo: str, revision: str | None) -> str | None:
         return Path(cached).parent.name  # the cache has a folder for each commit
 
 
-def _load_folder(folder: Path) -> list[_Member]:
+def _load_folder(folder: Path, model_args: dict[str, Any], pickled: Path | None = None) -> list[_Member]:
+    """Load a folder's network; `pickled` are the weights in it if the user named them."""
     if not (folder / "config.json").is_file():
         remedy = "give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE"
         raise ValueError(f"{folder} has no config.json; {remedy}.")
     config = _read_config(folder / "config.json")
     if config.get("model_type") == "concat_ensemble":
+        _refuse_model_args(model_args, str(folder))
         ensemble: Any = ConcatEnsembleModel.from_pretrained(folder)
         return _copy_members(ensemble)
-    architecture, model_args, pretrained_cfg = _read_network(config, str(folder))
-    tensors = _read_weights(folder, architecture)
+    architecture, own_args, pretrained_cfg = _read_network(config, str(folder))
+    model_args = own_args | model_args
+    tensors = read_checkpoint(pickled)[0] if pickled else _read_weights(folder)
     with torch.device("meta"):  # refuses a checkpoint of another architecture before the model takes memory
         tensors = match_state_dict(create_backbone(architecture, **model_args), tensors, str(folder))
     backbone = create_backbone(architecture, **model_args)
@@ -289,13 +360,13 @@ def _load_folder(folder: Path) -> list[_Member]:
     return [_make_member(backbone, provenance | (config.get("provenance") or {}), pretrained_cfg)]
 
 
-def _read_weights(folder: Path, architecture: str) -> Tensors:
+def _read_weights(folder: Path) -> Tensors:
     """The tensors of `model.safetensors`, or of the shards that its index names."""
-    weights, index, pickled = (folder / f"{name}" for name in ("model.safetensors", INDEX_NAME, "pytorch_model.bin"))
+    weights, index, pickled = (folder / name for name in ("model.safetensors", INDEX_NAME, PICKLE_NAME))
     if weights.is_file() or not (index.is_file() or pickled.is_file()):
         return read_checkpoint(weights)[0]
     if not index.is_file():
-        raise ValueError(f"{folder} has pickled weights; to read them, give {architecture}={pickled}.")
+        raise ValueError(f"{folder} has pickled weights; to read them, give {pickled}.")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names):  # no way out of the folder
@@ -305,20 +376,40 @@ def _read_weights(folder: Path, architecture: str) -> Tensors:
     return {key: tensor for name in names for key, tensor in read_checkpoint(folder / name)[0].items()}
 
 
-def _load_file(path: Path, architecture: str) -> _Member:
+def _load_file(path: Path, architecture: str, model_args: dict[str, Any]) -> list[_Member]:
+    if path.name == PICKLE_NAME and path.is_file() and _is_network_of(path.parent / "config.json", architecture):
+        return _load_folder(path.parent, model_args, pickled=path)
     is_jax = path.suffix == ".npz"
     tensors, metadata = ({}, {}) if is_jax else read_checkpoint(path)
-    architecture = architecture or metadata.get("architecture") or path.name.split(".")[0]
+    architecture = architecture or _find_architecture(path, metadata)
     if architecture not in timm_architectures():
         raise ValueError(f"{path}: {architecture!r} is not a timm architecture; name it as ARCHITECTURE={path.name}.")
     converted = convert(architecture, tensors)
-    backbone = create_backbone(converted.architecture, **converted.model_args)
+    train_args = metadata.get("train_args")
+    with error_prefix(str(path)):
+        own_args, pixels = resolve_train_args(architecture, train_args) if train_args else ({}, {})
+        model_args = _check_model_args(own_args | converted.model_args | model_args)
+        backbone = create_backbone(converted.architecture, **model_args)
+    average = None
     if is_jax:
         load_jax_vit(backbone, path)
     else:
-        load_backbone(backbone, converted.tensors, str(path))
+        average = load_backbone(backbone, converted.tensors, str(path))
     provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
-    return _make_member(backbone, provenance, timm_cfg(backbone) | converted.pretrained_cfg)
+    provenance["weights"] = metadata.get("weights") or average
+    return [_make_member(backbone, provenance, timm_cfg(backbone) | converted.pretrained_cfg | pixels)]
+
+
+def _find_architecture(path: Path, metadata: dict[str, Any]) -> str:
+    """The architecture that a `.safetensors` file says, or the name of any file, or the content of a pickle."""
+    stem, recorded = path.name.split(".")[0], metadata.get("architecture")
+    return recorded if recorded and (path.suffix == ".safetensors" or stem not in timm_architectures()) else stem
+
+
+def _is_network_of(config: Path, architecture: str) -> bool:
+    """Whether there is a config of a network of timm's, with this architecture if it is not empty."""
+    name = _read_config(config).get("architecture") if config.is_file() else None
+    return isinstance(name, str) and architecture in ("", name.split(".")[0])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

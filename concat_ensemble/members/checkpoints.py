@@ -1,9 +1,8 @@
 """State dicts with timm's keys, read from the checkpoint files of many training scripts."""
 
 import hashlib
-import pickle
 import re
-import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from concat_ensemble.errors import first_line
+from concat_ensemble.members.pickles import read_pickle
+from concat_ensemble.members.training_args import find_architecture, find_train_args
 
-PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch")
+PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch", ".ckpt")
 # Keys under which training scripts store the weights; averaged weights first, as timm prefers them.
-CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
 CONTAINERS += ("state_dict", "model_state_dict", "model_params", "classy_state_dict")
-CONTAINERS += ("base_model", "model", "trunk", "teacher")
-MAX_UNPACKED = 50  # times the size on disk; all-zero weights shrink to a thousandth, trained weights to 0.9
-WRAPPERS = re.compile(r"(?:module|_orig_mod|timm_model|model0|model|backbone|encoder)\.")
+CONTAINERS += ("base_model", "model", "trunk")
+MAX_CONTAINERS = 4  # one inside the other
+# Names of weights that are an average over training; they are preferred, and provenance names them.
+AVERAGES = {
+    "EMA": re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE),
+    "teacher": re.compile(r"(^|[._])teacher([._]|$)"),
+}
+METADATA = ("architecture", "license", "source")  # of .safetensors
 
 Tensors = dict[str, torch.Tensor]
 
 
-def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read the tensors and the metadata of a `.safetensors` file, or the tensors of a pickle.
+def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Read the tensors and the metadata of a `.safetensors` file or of a pickle.
 
-    Pickles are read with `weights_only=True`, so that they cannot run code.
+    Pickles are read with `weights_only=True`, so that they cannot run code. Of several sets of weights in one,
+    averaged weights are taken. Their metadata may be `architecture`, `weights` ("EMA" or "teacher") and `train_args`,
+    those of timm's `train.py`.
 
     Raises:
-        ValueError: if the file is truncated, of an unknown kind, without tensors, or with objects other than tensors.
+        ValueError: if the file is truncated, of an unknown kind, without tensors, or with objects that could run code.
         FileNotFoundError: if it does not exist.
     """
     if not path.is_file():
@@ -40,32 +47,28 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
         return _read_safetensors(path)
     if not path.name.endswith(PICKLES):
         raise ValueError(f"{path}: unknown kind of checkpoint; give .safetensors, {', '.join(PICKLES)}.")
-    content = _read_pickle(path)
-    for name in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
+    content = read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict; its top level is {type(content).__name__}.")
-    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    weights, names = content, []
+    while len(names) < MAX_CONTAINERS and (name := _find_container(weights)):
+        weights, names = weights[name], [*names, name]
+    tensors = _select_tensors(weights)
+    if not tensors:  # there may be one part for each network
+        parts = {name: part for name, part in weights.items() if isinstance(part, dict)}
+        tensors = _select_tensors({f"{name}.{key}": part[key] for name, part in parts.items() for key in part})
     if not tensors:
-        raise ValueError(f"{path} holds no state dict; its top level is {sorted(map(str, content))[:5]}.")
-    return tensors, {}
+        raise ValueError(f"{path} holds no state dict; its top level is {sorted(map(str, weights))[:5]}.")
+    metadata = {"architecture": find_architecture(content), "train_args": find_train_args(content)}
+    metadata["weights"] = name_average(".".join(names))
+    return tensors, {key: value for key, value in metadata.items() if value}
 
 
-def refuse_bomb(path: Path) -> None:
-    """Raise ValueError for a zip file that unpacks to far more than its size, because weights hardly compress."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (OSError, zipfile.BadZipFile):  # whoever reads the file reports this
-        return
-    if unpacked > MAX_UNPACKED * path.stat().st_size:
-        raise ValueError(f"{path} would unpack to {unpacked:,} bytes, too many for weights; use a trusted source.")
-
-
-def load_backbone(backbone: nn.Module, tensors: Tensors, source: str) -> None:
-    """Load a checkpoint's tensors into a timm model; see `match_state_dict` for the arguments and errors."""
+def load_backbone(backbone: nn.Module, tensors: Tensors, source: str) -> str | None:
+    """Load a checkpoint's tensors into a timm model, and return "EMA" or "teacher" if their keys say that they are
+    such averages; see `match_state_dict` for the arguments and errors."""
     backbone.load_state_dict(match_state_dict(backbone, tensors, source), strict=False)
+    return name_average(find_network(backbone, tensors, source))
 
 
 def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tensors:
@@ -75,31 +78,44 @@ def match_state_dict(backbone: nn.Module, tensors: Tensors, source: str) -> Tens
     is what error messages call the checkpoint.
 
     Raises:
-        ValueError: listing the keys that are missing, unexpected, or of another shape.
+        ValueError: listing the keys that are missing, unexpected, or of another shape; and as `find_network`.
     """
-    expected = backbone.state_dict(keep_vars=True)
-    prefix = _find_wrappers(tensors, expected)
-    unwrapped = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    classifier = timm_cfg(backbone).get("classifier") or ()
-    layers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
-    matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}
-    shapes = {key: (tuple(matched[key].shape), tuple(expected[key].shape)) for key in expected.keys() & matched.keys()}
-    # A layer that a network uses repeatedly has several names for a tensor; a file may have one of them or all.
-    stored = {id(expected[key]): matched[key] for key in shapes}
-    tied = {key: stored[id(expected[key])] for key in shapes}
-    absent = [key for key in expected.keys() - matched.keys() if id(expected[key]) not in stored]
-    problems = {
-        "missing": [key for key in absent if not key.endswith("num_batches_tracked")],
-        "unexpected": matched.keys() - expected.keys(),
-        "other shape": [f"{key} {actual} for {own}" for key, (actual, own) in shapes.items() if actual != own],
-        "tied but unequal": [k for k in shapes if tied[k] is not matched[k] and not torch.equal(tied[k], matched[k])],
-    }
-    listing = "; ".join(f"{problem}: {_list_keys(keys)}" for problem, keys in problems.items() if keys)
+    prefix = find_network(backbone, tensors, source)
+    matched, listing = _match(backbone, tensors, prefix, _list_prefixes(backbone.state_dict(), tensors))
     if listing:
         name = timm_cfg(backbone).get("architecture", type(backbone).__name__)
         problem = f"{source} does not hold the weights of {name}; {listing}"
-        raise ValueError(f"{problem}. Name the right architecture, as NAME=FILE.")
+        raise ValueError(f"{problem}. Name the right architecture, as NAME=FILE, or other model_args.")
     return matched
+
+
+def find_network(backbone: nn.Module, tensors: Tensors, source: str) -> str:
+    """The prefix, such as "module.model0.", of the keys of this network in a checkpoint.
+
+    If it is there several times with different weights, the average over training is taken, such as "ema.".
+
+    Raises:
+        ValueError: listing the prefixes, if none or several of them are such averages.
+    """
+    prefixes = _list_prefixes(backbone.state_dict(), tensors)
+    matches = {prefix: _match(backbone, tensors, prefix, prefixes) for prefix in prefixes}
+    whole = {prefix: matched for prefix, (matched, listing) in matches.items() if not listing}
+    if len(whole) < 2:
+        return next(iter(whole), prefixes[0])
+    averages = [prefix for prefix in whole if name_average(prefix)]
+    if len(averages) == 1:
+        return averages[0]
+    first, *others = whole.values()
+    if all(other[key].equal(first[key]) for other in others for key in first.keys() & other.keys()):
+        return next(iter(whole))
+    names = ", ".join(map(repr, sorted(whole)))
+    remedy = "save_file({k: v for k, v in state_dict.items() if k.startswith(PREFIX)}, 'x.safetensors')"
+    raise ValueError(f"{source} holds this network several times, below {names}; save one of them alone: {remedy}.")
+
+
+def name_average(name: str) -> str | None:
+    """ "EMA" or "teacher", if this name of weights says that they are an average over training."""
+    return next((average for average, pattern in AVERAGES.items() if pattern.search(name)), None)
 
 
 def weights_sha256(state_dict: Tensors) -> str:
@@ -127,32 +143,65 @@ def timm_cfg(backbone: Any) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            metadata = {key: value for key, value in (file.metadata() or {}).items() if key in METADATA}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again.") from error
 
 
-def _read_pickle(path: Path) -> Any:
-    refuse_bomb(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        problem = f"{path} holds more than tensors, and loading that could run code"
-        raise ValueError(f"{problem}; save its state_dict() as .safetensors instead.") from error
-    except Exception as error:  # torch raises errors of any kind for a damaged file
-        problem = f"{path} is not a whole PyTorch checkpoint ({first_line(error)})"
-        raise ValueError(f"{problem}; fetch or save it again.") from error
+def _find_container(content: dict[str, Any]) -> str | None:
+    """The first of `CONTAINERS` under which there are weights. An average may be None, or only its settings."""
+    return next((name for name in CONTAINERS if _holds_weights(content.get(name), MAX_CONTAINERS - 1)), None)
 
 
-def _find_wrappers(tensors: Tensors, expected: Tensors) -> str:
-    """The prefix, such as "module.model0.", under which most expected keys are found; of several, the shortest."""
-    prefixes = {""}
-    for key in tensors:
-        prefix = ""
-        while wrapper := WRAPPERS.match(key, len(prefix)):
-            prefix += wrapper[0]
-            prefixes.add(prefix)
-    return max(sorted(prefixes, key=len), key=lambda prefix: sum(prefix + key in tensors for key in expected))
+def _holds_weights(content: Any, depth: int) -> bool:
+    if not isinstance(content, dict):
+        return False
+    if any(tensor.ndim for tensor in _select_tensors(content).values()):
+        return True
+    return depth > 0 and any(_holds_weights(content.get(name), depth - 1) for name in CONTAINERS)
+
+
+def _select_tensors(content: dict[Any, Any]) -> Tensors:
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+
+
+def _list_prefixes(expected: Tensors, tensors: Tensors) -> list[str]:
+    """The prefixes under which most of the expected weights are found, the shortest first; "" if there are none."""
+    counts = Counter(
+        key[:start]
+        for key in tensors
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key)))
+        if key[start:] in expected and not key.endswith("num_batches_tracked")
+    )
+    most = max(counts.values(), default=0)
+    return sorted((prefix for prefix in counts if counts[prefix] == most), key=len) or [""]
+
+
+def _match(backbone: nn.Module, tensors: Tensors, prefix: str, others: Iterable[str] = ()) -> tuple[Tensors, str]:
+    """The tensors below a prefix, without those below longer ones among `others`, and a list of what does not fit."""
+    expected = backbone.state_dict(keep_vars=True)
+    others = tuple(other for other in others if other != prefix and other.startswith(prefix))
+    unwrapped = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix) and not key.startswith(others)
+    }
+    classifier = timm_cfg(backbone).get("classifier") or ()
+    layers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
+    matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}
+    shapes = {key: (tuple(matched[key].shape), tuple(expected[key].shape)) for key in expected.keys() & matched.keys()}
+    # A layer that a network uses repeatedly has several names for a tensor; a file may have one of them or all.
+    stored = {id(expected[key]): matched[key] for key in shapes}
+    tied = {key: stored[id(expected[key])] for key in shapes}
+    absent = [key for key in expected.keys() - matched.keys() if id(expected[key]) not in stored]
+    problems = {
+        "missing": [key for key in absent if not key.endswith("num_batches_tracked")],
+        "unexpected": matched.keys() - expected.keys(),
+        "other shape": [f"{key} {actual} for {own}" for key, (actual, own) in shapes.items() if actual != own],
+        "tied but unequal": [k for k in shapes if tied[k] is not matched[k] and not torch.equal(tied[k], matched[k])],
+    }
+    return matched, "; ".join(f"{problem}: {_list_keys(keys)}" for problem, keys in problems.items() if keys)
 
 
 def _list_keys(keys: Iterable[str]) -> str:

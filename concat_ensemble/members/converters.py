@@ -17,8 +17,11 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.members.checkpoints import WRAPPERS, Tensors, refuse_bomb, timm_cfg
+from concat_ensemble.members.checkpoints import Tensors, timm_cfg
+from concat_ensemble.members.pickles import refuse_bomb
 
+# Prefixes that training scripts add to the keys of these layouts.
+WRAPPERS = re.compile(r"(?:module|_orig_mod|timm_model|model0|model|backbone|encoder|net)\.")
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
 # Evaluation transform of all these authors: resize the shorter side to 256, crop the central 224 x 224.

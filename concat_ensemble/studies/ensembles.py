@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ def build_ensemble(
     recipe: str | None = None,
     checkpoints: Path = Path(),
     preprocessing: str = "own",
+    model_args: dict[str, Any] | None = None,
     channels: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -43,7 +45,8 @@ def build_ensemble(
     """Assemble members, or those of a recipe, and record in their provenance the command that did it.
 
     Args:
-        members, preprocessing, channels, mean, std, license, seed: Arguments of `assemble`; no members with a recipe.
+        members, preprocessing, model_args, channels, mean, std, license, seed: Arguments of `assemble`; no members
+            with a recipe.
         recipe: Name of an ensemble recipe, such as "swav-cat5".
         checkpoints: Folder with the files that a recipe names.
         dtype: Of the weights: one of `DTYPES`.
@@ -59,7 +62,7 @@ def build_ensemble(
     provenances = ensemble_recipe(recipe).resolve_members(checkpoints) if recipe else {}
     sources = list(provenances) if recipe else list(members)
     pixels = {"preprocessing": preprocessing, "channels": channels, "mean": mean, "std": std}
-    model = assemble(sources, **pixels, seed=seed, license=license)
+    model = assemble(sources, **pixels, model_args=model_args, seed=seed, license=license)
     if dtype != "float32":  # a member's digest is that of its weights in float32: assemble again what rounding left
         model = assemble(model.to(getattr(torch, dtype))).to(getattr(torch, dtype))
     known = provenances.values() if recipe else itertools.repeat({})

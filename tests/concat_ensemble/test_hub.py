@@ -437,3 +437,42 @@ def test_channels_and_size_that_only_a_timm_repos_pretrained_cfg_has_are_kept(pu
         assert torch.equal(torch.tensor(features), network(torch.ones(1, 1, 80, 80)))
     assert publisher.ask("loaded.config.members[0]['model_args']") == model_args
     assert assemble([tmp_path]).config.members[0]["model_args"] == model_args
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [
+        ("test_vit", {"img_size": 96, "in_chans": 4, "global_pool": "avg"}),
+        ("test_resnet", {"in_chans": 1, "global_pool": "max"}),
+    ],
+)
+def test_pretrained_weights_are_adapted_to_arguments_as_timm_does(architecture, model_args, publisher, hub, tmp_path):
+    torch.manual_seed(0)
+    name = f"timm/{architecture}.r160_in1k"
+    network = timm.create_model(architecture)
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    put_folder(hub, tmp_path, name)
+    publisher("import timm, torch", "from concat_ensemble import assemble", f"arguments = {model_args}")
+    publisher(f"expected = timm.create_model('{architecture}', pretrained=True, num_classes=0, **arguments).eval()")
+    for source in (f"{architecture}.r160_in1k", f"hf-hub:{name}"):
+        publisher(f"ensemble = assemble('{source}', model_args=arguments)")
+        member = publisher.ask("ensemble.config.members[0]")
+        channels, side = model_args["in_chans"], model_args.get("img_size", 160)
+        assert member["preprocessing"]["input_size"] == [channels, side, side]
+        assert member["model_args"].items() >= model_args.items()
+        publisher(f"pixels = torch.randn(2, {channels}, {side}, {side})")
+        publisher("with torch.no_grad(): assert torch.equal(ensemble.members['0'](pixels), expected(pixels))")
+    failed = publisher.run(f"assemble('{architecture}', model_args={{'nonsense': 3}})")[2]
+    assert "ValueError" in failed and "nonsense" in failed
+
+
+def test_arguments_to_which_timm_cannot_adapt_weights_are_refused(publisher, hub, tmp_path):
+    """timm leaves such layers random without a word."""
+    network = timm.create_model("test_resnet", in_chans=2, num_classes=0)
+    save_for_hf(network, tmp_path, safe_serialization=True, model_args={"in_chans": 2})
+    put_folder(hub, tmp_path, "org/two-channels")
+    publisher("from concat_ensemble import assemble")
+    for name, value in {"layers": (1, 1, 1, 2), "width_factor": 9, "stem_width": 8}.items():
+        failed = publisher.run(f"assemble('hf-hub:org/two-channels', model_args={{'{name}': {value}}})")[2]
+        message = str(failed).strip().splitlines()[-1]
+        assert message.startswith("ValueError: timm cannot") and name in message, f"{name}: {failed}"

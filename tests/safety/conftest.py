@@ -39,6 +39,7 @@ def contents(folder):
 @pytest.fixture(scope="session")
 def backbone():
     sees = {"input_size": (1, 32, 32), "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}
+    torch.manual_seed(0)  # the card shows a digest of the weights, and tests look for other digits in it
     return timm.create_model("resnet10t", pretrained_cfg_overlay=sees, num_classes=0, **MODEL_ARGS).eval()
 
 

@@ -11,6 +11,8 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,68 @@ def zip_of_pickles(path):
             archive.writestr(name, pickle.dumps(Evil()))
 
 
+class Reduced:
+    """Pickled as a call of `function` with `arguments`, and then `state`."""
+
+    def __init__(self, function, arguments, *state):
+        self.reduced = function, arguments, *state
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def save_beside_weights(path, value):
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}, "args": value, "metric": value}, path)
+
+
+def numpys_objects(path):
+    """A scalar whose bytes are a pickle. Today's numpy refuses its dtype, and here numpy is not even asked."""
+    save_beside_weights(path, Reduced(np._core.multiarray.scalar, (np.dtype("O"), pickle.dumps(Evil()))))
+
+
+def numpys_objects_by_the_old_name(path):
+    numpys_objects(path)
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+
+
+def numpys_array_of_objects(path):
+    save_beside_weights(path, np.array([pickle.dumps(Evil()), None], dtype=object))
+
+
+def numpys_dtype_of_a_strange_state(path):
+    save_beside_weights(path, Reduced(np.dtype, ("V8",), (3, "|", None, ("x",), {"x": 1}, -1, 1 << 40, 0)))
+
+
+def namespace_of_a_program(path):
+    save_beside_weights(path, Namespace(model="resnet10t", callback=Evil()))
+
+
+def namespace_of_another_state(path):
+    save_beside_weights(path, Reduced(Namespace, (), ({"model": 1}, {"__class__": torch.Tensor, "__dict__": {}})))
+
+
+def namespace_of_arguments(path):
+    save_beside_weights(path, Reduced(Namespace, (1, 2, 3)))
+
+
+def default_of_a_program(path):
+    save_beside_weights(path, Reduced(defaultdict, (exec,)))
+
+
+def called_builtin(path):
+    save_beside_weights(path, Reduced(list, (Reduced(str, (Evil(),)),)))
+
+
+def weights_in_themselves(path):
+    content: dict = {"conv1.weight": "none"}
+    content["model"] = content["state_dict"] = content["ema"] = content
+    torch.save(content, path)
+
+
 def torchscript(path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
 
@@ -106,7 +170,18 @@ def zip_bomb(path):
         (torch_zip, "resnet10t.pth", "holds more than tensors"),
         (torch_zip, "resnet10t.bin", "holds more than tensors"),
         (torch_zip, "resnet10t.pt", "holds more than tensors"),
-        (torch_legacy, "resnet10t.pth", "holds more than tensors"),
+        (torch_legacy, "resnet10t.pth", "holds more than tensors, such as exec,"),
+        (torch_zip, "last.ckpt", "holds more than tensors, such as exec,"),
+        (numpys_objects, "resnet10t.pth", "does not hold the weights"),
+        (numpys_objects_by_the_old_name, "resnet10t.pth", "does not hold the weights"),
+        (numpys_array_of_objects, "resnet10t.pth", "does not hold the weights"),
+        (numpys_dtype_of_a_strange_state, "resnet10t.pth", "does not hold the weights"),
+        (namespace_of_a_program, "last.pth.tar", "holds more than tensors, such as exec,"),
+        (namespace_of_another_state, "resnet10t.pth", "holds more than tensors"),
+        (namespace_of_arguments, "resnet10t.pth", "not a whole PyTorch checkpoint"),
+        (default_of_a_program, "resnet10t.ckpt", "holds more than tensors, such as exec,"),
+        (called_builtin, "resnet10t.ckpt", "holds more than tensors, such as exec,"),
+        (weights_in_themselves, "resnet10t.ckpt", "holds no state dict"),
         (bare_pickle, "resnet10t.pth.tar", "holds more than tensors"),
         (bare_pickle, "resnet10t.safetensors", "not a whole safetensors file"),
         (bare_pickle, "vit_tiny_patch16_224.npz", "does not hold the weights"),
@@ -128,6 +203,17 @@ def test_the_programs_would_run_where_nobody_takes_care(world):
         make(world / "x")
         torch.load(world / "x", weights_only=False)
         (world / "../canary").unlink()
+
+
+def test_what_the_process_allows_elsewhere_is_not_allowed_here(world, refused):
+    torch_zip(world / "resnet10t.pth")
+    before = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([exec, Namespace]):
+        torch.load(world / "resnet10t.pth", weights_only=True)
+        (world / "../canary").unlink()
+        refused("build", "resnet10t.pth", "--output", "out", said="holds more than tensors, such as exec,")
+        assert {exec, Namespace} <= set(torch.serialization.get_safe_globals()), "it stays allowed"
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_pickled_weights_in_place_of_an_ensembles(folder):

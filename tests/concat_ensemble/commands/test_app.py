@@ -119,7 +119,7 @@ BAD_BUILDS = {
         ["resnet10t=half.safetensors"],
         ["half.safetensors is not a whole safetensors file", "fetch or save it again"],
     ),
-    "pickle that runs code": (["resnet10t=trap.pth"], ["trap.pth holds more than tensors", "as .safetensors instead"]),
+    "pickle that runs code": (["resnet10t=trap.pth"], ["trap.pth holds more than tensors", "or as .safetensors"]),
     "text for a checkpoint": (["resnet10t=text.pth"], ["text.pth"]),
     "missing file": (["resnet10t=none.pth"], ["no checkpoint file none.pth"]),
     "member without pooled features": (

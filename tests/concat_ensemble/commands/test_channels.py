@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import timm
+import torch
 
 from concat_ensemble import assemble
 
@@ -34,6 +35,7 @@ def bands(tmp_path):
 
 
 def test_an_ensemble_of_rgb_and_four_channels_is_probed_verified_and_predicts(bands, run, tmp_path):
+    torch.manual_seed(0)
     rgb = assemble(timm.create_model("resnet10t", **TINY), channels=[0, 1, 2])
     four = timm.create_model("resnet10t", in_chans=4, **TINY)
     assemble([rgb, four]).save_pretrained("mixed")
