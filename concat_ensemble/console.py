@@ -1,5 +1,6 @@
 """The terminal: consoles for results and messages, the progress of a stage, and a way to silence other libraries."""
 
+import logging
 import os
 import sys
 import time
@@ -99,6 +100,7 @@ def _write_line(line: str) -> None:
 
 def be_quiet() -> None:
     """Show our own progress bars only. Other libraries are silenced when they are imported; none is imported here."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # deprecations in torchao, where it is installed
     wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "datasets.utils.logging")
     wrapt.register_post_import_hook(_silence_transformers, "transformers.utils.logging")
 
