@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -28,9 +27,7 @@ from .weights_concat_ensemble import refuse_misfit, replace_files, save_weights
 # Bounds for what a stranger's config may ask for: above all of timm's networks, and below what takes hours to build.
 MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**30
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# PEFT's names of its file and of the layers to which it adds others.
-ADAPTER_CONFIG, WRAPPED_LAYERS = "adapter_config.json", ("base_layer", "original_module")
-WRAPPED = re.compile(rf"\.(?:{'|'.join(WRAPPED_LAYERS)})(?=\.)")
+ADAPTER_CONFIG = "adapter_config.json"
 SHARD_PATTERNS = ["member-*.safetensors", "projection*.safetensors", "head*.safetensors", "model*.safetensors"]
 
 
@@ -280,19 +277,14 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
     def _list_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights without those of adapters, by the names that they have without adapters, each tensor once.
         Raises ValueError for adapters that transformers does not know of."""
-        wrappers = [
-            f"{name}." for name, module in self.named_modules() if any(map(module._modules.get, WRAPPED_LAYERS))
-        ]
+        wrappers = [f"{name}." for name, module in self.named_modules() if hasattr(type(module), "active_adapter")]
         if wrappers and not self._hf_peft_config_loaded:
             remedy = "save PEFT's own model, or its merge_and_unload()"
             raise ValueError(f"{type(self).__name__} has adapters of a model of PEFT, which would be lost; {remedy}.")
-        weights = {}
-        for key, tensor in state_dict.items():
-            is_adapters = any(key.startswith(name) and not WRAPPED.match(key, len(name) - 1) for name in wrappers)
-            plain = WRAPPED.sub("", key)
-            if not is_adapters and self.all_tied_weights_keys.get(plain) not in state_dict:
-                weights[plain] = tensor
-        return weights
+        wrappers.sort(key=len, reverse=True)  # the inner ones first
+        named = {key: _name_without_adapters(key, wrappers) for key in state_dict}
+        tied = self.all_tied_weights_keys
+        return {name: state_dict[key] for key, name in named.items() if name and tied.get(name) not in state_dict}
 
     def _find_base(self, folder: Path, weights: dict[str, Tensor]) -> bool:
         """Whether `folder`, or where the model was loaded from, holds the weights that are not the adapter's."""
@@ -512,6 +504,17 @@ def _limit_size():
             hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
             hooks.callback(hook.remove)
         yield
+
+
+def _name_without_adapters(key: str, wrappers: list[str]) -> str | None:
+    """A weight's name before PEFT wrapped the layers with these names, or None for a weight that PEFT added."""
+    for wrapper in wrappers:
+        if key.startswith(wrapper):
+            layer, _, rest = key.removeprefix(wrapper).partition(".")
+            if layer not in ("base_layer", "original_module"):
+                return None
+            key = wrapper + rest
+    return key
 
 
 def _as_tuples(value):
