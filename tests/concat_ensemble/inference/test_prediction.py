@@ -306,6 +306,8 @@ def test_an_output_that_is_there_is_kept_without_overwrite(saved, photos, run, r
 
 SLOW = """
 import sys, time
+from concat_ensemble.console import be_quiet
+be_quiet()  # as the command does before it imports the libraries
 from concat_ensemble.inference import prediction
 predict = prediction._predict
 def slowly(model, pixels):
