@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
+ASIDE = ".saving-"  # how the folder is called in which files are written before they replace others
 CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
 
 
@@ -164,7 +165,9 @@ def replace_files(folder: Path) -> Iterator[Path]:
     """Yield an empty folder within `folder` to write to. Its files replace those of `folder` only when the block ends
     without an error: first the weights, at last their index. Shards that a new index does not name are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+    for left_over in folder.glob(f"{ASIDE}*"):  # by a process that was killed
+        shutil.rmtree(left_over)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
         yield Path(aside)
         files = sorted(
             Path(aside).iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors")

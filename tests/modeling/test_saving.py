@@ -52,6 +52,14 @@ def test_a_full_disk_leaves_the_old_ensemble(folder, build, noise, size):
     assert not list(folder.glob(".saving-*"))
 
 
+def test_what_a_killed_process_left_is_removed(folder):
+    (folder / ".saving-killed").mkdir()
+    (folder / ".saving-killed" / "config.json").write_text("{")
+    model = ConcatEnsembleModel.from_pretrained(folder)
+    model.save_pretrained(folder)
+    assert not list(folder.glob(".*"))
+
+
 def without_memory(model):
     return {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
 
