@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.hub import cached_file
 
 # transformers finds the other files of the payload by these lines.
 from .configuration_concat_ensemble import ConcatEnsembleConfig, error_prefix, refuse_links, require
@@ -227,6 +228,9 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})
         )
         kwargs["adapter_kwargs"] = {**options, "_adapter_model_path": adapter}
+        if adapter is not None and kwargs["use_safetensors"]:  # or transformers would read a pickle in its place
+            places = hub_arguments | {key: options[key] for key in HUB_ARGUMENTS if key in options}
+            cached_file(adapter, "adapter_model.safetensors", **places)
         config = name if config is None else config
         with torch.device("meta"):
             expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)

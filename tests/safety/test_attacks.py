@@ -21,6 +21,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.constants import HF_HUB_CACHE
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
@@ -235,6 +236,21 @@ def test_pickled_weights_named_by_an_index(folder):
     torch_zip(folder / "x.bin")
     with pytest.raises(OSError, match="safetensors"):
         AutoModel.from_pretrained(folder)
+
+
+def test_an_adapter_of_pickles_or_of_no_ensemble(folder):
+    model = AutoModel.from_pretrained(folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["conv2"]))
+    adapter = folder.with_name("adapter")
+    model.save_pretrained(adapter)
+    AutoModel.from_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    torch_zip(adapter / "adapter_model.bin")
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+        AutoModel.from_pretrained(adapter)
+    edit(adapter / "adapter_config.json", lambda config: config.update(base_model_name_or_path="/etc"))
+    with pytest.raises((OSError, ValueError)):
+        AutoModel.from_pretrained(adapter)
 
 
 # --- code beside the weights ----------------------------------------------------------------------------------------
