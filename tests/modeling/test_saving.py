@@ -147,7 +147,7 @@ def test_a_quantized_model_computes_and_is_refused_before_anything_is_written(fo
 
 
 @pytest.mark.parametrize(
-    "config", [lambda: TorchAoConfig(Int8WeightOnlyConfig()), lambda: QuantoConfig(weights="int8")]
+    "config", [lambda: TorchAoConfig(Int8WeightOnlyConfig(version=2)), lambda: QuantoConfig(weights="int8")]
 )
 @torch.no_grad()
 def test_an_adapter_of_a_quantized_model_is_saved_alone_and_loaded_over_it(folder, noise, tmp_path, config):
