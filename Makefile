@@ -14,8 +14,9 @@ test: .venv/installed    ## all tests but the slow ones, on all cores
 quick: .venv/installed   ## the tests of building, saving, loading and probing ensembles
 	.venv/bin/python -m pytest -n logical --dist loadfile $(QUICK) $(PYTEST)
 lowest:          ## the same with the lowest versions that pyproject.toml declares, in .venv-lowest (needs uv)
-	uv venv -q --clear --seed --python 3.11 .venv-lowest
+	uv venv -q --clear --python 3.11 .venv-lowest
 	uv pip install -q --python .venv-lowest --resolution lowest-direct -e '.[train,export,test]'
+	uv pip install -q --python .venv-lowest pip  # which a test uses; any version
 	LOWEST_VERSIONS=1 .venv-lowest/bin/python -m pytest -n logical --dist loadfile $(QUICK) $(PYTEST)
 gpu: .venv/installed     ## what needs a CUDA device: its tests, and the table of tests/benchmarks/gpu.py in runs/gpu
 	.venv/bin/python -m pytest -m gpu -n 0
