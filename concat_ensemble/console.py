@@ -100,7 +100,8 @@ def _write_line(line: str) -> None:
 
 def be_quiet() -> None:
     """Show our own progress bars only. Other libraries are silenced when they are imported; none is imported here."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # deprecations in torchao, where it is installed
+    for name in ("torch.utils._pytree", "torchao"):  # which warn when transformers imports torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
     wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "datasets.utils.logging")
     wrapt.register_post_import_hook(_silence_transformers, "transformers.utils.logging")
 

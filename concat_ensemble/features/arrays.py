@@ -240,6 +240,8 @@ def read_labels(y: Any) -> np.ndarray:
     if array.ndim != 1:
         remedy = "for one-hot rows y.argmax(axis=1), for several labels in a row one table for each label"
         raise ValueError(f"y has shape {array.shape}; it must be (N,): {remedy}.")
+    if array.dtype.kind in "mM" and len(array):  # whose nanoseconds would pass for class numbers
+        raise ValueError(f"y holds {array[0]}; give class names or whole numbers.")
     if array.dtype.kind not in "iubfU":
         array = _unify_objects(array)
     bad = ~np.isfinite(array) if array.dtype.kind == "f" else array == "" if array.dtype.kind == "U" else np.zeros(1)

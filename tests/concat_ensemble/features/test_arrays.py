@@ -180,6 +180,8 @@ REFUSED = {
     "several labels": ((X, [["cat"], ["cat", "dog"]] * 30), r"row 0 has several labels, \['cat'\]; .*one table"),
     "one-hot": ((X, np.eye(3)[np.arange(60) % 3]), r"\(60, 3\).*argmax"),
     "dates": ((X, pd.to_datetime(["2020-01-01"] * 60)), "y holds"),
+    "dates in nanoseconds": ((X, np.array(["2020-01-01"] * 60, "datetime64[ns]")), "y holds 2020-01-01"),
+    "durations": ((X, np.arange(60).astype("timedelta64[ns]")), "y holds 0 nanoseconds"),
     "array alone": (X, "it is a ndarray; give"),
     "four parts": ((X, y, y, y), "4 parts"),
     "no label column": (pd.DataFrame(X, columns=list("abcd")), "no column 'label' among a, b, c, d"),
