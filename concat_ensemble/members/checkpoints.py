@@ -113,6 +113,16 @@ def find_network(backbone: nn.Module, tensors: Tensors, source: str) -> str:
     raise ValueError(f"{source} holds this network several times, below {names}; save one of them alone: {remedy}.")
 
 
+def list_classifiers(backbone: nn.Module) -> list[str]:
+    """Names of the layers that a timm model with `num_classes=0` lacks. In LeViT, for one, timm names a layer of the
+    classifier, `head.linear`, which has a norm beside it: all of `head` is an identity without classes."""
+    classifier = timm_cfg(backbone).get("classifier") or ()
+    names = [classifier] if isinstance(classifier, str) else classifier
+    identities = {name for name, layer in backbone.named_modules() if isinstance(layer, nn.Identity)}
+    parents = {name: [name[: dot.start()] for dot in re.finditer(r"\.", name)] for name in names}
+    return [next((parent for parent in parents[name] if parent in identities), name) for name in names]
+
+
 def name_average(name: str) -> str | None:
     """ "EMA" or "teacher", if this name of weights says that they are an average over training."""
     return next((average for average, pattern in AVERAGES.items() if pattern.search(name)), None)
@@ -187,8 +197,7 @@ def _match(backbone: nn.Module, tensors: Tensors, prefix: str, others: Iterable[
         for key, tensor in tensors.items()
         if key.startswith(prefix) and not key.startswith(others)
     }
-    classifier = timm_cfg(backbone).get("classifier") or ()
-    layers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
+    layers = tuple(f"{layer}." for layer in list_classifiers(backbone))
     matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}
     shapes = {key: (tuple(matched[key].shape), tuple(expected[key].shape)) for key in expected.keys() & matched.keys()}
     # A layer that a network uses repeatedly has several names for a tensor; a file may have one of them or all.

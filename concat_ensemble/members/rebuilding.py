@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import FrozenBatchNorm2d
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.members.checkpoints import load_backbone, timm_cfg
+from concat_ensemble.members.checkpoints import list_classifiers, load_backbone, timm_cfg
 from concat_ensemble.modeling.configuration_concat_ensemble import (
     REFUSED_MODEL_ARGS,
     describe_unknown_architecture,
@@ -158,8 +158,7 @@ def _list_differences(network: nn.Module, rebuilt: nn.Module) -> list[tuple[bool
     and for layers without weights, such as activations and pooling."""
     if not isinstance(network, type(rebuilt)):
         return [(False, f"it is {_name_type(network, rebuilt)}, not {_name_type(rebuilt, network)}")]
-    classifier = timm_cfg(rebuilt).get("classifier") or ()
-    left_out = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    left_out = tuple(list_classifiers(rebuilt))
     layers, own = dict(network.named_modules()), dict(rebuilt.named_modules())
     differences = []
     for name in dict.fromkeys([*own, *layers]):

@@ -292,3 +292,20 @@ def test_members_of_an_ensemble_are_compared_too():
     ensemble.members["0"].act1 = nn.SiLU()
     with pytest.raises(ValueError, match=r"members\[0\]: the ResNet in memory .* act1 is SiLU, not ReLU"):
         assemble([ensemble])
+
+
+CLASSIFIERS = ("levit_128s", "efficientvit_m0", "iformer_t", "repvit_m0_9", "efficientformer_l1", "crossvit_tiny_240")
+
+
+@pytest.mark.parametrize(
+    "architecture", [*CLASSIFIERS, "vit_tiny_patch16_224", "crossvit_tiny_240", "mobilenetv3_small_050"]
+)
+@torch.no_grad()
+def test_a_classifier_of_any_kind_is_left_out(architecture, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model(architecture).eval()
+    torch.save(network.state_dict(), tmp_path / f"{architecture}.pth")
+    pixels = torch.randn(1, *timm.data.resolve_model_data_config(network)["input_size"])
+    expected = network.forward_head(network.forward_features(pixels), pre_logits=True)
+    for source in (network, tmp_path / f"{architecture}.pth"):
+        assert torch.equal(assemble([source])(pixels).pooler_output, expected)
