@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -238,7 +239,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         with open_checkpoint(name, expected, with_head, hub_arguments) as source:
             model, info = super().from_pretrained(source, *model_args, config=config, **kwargs)
         model.name_or_path = model.config.name_or_path = str(name)
-        _check_loaded(model, info, name)
+        _check_loaded(model, info, name if adapter is None else adapter)
         for parameter in model.members.parameters():
             # Mapped files are not aligned, and then some CPU kernels sum in another order: RegNetY differs by 2e-7.
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
@@ -275,6 +276,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
                     super().save_pretrained(aside, state_dict=state_dict)
                 if with_base:
                     self._save_base(weights, aside, max_shard_size)
+                if with_base and with_adapter:
+                    _keep_base_on_loading(aside / ADAPTER_CONFIG)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -508,6 +511,13 @@ def _limit_size():
             hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
             hooks.callback(hook.remove)
         yield
+
+
+def _keep_base_on_loading(adapter_config: Path) -> None:
+    """PiSSA and others change the base when an adapter is made. Saved as it is then, it must not be changed again."""
+    settings = json.loads(adapter_config.read_text())
+    if isinstance(settings.get("init_lora_weights"), str):
+        adapter_config.write_text(json.dumps(settings | {"init_lora_weights": True}, indent=2, sort_keys=True) + "\n")
 
 
 def _name_without_adapters(key: str, wrappers: list[str]) -> str | None:

@@ -93,6 +93,19 @@ def test_a_new_head_over_members_is_not_lost_with_an_adapter(build, noise, tmp_p
     assert torch.equal(output(loaded, noise), output(model, noise))
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora", "gaussian"])
+def test_an_adapter_that_changed_its_base_when_it_was_made(base, rows, noise, tmp_path, method):
+    model = CLASSIFIER.from_pretrained(base)
+    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=method))
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], 0.1)
+    pixels, labels = (torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("pixel_values", "labels"))
+    model.train()(pixels, labels=labels).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = CLASSIFIER.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(output(loaded, noise), output(model, noise))
+
+
 def test_two_adapters_are_saved_one_by_one(base, noise, tmp_path):
     model, outputs = CLASSIFIER.from_pretrained(base), {}
     for name in ("first", "second"):
