@@ -106,7 +106,7 @@ def assemble(
 
     Returns:
         The model in evaluation mode, on the CPU, in float32. `config.members[k]["provenance"]` holds the source of
-        member k, the sha256 of its weights, `weights` ("EMA" or "teacher") if they are such averages and, from a
+        member k, the sha256 of its weights, `weights` ("EMA" or "averaged") if they are such and, from a
         TimmWrapper, the `label_names` of its classes.
 
     Raises:
@@ -220,7 +220,7 @@ def _load_module(module: nn.Module) -> list[_Member]:
         remedy = "call its merge_and_unload() and give what that returns"
         raise ValueError(f"{type(module).__name__} has adapters, which a member cannot have; {remedy}.")
     network = unwrap(module)
-    if not hasattr(network, "pretrained_cfg"):
+    if not hasattr(network, "pretrained_cfg") or isinstance(network, torch.jit.ScriptModule):
         kind = type(network).__name__
         raise ValueError(f"{kind} is not a timm model, as members must be; make it with timm.create_model(...).")
     configs = (getattr(layer, "config", None) for layer in module.modules())

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from concat_ensemble.members.pickles import read_pickle
 from concat_ensemble.members.training_args import find_architecture, find_train_args
 
 PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch", ".ckpt")
-# Keys under which training scripts store the weights; averaged weights first, as timm prefers them.
-CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
-CONTAINERS += ("state_dict", "model_state_dict", "model_params", "classy_state_dict")
-CONTAINERS += ("base_model", "model", "trunk")
+# Keys under which training scripts store the weights.
+CONTAINERS = ("state_dict", "model_state_dict", "model_params", "classy_state_dict", "base_model", "model", "trunk")
 MAX_CONTAINERS = 4  # one inside the other
-# Names of weights that are an average over training; they are preferred, and provenance names them.
+# Names of weights that are an average over training; they are preferred as timm does, and provenance names them.
 AVERAGES = {
-    "EMA": re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE),
-    "teacher": re.compile(r"(^|[._])teacher([._]|$)"),
+    "EMA": re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE),
+    "averaged": re.compile(r"(?<![a-z])(averaged|swa)(?![a-z])", re.IGNORECASE),
 }
+SPLIT_NORMS = ".aux_bn."  # of timm's --split-bn, which evaluation does not use
 METADATA = ("architecture", "license", "source")  # of .safetensors
 
 Tensors = dict[str, torch.Tensor]
@@ -34,7 +33,7 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read the tensors and the metadata of a `.safetensors` file or of a pickle.
 
     Pickles are read with `weights_only=True`, so that they cannot run code. Of several sets of weights in one,
-    averaged weights are taken. Their metadata may be `architecture`, `weights` ("EMA" or "teacher") and `train_args`,
+    averaged weights are taken. Their metadata may be `architecture`, `weights` ("EMA" or "averaged") and `train_args`,
     those of timm's `train.py`.
 
     Raises:
@@ -50,23 +49,21 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict; its top level is {type(content).__name__}.")
-    weights, names = content, []
-    while len(names) < MAX_CONTAINERS and (name := _find_container(weights)):
-        weights, names = weights[name], [*names, name]
-    tensors = _select_tensors(weights)
-    if not tensors:  # there may be one part for each network
-        parts = {name: part for name, part in weights.items() if isinstance(part, dict)}
-        tensors = _select_tensors({f"{name}.{key}": part[key] for name, part in parts.items() for key in part})
+    averages = _select_averages(content)
+    if len(averages) == 1:
+        tensors = next(iter(averages.values()))
+    else:
+        tensors = _join_parts(averages) or _select_weights(content)
     if not tensors:
-        raise ValueError(f"{path} holds no state dict; its top level is {sorted(map(str, weights))[:5]}.")
+        raise ValueError(f"{path} holds no state dict; its top level is {sorted(map(str, content))[:5]}.")
     metadata = {"architecture": find_architecture(content), "train_args": find_train_args(content)}
-    metadata["weights"] = name_average(".".join(names))
+    metadata["weights"] = name_average(".".join(averages))
     return tensors, {key: value for key, value in metadata.items() if value}
 
 
 def load_backbone(backbone: nn.Module, tensors: Tensors, source: str) -> str | None:
-    """Load a checkpoint's tensors into a timm model, and return "EMA" or "teacher" if their keys say that they are
-    such averages; see `match_state_dict` for the arguments and errors."""
+    """Load a checkpoint's tensors into a timm model, and return "EMA" or "averaged" if their keys say that they are
+    an average; see `match_state_dict` for the arguments and errors."""
     backbone.load_state_dict(match_state_dict(backbone, tensors, source), strict=False)
     return name_average(find_network(backbone, tensors, source))
 
@@ -101,7 +98,9 @@ def find_network(backbone: nn.Module, tensors: Tensors, source: str) -> str:
     matches = {prefix: _match(backbone, tensors, prefix, prefixes) for prefix in prefixes}
     whole = {prefix: matched for prefix, (matched, listing) in matches.items() if not listing}
     if len(whole) < 2:
-        return next(iter(whole), prefixes[0])
+        prefix = next(iter(whole), prefixes[0])
+        _refuse_partial_average(backbone, tensors, prefix, source)
+        return prefix
     averages = [prefix for prefix in whole if name_average(prefix)]
     if len(averages) == 1:
         return averages[0]
@@ -124,7 +123,7 @@ def list_classifiers(backbone: nn.Module) -> list[str]:
 
 
 def name_average(name: str) -> str | None:
-    """ "EMA" or "teacher", if this name of weights says that they are an average over training."""
+    """ "EMA" or "averaged", if this name of weights says that they are an average over training."""
     return next((average for average, pattern in AVERAGES.items() if pattern.search(name)), None)
 
 
@@ -159,21 +158,52 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again.") from error
 
 
-def _find_container(content: dict[str, Any]) -> str | None:
-    """The first of `CONTAINERS` under which there are weights. An average may be None, or only its settings."""
-    return next((name for name in CONTAINERS if _holds_weights(content.get(name), MAX_CONTAINERS - 1)), None)
+def _refuse_partial_average(backbone: nn.Module, tensors: Tensors, prefix: str, source: str) -> None:
+    """Raise ValueError for an average that lacks some of the network's keys, beside `prefix`, which is none."""
+    if name_average(prefix):
+        return
+    expected = {f"{prefix}{key}" for key in backbone.state_dict()}
+    averaged = [key for key in tensors if key not in expected and name_average(key)]
+    if len(averaged) > len(list(backbone.parameters())) / 2:
+        problem = f"{source} holds averaged weights, such as {averaged[0]}, that lack some of the network's names"
+        raise ValueError(f"{problem}; copy them into the model and save its state dict alone.")
 
 
-def _holds_weights(content: Any, depth: int) -> bool:
+def _select_averages(content: dict[Any, Any]) -> dict[str, Tensors]:
+    """The parts of a checkpoint that are averages of weights, and not of a few numbers such as losses."""
+    parts = dict(_list_parts(content))
+    least = max(map(len, parts.values()), default=0) / 3  # an average may lack BatchNorm's buffers
+    return {name: part for name, part in parts.items() if name_average(name) and len(part) >= least}
+
+
+def _select_weights(content: dict[Any, Any]) -> Tensors:
+    """The tensors of a checkpoint's dict, of the first of `CONTAINERS` in it, or of all its dicts."""
+    for _ in range(MAX_CONTAINERS):
+        container = next((name for name in CONTAINERS if any(_list_parts(content.get(name)))), None)
+        if container is None:
+            break
+        content = content[container]
+    parts = dict(_list_parts(content, 1))
+    return parts.pop("", None) or _join_parts(parts)
+
+
+def _list_parts(content: Any, depth: int = MAX_CONTAINERS, name: str = "") -> Iterator[tuple[str, Tensors]]:
+    """The dicts with weights inside a checkpoint's, by names such as "callbacks.EMA". An average may be None, or only
+    its settings; one without names, as a list, counts too, so that it is not passed over."""
+    if isinstance(content, list) and name_average(name):
+        content = {str(index): value for index, value in enumerate(content)}
     if not isinstance(content, dict):
-        return False
-    if any(tensor.ndim for tensor in _select_tensors(content).values()):
-        return True
-    return depth > 0 and any(_holds_weights(content.get(name), depth - 1) for name in CONTAINERS)
+        return
+    items = {key: value for key, value in content.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in items.items() if isinstance(value, torch.Tensor)}
+    if any(tensor.ndim for tensor in tensors.values()):
+        yield name, tensors
+    for key, value in items.items() if depth else ():
+        yield from _list_parts(value, depth - 1, f"{name}.{key}" if name else key)
 
 
-def _select_tensors(content: dict[Any, Any]) -> Tensors:
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+def _join_parts(parts: dict[str, Tensors]) -> Tensors:
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
 
 
 def _list_prefixes(expected: Tensors, tensors: Tensors) -> list[str]:
@@ -195,7 +225,7 @@ def _match(backbone: nn.Module, tensors: Tensors, prefix: str, others: Iterable[
     unwrapped = {
         key.removeprefix(prefix): tensor
         for key, tensor in tensors.items()
-        if key.startswith(prefix) and not key.startswith(others)
+        if key.startswith(prefix) and not key.startswith(others) and SPLIT_NORMS not in key
     }
     layers = tuple(f"{layer}." for layer in list_classifiers(backbone))
     matched = {key: tensor for key, tensor in unwrapped.items() if key in expected or not key.startswith(layers)}

@@ -50,7 +50,7 @@ class Placeholder:
 
 
 STAND_INS: dict[type, tuple[str, ...]] = {
-    Attributes: ("argparse.Namespace",),
+    Attributes: ("argparse.Namespace", "types.SimpleNamespace"),
     PlainDict: (
         "collections.defaultdict",
         "lightning.fabric.utilities.data.AttributeDict",
@@ -59,9 +59,11 @@ STAND_INS: dict[type, tuple[str, ...]] = {
         "pytorch_lightning.utilities.parsing.AttributeDict",
     ),
     Placeholder: (
-        *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+        *(f"builtins.{name}" for name in ("bool", "dict", "float", "frozenset", "int", "list")),
+        *(f"builtins.{name}" for name in ("range", "slice", "str", "tuple")),
+        *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-        *("numpy.dtype", "numpy.ndarray"),
+        *("numpy.dtype", "numpy.ndarray", "torch.torch_version.TorchVersion"),
         *(f"pathlib.{local}{system}Path" for local in ("", "_local.") for system in ("Posix", "Windows")),
     ),
 }

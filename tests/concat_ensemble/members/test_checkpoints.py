@@ -1,3 +1,5 @@
+import datetime
+import fractions
 import hashlib
 import os
 import pickle
@@ -48,9 +50,30 @@ WRAPPINGS = {
     "no average": lambda s: {"state_dict": s, "state_dict_ema": None},
     "an empty average": lambda s: {"state_dict": s, "model_ema": {}, "ema": {"decay": torch.tensor(0.9)}},
     "an average beside it": lambda s: {"state_dict": prefixed(zeros(s), "model.") | prefixed(s, "ema_model.module.")},
-    "self-distillation": lambda s: {"student": prefixed(zeros(s), "module."), "teacher": prefixed(s, "backbone.")},
-    "self-distillation, Lightning": lambda s: {
-        "state_dict": prefixed(zeros(s), "student.backbone.") | prefixed(s, "teacher.backbone.")
+    "average, one deeper": lambda s: {"model": zeros(s), "ema": {"module": s, "decay": torch.tensor([0.9])}},
+    "average, diffusion": lambda s: {"model": zeros(s), "ema_model_state_dict": prefixed(s, "module.")},
+    "average, capitals": lambda s: {"state_dict": zeros(s), "EMA": prefixed(s, "shadow.")},
+    "average of a net": lambda s: {"net": zeros(s), "net_ema": s, "acc": torch.tensor(0.5)},
+    "average of a callback": lambda s: {
+        "state_dict": prefixed(zeros(s), "model."),
+        "callbacks": {"EMA{'decay': 0.99}": {"weights": prefixed(s, "model.")}, "ModelCheckpoint": {"best": None}},
+    },
+    "stochastic average": lambda s: {
+        "model": zeros(s),
+        "swa_state_dict": prefixed(s, "module.") | {"n_averaged": torch.tensor(3)},
+    },
+    "averaged model": lambda s: {"model": zeros(s), "averaged_model": prefixed(s, "module.")},
+    "average of losses": lambda s: {"state_dict": s, "loss_ema": {"value": torch.ones(3)}, "ema_loss": torch.ones(1)},
+    "teacher alone": lambda s: {"teacher": prefixed(s, "backbone.")},
+    "a net and a number": lambda s: {"net": s, "acc": torch.tensor(71.5), "epoch": 3},
+    "split BatchNorm": lambda s: (
+        s | {k.replace("bn1.", "bn1.aux_bn.0."): torch.zeros_like(v) for k, v in s.items() if "bn1." in k}
+    ),
+    "harmless values": lambda s: {
+        "model": s,
+        "args": types.SimpleNamespace(sizes=range(3), crop=slice(0, 3), tags=frozenset("a")),
+        "version": torch.__version__,
+        "time": [datetime.datetime.now(datetime.UTC), datetime.timedelta(1), datetime.date(2020, 1, 1)],
     },
     "the same network twice": lambda s: {"state_dict": s | prefixed(s, "copy.")},
     "averaged, by other names": lambda s: {"state_dict": zeros(s), "ema": {"state_dict": s, "decay": 0.999}},
@@ -162,10 +185,8 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(trained, tmp_path):
 
 
 def test_a_pickle_of_other_objects_is_refused(trained, tmp_path):
-    torch.save({"model": trained.state_dict(), "args": types.SimpleNamespace(lr=1)}, tmp_path / "x.pth")
-    with pytest.raises(
-        ValueError, match=r"holds more than tensors, such as types\.SimpleNamespace.*weights_only=False"
-    ):
+    torch.save({"model": trained.state_dict(), "args": fractions.Fraction(1, 3)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"holds more than tensors, such as fractions\.Fraction.*weights_only=False"):
         read_checkpoint(tmp_path / "x.pth")
 
 
@@ -214,7 +235,8 @@ def test_sha256_sees_names_dtypes_shapes_and_every_bit_but_not_order_or_memory()
         (("encoder_q.", "encoder_k."), "'encoder_k.', 'encoder_q.'"),
         (("module.net1.", "module.net2."), "'module.net1.', 'module.net2.'"),
         (("", "second."), "'', 'second.'"),
-        (("teacher.", "ema."), "'ema.', 'teacher.'"),
+        (("student.", "teacher."), "'student.', 'teacher.'"),
+        (("ema_fast.", "ema_slow."), "'ema_fast.', 'ema_slow.'"),
     ],
 )
 def test_one_of_several_networks_is_never_chosen_silently(keys, names, trained, backbone):
@@ -222,6 +244,33 @@ def test_one_of_several_networks_is_never_chosen_silently(keys, names, trained, 
     tensors = prefixed(trained.state_dict(), first) | prefixed(zeros(trained.state_dict()), second)
     with pytest.raises(ValueError, match=f"mine holds this network several times, below {names}; save one .*PREFIX"):
         load_backbone(backbone(), tensors, "mine")
+
+
+PARTIAL_AVERAGES = {
+    "parameters alone": lambda s, names: s | prefixed({name: s[name] for name in names}, "ema."),
+    "keys without dots": lambda s, names: (
+        prefixed(s, "model.") | {f"model_ema.{name.replace('.', '')}": s[name] for name in names}
+    ),
+    "a part of its own": lambda s, names: {"model": s, "ema": {name: s[name] for name in names}},
+    "a list": lambda s, names: {"model": s, "ema": {"decay": 0.9, "shadow_params": [s[name] for name in names]}},
+}
+
+
+@pytest.mark.parametrize("kind", PARTIAL_AVERAGES)
+def test_an_average_without_some_names_is_not_passed_over(kind, trained, backbone, tmp_path):
+    names = [name for name, _ in trained.named_parameters()]
+    torch.save(PARTIAL_AVERAGES[kind](trained.state_dict(), names), tmp_path / "x.pth")
+    model = backbone(seed=4)
+    before = weights_sha256(model.state_dict())
+    with pytest.raises(ValueError, match=r"x (holds averaged weights, such as|does not hold the weights of)"):
+        load_backbone(model, read_checkpoint(tmp_path / "x.pth")[0], "x")
+    assert weights_sha256(model.state_dict()) == before
+
+
+@pytest.mark.parametrize(("name", "weights"), [("model_ema", "EMA"), ("swa_model", "averaged"), ("schema", None)])
+def test_provenance_says_that_weights_are_averages(name, weights, trained, tmp_path):
+    torch.save({name: trained.state_dict(), "epoch": 1}, tmp_path / "x.pth")
+    assert read_checkpoint(tmp_path / "x.pth")[1].get("weights") == weights
 
 
 def test_a_larger_network_beside_it_is_another_network(trained, backbone):
