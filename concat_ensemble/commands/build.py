@@ -83,6 +83,10 @@ def _parse_model_args(texts: list[str]) -> dict[str, Any]:
         name, _, value = text.partition("=")
         if not name.isidentifier() or not value:
             raise ValueError(f"--model-arg {text}: give NAME=VALUE, such as img_size=384.")
+        if name in model_args:
+            raise ValueError(f"--model-arg {text}: {name} is given twice; give it once.")
+        if value.lower() in ("true", "false", "none"):  # as a string, "false" would count as true
+            value = value.capitalize()
         try:
             model_args[name] = ast.literal_eval(value)
         except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from timm.layers import DropBlock2d, DropPath
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.layers.create_norm import _NORM_MAP
+from timm.layers.create_norm_act import _NORM_ACT_MAP
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from timm.models import get_model_args, get_model_input_config
 from torch import nn
@@ -25,8 +28,17 @@ from concat_ensemble.modeling.configuration_concat_ensemble import (
 )
 from concat_ensemble.modeling.modeling_concat_ensemble import create_backbone
 
-# Attributes in which torch.compile, DataParallel, averages of weights and transformers' TimmWrapper hold a network.
-WRAPPED = ("_orig_mod", "module", "timm_model")
+# Wrappers that do nothing to a network, and the attributes in which they hold it. By name, as importing some is slow.
+WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+    "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperModel": "timm_model",
+    "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperForImageClassification": "timm_model",
+}
 INERT = (nn.Identity, _DropoutNd, DropPath, DropBlock2d, type(None))  # change nothing in evaluation mode
 NORMS = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)  # the same function in evaluation mode
 # Attributes that change the training, the speed or the head, but not the features.
@@ -36,9 +48,19 @@ ROUNDING = 1e-5  # relative; other kernels for the same network differ by some 1
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The network inside wrappers such as those of `torch.compile`, `DataParallel` and transformers' TimmWrapper."""
-    inner = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
-    return module if inner is None else unwrap(inner)
+    """The network inside wrappers such as those of `torch.compile`, `DataParallel` and transformers' TimmWrapper.
+
+    Raises:
+        ValueError: if a wrapper has hooks, which would be lost.
+    """
+    kind = type(module)
+    attribute = WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if attribute is None:
+        return module
+    is_patched = "forward" in vars(module) and attribute != "_orig_mod"  # torch.compile's has one of its own
+    if is_patched or _has_hooks(module):
+        raise ValueError(f"the {kind.__name__} in memory has hooks or another forward(); remove them.")
+    return unwrap(getattr(module, attribute))
 
 
 def select_model_args(network: nn.Module) -> dict[str, Any]:
@@ -95,7 +117,7 @@ def _list_model_args(network: nn.Module) -> Iterator[dict[str, Any]]:
     `img_size`), then with the place of the last norm, for which vision transformers have two names."""
     # timm takes layers such as nn.ReLU by name, too, and JSON can hold nothing else.
     recorded = {
-        key: value.__name__.lower() if isinstance(value, type) else value
+        key: _name_layer(value) if isinstance(value, type) else value
         for key, value in select_model_args(network).items()
     }
     yield recorded
@@ -114,6 +136,12 @@ def _list_model_args(network: nn.Module) -> Iterator[dict[str, Any]]:
         has_norm = not isinstance(network.fc_norm, nn.Identity)
         yield {**recorded, **changed, "fc_norm": has_norm}
         yield {**recorded, **changed, "use_fc_norm": has_norm}
+
+
+def _name_layer(layer: type) -> str:
+    """timm's name of a layer, such as "silu"."""
+    known = (_ACT_LAYER_DEFAULT, _NORM_ACT_MAP, _NORM_MAP)
+    return next((name for names in known for name, kind in names.items() if kind is layer), layer.__name__.lower())
 
 
 def _compute_features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -158,9 +186,12 @@ def _list_differences(network: nn.Module, rebuilt: nn.Module) -> list[tuple[bool
     and for layers without weights, such as activations and pooling."""
     if not isinstance(network, type(rebuilt)):
         return [(False, f"it is {_name_type(network, rebuilt)}, not {_name_type(rebuilt, network)}")]
-    left_out = tuple(list_classifiers(rebuilt))
+    has_classes = bool(getattr(network, "num_classes", 0))
+    left_out = tuple(list_classifiers(rebuilt)) if has_classes else ()
     layers, own = dict(network.named_modules()), dict(rebuilt.named_modules())
     differences = []
+    if has_classes and type(network).forward is not type(rebuilt).forward:  # features leave forward() out
+        differences.append((True, f"forward() of {type(network).__name__} is not timm's"))
     for name in dict.fromkeys([*own, *layers]):
         if f"{name}.".startswith(tuple(f"{layer}." for layer in left_out)):
             continue
@@ -230,7 +261,11 @@ def _join(*names: str) -> str:
 
 
 def _list_hooked(network: nn.Module) -> list[str]:
-    return [name for name, layer in network.named_modules() if layer._forward_hooks or layer._forward_pre_hooks]
+    return [name for name, layer in network.named_modules() if _has_hooks(layer)]
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _is_plain(key: str, value: Any) -> bool:

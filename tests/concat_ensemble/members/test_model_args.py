@@ -89,8 +89,14 @@ def test_the_command_takes_arguments_as_timm_does(run, tmp_path):
 
 def test_values_are_parsed_as_timms_model_kwargs():
     texts = ["a=3", "b=(1, 2)", "c=None", "d=True", "e=token", "f='3'", "g=x=y", "h=1e-6", "i=" + "[" * 10_000]
+    assert _parse_model_args(["a=false", "b=TRUE", "c=none"]) == {"a": False, "b": True, "c": None}
     expected = {"a": 3, "b": (1, 2), "c": None, "d": True, "e": "token", "f": "3", "g": "x=y", "h": 1e-6}
     assert _parse_model_args(texts) == expected | {"i": "[" * 10_000}
+
+
+def test_an_argument_is_given_once(run):
+    code, _, err = run("build", "random:test_vit", "--model-arg=depth=1", "--model-arg=depth=2", "--output", "out")
+    assert code == 2 and "--model-arg depth=2: depth is given twice; give it once." in err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import peft
 import pytest
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import GroupNorm1, convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import VisionTransformer, save_for_hf
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
@@ -95,6 +95,8 @@ SAME = {
     "of another size": change(vit, lambda m: m.set_input_size(img_size=48)),
     "of other windows": change(swin, lambda m: m.set_input_size(img_size=96, window_size=(3, 3))),
     "with an activation by class": change(vit, lambda m: None, act_layer=nn.ReLU),
+    "with an activation of another name": change(vit, lambda m: None, act_layer=nn.SiLU),
+    "with norms by class": change(resnet, lambda m: None, norm_layer=GroupNorm1),
     "with another head": change(vit, replace("head", nn.Sequential(nn.Linear(192, 4), nn.ReLU())), num_classes=5),
     "without its head": change(resnet, replace("fc", nn.Identity())),
     "with frozen BatchNorm": lambda: freeze_batch_norm_2d(resnet()),
@@ -167,6 +169,34 @@ class Doubled(VisionTransformer):
         return 2 * super().forward_features(x, *args, **kwargs)
 
 
+class Unnormalized(VisionTransformer):
+    """Its features do not pass through forward_features()."""
+
+    def forward(self, x):
+        return self.head(self.patch_embed(x).mean(1))
+
+
+class Scaled(nn.Module):
+    """Not a wrapper that does nothing, although it has the name of one's attribute."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = self.timm_model = module
+
+    def forward(self, x):
+        return 2 * self.module(x)
+
+
+class ScaledParallel(nn.DataParallel):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hook(module):
+    module.register_forward_hook(lambda *args: 2 * args[2])
+    return module
+
+
 def patch_attention(model):
     attention = model.blocks[1].attn
     attention.forward = types.MethodType(lambda self, x, **kwargs: x, attention)
@@ -193,6 +223,11 @@ CHANGED = {
     "epsilon by little": (change(resnet, assign("bn1", eps=1.1e-5)), r"bn1\.eps is 1\.1e-05, not 1e-05;"),
     "stride": (change(resnet, assign("conv1", stride=(1, 1))), r"conv1\.stride is \(1, 1\), not \(2, 2\)"),
     "pooling layer": (change(resnet, replace("maxpool", nn.AvgPool2d(2))), "maxpool is AvgPool2d, not MaxPool2d"),
+    # timm has no name for PyTorch's own, which has another epsilon.
+    "norm by class": (
+        change(vit, lambda m: None, norm_layer=nn.LayerNorm),
+        r"norm1 is torch\.nn\.modules\.normalization\.LayerNorm, not timm\.layers\.norm\.LayerNorm",
+    ),
     "fewer blocks": (change(vit, lambda m: m.blocks.pop(-1)), r"it has no blocks\.1;"),
     "stage": (change(resnet, replace("layer4", nn.Identity())), "layer4 is Identity, not Sequential;"),
     "norm": (change(vit, replace("norm", nn.Identity())), "norm is Identity, not LayerNorm;"),
@@ -218,6 +253,17 @@ CHANGED = {
         r"blocks\.0\.attn\.qkv is peft\.tuners\.lora\.layer\.Linear, not torch\.nn",
     ),
     "subclass": (change(vit, assign("", __class__=Doubled)), "it is Doubled, not VisionTransformer;"),
+    "subclass with classes": (
+        change(vit, assign("", __class__=Unnormalized), num_classes=3),
+        r"forward\(\) of Unnormalized is not timm's",
+    ),
+    "module": (lambda: Scaled(vit()), "Scaled is not a timm model"),
+    "subclass of a wrapper": (lambda: ScaledParallel(vit()), "ScaledParallel is not a timm model"),
+    "hook of a wrapper": (lambda: hook(nn.DataParallel(vit())), "the DataParallel in memory has hooks"),
+    "hook of two wrappers": (lambda: ModelEmaV3(hook(nn.DataParallel(vit()))), "the DataParallel in memory has hooks"),
+    "traced": (lambda: torch.jit.trace(vit(), torch.ones(1, 3, 32, 32)), "is not a timm model"),
+    "scripted": (lambda: torch.jit.script(resnet()), "is not a timm model"),
+    "head without classes": (change(vit, replace("head", nn.Linear(192, 4))), "head is Linear, not Identity"),
     "forward": (
         change(vit, lambda m: assign("", forward=lambda x, f=m.forward: 2 * f(x))(m)),
         r"forward\(\) is replaced",
