@@ -111,7 +111,10 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         if size is not None:
             self.geometries = [_resize_geometry(self.geometries, size)]
         with error_prefix("geometries"):
-            self._check_size(1, 1)
+            channels, *sides = (max(axis) for axis in zip(*(g["input_size"] for g in self.geometries), strict=True))
+            if (numbers := len(self.geometries) * channels * math.prod(sides)) > MAX_IMAGE_PIXELS // 4:
+                raise ValueError(f"an image would have {numbers:,} values, more than {MAX_IMAGE_PIXELS // 4:,}.")
+            check_resizing(1, 1, self.geometries)
         self._transforms = [_create_transform(geometry) for geometry in self.geometries]
         self._num_channels = 1 + max((n for each in self.geometries for n in each.get(CHANNELS, ())), default=-1)
 
@@ -127,18 +130,6 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name in {"geometries", *SETTINGS}}
         changes = {name: value for name, value in settings.items() if value is not None}
         return super().from_dict(image_processor_dict | changes, **kwargs)
-
-    def _check_size(self, width: int, height: int) -> None:
-        """Raise ValueError if to resize an image of this size, or its pixels, would take too much memory or time."""
-        upright, turned = (
-            sum(_count_pixels(*sides, geometry) for geometry in self.geometries)
-            for sides in ((width, height), (height, width))  # which EXIF may exchange
-        )
-        channels, *sides = (max(axis) for axis in zip(*(g["input_size"] for g in self.geometries), strict=True))
-        pixels = max(upright, turned, 4 * len(self.geometries) * channels * math.prod(sides))
-        if pixels > MAX_IMAGE_PIXELS:
-            problem = f"to resize {width}x{height} pixels takes memory for {pixels:,}"
-            raise ValueError(f"{problem}, more than {MAX_IMAGE_PIXELS:,}; cut the image, or choose smaller sizes.")
 
     @property
     def size(self) -> dict[str, int]:
@@ -222,7 +213,8 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         if not all(CHANNELS in geometry for geometry in self.geometries):
             picture = _to_pil(image, is_scaled, input_data_format)
         if do_resize is not False:
-            self._check_size(*(picture.size if picture else channels.shape[:0:-1]))
+            width, height = picture.size if picture else channels.shape[:0:-1]
+            check_resizing(width, height, self.geometries)
         slices = []
         for geometry, transform in zip(self.geometries, self._transforms, strict=True):
             if CHANNELS in geometry:
@@ -277,6 +269,15 @@ def _resize_geometry(geometries: list[dict[str, Any]], size: Any) -> dict[str, A
     channels = geometries[0]["input_size"][0]
     resized = geometries[0] | {"input_size": [channels, sides["height"], sides["width"]]}
     return validate_preprocessing(resized, MAX_IMAGE_CHANNELS)
+
+
+def check_resizing(width: int, height: int, geometries: list[dict[str, Any]]) -> None:
+    """Raise ValueError if it takes too much memory or time to make an image of this size fit for all geometries."""
+    upright = sum(_count_pixels(width, height, geometry) for geometry in geometries)
+    turned = sum(_count_pixels(height, width, geometry) for geometry in geometries)  # as EXIF may say
+    if (pixels := max(upright, turned)) > MAX_IMAGE_PIXELS:
+        problem = f"to resize {width}x{height} pixels takes memory for {pixels:,} pixels"
+        raise ValueError(f"{problem}, more than {MAX_IMAGE_PIXELS:,}; cut the image into squares, or leave it out.")
 
 
 def _count_pixels(width: int, height: int, geometry: dict[str, Any]) -> int:
@@ -348,7 +349,7 @@ def open_picture(file) -> PIL.Image.Image:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Raise ValueError for a device, a pipe, an empty file, as those of the system are, or one too large for images."""
+    """Raise ValueError for a device, a pipe, an empty file, as the system's are, and one too large for an image."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file.")

@@ -187,7 +187,8 @@ def main() -> None:
     source = f'from_pretrained("{folder}")'
     repeated = f"of each repeat: {setup.output}/seed-*"
     desk.print_line(f"\nA complete Hub folder, with card and figures: {folder} ({repeated}).")
-    desk.print_line("Load it:\n\n    import concat_ensemble\n    from transformers import AutoImageProcessor, AutoModel")
+    desk.print_line("Load it:\n\n    import concat_ensemble")
+    desk.print_line("    from transformers import AutoImageProcessor, AutoModel")
     desk.print_line(f"    processor = AutoImageProcessor.{source}\n    model = AutoModel.{source}")
 
 

@@ -64,7 +64,7 @@ def poison(folder, others, reference="evil.Evil"):
     edit(folder / "config.json", auto_map=auto_map)
 
 
-@pytest.mark.parametrize("others", [dict.fromkeys(OTHERS, {}), OTHERS, UNKNOWN], ids=["none", "known", "unknown"])
+@pytest.mark.parametrize("others", [{name: {} for name in OTHERS}, OTHERS, UNKNOWN], ids=["none", "known", "unknown"])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_code_in_the_folder_of_an_ensemble(loader, others, folder):
     poison(folder, others)
@@ -76,7 +76,10 @@ def test_code_in_the_folder_of_an_ensemble(loader, others, folder):
         assert not type(loaded).__module__.startswith("transformers_modules.")
 
 
-@pytest.mark.parametrize("loader", ["AutoImageProcessor", "AutoTokenizer", "AutoVideoProcessor", "AutoFeatureExtractor"])
+PROCESSORS = ["AutoImageProcessor", "AutoTokenizer", "AutoVideoProcessor", "AutoFeatureExtractor"]
+
+
+@pytest.mark.parametrize("loader", PROCESSORS)
 @pytest.mark.parametrize("broken", [{"custom_pipelines": {"evil": {"impl": "evil.Evil"}}}, {"members": 5}, {}])
 def test_code_beside_a_config_that_is_refused(loader, broken, folder):
     poison(folder, OTHERS)  # a config that raises is passed over by transformers, and must be an ensemble's to us
