@@ -104,7 +104,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         super().__init__(**{name: value for name, value in kwargs.items() if name not in {*SETTINGS, *CLASS_KEYS}})
         if not geometries or not isinstance(geometries, list | tuple) or len(geometries) > MAX_MEMBERS:
             remedy = "use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)"
-            content = reprlib.repr(geometries)
+            content = reprlib.repr(geometries)[:200]
             raise ValueError(f"geometries={content} must be a list of 1 to {MAX_MEMBERS} geometries; {remedy}.")
         with error_prefix("geometries"):
             self.geometries = [validate_preprocessing(geometry, MAX_IMAGE_CHANNELS) for geometry in geometries]

@@ -82,7 +82,8 @@ def _open_encoded(encoded: Any) -> io.BytesIO | Path:
 
 def _show_array(pixels: np.ndarray) -> PIL.Image.Image:
     """An array as a picture. Raises ValueError for one that is none."""
-    if pixels.dtype != np.uint8 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+    is_shape = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not is_shape or not pixels.size:
         raise ValueError(f"it is an array of {pixels.dtype} and shape {pixels.shape}, which is no picture of 8 bits")
     return PIL.Image.fromarray(pixels)
 

@@ -320,7 +320,7 @@ class _PixelDataset(TorchDataset):
 
 
 def _open_rgb(encoded: dict[str, Any]) -> PIL.Image.Image:
-    """An image for a processor of another kind, of which no more is known than that it may enlarge the shorter side."""
+    """An image for a processor of another kind, which may enlarge the shorter side."""
     image = open_image(encoded)
     check_resizing(image.width, image.height, [OTHER_GEOMETRY])
     return convert_image(image, "RGB")
