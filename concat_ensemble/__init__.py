@@ -5,6 +5,7 @@ registered with transformers' Auto classes as soon as those are imported, before
 """
 
 import functools
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -65,6 +66,14 @@ _MODULES = {
     "predict_images": "inference.prediction",
     "push_features": "hub",
 }
+# Modules of transformers that load classes from a repo's own code, and their function that does it.
+_LOADERS = (
+    *(f"models.auto.{kind}_auto" for kind in ("configuration", "feature_extraction", "image_processing")),
+    *(f"models.auto.{kind}_auto" for kind in ("processing", "tokenization", "video_processing")),
+    "models.auto.auto_factory",
+    "pipelines",
+)
+_LOAD_CLASS = "get_class_from_dynamic_module"
 
 
 def __getattr__(name: str):
@@ -101,6 +110,30 @@ def _register_image_processor(auto) -> None:
 
     classes = dict.fromkeys(("torchvision", "pil"), processing.ConcatEnsembleImageProcessor)
     auto.AutoImageProcessor.register(processing.ConcatEnsembleConfig, image_processor_classes=classes)
+
+
+def _refuse_code_of_ensembles(load_class, instance, args, kwargs):
+    """Called in place of transformers' `get_class_from_dynamic_module(reference, repo, **options)`: the classes of an
+    ensemble are the installed ones, so that code is run only of repos whose config is not an ensemble's."""
+    from transformers import PreTrainedConfig
+
+    _, repo = args
+    settings = {}
+    with suppress(OSError):  # there is no config
+        settings, _ = PreTrainedConfig.get_config_dict(repo, **kwargs)
+    if settings.get("model_type") == "concat_ensemble":
+        remedy = "leave out trust_remote_code: its classes are those of the installed package"
+        raise ValueError(f"{repo} is an ensemble, and none of the code beside it is run; {remedy}.")
+    return load_class(*args, **kwargs)
+
+
+def _guard_loader(module) -> None:
+    if hasattr(module, _LOAD_CLASS):
+        wrapt.wrap_function_wrapper(module, _LOAD_CLASS, _refuse_code_of_ensembles)
+
+
+for _name in _LOADERS:
+    wrapt.register_post_import_hook(_guard_loader, f"transformers.{_name}")
 
 
 @wrapt.when_imported("concat_ensemble.modeling.modeling_concat_ensemble")

@@ -1,6 +1,7 @@
-"""Writing files whole or not at all, and reading YAML safely."""
+"""Writing files whole or not at all, and reading YAML and NumPy's arrays safely."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -8,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import yaml
 
 MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
@@ -77,3 +79,18 @@ def read_yaml(path: Traversable) -> Any:
         return yaml.safe_load(content)
     except Exception as error:  # PyYAML's constructors also raise the errors of int, datetime and others
         raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def check_array(file: IO[bytes], size: int) -> None:
+    """Read the header of an array in NumPy's format. Raises ValueError unless exactly its numbers follow, up to the
+    end of the `size` bytes of the file, because NumPy allocates memory for what a header claims."""
+    try:
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+    except Exception as error:  # NumPy evaluates the header, which may fail in every way
+        raise ValueError(f"it has no header of an array ({' '.join(str(error).split())[:200]})") from error
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"it is an array of {str(dtype)[:200]}, not of numbers")
+    claimed, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != actual:
+        raise ValueError(f"its header claims {claimed:,} bytes, and {actual:,} follow")

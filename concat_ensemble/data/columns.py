@@ -81,15 +81,6 @@ def select_images(split: Split, kind: str, image_column: str | None = None) -> S
     return _encode_images(split)
 
 
-def refuse_urls(split: Dataset, kind: str) -> None:
-    """Raise ValueError where the images of a split are addresses, which nothing here downloads."""
-    for encoded in split.with_format(None)["image"][:8]:
-        path = (encoded or {}).get("path") or ""
-        if path.startswith(("http://", "https://")):
-            problem = f"the images of the {kind} split are addresses, such as {path}"
-            raise ValueError(f"{problem}; download them, and give a folder of images.")
-
-
 def read_column(split: Dataset, name: str) -> pa.ChunkedArray:
     """A column as it is stored, a row for each image; `Dataset.__getitem__` takes seconds for 200,000 rows."""
     column = split.data.column(name)

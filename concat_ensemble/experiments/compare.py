@@ -184,10 +184,11 @@ def main() -> None:
     print_results(studies, smoke=options.smoke)
     (setup.output / "table.md").write_text(desk.format_markdown(*build_table(studies)))
     folder = save_ensemble(studies, setup.output)
-    source = f'from_pretrained("{folder}", trust_remote_code=True)'
+    source = f'from_pretrained("{folder}")'
     repeated = f"of each repeat: {setup.output}/seed-*"
     desk.print_line(f"\nA complete Hub folder, with card and figures: {folder} ({repeated}).")
-    desk.print_line("Load it:\n\n    from transformers import AutoImageProcessor, AutoModel")
+    desk.print_line("Load it:\n\n    import concat_ensemble")
+    desk.print_line("    from transformers import AutoImageProcessor, AutoModel")
     desk.print_line(f"    processor = AutoImageProcessor.{source}\n    model = AutoModel.{source}")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -33,9 +34,14 @@ from concat_ensemble.features.standardized import default_device
 from concat_ensemble.features.store import Block, block_key, default_store
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble, is_ensemble
-from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
+from concat_ensemble.modeling.image_processing_concat_ensemble import (
+    ConcatEnsembleImageProcessor,
+    check_resizing,
+    convert_image,
+)
 
 SHARD_IMAGES = 512  # images in a file; the most that a kill loses
+OTHER_GEOMETRY = {"input_size": (3, 512, 512), "crop_pct": 1.0, "crop_mode": "center"}
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 Places = dict[bytes, tuple[str, int]]  # image hash -> (split, row) of its first copy, in the order of the dataset
@@ -306,11 +312,18 @@ class _PixelDataset(TorchDataset):
             encoded = self.splits[split][row]["image"]
             # Our own processor, also one loaded from a repo, converts to what each member takes; others expect RGB.
             is_ours = hasattr(self.processor, "geometries")
-            image = processor_input(encoded, self.processor) if is_ours else convert_image(open_image(encoded), "RGB")
+            image = processor_input(encoded, self.processor) if is_ours else _open_rgb(encoded)
             return image_hash, self.processor([image], return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # of all kinds: a damaged file may only fail in the processor
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             return image_hash, describe_read_error(cause)
+
+
+def _open_rgb(encoded: dict[str, Any]) -> PIL.Image.Image:
+    """An image for a processor of another kind, which may enlarge the shorter side."""
+    image = open_image(encoded)
+    check_resizing(image.width, image.height, [OTHER_GEOMETRY])
+    return convert_image(image, "RGB")
 
 
 class _Loaded(NamedTuple):

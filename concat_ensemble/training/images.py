@@ -28,7 +28,7 @@ from concat_ensemble.data.labels import class_names, read_labels
 from concat_ensemble.data.loading import load_data, load_stream
 from concat_ensemble.data.scattered import Scatter
 from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
-from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
+from concat_ensemble.modeling.image_processing_concat_ensemble import check_resizing, convert_image
 from concat_ensemble.training.recipe import NetworkSettings, Settings
 
 BUFFER = 10_000  # a stream is shuffled within a buffer of this many images
@@ -239,9 +239,12 @@ class _Augmentation:
 
     def __init__(self, pixels: Pixels, settings: Settings, seeds: Sequence[int], training: bool = True):
         self.mode, self.transform, self.seeds = pixels.mode, pixels.create_transform(settings, training), seeds
+        # timm's default, and at least what a random crop takes.
+        self.geometry = {"input_size": pixels.input_size, "crop_pct": pixels.crop_pct, "crop_mode": "center"}
 
     def __call__(self, image: PIL.Image.Image, *numbers: int) -> list[torch.Tensor]:
         """One view for each seed; `numbers` distinguish the random draws of different images."""
+        check_resizing(image.width, image.height, [self.geometry])
         image, views = convert_image(image, self.mode), []
         for seed in self.seeds:
             with _seed_all(_derive_seed(seed, *numbers)):
