@@ -1,10 +1,12 @@
 """Writing files whole or not at all, and reading YAML safely."""
 
+import ctypes
+import errno
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import yaml
 
 MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
+AT_CURRENT_FOLDER, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
@@ -24,39 +27,94 @@ def replace_file(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.tmp")
     aside.unlink(missing_ok=True)  # writing to a link would change its target
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         yield aside
+        aside.chmod(mode & 0o777)  # safetensors gives access to the owner alone
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, which replaces `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    aside.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner alone
+def replace_folder(path: Path, is_stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which takes its place in one step when the block ends without an error, so
+    a killed process leaves either the old folder or the whole new one. What a killed process has left is removed.
+
+    Files of the old folder that the new one does not have go along, as the same files and not as copies, links as
+    links; except those that are stale, by their name in the folder.
+
+    Raises:
+        OSError: if the new folder has a file where the old one has a folder or a link, or if something in the old one
+            is on another disk; then nothing changes.
+    """
+    path = path.resolve()
+    aside, replaced = (path.with_name(f".{path.name}.{end}") for end in ("saving", "replaced"))
+    if replaced.exists() and not path.exists():  # a kill between the two steps of `_exchange`
+        replaced.rename(path)
+    for left_over in (aside, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
+        mode = aside.stat().st_mode
         yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                file.chmod(mode & 0o666)  # safetensors gives access to the owner alone
         if path.exists():
-            path.rename(aside / ".replaced")
-        aside.rename(path)
-        shutil.rmtree(path / ".replaced", ignore_errors=True)
+            _link_rest(path, aside, is_stale)
+        _exchange(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link_rest(old: Path, new: Path, is_stale: Callable[[str], bool]) -> None:
+    """Give `new` the files of `old` that it does not have, with the access rights of the folders."""
+
+    def skip(folder: str, names: list[str]) -> set[str]:
+        skipped = set()
+        for name in names:
+            source = Path(folder, name)
+            target = new / source.relative_to(old)
+            if target.exists() and (source.is_symlink() or source.is_dir() != target.is_dir()):
+                raise FileExistsError(
+                    f"{source} is where a {'folder' if target.is_dir() else 'file'} is written; move it."
+                )
+            if target.is_file() or is_stale(source.relative_to(old).as_posix()):
+                skipped.add(name)
+        return skipped
+
+    shutil.copytree(old, new, symlinks=True, ignore=skip, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.EXDEV:  # a mounted folder, which would be deleted with the old folder
+            raise
+        shutil.copy2(source, target)  # on a file system without hard links
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders: in one step on Linux, where the file system can. `second` may be missing."""
+    if not second.exists():
+        first.rename(second)
+        return
+    if sys.platform == "linux":
+        paths = AT_CURRENT_FOLDER, os.fsencode(first), AT_CURRENT_FOLDER, os.fsencode(second)
+        if ctypes.CDLL(None).renameat2(*paths, RENAME_EXCHANGE) == 0:
+            return
+    replaced = second.with_name(f".{second.name}.replaced")
+    second.rename(replaced)
+    first.rename(second)
+    replaced.rename(first)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with an indent of one, whole or not at all."""
     with replace_file(path) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _umask() -> int:
-    """The umask of the process, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def read_yaml(path: Traversable) -> Any:

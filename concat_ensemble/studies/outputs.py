@@ -4,19 +4,6 @@ import tempfile
 from pathlib import Path
 
 
-def check_folder(path: Path, overwrite: bool) -> None:
-    """Raise ValueError where a new ensemble's folder cannot be written, or may not take the place of what is there."""
-    if path.is_file():
-        raise ValueError(f"{path} is a file; name a folder with --output.")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{path} holds something already; add --overwrite or name another --output.")
-        if not (path / "model.safetensors.index.json").is_file():
-            reason = "something other than an ensemble, which --overwrite does not delete"
-            raise ValueError(f"{path} holds {reason}; name another --output.")
-    check_parent(path)
-
-
 def check_file(path: Path, overwrite: bool) -> None:
     """Raise ValueError where a new file cannot be written, or may not take the place of what is there."""
     if path.is_dir():
