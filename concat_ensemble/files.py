@@ -49,23 +49,35 @@ def replace_folder(path: Path, is_stale: Callable[[str], bool] = lambda name: Fa
             is on another disk; then nothing changes.
     """
     path = path.resolve()
-    aside, replaced = (path.with_name(f".{path.name}.{end}") for end in ("saving", "replaced"))
+    aside, replaced = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "replaced"))
     if replaced.exists() and not path.exists():  # a kill between the two steps of `_exchange`
         replaced.rename(path)
-    for left_over in (aside, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        mode = aside.stat().st_mode
+    shutil.rmtree(replaced, ignore_errors=True)
+    with new_folder(aside):
         yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                file.chmod(mode & 0o666)  # safetensors gives access to the owner alone
+        give_usual_access(aside)
         if path.exists():
             _link_rest(path, aside, is_stale)
         _exchange(aside, path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make an empty folder, in place of one that a killed process has left, and remove it in the end."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def give_usual_access(folder: Path) -> None:
+    """Give the files below a folder that was just made the access that new files have there: safetensors gives it to
+    the owner alone."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _link_rest(old: Path, new: Path, is_stale: Callable[[str], bool]) -> None:
