@@ -215,7 +215,7 @@ def copy_card(source: Path, folder: Path) -> bool:
     if not source.is_dir() or any(filecmp.cmpfiles(source, folder, weights, shallow=False)[1:]):
         return False
     for file in [file for pattern in CARD_FILES for file in source.glob(pattern)]:
-        if not (file.is_symlink() or file.parent.is_symlink() and file.parent != source):
+        if file.resolve() == source.resolve() / file.relative_to(source):
             target = folder / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copy(file, target)

@@ -79,7 +79,7 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
         room, name = file.parent.name, file.relative_to(old).as_posix()
         if file.is_symlink() or file.parent.is_symlink():
             continue
-        if _is_measured_on(file, hashes) if room == RESULTS else same:
+        if is_measured_on(file, hashes) if room == RESULTS else same:
             if not (new / name).exists():
                 _copy(file, new / name)
             continue
@@ -87,8 +87,7 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
         moved[name] = f"{aside.name}/{free_name(file, aside, old / aside.name)}"
         _copy(file, new / moved[name])
         if room == RESULTS:
-            stale |= {f"figures/{file.stem}{kind}.png" for kind in ("", ".recall", ".confusion")}
-            stale.add(f".eval_results/{file.stem}.yaml")
+            stale |= set(card_files(file.stem))
     license = old / "LICENSE.md"
     if license.is_file() and not license.is_symlink():
         if WRITTEN_BY in license.read_text(errors="replace"):
@@ -100,6 +99,12 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
         if files and files <= {*moved, *stale}:
             stale.add(room)
     return moved, stale
+
+
+def card_files(stem: str) -> list[str]:
+    """What a card shows and tells the Hub of the results with this name."""
+    figures = [f"figures/{stem}{kind}.png" for kind in ("", ".recall", ".confusion")]
+    return [*figures, f".eval_results/{stem}.yaml"]
 
 
 def _copy(file: Path, target: Path) -> None:
@@ -114,7 +119,8 @@ def _read_hashes(folder: Path) -> list[str] | None:
         return None
 
 
-def _is_measured_on(file: Path, hashes: list[str] | None) -> bool:
+def is_measured_on(file: Path, hashes: list[str] | None) -> bool:
+    """Whether a file holds results of members with these hashes of their weights."""
     try:
         return Results.load(file).members_sha256 == hashes
     except (OSError, ValueError):
