@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def give_usual_access(folder: Path) -> None:
 
 
 def _link_rest(old: Path, new: Path, is_stale: Callable[[str], bool]) -> None:
-    """Give `new` the files of `old` that it does not have, with the access rights of the folders."""
+    """Give `new` the files of `old` that it does not have, and its folders the access rights of those of `old`."""
 
     def skip(folder: str, names: list[str]) -> set[str]:
         skipped = set()
@@ -97,6 +97,11 @@ def _link_rest(old: Path, new: Path, is_stale: Callable[[str], bool]) -> None:
         return skipped
 
     shutil.copytree(old, new, symlinks=True, ignore=skip, copy_function=_link, dirs_exist_ok=True)
+    for folder in (new, *(path for path in new.rglob("*") if path.is_dir() and not path.is_symlink())):
+        source = old / folder.relative_to(new)
+        with suppress(PermissionError):  # only root, and members of a group, can give to others
+            if source.is_dir():
+                shutil.chown(folder, source.stat().st_uid, source.stat().st_gid)
 
 
 def _link(source: str, target: str) -> None:

@@ -7,7 +7,6 @@ import json
 import mmap
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,9 +190,11 @@ def _refuse_secrets(paths: Iterable[Path]) -> None:
 
 
 def describe_names(names: Sequence[str], limit: int = 20) -> str:
-    """Names of files, those of a subfolder together, and how to publish them."""
-    counts = Counter(name.split("/")[0] + "/" * ("/" in name) for name in names)
-    parts = [f"{name} ({count} files)" if count > 1 else name for name, count in counts.items()]
+    """Names of files, several of a subfolder together, and how to publish them."""
+    rooms: dict[str, list[str]] = {}
+    for name in names:
+        rooms.setdefault(name.split("/")[0], []).append(name)
+    parts = [f"{room}/ ({len(files)} files)" if len(files) > 1 else files[0] for room, files in rooms.items()]
     more = f" and {len(parts) - limit:,} more" if len(parts) > limit else ""
     return f"{', '.join(parts[:limit])}{more}; --include GLOB uploads them, too"
 
