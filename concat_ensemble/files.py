@@ -118,10 +118,10 @@ def _exchange(first: Path, second: Path) -> None:
     if not second.exists():
         first.rename(second)
         return
-    if sys.platform == "linux":
-        paths = AT_CURRENT_FOLDER, os.fsencode(first), AT_CURRENT_FOLDER, os.fsencode(second)
-        if ctypes.CDLL(None).renameat2(*paths, RENAME_EXCHANGE) == 0:
-            return
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    paths = AT_CURRENT_FOLDER, os.fsencode(first), AT_CURRENT_FOLDER, os.fsencode(second)
+    if swap and swap(*paths, RENAME_EXCHANGE) == 0:
+        return
     replaced = second.with_name(f".{second.name}.replaced")
     second.rename(replaced)
     first.rename(second)

@@ -74,7 +74,7 @@ def write_card(folder: Path, title: str | None = None, *, redraw: bool = True, e
         OSError: when it holds a symbolic link.
     """
     config, studies = _read(folder)
-    refuse_links(folder, RESULTS, FIGURES)  # only for writing: in the Hub's cache every file is a link
+    refuse_links(folder, RESULTS, FIGURES, EVAL_RESULTS)  # only for writing: in the Hub's cache every file is a link
     for stem, study in studies.items():
         if redraw or not _figures_are_current(folder, study, stem):
             _draw_figures(study, folder / FIGURES, stem)

@@ -77,7 +77,7 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
     same = _read_hashes(old) == hashes
     for file in sorted(file for pattern in MEASURED for file in old.glob(pattern)):
         room, name = file.parent.name, file.relative_to(old).as_posix()
-        if file.is_symlink() or file.parent.is_symlink():
+        if not _is_plain(file) or file.parent.is_symlink():
             continue
         if is_measured_on(file, hashes) if room == RESULTS else same:
             if not (new / name).exists():
@@ -89,7 +89,7 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
         if room == RESULTS:
             stale |= set(card_files(file.stem))
     license = old / "LICENSE.md"
-    if license.is_file() and not license.is_symlink():
+    if _is_plain(license):
         if WRITTEN_BY in license.read_text(errors="replace"):
             stale.add(license.name)
         else:
@@ -107,6 +107,11 @@ def card_files(stem: str) -> list[str]:
     return [*figures, f".eval_results/{stem}.yaml"]
 
 
+def _is_plain(file: Path) -> bool:
+    """Whether it is a file: neither a link nor a pipe, which might never end."""
+    return file.is_file() and not file.is_symlink()
+
+
 def _copy(file: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     shutil.copy2(file, target)
@@ -122,6 +127,6 @@ def _read_hashes(folder: Path) -> list[str] | None:
 def is_measured_on(file: Path, hashes: list[str] | None) -> bool:
     """Whether a file holds results of members with these hashes of their weights."""
     try:
-        return Results.load(file).members_sha256 == hashes
+        return _is_plain(file) and Results.load(file).members_sha256 == hashes
     except (OSError, ValueError):
         return False

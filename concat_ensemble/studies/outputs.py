@@ -13,6 +13,12 @@ def check_file(path: Path, overwrite: bool) -> None:
     check_parent(path)
 
 
+def check_own_folder(folder: Path) -> None:
+    """Raise OSError where a folder inside an ensemble's folder is a link, through which other files would change."""
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link to {folder.readlink()}; remove it.")
+
+
 def check_parent(path: Path) -> None:
     """Raise ValueError where nothing can be written to the nearest existing folder above `path`."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())

@@ -20,7 +20,7 @@ from concat_ensemble.studies.ensemble_folders import check_folder, replace_ensem
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.measuring import choose_metric
 from concat_ensemble.studies.options import SelectOptions
-from concat_ensemble.studies.outputs import check_parent
+from concat_ensemble.studies.outputs import check_own_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble
 from concat_ensemble.studies.results import RESULTS, Results
 from concat_ensemble.studies.selection import quick_part, select_members
@@ -56,6 +56,8 @@ def run_select_study(
         raise ValueError("--quick only looks; leave out --output and --columns, or leave out --quick.")
     home = Path(model) if is_local_ensemble(model) else Path()
     path = home / "selection" / f"{dataset.file_stem}{'-quick' if options.quick else ''}.json"
+    if is_local_ensemble(model):
+        check_own_folder(path.parent)
     check_parent(path)
     if options.output:
         check_folder(options.output, options.overwrite)

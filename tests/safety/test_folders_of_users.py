@@ -261,6 +261,20 @@ def test_a_training_keeps_files_of_the_user_and_hidden_ones_beside(world):
     assert (world / "run/member-0/config.json").read_text() == '{"new": 1}'
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("results", ["probe", "pair", "--dataset", "digits", "--limit", "12"]),
+        ("selection", ["select", "pair", "--dataset", "digits", "--limit", "12"]),
+        (".eval_results", ["card", "pair"]),
+    ],
+)
+def test_nothing_is_written_through_a_link_among_the_folders_of_an_ensemble(name, words, folder, refused):
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).symlink_to(folder.parent.parent / "outside")
+    refused(*words, said=f"{name} is a link to")
+
+
 # --- access ----------------------------------------------------------------------------------------------------------
 
 
