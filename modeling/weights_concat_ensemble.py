@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file, cached_files
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 ASIDE = ".saving-"  # how the folder is called in which files are written before they replace others
-CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
+CARD_FILES = ("README.md", "LICENSE.md", "results/*.json", "figures/*.png", ".eval_results/*.yaml")
 
 
 def part_name(key: str) -> str:
@@ -167,13 +167,16 @@ def replace_files(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{ASIDE}*"):  # by a process that was killed
         shutil.rmtree(left_over)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
-        yield Path(aside)
-        files = sorted(
-            Path(aside).iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors")
-        )
+    aside = folder / f"{ASIDE}{os.getpid()}"
+    aside.mkdir()
+    try:
+        yield aside
+        files = sorted(aside.iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors"))
         for path in files:  # renamed, not copied: a loaded model's tensors may be the old file, mapped into memory
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors gives access to the owner alone
             os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     if files and files[-1].name == INDEX_NAME:
         shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
         for path in folder.glob("*.safetensors"):
@@ -206,10 +209,14 @@ def list_saved_members(folder: Path) -> set[int]:
 
 
 def copy_card(source: Path, folder: Path) -> bool:
-    """Copy card, results and figures from `source` if it has the same weights as `folder`. Returns whether it has."""
+    """Copy card, results and figures, but no links, from `source` if it has the same weights as `folder`. Returns
+    whether it has."""
     weights = [path.name for path in folder.glob("*.safetensors")]
     if not source.is_dir() or any(filecmp.cmpfiles(source, folder, weights, shallow=False)[1:]):
         return False
-    for part in filter(Path.exists, map(source.joinpath, CARD_PARTS)):
-        (shutil.copytree if part.is_dir() else shutil.copy)(part, folder / part.name)
+    for file in [file for pattern in CARD_FILES for file in source.glob(pattern)]:
+        if file.resolve() == source.resolve() / file.relative_to(source):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(file, target)
     return True

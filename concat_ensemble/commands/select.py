@@ -33,7 +33,7 @@ def select(
     concat-ensemble select three-backbones --recipe flowers102 --max-gflops 10 --output chosen
     """
     from concat_ensemble.reporting.figures import plot_accuracy_against_cost
-    from concat_ensemble.reporting.model_card import write_card
+    from concat_ensemble.reporting.model_card import renew_card
     from concat_ensemble.studies.select_study import run_select_study
 
     dataset, *others = dataset.with_recipes(recipe or [])
@@ -50,13 +50,19 @@ def select(
             print_selection(study.selection, selecting.quick)
             out.print(f"all subsets: {study.path}, {figure}", soft_wrap=True)
 
-    study = run_select_study(model, dataset, selecting, extraction, on_selection=on_selection)
+    output = selecting.output
+    study = run_select_study(
+        model,
+        dataset,
+        selecting,
+        extraction,
+        on_selection=on_selection,
+        write_card=lambda folder: renew_card(folder, output or folder),
+    )
     if study.results and not as_json:
         print_results(study.results)
-    if output := selecting.output:
-        write_card(output, title=output.name)
-        if not (extraction.quiet or as_json):
-            out.print(f"written: {output}", soft_wrap=True)
+    if output and not (extraction.quiet or as_json):
+        out.print(f"written: {output}", soft_wrap=True)
 
 
 def print_selection(selection: "Selection", quick: bool) -> None:

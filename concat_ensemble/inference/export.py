@@ -5,7 +5,6 @@ outputs as a tuple: (pooler_output,), or with a head (logits, pooler_output).
 """
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import give_usual_access, new_folder
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
@@ -117,15 +117,15 @@ def _export(
         raise ValueError(f"{path} is a folder; name a file.")
     module, generator = _TupleModel(model).eval(), torch.Generator().manual_seed(0)
     shape = model.config.pixel_shape
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        aside = Path(folder) / path.name
+    with new_folder(path.with_name(f".{path.name}.tmp")) as folder:
+        aside = folder / path.name
         write(module, torch.rand(TRACED_BATCH, *shape, generator=generator), aside)
         if check:
             run = load(aside)
             for images in CHECKED_BATCHES:
                 _check_outputs(run, module, torch.rand(images, *shape, generator=generator))
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # `<name>.data` first, since the other refers to it
+        give_usual_access(folder)
+        for file in sorted(folder.iterdir(), reverse=True):  # `<name>.data` first, since the other refers to it
             file.replace(path.with_name(file.name))
     return path
 

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.files import replace_file
 from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
 from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.reporting.model_card import CARD
@@ -35,7 +36,9 @@ RECIPES = """
 
 def write_index(folder: Path) -> Path:
     """Write README.md of a folder of ensembles."""
-    (folder / CARD).write_text(index_text(folder))
+    text = index_text(folder)
+    with replace_file(folder / CARD) as aside:
+        aside.write_text(text)
     return folder / CARD
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.files import replace_file
 from concat_ensemble.reporting.tables import METRIC_NAMES
 from concat_ensemble.studies.overlap_results import Overlap
 from concat_ensemble.studies.results import Results, Row, short_name
@@ -151,8 +152,8 @@ def _new_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replace_file(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:])
 
 
 def _errorbar(axes: Axes, rows: Sequence[Row], **style: Any) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.files import replace_file
 from concat_ensemble.reporting.data_sentences import audit_sentences
 from concat_ensemble.reporting.figures import LITERAL
 from concat_ensemble.reporting.rendering import make_environment
@@ -56,8 +57,8 @@ def write_report(folders: list[Path], output: Path) -> Path:
         datasets.setdefault((describe_dataset(study.dataset), study.metric), []).append((folder, study))
     described = [_describe_dataset(name, metric, studies) for (name, metric), studies in datasets.items()]
     template = environment.get_template("report.html.jinja")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(template.render(datasets=described, selections=selections, overlaps=overlaps))
+    with replace_file(output) as aside:
+        aside.write_text(template.render(datasets=described, selections=selections, overlaps=overlaps))
     return output
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.files import replace_file
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.reporting.card_metadata import (
     benchmark_entries,
@@ -35,12 +37,12 @@ from concat_ensemble.reporting.tables import (
     row_texts,
 )
 from concat_ensemble.reporting.verdicts import against, describe_compute, notes, verdict
+from concat_ensemble.studies.ensemble_folders import WRITTEN_BY, free_name
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
 FIGURES, CARD = "figures", "README.md"
 EVAL_RESULTS = ".eval_results"  # where the Hub looks for results on the benchmarks that it registers
-WRITTEN_BY = "<!-- Written by `concat-ensemble card`"
 NOTE = (
     f"{WRITTEN_BY} from config.json and results/. It keeps your own sections (##) and metadata where you put them and "
     "overwrites all other edits. -->"
@@ -58,27 +60,55 @@ PROBE_DESCRIPTIONS = {
 }
 
 
-def write_card(folder: Path, title: str | None = None, *, redraw: bool = True) -> Path:
+def write_card(folder: Path, title: str | None = None, *, redraw: bool = True, earlier: str | None = None) -> Path:
     """Write `README.md` and the figures of an ensemble's folder, and `LICENSE.md` where no licence covers all members.
 
     What users wrote into an earlier card stays: sections (`## `) under other headings, each after the section that it
     followed, and metadata under other keys.
     The title is that of the earlier card, or the folder's name, when left out. Without `redraw`, figures newer than
-    their results stay as they are.
+    their results stay as they are. `earlier`: The text of the earlier card; when left out, that of the folder. Each
+    file is written whole or not at all, the card last.
 
     Raises:
         ValueError: when the folder holds no ensemble, or results of other weights.
         OSError: when it holds a symbolic link.
     """
     config, studies = _read(folder)
-    refuse_links(folder, RESULTS, FIGURES)  # only for writing: in the Hub's cache every file is a link
+    refuse_links(folder, RESULTS, FIGURES, EVAL_RESULTS)  # only for writing: in the Hub's cache every file is a link
     for stem, study in studies.items():
         if redraw or not _figures_are_current(folder, study, stem):
             _draw_figures(study, folder / FIGURES, stem)
-    for path, text in _render_files(folder, title, config, studies).items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+    texts = _render_files(folder, title, config, studies, earlier)
+    for path in sorted(texts, key=lambda path: path.name == CARD):
+        with replace_file(path) as aside:
+            aside.write_text(texts[path])
     return folder / CARD
+
+
+def renew_card(folder: Path, former: Path) -> str | None:
+    """Write the card of a new ensemble's folder that is to take the place of `former`, with the title and the sections
+    that a user wrote into the card there.
+
+    A README.md that is no card of ours is left to stay, and no card is written. Of a card that differs from what its
+    folder's config and results give, which may be by a user's edits, the text goes to README.old.md. Returns a
+    sentence on that, or None.
+    """
+    card, title = former / CARD, former.absolute().name
+    if not card.exists() and not card.is_symlink():
+        write_card(folder, title)
+        return None
+    if card.is_symlink() or not card.is_file() or WRITTEN_BY not in card.read_text(errors="replace"):
+        return f"{card} is your own and stays; concat-ensemble card writes one that keeps your sections."
+    try:
+        write_card(folder, earlier=card.read_text())
+        check_card(former)
+    except (OSError, ValueError):
+        if not (folder / CARD).is_file():  # since the metadata of the earlier card cannot be read
+            write_card(folder, title, earlier="")
+        name = free_name(Path("README.old.md"), former)
+        shutil.copy2(card, folder / name)
+        return f"{card} was not what config and results gave; its text is now in {former / name}."
+    return None
 
 
 def check_card(folder: Path) -> None:
@@ -144,10 +174,15 @@ def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
 
 
 def _render_files(
-    folder: Path, title: str | None, config: ConcatEnsembleConfig, studies: dict[str, Results]
+    folder: Path,
+    title: str | None,
+    config: ConcatEnsembleConfig,
+    studies: dict[str, Results],
+    earlier: str | None = None,
 ) -> dict[Path, str]:
     """The texts of all files but the figures."""
-    earlier = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+    if earlier is None:
+        earlier = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
     earlier_metadata, body = split_metadata(earlier, folder / CARD)
     if title is None:
         heading = re.search(r"^# (.+)$", body, re.MULTILINE)

@@ -23,7 +23,7 @@ from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.measuring import class_scores
 from concat_ensemble.studies.options import CONTROLS, ProbeOptions
-from concat_ensemble.studies.outputs import check_parent
+from concat_ensemble.studies.outputs import check_own_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
@@ -138,6 +138,8 @@ def _run_study(
         if not extraction.quiet:
             errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True, markup=False)
         return ProbeStudy(results, path, is_new=False, errors_page=page)
+    if options.output is None and is_local_ensemble(model):
+        check_own_folder(path.parent)
     check_parent(path)
     _check_repeats(dataset, options.repeats)
     first = _probe_repeats(ensemble, folder.name, dataset, options=options, extraction=extraction)

@@ -12,7 +12,6 @@ layers are thrown away, and `output/distilled` is the student as an ensemble of 
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,7 +24,9 @@ from torch import nn
 
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.reporting.model_card import renew_card
 from concat_ensemble.studies.cost import count_flops
+from concat_ensemble.studies.ensemble_folders import replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import Size
@@ -167,8 +168,8 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
             provenance=provenance,
             identity=identity,
         )
-        shutil.rmtree(output / "distilled", ignore_errors=True)
-        assemble(folder).save_pretrained(output / "distilled")
+        path = output / "distilled"
+        replace_ensemble(path, assemble(folder).save_pretrained, lambda new: renew_card(new, path))
         num_features = trained.head.in_features
         print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
     loop.finish()

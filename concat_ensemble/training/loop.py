@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import write_json
+from concat_ensemble.files import give_usual_access, write_json
 from concat_ensemble.training.images import Batch
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
 from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
@@ -180,7 +180,10 @@ class Loop(Generic[Network]):
         if self.settings.log_with:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (*self._checkpoints(), self.folder / ".aside"):
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # it is not there, or holds something of a user
+                self.folder.rmdir()
 
     def _update(self, parts: list[Batch], loss: Loss) -> None:
         """One step of each network, its schedule and its moving average."""
@@ -284,6 +287,7 @@ class Loop(Generic[Network]):
             raise OSError(f"cannot write a checkpoint into {self.folder}: {first_line(error)}; {rest}") from error
         wait()
         if is_main:
+            give_usual_access(aside)
             aside.rename(folder)
             for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(older)

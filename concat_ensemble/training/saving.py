@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ def save_network(
     identity: dict,
 ) -> None:
     """Save a network in timm's own layout, with or without its head, and with the preprocessing and class names of
-    `images`, which it was trained on. It replaces `folder` as a whole.
+    `images`, which it was trained on. It replaces `folder` in one step.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
     pretrained_cfg = {**pixels, "license": "apache-2.0"}
@@ -47,8 +46,6 @@ def save_network(
 @contextmanager
 def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder`, with its state file, when the block ends without an error."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
     with replace_folder(folder) as aside:
         yield aside
         write_json(aside / STATE_FILE, {"identity": identity})

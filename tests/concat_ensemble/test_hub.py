@@ -117,6 +117,25 @@ def test_a_push_is_one_commit_and_the_next_push_sends_only_new_weights(publisher
     assert shards == {"member-00.safetensors", "member-01.safetensors", "member-02.safetensors"}
 
 
+def test_only_what_is_ours_and_what_is_included_is_uploaded(publisher, hub, grown):
+    pair, _ = grown
+    ours = pushed_files(pair)
+    for name in ("id_rsa", "token.txt", "optimizer.pt", "notes/a.md", "notes/b.md", "figures/mine.png", ".env"):
+        (pair / name).parent.mkdir(exist_ok=True)
+        (pair / name).write_text("mine")
+    _, said, code = publisher.run(COMMAND.format(words=["push", str(pair), "me/chosen"]))
+    left_out = "figures/mine.png, id_rsa, notes/ (2 files), optimizer.pt, token.txt"
+    assert code is None and said == f"not uploaded: {left_out}; --include GLOB uploads them, too\n"
+    assert set(hub.files("me/chosen")) == {*ours, ".gitattributes"}
+    publisher.push(pair, "me/chosen", "--include", "notes/*", "--include", "figures/*")
+    included = {"notes/a.md", "notes/b.md", "figures/mine.png"}
+    assert set(hub.files("me/chosen")) == {*ours, *included, ".gitattributes"}
+    (pair / "results/digits.json").unlink()
+    publisher.push(pair, "me/chosen", "--quiet")
+    gone = {"results/digits.json", "figures/digits.png"}
+    assert set(hub.files("me/chosen")) == {*ours, *included, ".gitattributes"} - gone
+
+
 LOAD = """
 import torch
 from transformers import AutoImageProcessor, AutoModel
