@@ -77,10 +77,11 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:
-            errors.print("\nstopped; the same command goes on")
+            errors.print()
+            errors.print("stopped; the same command goes on")
         raise
     except (ValueError, OSError) as error:
-        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
+        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
         sys.exit(2)
 
 

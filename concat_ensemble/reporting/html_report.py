@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.reporting.data_sentences import audit_sentences
 from concat_ensemble.reporting.figures import LITERAL
-from concat_ensemble.reporting.rendering import make_environment
+from concat_ensemble.reporting.rendering import make_html_environment
 from concat_ensemble.reporting.tables import METRIC_NAMES, hardest_first, headings, row_texts
 from concat_ensemble.reporting.verdicts import notes
 from concat_ensemble.studies.overlap_results import Overlap
@@ -48,7 +48,7 @@ def write_report(folders: list[Path], output: Path) -> Path:
                 selections.append(_describe_selection(f"{folder} on {path.stem}", content))
             if isinstance(content, Overlap):
                 overlaps.append(_describe_overlap(str(folder), content))
-    environment = make_environment(autoescape=True, keep_trailing_newline=True)
+    environment = make_html_environment()
     # The page's policy allows only the script with this digest.
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     datasets: dict[tuple[str, str], list[tuple[str, Results]]] = {}  # by name and metric: one metric in a table
@@ -57,7 +57,8 @@ def write_report(folders: list[Path], output: Path) -> Path:
     described = [_describe_dataset(name, metric, studies) for (name, metric), studies in datasets.items()]
     template = environment.get_template("report.html.jinja")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(template.render(datasets=described, selections=selections, overlaps=overlaps))
+    page = template.render(datasets=described, selections=selections, overlaps=overlaps)
+    output.write_text(page, encoding="utf-8")
     return output
 
 

@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from msgspec import Meta
 from torch import nn
 
+from concat_ensemble.console import out
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.cost import count_flops
@@ -141,7 +142,8 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
     if matches_identity(folder, identity):
-        accelerator.print(f"{folder} is finished, skipped")
+        if accelerator.is_main_process:
+            out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
     student = create_student(settings, images, teachers)
     set_seed(settings.seed, device_specific=True)
@@ -170,7 +172,8 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
         shutil.rmtree(output / "distilled", ignore_errors=True)
         assemble(folder).save_pretrained(output / "distilled")
         num_features = trained.head.in_features
-        print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
+        counts = f"{len(teachers.networks)} networks in one, {num_features:,} features"
+        out.print(f"{output / 'distilled'}: {counts}", soft_wrap=True)
     loop.finish()
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from concat_ensemble.console import errors
 from concat_ensemble.training.recipe import Settings
 
 SMOKE_IMAGES = 200
@@ -66,7 +67,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
         sys.exit(2)
 
 
