@@ -57,6 +57,7 @@ def print_error(error: Exception) -> None:
     for line in f"error: {error}".splitlines():
         errors.print(line, soft_wrap=True)
 
+
 LINE_SECONDS = 30.0  # between two lines of one stage where there is no terminal
 
 
@@ -81,7 +82,12 @@ def show_progress(
     if quiet or os.environ.get("RANK", "0") != "0":  # as accelerate and torchrun number the processes
         yield lambda steps=1: None
     elif sys.stderr.isatty():
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with ProgressBar(*columns, console=errors) as bar:
             task = bar.add_task(printable(stage), total=total)
             yield lambda steps=1: bar.advance(task, steps)
@@ -143,7 +149,7 @@ def _write_line(line: str) -> None:
 class _PlainFormatter(logging.Formatter):
     """Writes the message of a log record as plain text on one line."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (a method of logging's)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 

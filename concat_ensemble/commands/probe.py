@@ -103,7 +103,9 @@ def probe_table(results: "Results", *, wide: bool) -> Table:
     for key, heading in columns.items():
         is_name = key == "name"
         lines = [heading] if wide else SCREEN[key] or heading.replace(" per ", "\nper ").split("\n")
-        table.add_column(stack_lines(*lines), justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+        table.add_column(
+            stack_lines(*lines), justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold"
+        )
     for row, cells in zip(rows, texts, strict=True):
         name = cells["name"] if wide else shorten_middle(cells["name"], NAME_LENGTH)
         shown = cells | {"name": name}

@@ -24,7 +24,13 @@ from concat_ensemble.reporting.data_sentences import describe_data
 from concat_ensemble.reporting.error_figures import plot_class_recall, plot_confusion_matrix
 from concat_ensemble.reporting.figures import plot_accuracy_against_members
 from concat_ensemble.reporting.licenses import LICENSE, OTHER, license_sentence, member_licenses
-from concat_ensemble.reporting.rendering import Markdown, escape_text, escape_url, format_code, make_markdown_environment
+from concat_ensemble.reporting.rendering import (
+    Markdown,
+    escape_text,
+    escape_url,
+    format_code,
+    make_markdown_environment,
+)
 from concat_ensemble.reporting.tables import (
     METRIC_NAMES,
     best_member,

@@ -35,7 +35,12 @@ def make_markdown_environment() -> jinja2.Environment:
     target of a link, `table` as a table.
     """
     environment = _make_environment(finalize=escape_text)
-    environment.filters |= {"code": format_code, "code_line": escape_code_line, "url": escape_url, "table": format_table}
+    environment.filters |= {
+        "code": format_code,
+        "code_line": escape_code_line,
+        "url": escape_url,
+        "table": format_table,
+    }
     return environment
 
 
