@@ -1,7 +1,8 @@
-"""Writing files whole or not at all, and reading YAML safely."""
+"""Writing files whole or not at all, reading YAML safely, and paths without the folders of this machine."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from typing import Any
 import yaml
 
 MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
+# Where a path begins that leads from the root, a home folder or a drive: at the start, or after what may stand before
+# a path, as in imagefolder:/home/me/photos and resnet50=/home/me/x.pth. An address is none.
+PATH_START = r"(?:(?<![^=:,\s\[('\"])(?:[\\/](?!/)|~[^\\/]*[\\/]|[A-Za-z]:[\\/](?!/))|^//|file:///)"
 
 
 @contextmanager
@@ -50,6 +54,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with an indent of one, whole or not at all."""
     with replace_file(path) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def without_folders(text: str) -> str:
+    """What may be published of an argument or of the name of a dataset: of an absolute path only its last part. In a
+    list, such as [/home/me/a, /home/me/b], of each."""
+    end = r"[^,\]}'\"]*" if text.startswith(("[", "{")) else r".*"
+    return re.sub(PATH_START + end, lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], text, flags=re.DOTALL)
 
 
 def _umask() -> int:

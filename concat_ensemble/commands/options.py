@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from concat_ensemble.console import PlainConsole, out, print_error
+from concat_ensemble.files import without_folders
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an ensemble, or any member that build accepts.")]
 Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="Name of a dataset recipe, such as cifar100.")]
@@ -73,8 +74,8 @@ def one_of(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was typed."""
-    return shlex.join(["concat-ensemble", *sys.argv[1:]])
+    """The command as it was typed, for a card: without the folders of this machine."""
+    return shlex.join(["concat-ensemble", *map(without_folders, sys.argv[1:])])
 
 
 @contextmanager

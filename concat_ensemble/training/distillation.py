@@ -24,6 +24,7 @@ from msgspec import Meta
 from torch import nn
 
 from concat_ensemble.console import out
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.cost import count_flops
@@ -187,7 +188,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
     return {
         "source": "distilled by training/distill.py",
         "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
-        "pretraining_data": f"{settings.dataset}, classes {', '.join(images.class_names)}",
+        "pretraining_data": f"{without_folders(settings.dataset)}, classes {', '.join(images.class_names)}",
         "seed": settings.seed,
         "steps": settings.steps,
         "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},

@@ -28,6 +28,7 @@ from torch import nn
 from concat_ensemble.console import out
 from concat_ensemble.data.naming import METRICS
 from concat_ensemble.features.extraction import extract_features
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
@@ -202,7 +203,8 @@ def describe_fine_tuning(model: Classifier, settings: FineTuning, input_size: Se
         spec = config.members[int(k)]
         provenance = spec["provenance"]
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
-        provenance["fine_tuned"] = {"dataset": settings.dataset, "steps": settings.steps, "command": launch_command()}
+        dataset = without_folders(settings.dataset)
+        provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
         if "steps" in provenance:  # else the cost of pretraining is not known
             provenance["steps"] += settings.steps
         if "compute" in provenance:
@@ -231,9 +233,10 @@ def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images
     )
     row = Row(name, "ensemble", model.config.num_features, len(model.members), *training_cost(model), [run])
     recorded_elsewhere = ("model", "seed", "dataset")
+    dataset = without_folders(settings.dataset)
     return Results(
         name,
-        {"name": settings.dataset, "classes": settings.classes, "seed": settings.seed, "test_images": len(labels)},
+        {"name": dataset, "classes": settings.classes, "seed": settings.seed, "test_images": len(labels)},
         {"kind": "fine-tuning"} | {k: v for k, v in settings.identity.items() if k not in recorded_elsewhere},
         [row],
         members_sha256(model.config),

@@ -29,6 +29,7 @@ from torch import nn
 
 from concat_ensemble.console import out
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.images import Images, Pixels
@@ -188,9 +189,9 @@ def describe_training(network: Network, recipe: Recipe, images: Images) -> dict:
     return {
         "source": "trained by training/pretrain_members.py",
         "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
-        "pretraining_data": f"{recipe.dataset}, classes {classes}{scattered}",
+        "pretraining_data": f"{without_folders(recipe.dataset)}, classes {classes}{scattered}",
         "seed": network.seed,
-        "recipe": recipe.identity,
+        "recipe": recipe.identity | {"dataset": without_folders(recipe.dataset)},
     }
 
 
