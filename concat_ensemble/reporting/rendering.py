@@ -19,7 +19,7 @@ from concat_ensemble.console import printable
 SYMBOLS = re.compile(
     r"\[[-+.,\d ]+\](?![(\[:])"
     r"|([\\`*\[\]>|$~]|<(?=[a-zA-Z/!?]|$)|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
-    r"|^#|#$|^[-+](?=\s|$)|^-(?=-)|^=(?==*$))"
+    r"|^#|(?<=\s)#(?=#*$)|^[-+](?=\s|$)|^-(?=-)|^=(?==*$))"
 )
 NUMBERED = re.compile(r"^(\d+)(?=[.)](?:\s|$))")  # an item of a list, where a line begins with it
 
