@@ -4,6 +4,7 @@ Both take `pixel_values` as the ensemble's image processor makes them, in batche
 outputs as a tuple: (pooler_output,), or with a head (logits, pooler_output).
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -72,7 +73,9 @@ def export_onnx(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *
             raise ValueError(f"this ensemble has no ONNX form: {first_line(error)}") from error
         for node in program.model.graph:
             node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names the folders of this machine
-        program.model.metadata_props["config"] = model.config.to_json_string(use_diff=False)
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # where it was loaded from
+        program.model.metadata_props["config"] = json.dumps(config)
         program.save(file)
 
     def load(file: Path) -> Run:
