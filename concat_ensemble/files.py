@@ -1,10 +1,11 @@
-"""Writing files whole or not at all, and reading YAML and NumPy's arrays safely."""
+"""Writing files whole or not at all, reading YAML and NumPy's arrays safely, and paths without local folders."""
 
 import ctypes
 import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ import yaml
 
 MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
 AT_CURRENT_FOLDER, RENAME_EXCHANGE = -100, 2  # of Linux
+# Where a path begins that leads from the root, a home folder or a drive: at the start, or after what may stand before
+# a path, as in imagefolder:/home/me/photos and resnet50=/home/me/x.pth. An address is none.
+PATH_START = r"(?:(?<![^=:,\s\[('\"])(?:[\\/](?!/)|~[^\\/]*[\\/]|[A-Za-z]:[\\/](?!/))|^//|file:///)"
 
 
 @contextmanager
@@ -134,6 +138,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with an indent of one, whole or not at all."""
     with replace_file(path) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def without_folders(text: str) -> str:
+    """What may be published of an argument or of the name of a dataset: of an absolute path only its last part. In a
+    list, such as [/home/me/a, /home/me/b], of each."""
+    end = r"[^,\]}'\"]*" if text.startswith(("[", "{")) else r".*"
+    return re.sub(PATH_START + end, lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], text, flags=re.DOTALL)
 
 
 def read_yaml(path: Traversable) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
-from concat_ensemble.console import be_quiet, errors, out
+from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_error
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
@@ -187,13 +187,14 @@ def format_markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """Print text as it is, however long its lines are."""
-    out.print(text, style=style, soft_wrap=True, markup=False)
+    """Print text as it is, however many and long its lines are."""
+    for line in text.splitlines():
+        out.print(line, style=style, soft_wrap=True)
 
 
 def print_wide(content: RenderableType) -> None:
     """Print a table at the width of the terminal, or without a terminal at one that does not fold it."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(content)
+    PlainConsole(width=None if sys.stdout.isatty() else 140).print(content)
 
 
 def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
@@ -233,8 +234,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        errors.print("\nstopped; the same command goes on")
+        errors.print()
+        errors.print("stopped; the same command goes on")
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
-        errors.print(f"error: {error}", soft_wrap=True, markup=False)
+        print_error(error)
         sys.exit(2)

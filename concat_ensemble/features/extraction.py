@@ -102,7 +102,11 @@ def extract_features(
     extractor = NTKFeatures(ntk, network) if ntk else PooledFeatures()
     settings = {"compute": str(compute), "storage": str(STORAGE[storage])}
     names = block_names(network, processor, extractor, settings)
-    blocks = [Block((store or default_store()) / key, architecture) for key, architecture in names]
+    dims = [extractor.num_features(network, position) for position in range(len(names))]
+    blocks = [
+        Block((store or default_store()) / key, architecture, num_features=dim, dtype=STORAGE[storage])
+        for (key, architecture), dim in zip(names, dims, strict=True)
+    ]
     hashes = {split: image_hashes(rows) for split, rows in splits.items()}
     run = _Run(
         model=network,

@@ -4,6 +4,7 @@ Both take `pixel_values` as the ensemble's image processor makes them, in batche
 outputs as a tuple: (pooler_output,), or with a head (logits, pooler_output).
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,11 @@ def export_onnx(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *
             program: Any = torch.onnx.export(module, (pixels,), dynamic_shapes=DYNAMIC_SHAPES, **options)
         except torch.onnx.errors.OnnxExporterError as error:
             raise ValueError(f"this ensemble has no ONNX form: {first_line(error)}") from error
-        program.model.metadata_props["config"] = model.config.to_json_string(use_diff=False)
+        for node in program.model.graph:
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names the folders of this machine
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # where it was loaded from
+        program.model.metadata_props["config"] = json.dumps(config)
         program.save(file)
 
     def load(file: Path) -> Run:
@@ -90,6 +95,9 @@ def export_program(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike
             program = torch.export.export(module, (pixels,), dynamic_shapes=DYNAMIC_SHAPES)
         except RuntimeError as error:
             raise ValueError(f"torch.export cannot take this ensemble: {first_line(error)}") from error
+        for part in program.graph_module.modules():
+            for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # names the folders of this machine
         torch.export.save(program, file)
 
     return _export(model, Path(path), write, lambda file: torch.export.load(file).module(), check=check)

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from concat_ensemble.console import printable
 from concat_ensemble.data.columns import select_images
 from concat_ensemble.data.folders import IMAGE_ENDINGS
 from concat_ensemble.data.images import decode_image, processor_input
@@ -35,7 +36,7 @@ class ImageSource:
 
     def describe(self, number: int) -> str:
         """The image in error messages; characters that would move a terminal's cursor are left out."""
-        name = "".join(filter(str.isprintable, self.names[number]))
+        name = printable(self.names[number])
         return name if self.heading == "file" else f"image {name}"
 
     def read(self, number: int, processor: Any = None) -> Any:

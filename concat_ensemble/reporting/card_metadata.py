@@ -31,7 +31,7 @@ OWN_KEYS = (
     *("library_name", "pipeline_tag", "license", "license_name", "license_link", "base_model", "base_model_relation"),
     *("datasets", "metrics", "model-index"),
 )
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def card_metadata(
@@ -73,7 +73,7 @@ def _evaluations(study: Results) -> list[EvalResult]:
     what was probed and how.
     """
     dataset, subject = study.dataset, study.rows[0]
-    subset = {key: dataset[key] for key in ("classes", "shots", "limit") if dataset.get(key)}
+    subset = {key: _plain(dataset[key]) for key in ("classes", "shots", "limit") if dataset.get(key)}
     described = describe_dataset({"name": "", "classes": subset.get("classes"), "shots": subset.get("shots")})
     arguments = {"protocol": study.protocol, "repeats": study.repeats, "test_images": subject.runs[0].n_test, **subset}
     interval = {"interval_95": [round(bound, 4) for bound in subject.interval]}
@@ -82,9 +82,9 @@ def _evaluations(study: Results) -> list[EvalResult]:
             task_type="image-classification",
             dataset_type=_dataset_id(dataset),
             dataset_name=one_line(dataset.get("name", "dataset")),
-            dataset_config=dataset.get("config"),
+            dataset_config=_plain(dataset.get("config")),
             dataset_split=dataset.get("test_split") or "test",
-            dataset_revision=dataset.get("revision"),
+            dataset_revision=_plain(dataset.get("revision")),
             metric_type="accuracy" if metric == "top1" else metric,
             metric_name=f"{probe_name(study)} {name}{one_line(described)}",
             metric_value=round(sum(run.metrics[metric] for run in subject.runs) / study.repeats, 4),
@@ -93,6 +93,13 @@ def _evaluations(study: Results) -> list[EvalResult]:
         for metric, name in METRIC_NAMES.items()
         if metric in subject.runs[0].metrics
     ]
+
+
+def _plain(value: Any) -> Any:
+    """A value of some results, in which a text is one line."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def benchmark_entries(study: Results) -> list[dict[str, Any]]:

@@ -26,7 +26,13 @@ from concat_ensemble.reporting.data_sentences import describe_data
 from concat_ensemble.reporting.error_figures import plot_class_recall, plot_confusion_matrix
 from concat_ensemble.reporting.figures import plot_accuracy_against_members
 from concat_ensemble.reporting.licenses import LICENSE, OTHER, license_sentence, member_licenses
-from concat_ensemble.reporting.rendering import escape_code, escape_names, escape_text, make_environment
+from concat_ensemble.reporting.rendering import (
+    Markdown,
+    escape_text,
+    escape_url,
+    format_code,
+    make_markdown_environment,
+)
 from concat_ensemble.reporting.tables import (
     METRIC_NAMES,
     best_member,
@@ -36,7 +42,7 @@ from concat_ensemble.reporting.tables import (
     ordered_rows,
     row_texts,
 )
-from concat_ensemble.reporting.verdicts import against, describe_compute, notes, verdict
+from concat_ensemble.reporting.verdicts import against, describe_compute, doubts, notes, verdict
 from concat_ensemble.studies.ensemble_folders import WRITTEN_BY, free_name
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
@@ -81,7 +87,7 @@ def write_card(folder: Path, title: str | None = None, *, redraw: bool = True, e
     texts = _render_files(folder, title, config, studies, earlier)
     for path in sorted(texts, key=lambda path: path.name == CARD):
         with replace_file(path) as aside:
-            aside.write_text(texts[path])
+            aside.write_text(texts[path], encoding="utf-8")
     return folder / CARD
 
 
@@ -128,7 +134,7 @@ def check_files(texts: dict[Path, str], arguments: str) -> None:
     for path, text in texts.items():
         if not path.is_file():
             raise ValueError(f"{path} is not there; {remedy}")
-        lines = itertools.zip_longest(path.read_text().splitlines(), text.splitlines(), fillvalue="")
+        lines = itertools.zip_longest(path.read_text(encoding="utf-8").splitlines(), text.splitlines(), fillvalue="")
         for number, (line, expected) in enumerate(lines, 1):
             if line != expected:
                 same = [old == new for old, new in zip(line, expected, strict=False)]
@@ -182,18 +188,18 @@ def _render_files(
 ) -> dict[Path, str]:
     """The texts of all files but the figures."""
     if earlier is None:
-        earlier = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+        earlier = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     earlier_metadata, body = split_metadata(earlier, folder / CARD)
     if title is None:
         heading = re.search(r"^# (.+)$", body, re.MULTILINE)
         title = re.sub(r"\\(.)", r"\1", heading[1]) if heading else folder.resolve().name
-    content, environment = _card_content(title, config, studies), make_environment(keep_trailing_newline=True)
+    content, environment = _card_content(title, config, studies), make_markdown_environment()
     metadata = card_metadata(title, config, studies, earlier_metadata)
     text = environment.get_template("card.md.jinja").render(**content)
     template = files("concat_ensemble.reporting").joinpath("templates/card.md.jinja").read_text()
     texts = {folder / CARD: f"---\n{metadata.to_yaml()}\n---\n\n{keep_user_sections(text, body, template)}"}
     license = folder / LICENSE
-    if metadata.license == OTHER and (not license.is_file() or WRITTEN_BY in license.read_text()):
+    if metadata.license == OTHER and (not license.is_file() or WRITTEN_BY in license.read_text(encoding="utf-8")):
         texts[license] = environment.get_template("license.md.jinja").render(**content)
     for stem, study in studies.items():
         if entries := benchmark_entries(study):
@@ -205,16 +211,15 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
     """What the templates of the card and of the licence show."""
     specs = [config.members[k] for k in config.built_members]
     members, provenances = [_describe_member(spec) for spec in specs], [spec["provenance"] for spec in specs]
-    escaped = {stem: escape_names(study) for stem, study in studies.items()}
     recipes = {str(provenance.get("ensemble_recipe") or "") for provenance in provenances}
     commands = [item.get("command") for item in provenances] + [study.command for study in studies.values()]
-    architectures = [f"`{escape_code(member['architecture'])}`" for member in members]
+    architectures = [spec["architecture"] for spec in specs]
     return {
-        "note": NOTE,
+        "note": Markdown(NOTE),
         "title": title,
-        "repo": re.sub(r"[^\w./ -]", "", title if "/" in title else f"path/to/{title}"),
-        "summary": _summarize_members([spec["architecture"] for spec in specs], config.num_features),
-        "headline": _headline(list(escaped.values())),
+        "repo": Markdown(re.sub(r"[^\w./ -]", "", title if "/" in title else f"path/to/{title}")),
+        "architectures": list(dict.fromkeys(architectures)),
+        "headline": _headline(list(studies.values())),
         "recipe": recipes.pop() if len(recipes) == 1 else None,
         "auto_class": "AutoModelForImageClassification" if is_classifier(config) else "AutoModel",
         "num_features": config.num_features,
@@ -222,20 +227,13 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
         "license": license_sentence(member_licenses(config)),
         "studies": [
             _describe_study(study) | {"figures": [f"{FIGURES}/{name}" for name in _figure_names(study, stem)]}
-            for stem, study in escaped.items()
+            for stem, study in studies.items()
         ],
-        "gains": member_gains(architectures, list(escaped.values()), escape_text),
+        "gains": member_gains([format_code(member["architecture"]) for member in members], list(studies.values())),
         "commands": list(dict.fromkeys(str(command) for command in commands if command)),
         "interval_covers": _interval_covers({study.repeats for study in studies.values()}),
         "versions": next((study.versions for study in studies.values()), {}),
     }
-
-
-def _summarize_members(architectures: list[str], num_features: int) -> str:
-    count, names = len(architectures), ", ".join(f"`{escape_code(name)}`" for name in dict.fromkeys(architectures))
-    if count == 1:
-        return f"1 image backbone ({names}) as a model that returns its {num_features:,} pooled features."
-    return f"{count} image backbones ({names}) as one model that concatenates their {num_features:,} pooled features."
 
 
 def _headline(studies: list[Results]) -> str:
@@ -245,7 +243,7 @@ def _headline(studies: list[Results]) -> str:
     accuracies, is_top1 = [], all(study.metric == "top1" for study in studies)
     for study in studies:
         subject, best = study.rows[0], best_member(study)
-        dataset = escape_text(describe_dataset({**study.dataset, "test_images": None}))
+        dataset = describe_dataset({**study.dataset, "test_images": None})
         gain = f" ({100 * (subject.mean - best.mean):+.1f} against its best member alone)" if best else ""
         metric = "" if is_top1 else f" {METRIC_NAMES[study.metric]}"
         accuracies.append(f"{100 * subject.mean:.1f}%{metric} on {dataset}{gain}")
@@ -265,10 +263,10 @@ def _interval_covers(repeats: Iterable[int]) -> str:
 def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
     provenance = spec["provenance"]
     described = {key: provenance.get(key, "not stated") for key in ("pretraining_data", "license", "steps", "seed")}
-    source = escape_text(provenance.get("source", "not stated"))
+    source = provenance.get("source", "not stated")
     hub_id, revision = provenance.get("hub_id"), str(provenance.get("revision", "main"))
     if is_hub_id(hub_id) and re.fullmatch(r"[\w./-]+", revision):
-        source = f"[{hub_id}](https://huggingface.co/{hub_id}/tree/{revision})"
+        source = Markdown(f"[{escape_text(hub_id)}](https://huggingface.co/{escape_url(f'{hub_id}/tree/{revision}')})")
     return described | {
         "source": source,
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),
@@ -290,7 +288,7 @@ def _describe_study(study: Results) -> dict[str, Any]:
     shown = headings(study.metric, study.rows[0].name, texts)
     for row, cells in zip(rows, texts, strict=True):
         if row.kind == "ensemble":
-            cells["name"] = f"**{cells['name']}**"
+            cells["name"] = _bold(cells["name"])
     metric = METRIC_NAMES[study.metric]
     return {
         "title": describe_dataset(study.dataset),
@@ -301,13 +299,16 @@ def _describe_study(study: Results) -> dict[str, Any]:
         "hardware": study.hardware,
         "intervals": _describe_intervals(study),
         "notes": notes(study),
-        "headings": list(shown.values()),
-        "rows": [[cells[key] for key in shown] for cells in texts],
-        "verdict": verdict(study),
+        "table": [list(shown.values()), *([cells[key] for key in shown] for cells in texts)],
+        "verdict": Markdown(" ".join(filter(None, [escape_text(verdict(study)), *map(_bold, doubts(study))]))),
         "against": against(study),
         "compute": describe_compute(study),
         "data": " ".join(describe_data(study)),
     }
+
+
+def _bold(text: str) -> Markdown:
+    return Markdown(f"**{escape_text(text)}**")
 
 
 def _describe_intervals(study: Results) -> str:

@@ -136,7 +136,7 @@ def _run_study(
             problem += "controls, the head or the page of errors"
             raise ValueError(f"{problem}; add --overwrite, or name another --output.")
         if not extraction.quiet:
-            errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True, markup=False)
+            errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True)
         return ProbeStudy(results, path, is_new=False, errors_page=page)
     if options.output is None and is_local_ensemble(model):
         check_own_folder(path.parent)

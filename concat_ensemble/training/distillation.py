@@ -22,6 +22,8 @@ from accelerate.utils import set_seed
 from msgspec import Meta
 from torch import nn
 
+from concat_ensemble.console import out
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.reporting.model_card import renew_card
@@ -142,7 +144,8 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
     if matches_identity(folder, identity):
-        accelerator.print(f"{folder} is finished, skipped")
+        if accelerator.is_main_process:
+            out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
     student = create_student(settings, images, teachers)
     set_seed(settings.seed, device_specific=True)
@@ -171,7 +174,8 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
         path = output / "distilled"
         replace_ensemble(path, assemble(folder).save_pretrained, lambda new: renew_card(new, path))
         num_features = trained.head.in_features
-        print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
+        counts = f"{len(teachers.networks)} networks in one, {num_features:,} features"
+        out.print(f"{output / 'distilled'}: {counts}", soft_wrap=True)
     loop.finish()
 
 
@@ -185,7 +189,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
     return {
         "source": "distilled by training/distill.py",
         "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
-        "pretraining_data": f"{settings.dataset}, classes {', '.join(images.class_names)}",
+        "pretraining_data": f"{without_folders(settings.dataset)}, classes {', '.join(images.class_names)}",
         "seed": settings.seed,
         "steps": settings.steps,
         "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},

@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
+from concat_ensemble.console import out, printable
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import give_usual_access, write_json
 from concat_ensemble.training.images import Batch
@@ -133,7 +134,7 @@ class Loop(Generic[Network]):
         parts, started = batches(self.step), time.perf_counter() - self.seconds
         interval = self.settings.evaluate_every
         title = f"{self.name} ({self.steps} steps)"
-        bar = tqdm(total=self.steps, initial=self.step, desc=title, disable=not sys.stderr.isatty())
+        bar = tqdm(total=self.steps, initial=self.step, desc=printable(title), disable=not sys.stderr.isatty())
         if self.settings.log_with:
             self.accelerator.init_trackers(self.name.replace("/", "-"))
         with _record_signals() as signals, bar:
@@ -255,13 +256,17 @@ class Loop(Generic[Network]):
         top1 = [evaluate(network) for network in self.networks_to_save()]
         self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
         percent = ", ".join(f"{100 * value:.1f}" for value in top1)
-        self.accelerator.print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}", flush=True)
+        self._print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}")
         self._train_mode(True)
+
+    def _print(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            out.print(line, soft_wrap=True)
 
     def _terminate(self, signals: list[int]) -> None:
         sender = signal.Signals(signals[0]).name if signals else "another process"
         reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
-        self.accelerator.print(f"{self.name}: {reason}.", flush=True)
+        self._print(f"{self.name}: {reason}.")
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
     def _save(self) -> None:

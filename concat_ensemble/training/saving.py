@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import replace_folder, write_json
+from concat_ensemble.files import replace_folder, without_folders, write_json
 from concat_ensemble.training.images import Images
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
@@ -48,7 +48,7 @@ def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder`, with its state file, when the block ends without an error."""
     with replace_folder(folder) as aside:
         yield aside
-        write_json(aside / STATE_FILE, {"identity": identity})
+        write_json(aside / STATE_FILE, {"identity": _public_values(identity)})
 
 
 def matches_identity(folder: Path, identity: dict) -> bool:
@@ -59,7 +59,7 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     """
     if not folder.exists():
         return False
-    there, here = read_state(folder).get("identity", {}), json.loads(json.dumps(identity))
+    there, here = _public_values(read_state(folder).get("identity", {})), _public_values(identity)
     for key in sorted(here.keys() | there.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(
@@ -76,6 +76,19 @@ def read_state(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         problem = f"{folder} has no readable {STATE_FILE} of a training ({first_line(error)})"
         raise ValueError(f"{problem}; name another output=, or delete the folder.") from error
+
+
+def _public_values(identity: dict) -> dict:
+    """Plain JSON values without the folders of this machine: a result may be published, and its data may be moved."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {key: strip(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [strip(each) for each in value]
+        return without_folders(value) if isinstance(value, str) else value
+
+    return strip(json.loads(json.dumps(identity)))
 
 
 def _shorten(value) -> str:

@@ -100,8 +100,9 @@ def test_numbers_in_any_metric_with_class_weights_are_confirmed(metric, folder, 
     verified(folder, ensemble, dataset=dataset, metric=metric, class_weight="balanced")
 
 
-def test_numbers_on_data_with_copies_and_groups_are_confirmed(folder, ensemble, images, tmp_path):
+def test_numbers_on_data_with_copies_and_groups_are_confirmed(folder, ensemble, images, tmp_path, monkeypatch):
     """Copies of training images are left out of the test split, and no group is in two splits, both times."""
+    monkeypatch.chdir(tmp_path)  # results record the name of the folder alone
     labels = ["a", "b"] * 30
     train, test = images(labels), images(labels, seed=1)
     patients = [f"p{n // 4}" for n in range(60)]
