@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import re
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -20,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.modeling.weights_concat_ensemble import CARD_PARTS, INDEX_NAME, SHARD_NAME, copy_card
+from concat_ensemble.schema import check_type, decode_json
 
 if TYPE_CHECKING:
     from concat_ensemble.features.table import FeatureTable, TableSplit
@@ -28,13 +28,19 @@ if TYPE_CHECKING:
 ROWS = 1024  # read from the table at a time
 
 
+class WeightIndex(TypedDict):
+    """`model.safetensors.index.json`: names of the files with the weights, by key."""
+
+    weight_map: dict[str, str]
+
+
 def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
     """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
     A folder without a card gets one. Arguments and errors are those of `push_folder`, and ValueError if the folder
     holds no ensemble."""
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        kind = check_type(decode_json(folder / "config.json"), dict[str, Any]).get("model_type")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no ensemble ({error}); make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
@@ -121,9 +127,9 @@ def list_files(folder: Path) -> dict[str, Path]:
         if path.is_file():
             files[name.as_posix()] = path
     try:
-        shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"{INDEX_NAME}: {error!r}"
+        shards = set(check_type(decode_json(folder / INDEX_NAME), WeightIndex)["weight_map"].values())
+    except (ValueError, OSError) as error:
+        reason = f"{INDEX_NAME}: {error}"
         raise OSError(f"{folder} holds no whole ensemble ({reason}); save or build it again.") from error
     missing = sorted({"config.json", "preprocessor_config.json", *shards} - set(files))
     if missing:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.members.provenance import Provenance, read_provenances
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.reporting.card_metadata import (
     benchmark_entries,
@@ -169,10 +170,11 @@ def _render_files(
 def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, Results]) -> dict[str, Any]:
     """What the templates of the card and of the licence show."""
     specs = [config.members[k] for k in config.built_members]
-    members, provenances = [_describe_member(spec) for spec in specs], [spec["provenance"] for spec in specs]
+    provenances = read_provenances(config)
+    members = [_describe_member(spec, provenance) for spec, provenance in zip(specs, provenances, strict=True)]
     escaped = {stem: escape_names(study) for stem, study in studies.items()}
-    recipes = {str(provenance.get("ensemble_recipe") or "") for provenance in provenances}
-    commands = [item.get("command") for item in provenances] + [study.command for study in studies.values()]
+    recipes = {provenance.ensemble_recipe or "" for provenance in provenances}
+    commands = [item.command for item in provenances] + [study.command for study in studies.values()]
     architectures = [f"`{escape_code(member['architecture'])}`" for member in members]
     return {
         "note": NOTE,
@@ -190,7 +192,7 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
             for stem, study in escaped.items()
         ],
         "gains": member_gains(architectures, list(escaped.values()), escape_text),
-        "commands": list(dict.fromkeys(str(command) for command in commands if command)),
+        "commands": list(dict.fromkeys(command for command in commands if command)),
         "interval_covers": _interval_covers({study.repeats for study in studies.values()}),
         "versions": next((study.versions for study in studies.values()), {}),
     }
@@ -227,11 +229,12 @@ def _interval_covers(repeats: Iterable[int]) -> str:
     return ", or ".join(covers)
 
 
-def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
-    provenance = spec["provenance"]
-    described = {key: provenance.get(key, "not stated") for key in ("pretraining_data", "license", "steps", "seed")}
-    source = escape_text(provenance.get("source", "not stated"))
-    hub_id, revision = provenance.get("hub_id"), str(provenance.get("revision", "main"))
+def _describe_member(spec: dict[str, Any], provenance: Provenance) -> dict[str, Any]:
+    keys = ("pretraining_data", "license", "steps", "seed", "source")
+    described = {key: getattr(provenance, key) for key in keys}
+    described |= {key: "not stated" for key, value in described.items() if value is None}
+    source = escape_text(described["source"])
+    hub_id, revision = provenance.hub_id, provenance.revision or "main"
     if is_hub_id(hub_id) and re.fullmatch(r"[\w./-]+", revision):
         source = f"[{hub_id}](https://huggingface.co/{hub_id}/tree/{revision})"
     return described | {
@@ -239,7 +242,7 @@ def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),
         "num_features": spec["num_features"],
         "input": describe_input(spec["preprocessing"]),
-        "sha256": str(provenance.get("weights_sha256", ""))[:12],
+        "sha256": provenance.weights_sha256[:12],
     }
 
 
