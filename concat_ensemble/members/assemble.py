@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeGuard
+from typing import Annotated, Any, TypedDict, TypeGuard
 
 import timm
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from msgspec import Meta
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config
 from torch import nn
@@ -52,7 +53,7 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     create_backbone,
 )
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
-from concat_ensemble.schema import Count, Text, check_type, decode_json
+from concat_ensemble.schema import Count, Number, Text, check_type, decode_json
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
@@ -66,6 +67,8 @@ class PretrainedConfig(TypedDict, total=False):
     license: Text | None
     input_size: list[Count] | None
     fixed_input_size: bool | None
+    mean: Annotated[list[Number], Meta(min_length=1)] | None
+    std: Annotated[list[Number], Meta(min_length=1)] | None
 
 
 class NetworkConfig(PretrainedConfig, total=False):

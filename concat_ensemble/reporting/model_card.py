@@ -73,10 +73,11 @@ def write_card(folder: Path, title: str | None = None, *, redraw: bool = True) -
     """
     config, studies = _read(folder)
     refuse_links(folder, RESULTS, FIGURES)  # only for writing: in the Hub's cache every file is a link
+    texts = _render_files(folder, title, config, studies)  # before anything is written, as the earlier card may be bad
     for stem, study in studies.items():
         if redraw or not _figures_are_current(folder, study, stem):
             _draw_figures(study, folder / FIGURES, stem)
-    for path, text in _render_files(folder, title, config, studies).items():
+    for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     return folder / CARD
