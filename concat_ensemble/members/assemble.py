@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 import timm
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from msgspec import Meta
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config
 from torch import nn
@@ -53,7 +52,7 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     create_backbone,
 )
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
-from concat_ensemble.schema import Count, Number, Text, check_type, decode_json
+from concat_ensemble.schema import Count, Text, check_type, decode_json
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
@@ -67,8 +66,6 @@ class PretrainedConfig(TypedDict, total=False):
     license: Text | None
     input_size: list[Count] | None
     fixed_input_size: bool | None
-    mean: Annotated[list[Number], Meta(min_length=1)] | None
-    std: Annotated[list[Number], Meta(min_length=1)] | None
 
 
 class NetworkConfig(PretrainedConfig, total=False):
@@ -512,7 +509,7 @@ def _make_member(
         pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or timm_cfg(backbone))
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
     pixels["image_mode"] = IMAGE_MODES.get(channels, CHANNELS)
     if channels not in IMAGE_MODES:
