@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,7 +327,8 @@ def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[s
     timm leaves layers random if it has no weights for them."""
     networks = []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             for seed in range(2 if model_args else 1):
                 torch.manual_seed(seed)
                 arguments = own_args | model_args

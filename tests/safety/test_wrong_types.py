@@ -471,6 +471,7 @@ def hub_repo(world, backbone, request):
     return name, folder
 
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HEADER = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 GARBAGE = {
     "nothing": b"",
@@ -484,12 +485,12 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("file", WEIGHTS)
 @pytest.mark.parametrize("name", GARBAGE)
-def test_garbage_for_the_weights_of_a_timm_repo(name, pickled, hub_repo, refused):
+def test_garbage_for_the_weights_of_a_timm_repo(name, file, hub_repo, refused):
     repo, folder = hub_repo
     (folder / "model.safetensors").unlink()
-    (folder / ("pytorch_model.bin" if pickled else "model.safetensors")).write_bytes(GARBAGE[name])
+    (folder / file).write_bytes(GARBAGE[name])
     refused("build", f"hf-hub:{repo}", "--output", "out", said=repo)
 
 
@@ -562,17 +563,18 @@ def test_garbage_from_the_hub_itself(backbone, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         client = Client(hub, tmp_path / "home", TOKEN, package=True)
         try:
-            for number, (weights, config) in enumerate(itertools.product(GARBAGE, ["{}", DEEP, json.dumps(NETWORK)])):
-                for name in ("model.safetensors", "pytorch_model.bin"):
-                    folder = tmp_path / f"repo-{number}-{name[:1]}"
-                    folder.mkdir()
-                    (folder / "config.json").write_text(config)
-                    (folder / name).write_bytes(GARBAGE[weights] or b" ")
-                    client("from huggingface_hub import HfApi", f"HfApi().create_repo('me/{folder.name}')")
-                    client(f"HfApi().upload_folder(repo_id='me/{folder.name}', folder_path='{folder}')")
-                    words = ["build", f"hf-hub:me/{folder.name}", "--output", f"{tmp_path}/out"]
-                    _, err, failed = client.run(COMMAND.format(words=words))
-                    assert failed == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
+            client("from huggingface_hub import HfApi")
+            cases = [*((weights, json.dumps(NETWORK)) for weights in GARBAGE.values()), (b"x", "{}"), (b"x", DEEP)]
+            for number, ((weights, config), name) in enumerate(itertools.product(cases, WEIGHTS)):
+                folder = tmp_path / f"repo-{number}"
+                folder.mkdir()
+                (folder / "config.json").write_text(config)
+                (folder / name).write_bytes(weights or b" ")
+                client(f"HfApi().create_repo('me/{folder.name}')")
+                client(f"HfApi().upload_folder(repo_id='me/{folder.name}', folder_path='{folder}')")
+                words = ["build", f"hf-hub:me/{folder.name}", "--output", f"{tmp_path}/out"]
+                _, err, failed = client.run(COMMAND.format(words=words))
+                assert failed == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
         finally:
             client.process.kill()
             client.process.wait()
