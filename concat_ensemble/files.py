@@ -148,23 +148,30 @@ def without_folders(text: str) -> str:
 
 
 def read_yaml(path: Traversable) -> Any:
-    """Read a YAML file as plain values. Aliases are refused: ten lines of them can expand to a billion words.
-
-    Raises:
-        ValueError: for a file that is not YAML, too long, nested too deeply, or has aliases.
-        OSError: for a file that cannot be opened.
-    """
-    content, depth = path.read_bytes(), 0
+    """Read a YAML file as plain values. Raises ValueError naming the file as `parse_yaml` does, and OSError for a file
+    that cannot be opened."""
     try:
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"{len(content):,} bytes are more than {MAX_BYTES:,}")
+        return parse_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from error
+
+
+def parse_yaml(content: bytes, max_bytes: int = MAX_BYTES) -> Any:
+    """The plain values that YAML holds. Aliases are refused: ten lines of them can expand to a billion words.
+
+    Raises ValueError for what is not YAML, too long, nested too deeply, or has aliases.
+    """
+    depth = 0
+    try:
+        if len(content) > max_bytes:
+            raise ValueError(f"{len(content):,} bytes are more than {max_bytes:,}")
         for event in yaml.parse(content, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
                 raise ValueError("it has an alias or is nested too deeply; write the values out")
         return yaml.safe_load(content)
     except Exception as error:  # PyYAML's constructors also raise the errors of int, datetime and others
-        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def check_array(file: IO[bytes], size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import mmap
 import re
 import tempfile
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -23,6 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from concat_ensemble.console import errors
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME, copy_card
+from concat_ensemble.schema import check_type, decode_json
 from concat_ensemble.studies.ensemble_folders import MODEL_FILES, card_files, is_measured_on
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS
@@ -38,13 +38,19 @@ TOKEN = rb"\b(hf_|gh[oprsu]_|github_pat_)[A-Za-z0-9_]{30,}|\bAKIA[A-Z0-9]{16}"
 SECRET = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|" + TOKEN)
 
 
+class WeightIndex(TypedDict):
+    """`model.safetensors.index.json`: names of the files with the weights, by key."""
+
+    weight_map: dict[str, str]
+
+
 def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, **options) -> CommitInfo:
     """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
     A folder without a card gets one. Unless `quiet`, stderr says first which other files are not published. Arguments
     and errors are those of `push_folder`, and ValueError if the folder holds no ensemble."""
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        kind = check_type(decode_json(folder / "config.json"), dict[str, Any]).get("model_type")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no ensemble ({error}); make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
@@ -159,11 +165,11 @@ class _OwnNames:
 def _own_names(folder: Path) -> _OwnNames:
     """The names of what this package writes into an ensemble's folder. Results of other weights are not among them."""
     try:
-        shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+        shards = set(check_type(decode_json(folder / INDEX_NAME), WeightIndex)["weight_map"].values())
         if wrong := [shard for shard in shards if not SHARD_NAME.fullmatch(shard)]:
             raise ValueError(f"{wrong[0]!r} is no name of a file of weights")
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"{INDEX_NAME}: {error!r}"
+    except (ValueError, OSError) as error:
+        reason = f"{INDEX_NAME}: {error}"
         raise OSError(f"{folder} holds no whole ensemble ({reason}); save or build it again.") from error
     hashes = members_sha256(ConcatEnsembleConfig.from_pretrained(folder))
     optional = {*OTHER_FILES, *PAYLOAD_FILES}

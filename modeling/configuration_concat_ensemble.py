@@ -29,6 +29,7 @@ AUTO_MAP = {
 PAYLOAD_FILES = {f"{part}_concat_ensemble.py" for part in ("configuration", "image_processing", "modeling", "weights")}
 IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
 CHANNELS = "channels"  # the image_mode of members that see channels of an array by number, as listed under this key
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # in which networks compute
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 MEMBER_KEYS = ("architecture", "model_args", "num_features", "preprocessing", "provenance")
@@ -157,9 +158,9 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         require(isinstance(self.standardize, bool), "standardize", self.standardize, "true or false")
         require(_is_number(scale) and scale >= 0, "initializer_range", scale, "a number that is not below zero")
         self._check_labels(others.get("num_labels", 0))
-        dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
-        torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        require(dtype is None or isinstance(torch_dtype, torch.dtype), "dtype", dtype, "a torch dtype like 'float32'")
+        dtypes = (None, *DTYPES, *(getattr(torch, name) for name in DTYPES))
+        for key, dtype in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
+            require(dtype in dtypes, key, dtype, f"one of {', '.join(DTYPES)}")
         kind = others.get("attn_implementation")
         require(kind in (None, "eager", "sdpa"), "attn_implementation", kind, "left out: timm's layers choose it")
 

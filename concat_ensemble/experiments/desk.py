@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.schema import Share, read_json
 from concat_ensemble.studies.results import t_interval
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
@@ -143,6 +144,14 @@ def _start_worker() -> None:
     be_quiet()
 
 
+class Measured(TypedDict, total=False):
+    """A file of `measure_once`: shares by system, or by task and system, and the settings that gave them."""
+
+    top1: Required[dict[str, Share | dict[str, Share]]]
+    point: list
+    asked: list
+
+
 def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], dict]) -> dict:
     """The result of `measure`, stored in a file beside its settings; read from there if it has been measured before.
 
@@ -151,10 +160,10 @@ def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], di
     """
     if not path.is_file():
         write_json(path, settings | {"top1": measure()})
-    content = json.loads(path.read_text())
+    content = read_json(path, Measured, "delete it")
     for key, value in settings.items():
-        if content[key] != value:
-            raise ValueError(f"{path} is of {content[key]}, not {value}; name another --output, or delete it.")
+        if content.get(key) != value:
+            raise ValueError(f"{path} is of {content.get(key)}, not {value}; name another --output, or delete it.")
     return content["top1"]
 
 

@@ -135,7 +135,7 @@ def class_names(model: ConcatEnsembleForImageClassification) -> list[str]:
     """Names of a classifier's classes, in the order of its logits. Raises ValueError for a model without a head."""
     _check_head(model)
     config: Any = model.config
-    return [str(config.id2label[k]) for k in range(config.num_labels)]
+    return [str(config.id2label.get(k, f"LABEL_{k}")) for k in range(config.num_labels)]
 
 
 def stream_predictions(

@@ -4,10 +4,11 @@ import copy
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 import timm
 import torch
@@ -29,6 +30,7 @@ from concat_ensemble.members.checkpoints import (
     weights_sha256,
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
+from concat_ensemble.members.provenance import Provenance
 from concat_ensemble.members.rebuilding import rebuild, select_model_args, unwrap
 from concat_ensemble.members.training_args import resolve_train_args
 from concat_ensemble.modeling.configuration_concat_ensemble import (
@@ -51,11 +53,31 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     create_backbone,
 )
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
+from concat_ensemble.schema import Count, Text, check_type, decode_json
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
 TIMM_WRAPPER = TimmWrapperConfig.model_type
 PICKLE_NAME = "pytorch_model.bin"
+
+
+class PretrainedConfig(TypedDict, total=False):
+    """What timm records of weights, as far as it is used before timm reads it."""
+
+    license: Text | None
+    input_size: list[Count] | None
+    fixed_input_size: bool | None
+
+
+class NetworkConfig(PretrainedConfig, total=False):
+    """`config.json` of a timm model or an ensemble; before timm 0.9, what is in `pretrained_cfg` stood beside it."""
+
+    model_type: Text | None
+    architecture: Text | None
+    model_args: dict[str, Any] | None
+    pretrained_cfg: PretrainedConfig | None
+    label_names: list[Text | int] | dict[str, Text | int] | None
+    provenance: Provenance | None
 
 
 @dataclass
@@ -305,13 +327,14 @@ def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[s
     timm leaves layers random if it has no weights for them."""
     networks = []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             for seed in range(2 if model_args else 1):
                 torch.manual_seed(seed)
                 arguments = own_args | model_args
                 networks.append(timm.create_model(source, pretrained=True, num_classes=0, **arguments))
-    except RuntimeError as error:  # for weights of another shape
-        reason = " ".join(str(error).split())
+    except Exception as error:  # timm may fail in any way on a stranger's config and weights
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"timm cannot load {source} with model_args {model_args}: {reason}") from error
     first, last = networks[0].state_dict(), networks[-1].state_dict()
     if random := [key for key in first if not torch.equal(first[key], last[key])]:
@@ -415,12 +438,10 @@ def _is_network_of(config: Path, architecture: str) -> bool:
 def _read_config(path: Path) -> dict[str, Any]:
     """Read config.json of a timm model or an ensemble."""
     try:
-        config = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:  # ValueError: not JSON, or not text
-        raise ValueError(f"{path} is not JSON ({error}); save the model again.") from error
-    sections = ("model_args", "pretrained_cfg", "provenance")
-    if not isinstance(config, dict) or not all(isinstance(config.get(key) or {}, dict) for key in sections):
-        raise ValueError(f"{path} is not a model's config; save the model again.")
+        config = check_type(decode_json(path), dict[str, Any])
+        check_type(config, NetworkConfig)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a model's config: {error}; save the model again.") from error
     return config
 
 
@@ -490,7 +511,7 @@ def _make_member(
         pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or timm_cfg(backbone))
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
     pixels["image_mode"] = IMAGE_MODES.get(channels, CHANNELS)
     if channels not in IMAGE_MODES:

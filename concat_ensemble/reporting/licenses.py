@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from concat_ensemble.members.provenance import read_provenances
 from concat_ensemble.reporting.rendering import Markdown, format_code, one_line
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def joint_license(licenses: Iterable[str | None]) -> str:
 
 def member_licenses(config: ConcatEnsembleConfig) -> list[str | None]:
     """The licence of each built member from its provenance; None where it is not stated."""
-    licenses = [config.members[k]["provenance"].get("license") for k in config.built_members]
+    licenses = [provenance.license for provenance in read_provenances(config)]
     return [None if license is None else one_line(license) for license in licenses]
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.files import replace_file
+from concat_ensemble.members.provenance import Provenance, read_provenances
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.reporting.card_metadata import (
     benchmark_entries,
@@ -81,10 +82,10 @@ def write_card(folder: Path, title: str | None = None, *, redraw: bool = True, e
     """
     config, studies = _read(folder)
     refuse_links(folder, RESULTS, FIGURES, EVAL_RESULTS)  # only for writing: in the Hub's cache every file is a link
+    texts = _render_files(folder, title, config, studies, earlier)  # first, as the earlier card may be bad
     for stem, study in studies.items():
         if redraw or not _figures_are_current(folder, study, stem):
             _draw_figures(study, folder / FIGURES, stem)
-    texts = _render_files(folder, title, config, studies, earlier)
     for path in sorted(texts, key=lambda path: path.name == CARD):
         with replace_file(path) as aside:
             aside.write_text(texts[path], encoding="utf-8")
@@ -210,9 +211,10 @@ def _render_files(
 def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, Results]) -> dict[str, Any]:
     """What the templates of the card and of the licence show."""
     specs = [config.members[k] for k in config.built_members]
-    members, provenances = [_describe_member(spec) for spec in specs], [spec["provenance"] for spec in specs]
-    recipes = {str(provenance.get("ensemble_recipe") or "") for provenance in provenances}
-    commands = [item.get("command") for item in provenances] + [study.command for study in studies.values()]
+    provenances = read_provenances(config)
+    members = [_describe_member(spec, provenance) for spec, provenance in zip(specs, provenances, strict=True)]
+    recipes = {provenance.ensemble_recipe or "" for provenance in provenances}
+    commands = [item.command for item in provenances] + [study.command for study in studies.values()]
     architectures = [spec["architecture"] for spec in specs]
     return {
         "note": Markdown(NOTE),
@@ -230,7 +232,7 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
             for stem, study in studies.items()
         ],
         "gains": member_gains([format_code(member["architecture"]) for member in members], list(studies.values())),
-        "commands": list(dict.fromkeys(str(command) for command in commands if command)),
+        "commands": list(dict.fromkeys(command for command in commands if command)),
         "interval_covers": _interval_covers({study.repeats for study in studies.values()}),
         "versions": next((study.versions for study in studies.values()), {}),
     }
@@ -260,11 +262,12 @@ def _interval_covers(repeats: Iterable[int]) -> str:
     return ", or ".join(covers)
 
 
-def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
-    provenance = spec["provenance"]
-    described = {key: provenance.get(key, "not stated") for key in ("pretraining_data", "license", "steps", "seed")}
-    source = provenance.get("source", "not stated")
-    hub_id, revision = provenance.get("hub_id"), str(provenance.get("revision", "main"))
+def _describe_member(spec: dict[str, Any], provenance: Provenance) -> dict[str, Any]:
+    keys = ("pretraining_data", "license", "steps", "seed", "source")
+    described = {key: getattr(provenance, key) for key in keys}
+    described |= {key: "not stated" for key, value in described.items() if value is None}
+    source = described["source"]
+    hub_id, revision = provenance.hub_id, provenance.revision or "main"
     if is_hub_id(hub_id) and re.fullmatch(r"[\w./-]+", revision):
         source = Markdown(f"[{escape_text(hub_id)}](https://huggingface.co/{escape_url(f'{hub_id}/tree/{revision}')})")
     return described | {
@@ -272,7 +275,7 @@ def _describe_member(spec: dict[str, Any]) -> dict[str, Any]:
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),
         "num_features": spec["num_features"],
         "input": describe_input(spec["preprocessing"]),
-        "sha256": str(provenance.get("weights_sha256", ""))[:12],
+        "sha256": provenance.weights_sha256[:12],
     }
 
 

@@ -31,6 +31,7 @@ from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.members.provenance import read_provenances
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification as Classifier
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
@@ -199,18 +200,18 @@ def save_classifier(
 def describe_fine_tuning(model: Classifier, settings: FineTuning, input_size: Sequence[int]) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * settings.batch_size
-    for k, member in model.members.items():
+    for (k, member), stated in zip(model.members.items(), read_provenances(config), strict=True):
         spec = config.members[int(k)]
         provenance = spec["provenance"]
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
         dataset = without_folders(settings.dataset)
         provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
-        if "steps" in provenance:  # else the cost of pretraining is not known
-            provenance["steps"] += settings.steps
-        if "compute" in provenance:
+        if stated.steps is not None:  # else the cost of pretraining is not known
+            provenance["steps"] = stated.steps + settings.steps
+        if stated.compute and stated.compute.gflops is not None:
             size = Size.measure(spec["architecture"], spec["model_args"], input_size, 0)
-            provenance["compute"]["images"] += num_images
-            provenance["compute"]["gflops"] += round(size.training_flops(num_images) / 1e9, 3)
+            gflops = stated.compute.gflops + round(size.training_flops(num_images) / 1e9, 3)
+            provenance["compute"] |= {"images": stated.compute.images + num_images, "gflops": gflops}
     return config
 
 

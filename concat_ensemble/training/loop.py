@@ -110,7 +110,7 @@ class Loop(Generic[Network]):
         if checkpoint is not None:
             accelerator.load_state(str(checkpoint))
             state = read_state(checkpoint)
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step, self.seconds = state.step, state.seconds
             for schedule in self._schedules:
                 schedule.step_update(self.step)
 

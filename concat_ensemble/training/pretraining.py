@@ -31,6 +31,7 @@ from concat_ensemble.console import out
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.images import Images, Pixels
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
@@ -254,8 +255,7 @@ def read_hashes(folder: Path) -> list[str] | None:
     """The sha256 of each member's weights in an ensemble's folder, None without one."""
     if not (folder / "config.json").is_file():
         return None
-    members = json.loads((folder / "config.json").read_text())["members"]
-    return [member["provenance"]["weights_sha256"] for member in members]
+    return members_sha256(ConcatEnsembleConfig.from_pretrained(folder))
 
 
 def run(

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import replace_folder, without_folders, write_json
+from concat_ensemble.schema import Amount, Count, check_type, decode_json
 from concat_ensemble.training.images import Images
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
@@ -59,7 +62,7 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     """
     if not folder.exists():
         return False
-    there, here = _public_values(read_state(folder).get("identity", {})), _public_values(identity)
+    there, here = _public_values(read_state(folder).identity), _public_values(identity)
     for key in sorted(here.keys() | there.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(
@@ -69,10 +72,19 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     return True
 
 
-def read_state(folder: Path) -> dict:
+@dataclass
+class TrainingState:
+    """The state file of a training; a result has no step."""
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    step: Count = 0
+    seconds: Amount = 0.0
+
+
+def read_state(folder: Path) -> TrainingState:
     """Read the training's state file in a checkpoint or a result."""
     try:
-        return json.loads((folder / STATE_FILE).read_text())
+        return check_type(decode_json(folder / STATE_FILE), TrainingState)
     except (OSError, ValueError) as error:
         problem = f"{folder} has no readable {STATE_FILE} of a training ({first_line(error)})"
         raise ValueError(f"{problem}; name another output=, or delete the folder.") from error

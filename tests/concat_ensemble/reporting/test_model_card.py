@@ -336,7 +336,6 @@ def test_check_names_the_first_line_that_differs_from_the_results(card, folder, 
 
 def test_names_from_strangers_are_shown_as_text(card):
     bad = "<script>alert(1)</script> ![x](javascript:1) `code` [l](http://a.b)"
-    card({}, [{"license": ["mit"], "recipe": "x", "command": {}, "ensemble_recipe": [], "hub_id": 3}, {"steps": {}}])
     provenance = {"source": bad, "license": bad, "hub_id": bad, "command": "```\n<script>"}
     rows = {bad: [0.5, 0.6], "one": [0.4, 0.5]}
     text, data = card({"digits": rows}, [provenance, provenance], dataset={"name": bad}, title=bad)
