@@ -1,13 +1,12 @@
 """Small files that claim to be large, and large ones of nothing: each attack writes its files into the current folder,
 and `python tests/safety/sizes.py` opens them in a process of its own.
 
-Beside them stands `pair`, a copy of a tiny ensemble with results, which attacks may change.
+Beside them stands `pair`, a copy of a tiny ensemble with results, for the attacks that change it.
 """
 
 import io
 import json
 import random
-import shutil
 import struct
 import tarfile
 import textwrap
@@ -20,6 +19,7 @@ from pathlib import Path
 LARGE = "vit_7b_patch16_dinov3"  # 6.7 billion weights
 PIXELS = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic", "image_mode": "RGB"}
 PIXELS |= {"input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+RUN = {"seed": 0, "metrics": {"top1": 0.5}, "l2_strength": 0.1, "n_train": 9, "n_test": 9, "correct": "AAA="}
 GB = 1 << 30
 LOAD = "from transformers import AutoModel; AutoModel.from_pretrained('pair')"
 READ = "from transformers import AutoImageProcessor; AutoImageProcessor.from_pretrained('pair')('{file}')"
@@ -43,6 +43,10 @@ class Attack:
     @property
     def name(self) -> str:
         return self.make.__name__.replace("_", " ")
+
+    @property
+    def needs_ensemble(self) -> bool:
+        return "pair" in (*self.words, *self.code.split("'"))
 
 
 ATTACKS: dict[str, Attack] = {}
@@ -583,6 +587,31 @@ def results_of_a_million_rows():
     put_rows(1_000_000)
 
 
+def write_results(**run) -> None:
+    row = {"name": "pair", "kind": "ensemble", "num_features": 32, "runs": [RUN | run]}
+    content = {"schema_version": 2, "ensemble": "pair", "dataset": {"name": "digits"}, "probe": {}, "rows": [row]}
+    Path("x").mkdir()
+    Path("x/digits.json").write_text(json.dumps(content))
+
+
+@command("report", "x")
+def results_that_claim_10_to_the_15_images():
+    write_results(n_test=10**15)
+
+
+@command("report", "x")
+def a_report_nested_100_000_times():
+    write_results()
+    Path("x/digits.json").write_text('{"rows": ' + NESTED)
+
+
+@command("report", "x")
+def results_of_a_number_of_a_million_digits():
+    write_results()
+    path = Path("x/digits.json")
+    path.write_text(path.read_text().replace('"n_train": 9', '"n_train": ' + "9" * 1_000_000))
+
+
 @command("report", "pair", "--output", "report.html")
 def a_report_of_a_million_rows():
     put_rows(1_000_000)
@@ -745,7 +774,3 @@ def make_ensemble() -> None:
         for name, kind in (("pair", "ensemble"), ("raw pixels", "control"))
     ]
     Results("pair", {"name": "digits"}, {}, rows, members_sha256(model.config)).save(Path("pair/results/digits.json"))
-
-
-def copy_ensemble(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder / "pair")
