@@ -37,9 +37,9 @@ from concat_ensemble.training.recipe import Recipe
 from tests.safety.mutations import any_name, any_text, as_json, as_yaml, change, damage, near
 
 ROOT = Path(__file__).parents[2]
-FEW, MANY = 50, 12_500  # of each of the eight kinds: 400, and 100,000
+FEW, MANY = 40, 12_500  # of each of the eight kinds: 320, and 100,000
 # Characters that move a cursor, turn the direction of text, or are none.
-CONTROLS = {*map(chr, range(32)), *map(chr, range(0x7F, 0xA0)), "\u2028", "\u2029", "\ufeff", "\u061c"} - {"\n"}
+CONTROLS = {*map(chr, range(32)), *map(chr, range(0x7F, 0xA0)), "\u2028", "\u2029", "\ufeff", "\u061c"} - {"\n", "\t"}
 CONTROLS |= {*map(chr, range(0x200E, 0x2010)), *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
 # --- good files -----------------------------------------------------------------------------------------------------
@@ -117,13 +117,9 @@ PROCESSORS = [
     )
 ]
 
-
-def load_front_matter(path: Path) -> dict:
-    """The metadata of a card that we wrote, by a fast reader."""
-    return yaml.load(re.match(r"---\n(.*?)\n---\n", path.read_text(), re.DOTALL)[1], yaml.CSafeLoader)
-
-
-FRONT_MATTERS = [load_front_matter(path) for path in sorted(ROOT.glob("model_cards/*/README.md"))]
+FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+CARDS = [FRONT_MATTER.match(path.read_text())[1] for path in sorted(ROOT.glob("model_cards/*/README.md"))]
+FRONT_MATTERS = [yaml.load(text, yaml.CSafeLoader) for text in CARDS]  # the fast one
 for metadata in FRONT_MATTERS:  # a few evaluations are enough, and faster
     metadata["model-index"][0]["results"] = metadata["model-index"][0]["results"][:1]
 USERS_KEYS = (
@@ -211,7 +207,7 @@ def check_text(text: str, where: str) -> None:
 def check_line(text: str) -> None:
     check_text(text, "the error")
     assert "\n" not in text, f"the error has {len(text.splitlines())} lines"
-    assert len(text) < 10_000, f"the error has {len(text):,} characters"
+    assert len(text) < 110_000, f"the error has {len(text):,} characters"  # a recipe is no longer
 
 
 def check_card(path: Path) -> None:
@@ -291,7 +287,7 @@ def read_training_recipe(content: bytes, folder: Path) -> None:
 def read_front_matter(content: bytes, folder: Path) -> None:
     (folder / "README.md").write_bytes(content)
     write_card(folder, redraw=False)
-    assert load_front_matter(folder / "README.md")["library_name"] == "transformers"
+    assert yaml.safe_load(FRONT_MATTER.match((folder / "README.md").read_text())[1])["library_name"] == "transformers"
 
 
 def read_processor(content: bytes, folder: Path) -> None:
@@ -498,7 +494,8 @@ def fuzz(reader: str, folder: Path, count: int, record_property) -> None:
         except (ValueError, OSError) as error:
             refused += 1
             try:
-                check_line(shown_by(print_error, error).strip() if reader == "file name" else str(error))
+                check_line(shown_by(print_error, error).strip())
+                assert reader == "file name" or "\n" not in str(error), "the error has several lines"
             except AssertionError as problem:
                 faults[f"{describe_fault(error)}, but {str(problem).split(' [')[0]}"].append((content, seed, error))
         except Exception as error:
