@@ -66,11 +66,10 @@ def read_yaml(path: Traversable) -> Any:
         ValueError: for a file that is not YAML, too long, nested too deeply, or has aliases.
         OSError: for a file that cannot be opened.
     """
-    with path.open("rb") as file:
-        content, depth = file.read(MAX_BYTES + 1), 0
+    content, depth = path.read_bytes(), 0
     try:
         if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+            raise ValueError(f"{len(content):,} bytes are more than {MAX_BYTES:,}")
         for event in yaml.parse(content, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
