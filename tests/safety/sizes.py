@@ -35,7 +35,7 @@ BASELINE = "import concat_ensemble, torch, timm"
 RUN = """
 from concat_ensemble.commands import app
 
-def run():
+def run(**options):
 {code}
 
 app.app = run

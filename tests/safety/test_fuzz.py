@@ -244,7 +244,7 @@ def shown_by(show, *arguments, **options) -> str:
 def print_error(error: Exception) -> None:
     """As a command does."""
 
-    def fail():
+    def fail(**options):
         raise error
 
     command, app.app = app.app, fail
