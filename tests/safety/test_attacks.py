@@ -4,7 +4,6 @@ nothing is executed, written outside, lost, or takes a gigabyte.
 
 import io
 import json
-import os
 import pickle
 import re
 import struct
@@ -736,10 +735,3 @@ RESULTS = {
 def test_results_that_no_probe_wrote(attack, folder, refused):
     edit(folder / "results/digits.json", RESULTS[attack])
     refused("card", "pair", said="digits.json")
-
-
-def test_the_list_is_as_long_as_it_says(request):
-    """SECURITY.md speaks of this number."""
-    attacks = [item for item in request.session.items if item.path == Path(__file__)]
-    assert len(attacks) >= 40 or request.config.option.keyword
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
