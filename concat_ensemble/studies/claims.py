@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from concat_ensemble.data.audit import Audit
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.studies.results import MAJORITY, Results, Row, Run
@@ -53,8 +54,7 @@ def compare_results(claim: Results, again: Results) -> list[Check]:
         checks.append(check)
     checks[0].differences[:0] = _shared_differences(claim, again)
     for row in again.rows:
-        is_new = row.name == MAJORITY and claim.probe.get("selection") == VERSION_1_SELECTION
-        if row.name not in claim and not is_new:
+        if row.name not in claim and not (row.name == MAJORITY and _is_version_1(claim)):
             left_out = ["the results leave it out"]
             checks.append(Check(dataset, row.name, None, row.mean, None, again.metric, left_out))
     return checks
@@ -69,17 +69,16 @@ def allowed_interval(row: Row) -> tuple[float, float]:
 
 def _shared_differences(claim: Results, again: Results) -> Iterator[str]:
     """Of the data, the settings of the probe, and which rows there are."""
-    probe = again.probe
-    if claim.probe.get("selection") == VERSION_1_SELECTION:
-        probe = probe | {"selection": VERSION_1_SELECTION}
+    probe = again.probe | ({"selection": VERSION_1_SELECTION} if _is_version_1(claim) else {})
     yield from _differing_keys("dataset", claim.dataset, again.dataset)
     yield from _differing_keys("probe", claim.probe, probe)
-    if claim.audit is not None:
-        measured = again.audit or {}
-        claimed = {key: value for key, value in claim.audit.items() if key in measured}  # no keys of other versions
-        if not claimed.get("sha256"):  # from before there was one
-            claimed.pop("sha256", None)
-        yield from _differing_keys("audit", claimed, measured)
+    if claim.audit is None and not _is_version_1(claim):
+        yield _differ("audit", None, again.audit)
+    elif claim.audit is not None:
+        claimed = Audit.from_dict(claim.audit).to_dict()  # what a card shows of it, also where keys are missing
+        if not (again.audit or {}).get("sha256") or not claimed["sha256"]:  # images made here; before there was one
+            claimed.pop("sha256")
+        yield from _differing_keys("audit", claimed, again.audit or {})
     if claim.class_names and claim.class_names != again.class_names:
         yield _differ("class_names", claim.class_names, again.class_names)
     names = [row.name for row in claim.rows]
@@ -87,6 +86,11 @@ def _shared_differences(claim: Results, again: Results) -> Iterator[str]:
         yield f"rows that share a name, among {reprlib.repr(sorted(names))}"
     if names[0] != again.rows[0].name:
         yield _differ("the first row", names[0], again.rows[0].name)
+
+
+def _is_version_1(claim: Results) -> bool:
+    """Whether results are as version 0.1.0 wrote them: without an audit and the majority class."""
+    return claim.probe.get("selection") == VERSION_1_SELECTION
 
 
 def _differing_keys(name: str, claim: dict[str, Any], again: dict[str, Any]) -> Iterator[str]:

@@ -127,7 +127,7 @@ def read_dataset(recorded: dict[str, Any], own: Sequence[str] = ()) -> DatasetOp
         return options
     if len(own) == 1 and not options.recipe:
         return dataclasses.replace(options, name=own[0])
-    problem = f"{name!r} is not a dataset on the Hub, and nothing else is read for results that may be a stranger's"
+    problem = f"{name!r} is not a dataset on the Hub, or also a path here, which results do not open by themselves"
     raise ValueError(f"{problem}; name your copy of it, as in --dataset imagefolder:FOLDER")
 
 

@@ -11,43 +11,49 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from concat_ensemble import ConcatEnsembleModel
+from concat_ensemble import ConcatEnsembleModel, assemble
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.reporting.model_card import write_card
-from concat_ensemble.studies.claims import compare_results
+from concat_ensemble.studies.claims import VERSION_1_SELECTION, compare_results
 from concat_ensemble.studies.options import ProbeOptions
 from concat_ensemble.studies.probe_study import run_probe_study
 from concat_ensemble.studies.results import Results, pack_bits, pack_numbers
 from concat_ensemble.studies.verification import measure_again, read_dataset, verify_ensemble
 
 QUIET = ExtractionOptions(quiet=True)
-DIGITS = {"name": "digits", "classes": "3,8", "limit": 60}
+DIGITS = {"name": "digits", "classes": "3,8,9", "limit": 160}
 
 
-def probe(made, tmp_path_factory, name, options, **dataset):
-    """A folder of an ensemble with honest results, and what `verify` measures for them."""
-    folder = shutil.copytree(made, tmp_path_factory.mktemp(name) / "pair")
-    shutil.rmtree(folder / "results")
+def probe(folder, options, **dataset):
+    """The file of honest results, and what `verify` measures for them."""
     path = run_probe_study(str(folder), DatasetOptions(**DIGITS | dataset), options, QUIET).path
-    write_card(folder)
-    model = ConcatEnsembleModel.from_pretrained(folder)
-    return path, measure_again(Results.load(path), model, extraction=QUIET)
+    return path, measure_again(Results.load(path), ConcatEnsembleModel.from_pretrained(folder), extraction=QUIET)
 
 
 @pytest.fixture(scope="module")
 def single(made, tmp_path_factory):
-    return probe(made, tmp_path_factory, "single", ProbeOptions())
+    """One repeat of an ensemble of two members, with all controls."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("single") / "pair")
+    shutil.rmtree(folder / "results")
+    return probe(folder, ProbeOptions())
 
 
 @pytest.fixture(scope="module")
-def repeated(made, tmp_path_factory):
-    options = ProbeOptions(repeats=2, metric="macro_f1", controls="none")
-    return probe(made, tmp_path_factory, "repeated", options)
+def one_member(backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "one"
+    assemble([backbone]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repeated(one_member):
+    """Two repeats in another metric, with two controls."""
+    return probe(one_member, ProbeOptions(repeats=2, metric="macro_f1", controls="quick"))
 
 
 @pytest.fixture
 def claim(tmp_path):
-    """`claim(measured, lie)`: the checks of the honest results after a lie was written into their file."""
+    """`claim(measured, lie)`: what is wrong with the honest results after a lie was written into their file."""
 
     def check(measured, lie):
         path, again = measured
@@ -55,10 +61,7 @@ def claim(tmp_path):
         lie(content)
         lied = tmp_path / "lied.json"
         lied.write_text(json.dumps(content))
-        try:
-            return compare_results(Results.load(lied), again)
-        finally:
-            lied.unlink()
+        return [each for check in compare_results(Results.load(lied), again) for each in check.differences]
 
     return check
 
@@ -91,10 +94,21 @@ def in_audit(**values):
     return lambda content: content["audit"].update(values)
 
 
+def as_version_1(content):
+    content["probe"]["selection"], content["audit"] = VERSION_1_SELECTION, None
+    content["rows"] = [each for each in content["rows"] if each["name"] != "majority class"]
+
+
+def another_rounding(content):
+    for metrics in (run["metrics"] for each in content["rows"] for run in each["runs"]):
+        metrics |= {name: min(1.0, share + 1e-4) for name, share in metrics.items()}
+
+
 def few_images(content):
-    """The reproduction: 95 of 100, on one image."""
-    for each in content["rows"]:
-        each["runs"][0] |= {"n_test": 1, "correct": "", "confusion": "", "metrics": {"top1": 0.95}}
+    """95 of 100, on one image."""
+    for run in (run for each in content["rows"] for run in each["runs"]):
+        run |= {"n_test": 1, "correct": "", "confusion": ""}
+        run["metrics"] |= {"top1": 0.95, "macro_f1": 0.95}
 
 
 def without_rivals(content):
@@ -112,7 +126,7 @@ def twice(content):
 
 def a_gain(content):
     """Each within what rounding may change, but not both."""
-    for name, change in (("pair", 0.009), ("member 0 alone", -0.009)):
+    for name, change in (("one", 0.009), ("raw pixels", -0.009)):
         for run in row(content, name)["runs"]:
             run["metrics"]["macro_f1"] += change
 
@@ -151,12 +165,15 @@ LIES = {
     "interval": (in_run("pair", "intervals", {"mean_per_class": [0.2, 0.21]}), "intervals.mean_per_class[0] differs"),
     "spread": (in_run("pair", "resamples", [1.0] * 5), "resamples"),
     "more-resamples": (in_run("pair", "resamples", [0.5] * 500), "the length of resamples=500"),
-    "bits": (in_run("pair", "correct", pack_bits(np.zeros(60, bool))), "correct differs by"),
+    "bits": (in_run("pair", "correct", pack_bits(np.zeros(160, bool))), "correct differs by"),
     "resampled": (
         lambda c: [r["runs"][0].update(resampled=pack_numbers(np.ones(9), "<f4")) for r in c["rows"]],
         "resamp",
     ),
-    "confusion": (in_run("pair", "confusion", pack_numbers(np.array([0, 60, 0, 0]), "<u4")), "confusion differs by"),
+    "confusion": (
+        in_run("pair", "confusion", pack_numbers(np.array([0, 160, *[0] * 7]), "<u4")),
+        "confusion differs by",
+    ),
     "strength": (in_run("pair", "l2_strength", 1e9), "l2_strength=1000000000.0"),
     "converged": (in_run("pair", "converged", False), "converged=False"),
     "at-edge": (in_run("pair", "at_edge", 7 > 6), "at_edge"),
@@ -177,28 +194,33 @@ LIES = {
     "on-the-hub": (in_dataset(on_hub=True), "dataset.on_hub=True where it is False"),
     "a-benchmark": (in_dataset(benchmark="imagenet"), "dataset.benchmark='imagenet' where it is None"),
     "test-images": (in_dataset(test_images=50_000), "dataset.test_images=50000 where"),
-    "limit": (in_dataset(limit=None), "dataset.limit=None where it is 60"),
+    "limit": (in_dataset(limit=None), "dataset.limit=None where it is 160"),
     "shots": (in_dataset(shots=2), "dataset.shots=2 where it is None"),
     "a-cut": (in_dataset(test_split="test[:5]"), "dataset.test_split='test[:5]'"),
     "test_size": (in_dataset(test_size=0.9), "dataset.test_size=0.9 where it is 0.5"),
-    "classes": (in_dataset(classes=[7, 8]), "dataset.classes=[7, 8] where it is [3, 8]"),
+    "classes": (in_dataset(classes=[7, 8]), "dataset.classes=[7, 8] where it is [3, 8, 9]"),
     "seed": (in_dataset(seed=3), "dataset.seed=3 where it is 0"),
     "selection": (in_probe(selection="on the test images"), "probe.selection='on the test images'"),
     "grid": (in_probe(l2_strengths=[1.0]), "probe.l2_strengths=[1.0]"),
     "num_resamples": (in_probe(num_resamples=10**9), "probe.num_resamples=1000000000 where it is 5"),
     "a-setting-of-its-own": (in_probe(augmented=True), "probe.augmented=True where it is None"),
-    "label-counts": (in_audit(classes={"3": {"train": 1}, "8": {"train": 1}}), "audit.classes"),
+    "label-counts": (in_audit(classes={"3": {"train": 1}, "8": {"train": 1}, "9": {"train": 1}}), "audit.classes"),
     "leaks": (in_audit(duplicates_across={"train/test": 9, "train/validation": 0, "validation/test": 0}), "audit.dup"),
     "share-of-the-largest": (in_audit(majority_share=0.01), "audit.majority_share=0.01 where"),
+    "an-empty-audit": (lambda content: content.update(audit={}), "audit.num_images={}"),
+    "no-audit": (lambda content: content.update(audit=None), "audit=None where it is"),
     "imbalance": (in_audit(imbalanced=True), "audit.imbalanced=True where it is False"),
-    "class-names": (lambda content: content.update(class_names=["cat", "dog"]), "class_names=['cat', 'dog']"),
+    "class-names": (
+        lambda content: content.update(class_names=["cat", "dog", "cow"]),
+        "class_names=['cat', 'dog', 'cow']",
+    ),
 }
 LIES_OF_REPEATS = {
     "a-gain": (a_gain, "for the ensemble against it"),
     "repeat": (lambda c: c["rows"][0]["runs"][1]["metrics"].update(macro_f1=0.3), "metrics.macro_f1 differs"),
-    "mean": (in_metrics("pair", macro_f1=0.01), " was measured"),
+    "mean": (in_metrics("one", macro_f1=0.01), " was measured"),
     "more-repeats": (one_repeat_ten_times, "repeats=10 where it is 2"),
-    "interval": (in_run("pair", "intervals", {"macro_f1": [0.0, 0.01]}), "intervals.macro_f1[1] differs"),
+    "interval": (in_run("one", "intervals", {"macro_f1": [0.0, 0.01]}), "intervals.macro_f1[1] differs"),
     "resampled": (
         lambda c: [
             run.update(resampled=pack_numbers(np.full(1000, 0.5), "<f4")) for r in c["rows"] for run in r["runs"]
@@ -210,24 +232,29 @@ LIES_OF_REPEATS = {
 
 
 def test_honest_results_are_confirmed(claim, single, repeated):
-    for measured in (single, repeated):
-        checks = claim(measured, lambda content: None)
-        assert [check.differences for check in checks] == [[]] * len(checks) and all(check.holds for check in checks)
+    for path, again in (single, repeated):
+        checks = compare_results(Results.load(path), again)
+        assert [check.name for check in checks if not check.holds] == []
         assert all(check.interval[0] <= check.again == check.card <= check.interval[1] for check in checks)
+        assert claim((path, again), as_version_1) == [], "from before there were audits and the majority class"
+        assert claim((path, again), another_rounding) == []
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_is_not_confirmed(lie, claim, single):
     tell, said = LIES[lie]
-    checks = claim(single, tell)
-    assert any(said in each for check in checks for each in check.differences), [check.differences for check in checks]
+    try:
+        differences = claim(single, tell)
+    except ValueError as refusal:  # which is no results file in the first place
+        differences, said = [str(refusal)], "is not a results file"
+    assert any(said in each for each in differences), differences
 
 
 @pytest.mark.parametrize("lie", LIES_OF_REPEATS)
 def test_a_lie_about_repeats_is_not_confirmed(lie, claim, repeated):
     tell, said = LIES_OF_REPEATS[lie]
-    checks = claim(repeated, tell)
-    assert any(said in each for check in checks for each in check.differences), [check.differences for check in checks]
+    differences = claim(repeated, tell)
+    assert any(said in each for each in differences), differences
 
 
 def test_repeats_do_not_agree_better_than_they_do(repeated):
@@ -313,41 +340,43 @@ def test_public_datasets_need_no_word_of_the_user(recorded, world):
     assert recorded.items() <= dataclasses.asdict(read_dataset(recorded)).items()
 
 
-def test_only_a_linear_probe_is_confirmed(single, world, capsys, monkeypatch, refused):
-    path, _ = single
-    folder = shutil.copytree(path.parent.parent, world / "pair")
-    content = json.loads(path.read_text())
-    for kind in ("fine-tuning", "k nearest neighbors", None):
-        content["probe"]["kind"] = kind
+@pytest.fixture
+def lied(repeated, world):
+    """`lied(lie)`: a folder of the ensemble with honest results but for a lie."""
+
+    def tell(lie):
+        path, _ = repeated
+        folder = shutil.copytree(path.parent.parent, world / "one")
+        content = json.loads(path.read_text())
+        lie(content)
         (folder / "results" / path.name).write_text(json.dumps(content))
-        write_card(folder)
-        refused("verify", "pair", "--quiet", said=f"{kind!r} is no linear probe")
+        return folder
+
+    return tell
 
 
-def test_the_command_does_not_confirm_95_on_one_image(single, world, refused):
-    path, _ = single
-    folder = shutil.copytree(path.parent.parent, world / "pair")
-    content = json.loads(path.read_text())
-    few_images(content)
-    (folder / "results" / path.name).write_text(json.dumps(content))
-    write_card(folder)
-    refused("verify", "pair", "--quiet", said="n_test=1 where it is 60")
+def test_the_command_does_not_confirm_95_on_one_image(lied, refused):
+    write_card(lied(few_images))
+    refused("verify", "one", "--quiet", said="n_test=1 where it is 160")
 
 
-@pytest.mark.parametrize("kind", ["csv:{}", "imagefolder:{}", "parquet:{}", "{}"])
-def test_the_command_opens_no_local_file(kind, single, world, refused):
+@pytest.mark.parametrize("kind", ["fine-tuning", "k nearest neighbors", None])
+def test_only_a_linear_probe_is_confirmed(kind, lied):
+    folder = lied(in_probe(kind=kind))
+    (check,) = verify_ensemble(folder, ConcatEnsembleModel.from_pretrained(folder), quiet=True)
+    assert not check.holds and f"{kind!r} is no linear probe" in check.differences[0]
+
+
+@pytest.mark.parametrize("name", ["csv:{}", "imagefolder:{}", "parquet:{}", "{}"])
+def test_no_local_file_is_opened(name, lied, world):
     """Whoever opens this pipe waits forever."""
-    path, _ = single
-    folder = shutil.copytree(path.parent.parent, world / "pair")
     os.mkfifo(world / "private.parquet")
-    content = json.loads(path.read_text())
-    content["dataset"]["name"] = kind.format(world / "private.parquet")
-    (folder / "results" / path.name).write_text(json.dumps(content))
-    write_card(folder)
-    refused("verify", "pair", "--quiet", said="is not a dataset on the Hub")
+    folder = lied(in_dataset(name=name.format(world / "private.parquet")))
+    (check,) = verify_ensemble(folder, ConcatEnsembleModel.from_pretrained(folder), quiet=True)
+    assert not check.holds and "is not a dataset on the Hub" in check.differences[0]
 
 
-def test_a_copy_that_the_user_names_must_hold_the_same_images(made, world):
+def test_a_copy_that_the_user_names_must_hold_the_same_images(one_member, world):
     rng = np.random.default_rng(0)
     for split, number in (("train", 12), ("test", 6)):
         for label in ("dark", "bright"):
@@ -355,8 +384,7 @@ def test_a_copy_that_the_user_names_must_hold_the_same_images(made, world):
             for n in range(number):
                 pixels = rng.integers(0, 100, (8, 8)) + 100 * (label == "bright")
                 PIL.Image.fromarray(pixels.astype(np.uint8)).save(world / "mine" / split / label / f"{n}.png")
-    folder = shutil.copytree(made, world / "pair")
-    shutil.rmtree(folder / "results")
+    folder = shutil.copytree(one_member, world / "one", ignore=lambda *_: ["results"])
     dataset = DatasetOptions(name=f"imagefolder:{world / 'mine'}")
     run_probe_study(str(folder), dataset, ProbeOptions(controls="none"), QUIET)
     (world / "mine").rename(world / "moved")
