@@ -12,7 +12,7 @@ from concat_ensemble.data.options import ExtractionOptions
 if TYPE_CHECKING:
     from concat_ensemble.studies.claims import Check
 
-SHOWN_FAILURES = 3
+SHOWN = 3  # rows, and differences of each, in the error; the table has all
 
 
 def verify(
@@ -53,10 +53,17 @@ def verify(
         print_json([dataclasses.asdict(check) | {"holds": check.holds} for check in checks])
     else:
         print_table(check_table(checks))
-    failed = [f"{each.name} on {each.dataset}: {'; '.join(each.differences)}" for each in checks if not each.holds]
+    failed = [each for each in checks if not each.holds]
     if failed:
-        reasons = " | ".join(failed[:SHOWN_FAILURES]) + (" | ..." if len(failed) > SHOWN_FAILURES else "")
+        reasons = " | ".join(
+            f"{each.name} on {each.dataset}: {list_first(each.differences)}" for each in failed[:SHOWN]
+        )
+        reasons += " | ..." if len(failed) > SHOWN else ""
         raise ValueError(f"{len(failed)} of {len(checks)} numbers are not confirmed: {reasons}")
+
+
+def list_first(differences: list[str]) -> str:
+    return "; ".join(differences[:SHOWN]) + ("; ..." if len(differences) > SHOWN else "")
 
 
 def check_table(checks: "list[Check]") -> Table:

@@ -360,6 +360,13 @@ def test_the_command_does_not_confirm_95_on_one_image(lied, refused):
     refused("verify", "one", "--quiet", said="n_test=1 where it is 160")
 
 
+def test_results_that_the_hub_shows_and_nobody_measured_are_refused(lied, world, refused):
+    write_card(lied(lambda content: None))
+    (world / "one/.eval_results").mkdir()
+    (world / "one/.eval_results/imagenet.yaml").write_text("- value: 99.9\n")
+    refused("verify", "one", "--quiet", said="imagenet.yaml is not from results")
+
+
 @pytest.mark.parametrize("kind", ["fine-tuning", "k nearest neighbors", None])
 def test_only_a_linear_probe_is_confirmed(kind, lied):
     folder = lied(in_probe(kind=kind))
