@@ -55,15 +55,9 @@ def verify(
         print_table(check_table(checks))
     failed = [each for each in checks if not each.holds]
     if failed:
-        reasons = " | ".join(
-            f"{each.name} on {each.dataset}: {list_first(each.differences)}" for each in failed[:SHOWN]
-        )
-        reasons += " | ..." if len(failed) > SHOWN else ""
-        raise ValueError(f"{len(failed)} of {len(checks)} numbers are not confirmed: {reasons}")
-
-
-def list_first(differences: list[str]) -> str:
-    return "; ".join(differences[:SHOWN]) + ("; ..." if len(differences) > SHOWN else "")
+        reasons = [f"{each.name} on {each.dataset}: {'; '.join(each.differences[:SHOWN])}" for each in failed[:SHOWN]]
+        text = " | ".join(reasons) + (" | ..." if len(failed) > SHOWN else "")
+        raise ValueError(f"{len(failed)} of {len(checks)} numbers are not confirmed: {text}")
 
 
 def check_table(checks: "list[Check]") -> Table:
