@@ -1,16 +1,17 @@
 """An audit of a dataset before anything is measured on it: copies of images, shared groups, class balance."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from concat_ensemble.data.groups import number_images, number_values
-from concat_ensemble.data.images import with_hashes
+from concat_ensemble.data.images import image_hashes, with_hashes
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
 from concat_ensemble.schema import Count, Share, Text
 
@@ -41,6 +42,7 @@ class Audit:
     groups: SplitCounts | None = None  # number of groups
     groups_across: dict[str, Count] = field(default_factory=dict)  # "train/test": number of groups in both
     unreadable: SplitCounts = field(default_factory=dict)  # images that could not be read and were left out
+    sha256: Text = ""  # of the encoded images and labels that are used, in their order; empty for a table
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -159,6 +161,7 @@ def audit_splits(data: DatasetDict) -> AuditedData:
     kept = {
         name: split.select(used[name]) if len(used[name]) < len(split) else split for name, split in splits.items()
     }
+    audit.sha256 = _hash_splits(kept)
     return AuditedData(DatasetDict(kept.items()), audit)
 
 
@@ -192,6 +195,14 @@ def audit_rows(
         audit.groups = {name: len(np.unique(groups[name][rows])) for name, rows in used.items()}
     _count_classes(audit, {name: labels[name][rows] for name, rows in used.items()}, names)
     return used, audit
+
+
+def _hash_splits(splits: Mapping[str, Dataset]) -> str:
+    digest = hashlib.sha256()
+    for name, split in splits.items():
+        labels = np.asarray(read_labels(split), "<i8")
+        digest.update(f"{name} {len(labels)} ".encode() + b"".join(image_hashes(split)) + labels.tobytes())
+    return digest.hexdigest()
 
 
 def is_imbalanced(counts: list[int]) -> bool:

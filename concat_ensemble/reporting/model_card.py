@@ -119,13 +119,18 @@ def renew_card(folder: Path, former: Path) -> str | None:
 
 
 def check_card(folder: Path) -> None:
-    """Check that the card of an ensemble's folder is what `write_card` would write; see `check_files`."""
+    """Check that the card of an ensemble's folder is what `write_card` would write, and that there are no other
+    results for the Hub to show; see `check_files`."""
     config, studies = _read(folder)
     for name in itertools.chain(*(_figure_names(study, stem) for stem, study in studies.items())):
         figure = folder / FIGURES / name
         if not figure.is_file():
             raise ValueError(f"{figure} is not there; write it with concat-ensemble card {folder}.")
-    check_files(_render_files(folder, None, config, studies), str(folder))
+    texts = _render_files(folder, None, config, studies)
+    for path in sorted((folder / EVAL_RESULTS).glob("*")):
+        if path not in texts:
+            raise ValueError(f"{path} is not from results, and the Hub shows what it says; remove it.")
+    check_files(texts, str(folder))
 
 
 def check_files(texts: dict[Path, str], arguments: str) -> None:
