@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as registration
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -36,7 +37,7 @@ from .weights_concat_ensemble import refuse_misfit, replace_files, save_weights
 MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**28  # the last: of a head or a projection that may be new
 MODULES_PER_MEMBER = 1_000  # on average, for ensembles that may have more than MAX_MODULES
 MAX_UNSAVED = 2**29  # bytes beside weights, such as tables of relative positions; and once more the weights' bytes
-MAX_SECONDS = 30  # for building all members without memory; the slowest of timm's networks takes one
+MAX_SECONDS = 20  # for building all members without memory; the slowest of timm's networks takes 1.5
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ADAPTER_CONFIG = "adapter_config.json"
 Network = TypeVar("Network", bound=nn.Module)
@@ -79,7 +80,8 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         config.check_dynamic_img_size()
         if not config.members:
             raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
-        self.members = _build_within_limits(functools.partial(_create_members, config), len(config.built_members))
+        num_networks = len(config.built_members) * (3 if config.dynamic_img_size else 1)  # how many are tried
+        self.members = _build_within_limits(functools.partial(_create_members, config), num_networks)
         self._member_pixels, geometries = {}, config.geometries
         for k in config.built_members:
             spec, index = config.members[k], config.geometry_index(k)
@@ -478,7 +480,7 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
 def _build_within_limits(create: Callable[[], Network], num_networks: int = 1) -> Network:
     """What `create` builds on the default device. It is called on the meta device first, where sizes cost nothing.
     Raises ValueError if it takes more there than the bounds above for so many networks."""
-    with torch.device("meta"), _Limits(num_networks):
+    with torch.device("meta"), _Limits(num_networks), _deadline():
         built = create()
     if torch.get_default_device().type == "meta":
         return built
@@ -499,25 +501,17 @@ class _Limits(TorchDispatchMode):
         self.alive_bytes = self.checked = 0
 
     def __enter__(self):
-        self.thread, self.lock, self.is_over = threading.get_ident(), threading.Lock(), False
-        self.deadline = time.monotonic() + MAX_SECONDS
-        self.timer = threading.Timer(MAX_SECONDS, self._interrupt)
-        self.timer.daemon = True
+        self.thread, self.deadline = threading.get_ident(), time.monotonic() + MAX_SECONDS
         self.hooks = [
             registration.register_module_module_registration_hook(self._count_module),
             registration.register_module_parameter_registration_hook(self._count_weights),
         ]
-        self.timer.start()
         return super().__enter__()
 
     def __exit__(self, kind, error, traceback):
         super().__exit__(kind, error, traceback)
         for hook in self.hooks:
             hook.remove()
-        self.timer.cancel()
-        with self.lock:
-            self.is_over = True
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
         if kind is None:
             self._check()
 
@@ -551,20 +545,37 @@ class _Limits(TorchDispatchMode):
             self.alive = [(reference, size) for reference, size in self.alive if not reference.expired()]
             self.alive_bytes, self.checked = sum(size for _, size in self.alive), len(self.alive)
         if self.alive_bytes > max_bytes:
-            raise ValueError(f"beside its weights it takes more memory than they do and {MAX_UNSAVED:,} bytes")
+            raise ValueError(f"its buffers take over {MAX_UNSAVED >> 20} MiB more than its weights")
         if time.monotonic() > self.deadline:
             raise _TooSlow()
-
-    def _interrupt(self):
-        # Some constructors loop in Python for hours and call nothing in which they could be stopped otherwise.
-        with self.lock:
-            if not self.is_over:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_TooSlow))
 
 
 class _TooSlow(ValueError):
     def __init__(self):
         super().__init__(f"it takes more than {MAX_SECONDS} seconds")
+
+
+@contextmanager
+def _deadline():
+    """Raise ValueError after `MAX_SECONDS`. Some constructors loop in Python for hours and call nothing in which
+    `_Limits` could stop them, so another thread does it."""
+    thread, lock, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def interrupt():
+        with lock:
+            if not is_over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TooSlow))
+
+    timer = threading.Timer(MAX_SECONDS, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            is_over = True
+        timer.cancel()
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # what has not been raised yet
 
 
 def _create_members(config: ConcatEnsembleConfig) -> nn.ModuleDict:
@@ -587,7 +598,8 @@ def _create_network(architecture: str, model_args: dict) -> nn.Module:
         return timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
     except Exception as error:  # timm checks few of its arguments, so any kind of error may come
         reason = repr(error) if isinstance(error, LookupError) or not str(error) else str(error)
-        raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {reason}") from error
+        arguments = str(model_args)[:300]
+        raise ValueError(f"timm cannot build {architecture} with model_args {arguments}: {reason}") from error
 
 
 def _create_dynamic_network(spec: dict) -> nn.Module:
@@ -598,6 +610,7 @@ def _create_dynamic_network(spec: dict) -> nn.Module:
         try:
             with torch.device("meta"):
                 network = _create_network(architecture, arguments).eval()
+            with torch.device("meta"), _disable_current_modes():  # feature maps do not count
                 for size in ((2 * height, width), (height, 2 * width)):
                     network(torch.zeros(1, channels, *size))
         except Exception as error:  # of any kind, for a network that cannot

@@ -325,7 +325,7 @@ def _check_weights(repo: str, commit: str | None, filename: Any, network: nn.Mod
             problem = f"{name} of {HUB}{repo} does not hold the weights of {timm_cfg(network)['architecture']}"
             raise ValueError(f"{problem}: it has {numbers:,} numbers, not {needed:,}; use another repo.")
         return
-    raise ValueError(f"{HUB}{repo} has no weights; use another repo.")
+    raise ValueError(f"{HUB}{repo} has no weights, or they cannot be fetched; use another repo.")
 
 
 def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[str, Any]) -> nn.Module:
