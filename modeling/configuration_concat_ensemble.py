@@ -43,6 +43,7 @@ PLAIN_NAME = re.compile(r"[\w.-]{0,64}")  # no path, no URL
 REFUSED_KEYS = {"adapter_config", "per_layer_config", "quantization_config", "sub_configs", "transformers_weights"}
 # Bounds for a stranger's numbers, before anything is allocated; MAX_NUMBER is for features, labels and arguments.
 MAX_MEMBERS, MAX_NUMBER, MAX_IMAGE_SIDE, MAX_NESTING = 256, 65_536, 4_096, 16
+MAX_ARGUMENTS, MAX_SUM = 10_000, 2**20  # of a member's model_args: their characters, and the sum of their numbers
 MAX_CHANNELS, MAX_IMAGE_CHANNELS = 32, 256  # of a member, and of the images that it sees some channels of
 
 
@@ -298,11 +299,16 @@ def validate_model_args(model_args: Any) -> dict[str, Any]:
             raise ValueError(f"model_args has the key {_short(name)}, which is no argument's name.")
         if name in REFUSED_MODEL_ARGS:
             raise ValueError(f"model_args may not hold {name!r}; it does more than construct a network, so remove it.")
-    for value in _list_leaves(model_args):
+    length, leaves = len(repr(model_args)), _list_leaves(model_args)
+    if length > MAX_ARGUMENTS:
+        raise ValueError(f"model_args has {length:,} characters; use up to {MAX_ARGUMENTS:,}.")
+    for value in leaves:
         if isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
             raise ValueError(f"model_args holds {_short(value)}; use plain names only, no paths and no addresses.")
         if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
             raise ValueError(f"model_args holds {_short(value)}; numbers go up to {MAX_NUMBER:,}.")
+    total = sum(abs(value) for value in leaves if isinstance(value, int | float))
+    require(total <= MAX_SUM, "the sum of model_args", total, f"up to {MAX_SUM:,}")
     return model_args
 
 

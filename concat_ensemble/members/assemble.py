@@ -13,9 +13,16 @@ from typing import Any, TypedDict, TypeGuard
 import timm
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config
+from timm.models._hub import _get_safe_alternatives
 from torch import nn
 from transformers import TimmWrapperConfig
 
@@ -23,8 +30,10 @@ from concat_ensemble.errors import first_line, suggest
 from concat_ensemble.members.checkpoints import (
     PICKLES,
     Tensors,
-    load_backbone,
+    check_holds,
+    find_network,
     match_state_dict,
+    name_average,
     read_checkpoint,
     timm_cfg,
     weights_sha256,
@@ -313,13 +322,32 @@ def _load_from_hub(name: str, model_args: dict[str, Any]) -> list[_Member]:
         for member in members:
             member.spec["provenance"] |= {"source": HUB + repo, "hub_id": repo, "revision": commit}
         return members
-    architecture, own_args, _ = _read_network(config, name)
+    architecture, own_args, pretrained_cfg = _read_network(config, name)
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
-        rebuilt = create_backbone(architecture, **(own_args | model_args))
+        own = create_backbone(architecture, **own_args)
+        rebuilt = create_backbone(architecture, **(own_args | model_args)) if model_args else own
+    _check_weights(repo, commit, pretrained_cfg.get("hf_hub_filename"), own)
     backbone = _create_pretrained(f"{HUB}{repo}@{commit}", own_args, model_args)
     match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
     license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
+
+
+def _check_weights(repo: str, commit: str | None, filename: Any, network: nn.Module) -> None:
+    """Fetch the file that timm will load, and raise ValueError if there is none or it cannot hold the network."""
+    filename = filename if isinstance(filename, str) else PICKLE_NAME
+    for name in (*_get_safe_alternatives(filename), filename):
+        try:
+            path = Path(hf_hub_download(repo, name, revision=commit))
+        except EntryNotFoundError:
+            continue
+        numbers = sum(tensor.numel() for tensor in read_checkpoint(path)[0].values())
+        needed = sum(weight.numel() for weight in network.parameters())
+        if needed > 2 * numbers:  # timm may resize position embeddings
+            problem = f"{name} of {HUB}{repo} does not hold the weights of {timm_cfg(network)['architecture']}"
+            raise ValueError(f"{problem}: it has {numbers:,} numbers, not {needed:,}; use another repo.")
+        return
+    raise ValueError(f"{HUB}{repo} has no weights, or they cannot be fetched; use another repo.")
 
 
 def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[str, Any]) -> nn.Module:
@@ -412,12 +440,18 @@ def _load_file(path: Path, architecture: str, model_args: dict[str, Any]) -> lis
     with error_prefix(str(path)):
         own_args, pixels = resolve_train_args(architecture, train_args) if train_args else ({}, {})
         model_args = _check_model_args(own_args | converted.model_args | model_args)
-        backbone = create_backbone(converted.architecture, **model_args)
+        with torch.device("meta"):  # refuses a checkpoint of another architecture before the model takes memory
+            network = create_backbone(converted.architecture, **model_args)
     average = None
     if is_jax:
+        check_holds(path, network)
+        backbone = create_backbone(converted.architecture, **model_args)
         load_jax_vit(backbone, path)
     else:
-        average = load_backbone(backbone, converted.tensors, str(path))
+        tensors = match_state_dict(network, converted.tensors, str(path))
+        average = name_average(find_network(network, converted.tensors, str(path)))
+        backbone = create_backbone(converted.architecture, **model_args)
+        backbone.load_state_dict(tensors, strict=False)
     provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
     provenance["weights"] = metadata.get("weights") or average
     return [_make_member(backbone, provenance, timm_cfg(backbone) | converted.pretrained_cfg | pixels)]
@@ -529,10 +563,12 @@ def _make_member(
 
 @torch.no_grad()
 def _measure_num_features(k: int, member: _Member) -> int:
-    """Run a member once: timm's `num_features` is another number for MobileNetV3, EfficientViT and InceptionNeXt."""
+    """Run a member's network once: timm's `num_features` is another number for MobileNetV3, EfficientViT and
+    InceptionNeXt. It runs on the meta device, since a stranger's images may be larger than the memory."""
     name, input_size = member.spec["architecture"], member.spec["preprocessing"]["input_size"]
     try:
-        pooled = member.backbone.eval()(torch.zeros(1, *input_size))
+        with torch.device("meta"):
+            pooled = create_backbone(name, **member.spec["model_args"]).eval()(torch.zeros(1, *input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         problem = f"member {k} ({name}) cannot take an image of {tuple(input_size)}"
         raise ValueError(f"{problem}: {first_line(error)}") from error
