@@ -19,6 +19,7 @@ PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch", ".ckpt")
 # Keys under which training scripts store the weights.
 CONTAINERS = ("state_dict", "model_state_dict", "model_params", "classy_state_dict", "base_model", "model", "trunk")
 MAX_CONTAINERS = 4  # one inside the other
+MAX_NETWORKS = 100  # side by side
 # Names of weights that are an average over training; they are preferred as timm does, and provenance names them.
 AVERAGES = {
     "EMA": re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE),
