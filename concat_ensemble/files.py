@@ -59,6 +59,14 @@ def _umask() -> int:
     return umask
 
 
+def check_regular_files(folder: Path) -> None:
+    """Raise OSError for a pipe, a socket or a device in a folder of an ensemble, or in its folders: whoever opens one
+    may wait, or read, without end. Links are followed."""
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError(f"{path} is not a regular file; remove it.")
+
+
 def read_yaml(path: Traversable) -> Any:
     """Read a YAML file as plain values. Aliases are refused: ten lines of them can expand to a billion words.
 

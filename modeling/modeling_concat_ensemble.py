@@ -232,6 +232,7 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         if adapter is not None and kwargs["use_safetensors"]:  # or transformers would read a pickle in its place
             places = hub_arguments | {key: options[key] for key in HUB_ARGUMENTS if key in options}
             cached_file(adapter, "adapter_model.safetensors", **places)
+            _check_adapter_type(cached_file(adapter, ADAPTER_CONFIG, **places))
         config = name if config is None else config
         with torch.device("meta"):
             expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)
@@ -511,6 +512,14 @@ def _limit_size():
             hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
             hooks.callback(hook.remove)
         yield
+
+
+def _check_adapter_type(adapter_config: str) -> None:
+    """Raise ValueError for a kind of adapter that PEFT does not know, for which PEFT raises KeyError."""
+    from peft import PeftType
+
+    peft_type = json.loads(Path(adapter_config).read_text()).get("peft_type")
+    require(peft_type in list(PeftType), "peft_type", peft_type, f"one of those of PEFT in {adapter_config}")
 
 
 def _keep_base_on_loading(adapter_config: Path) -> None:
