@@ -225,9 +225,12 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         # transformers would look for an adapter where we let it load from, which may be a temporary folder.
-        adapter, name, options = maybe_load_adapters(
-            pretrained_model_name_or_path, hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})
-        )
+        options = kwargs.pop("adapter_kwargs", None) or {}
+        try:
+            adapter, name, options = maybe_load_adapters(pretrained_model_name_or_path, hub_arguments, **options)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"{pretrained_model_name_or_path} has an {ADAPTER_CONFIG} that is none of PEFT's ({error!r})"
+            raise ValueError(f"{problem}; save the adapter again.") from error
         kwargs["adapter_kwargs"] = {**options, "_adapter_model_path": adapter}
         if adapter is not None and kwargs["use_safetensors"]:  # or transformers would read a pickle in its place
             places = hub_arguments | {key: options[key] for key in HUB_ARGUMENTS if key in options}

@@ -21,8 +21,9 @@ import warnings
 import zipfile
 import zlib
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -30,17 +31,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
-from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleModel, FeatureTable, assemble, load_data
+from concat_ensemble import ConcatEnsembleModel, assemble, load_data
 from concat_ensemble.commands.app import main
 from concat_ensemble.data.images import read_image
 from concat_ensemble.reporting.model_card import write_card
 from concat_ensemble.studies.results import Results
+from tests.clients import COMMAND, Client
 from tests.safety.test_attacks import CODE, INDEX, SCRIPT, SHARD, Evil, edit, png, raw_header
 
 REFUSED = (ValueError, OSError)
@@ -61,7 +62,7 @@ def bounded(world):
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + (2 << 30), before[1]))
-    signal.alarm(int(os.environ.get("SECONDS_TO_HANG", 15)))
+    signal.alarm(int(os.environ.get("SECONDS_TO_HANG", 30)))
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, handler)
@@ -82,9 +83,9 @@ def command(monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert code in (0, 2), (code, err)
         if code == 2 and not out:
-            line = err.strip().splitlines()[-1]
-            assert line.startswith("error: ") and err.strip().count("error: ") == 1, err
-            assert len(line) < 5_000, "an error of a page"
+            *before, line = err.strip().splitlines()
+            assert line.startswith("error: ") and not [each for each in before if each.startswith("error: ")], err
+            assert len(line) < 10_000, "an error of a page"
         return code, out, err
 
     return command
@@ -136,7 +137,9 @@ def processor_of_a_feature_extractor(folder):
 def processor_within_a_processor(folder):
     inner = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
     (folder / PROCESSOR).unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner, "auto_map": inner["auto_map"]}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": inner, "auto_map": inner["auto_map"]})
+    )
     AutoImageProcessor.from_pretrained(folder)
 
 
@@ -175,6 +178,16 @@ def an_adapter_of_an_unknown_type(folder):
     AutoModel.from_pretrained("adapter")
 
 
+def an_adapter_without_a_base(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    AutoModel.from_pretrained(folder)
+
+
+def an_adapter_that_is_a_list(folder):
+    (folder / "adapter_config.json").write_text('["LORA"]')
+    AutoModel.from_pretrained(folder)
+
+
 def weights_of_other_frameworks(folder):
     for name in ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index", "pytorch_model.bin", "rust_model.ot"):
         (folder / name).write_bytes(pickle.dumps(Evil()))
@@ -203,6 +216,8 @@ def a_layer_by_name(folder):
         attention_by_another_key,
         an_adapter_of_a_library,
         an_adapter_of_an_unknown_type,
+        an_adapter_without_a_base,
+        an_adapter_that_is_a_list,
         weights_of_other_frameworks,
         an_architecture_by_name,
         a_layer_by_name,
@@ -344,7 +359,7 @@ SHARDS = {
     "the folder": ".",
     "the folder above": "..",
     "a way around": f"{SHARD}/../../../outside/precious.txt",
-    "wide letters": "．．／outside／precious.txt",
+    "wide letters": "\uff0e\uff0e\uff0foutside\uff0fprecious.txt",
     "a device of Windows": "CON",
     "a drive": "C:precious.txt",
     "a stream of Windows": f"{SHARD}:evil",
@@ -398,7 +413,12 @@ def zero_of_many_sizes(path):
 
 
 def names_twice(path):
-    raw_header(path, b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' * 1 + b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(8))
+    raw_header(
+        path,
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},' * 1
+        + b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        bytes(8),
+    )
 
 
 def a_header_of_blanks(path):
@@ -422,7 +442,9 @@ def truth_values(path):
 
 
 def numbers_that_are_none(path):
-    save_file({n: torch.full_like(t, torch.nan) if t.is_floating_point() else t for n, t in load_file(path).items()}, path)
+    save_file(
+        {n: torch.full_like(t, torch.nan) if t.is_floating_point() else t for n, t in load_file(path).items()}, path
+    )
 
 
 @pytest.mark.parametrize(
@@ -464,7 +486,15 @@ def test_loading_changes_nothing_of_the_process(dtype, folder):
     def state():
         numbers = torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
         pictures = PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES
-        return numbers, pictures, sys.path[:], dict(os.environ), Path.cwd(), list(warnings.filters), torch.get_rng_state().sum()
+        return (
+            numbers,
+            pictures,
+            sys.path[:],
+            dict(os.environ),
+            Path.cwd(),
+            list(warnings.filters),
+            torch.get_rng_state().sum(),
+        )
 
     edit(folder / "config.json", top(dtype=dtype, torch_dtype=dtype))
     before = state()
@@ -511,11 +541,47 @@ def solid(form, size, mode="L", **options):
     return buffer.getvalue()
 
 
+def gif(width, height):
+    whole = struct.pack("<HHBBB", width, height, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + whole + b"\x08\x01\x00\x00;"
+
+
+def webp(width, height):
+    sides = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<II", 10, 0) + sides + bytes(8)
+
+
+def bitmap(width, height):
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head
+
+
+def icon(content):
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(content), 22) + content
+
+
+def targa(width, height):
+    return bytes([0, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0]) + struct.pack("<HHBB", width, height, 24, 0)
+
+
+def photograph(height=64, width=64):
+    """A JPEG whose header says that it has another size."""
+    return solid("JPEG", (64, 64)).replace(struct.pack(">HH", 64, 64), struct.pack(">HH", height, width), 1)
+
+
+def tagged(*entry):
+    """A JPEG with one EXIF tag: (tag, type, count, value)."""
+    return solid("JPEG", (8, 8), exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, *entry, 0))
+
+
+DRAWING = (
+    f'<!DOCTYPE x [<!ENTITY y SYSTEM "file:///etc/passwd">]><svg xmlns="http://www.w3.org/2000/svg">&y;{SCRIPT}</svg>'
+)
 PICTURES = {
-    "a GIF as wide as its numbers": lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x08\x01\x00\x00;",
-    "a WebP as wide as it may be": lambda: b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<II", 10, 0) + b"\xff\x3f\x00\xff\x3f\x00" + bytes(8),
-    "a bitmap without end": lambda: b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 2**31 - 1, 2**31 - 1, 1, 24, 0, 0, 0, 0, 0, 0),
-    "a bitmap of negative width": lambda: b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, -8, -(2**31), 1, 24, 0, 0, 0, 0, 0, 0),
+    "a GIF as wide as its numbers": lambda: gif(65_535, 65_535),
+    "a WebP as wide as it may be": lambda: webp(16_384, 16_384),
+    "a bitmap without end": lambda: bitmap(2**31 - 1, 2**31 - 1),
+    "a bitmap of negative width": lambda: bitmap(-8, -(2**31)),
     "a TIFF without end": lambda: plain_tiff(2**31 - 1, 2**31 - 1),
     "a TIFF of wide pixels": lambda: plain_tiff(samples=65_535),
     "a TIFF whose pages lead in a circle": lambda: plain_tiff(pages=3),
@@ -523,25 +589,26 @@ PICTURES = {
     "a TIFF of a comment of four gigabytes": lambda: tiff((256, 4, 1, 8), (257, 4, 1, 8), (270, 2, 2**32 - 1, 8)),
     "a portable pixmap without end": lambda: b"P6 99999 99999 255\n",
     "a portable pixmap of endless digits": lambda: b"P6 " + b"9" * 5_000_000,
-    "a Targa without end": lambda: bytes([0, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0]) + struct.pack("<HHBB", 65535, 65535, 24, 0),
-    "an icon in an icon": lambda: b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, 22, 22) + png(60_000, 60_000),
+    "a Targa without end": lambda: targa(65_535, 65_535),
+    "an icon of a bomb": lambda: icon(png(60_000, 60_000)),
+    "an icon in itself": lambda: icon(icon(b"")),
     "a profile that is a bomb": lambda: chunks(b"iCCPx\0\0" + zlib.compress(bytes(100 << 20))),
     "a translated comment that is a bomb": lambda: chunks(b"iTXtx\0\1\0\0\0" + zlib.compress(bytes(100 << 20))),
     "an animation without end": lambda: chunks(b"acTL" + struct.pack(">II", 2**31 - 1, 0)),
     "a chunk longer than the file": lambda: png(8, 8)[:33] + struct.pack(">I", 2**31 - 1) + b"IDATx",
     "a text of a thousand chunks": lambda: chunks(*[b"tEXtx\0" + b"y" * 1000] * 1000),
-    "a photograph of sixteen scans a row": lambda: solid("JPEG", (65_500, 1))[:-2] * 3,
-    "a photograph of no rows": lambda: solid("JPEG", (64, 64)).replace(struct.pack(">HH", 64, 64), struct.pack(">HH", 0, 64), 1),
-    "a photograph as large as it may be": lambda: solid("JPEG", (64, 64)).replace(struct.pack(">HH", 64, 64), b"\xff\xff\xff\xff", 1),
-    "a photograph of looping tags": lambda: solid("JPEG", (8, 8), exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x8769, 4, 1, 8, 8)),
-    "a photograph that is turned by text": lambda: solid("JPEG", (8, 8), exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 274, 2, 4, 0x41414141, 0)),
-    "a photograph turned the ninth way": lambda: solid("JPEG", (8, 8), exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 274, 3, 1, 9, 0)),
+    "a photograph that goes on": lambda: solid("JPEG", (65_500, 1))[:-2] * 3,
+    "a photograph of no rows": lambda: photograph(height=0),
+    "a photograph as large as it may be": lambda: photograph(65_535, 65_535),
+    "a photograph of looping tags": lambda: tagged(0x8769, 4, 1, 8),
+    "a photograph that is turned by text": lambda: tagged(274, 2, 4, 0x41414141),
+    "a photograph turned the ninth way": lambda: tagged(274, 3, 1, 9),
     "a line of a hundred million pixels": lambda: b"P5 100000000 1 255\n" + bytes(100),
     "a Windows metafile": lambda: b"\xd7\xcd\xc6\x9a" + bytes(100),
     "a page of PDF": lambda: b"%PDF-1.7\n1 0 obj<</OpenAction<</S/Launch/F(touch ../canary)>>>>endobj\n",
-    "a drawing with a script": lambda: f'<svg xmlns="http://www.w3.org/2000/svg"><!DOCTYPE x [<!ENTITY y SYSTEM "file:///etc/passwd">]>{SCRIPT}</svg>'.encode(),
+    "a drawing with a script": DRAWING.encode,
     "an archive": lambda: b"PK\x05\x06" + bytes(18),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -659,11 +726,15 @@ def pickled_extension(folder):
         "ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Evil())
     }), pa.field("label", pa.int64())]  # fmt: skip
     rows = [[row["bytes"] for row in encoded()], [n % 2 for n in range(24)]]
-    pq.write_table(pa.table([pa.array(rows[0], pa.binary()), pa.array(rows[1])], schema=pa.schema(fields)), folder / "t.parquet")
+    pq.write_table(
+        pa.table([pa.array(rows[0], pa.binary()), pa.array(rows[1])], schema=pa.schema(fields)), folder / "t.parquet"
+    )
 
 
 def features_by_name(folder):
-    content = {"info": {"features": {"image": {"_type": "os.system"}, "label": {"dtype": "evil.Evil", "_type": "Value"}}}}
+    content = {
+        "info": {"features": {"image": {"_type": "os.system"}, "label": {"dtype": "evil.Evil", "_type": "Value"}}}
+    }
     made = pa.table({"image": encoded(), "label": [n % 2 for n in range(24)]})
     pq.write_table(made.replace_schema_metadata({"huggingface": json.dumps(content)}), folder / "t.parquet")
 
@@ -671,7 +742,9 @@ def features_by_name(folder):
 def pandas_index_of_a_program(folder):
     made = pa.table({"image": encoded(), "label": [n % 2 for n in range(24)]})
     index = base64.b64encode(pickle.dumps(Evil())).decode()
-    pq.write_table(made.replace_schema_metadata({"pandas": json.dumps({"index_columns": [index]})}), folder / "t.parquet")
+    pq.write_table(
+        made.replace_schema_metadata({"pandas": json.dumps({"index_columns": [index]})}), folder / "t.parquet"
+    )
 
 
 def class_names_of_another_sort(folder):
@@ -783,22 +856,28 @@ DATASETS = {
     "formulas in a table of text": pictures_in_a_csv('=HYPERLINK(""x"")'),
     "a card that names files": card_of_the_dataset("configs:\n- config_name: default\n  data_files: ../../outside/*"),
     "a card that names a folder": card_of_the_dataset("configs:\n- config_name: default\n  data_dir: /etc"),
-    "a card that names an address": card_of_the_dataset("configs:\n- config_name: default\n  data_files: http://127.0.0.1:9/x.parquet"),
+    "a card that names an address": card_of_the_dataset(
+        "configs:\n- config_name: default\n  data_files: http://127.0.0.1:9/x.parquet"
+    ),
     "a card that is a program": card_of_the_dataset("a: !!python/object/apply:os.system ['touch ../canary']"),
     "a card of laughs": card_of_the_dataset("a: &a [x, x]\nb: &b [*a, *a]\nconfigs: *b"),
-    "a card of other features": card_of_the_dataset("dataset_info:\n  features:\n  - name: image\n    dtype: os.system"),
+    "a card of other features": card_of_the_dataset("dataset_info: {features: [{name: image, dtype: os.system}]}"),
     "metadata of the root": metadata("/etc/passwd"),
     "metadata above": metadata(PRIVATE),
     "metadata of a device": metadata("/dev/zero"),
     "metadata of no text": metadata(5),
-    "a tar of pickles": archive_of(({"name": "{n:04}.pickle"}, pickle.dumps(Evil())), ({"name": "{n:04}.pyd"}, pickle.dumps(Evil()))),
+    "a tar of pickles": archive_of(*(({"name": "{n:04}." + end}, pickle.dumps(Evil())) for end in ("pickle", "pyd"))),
     "a tar of checkpoints": archive_of(({"name": "{n:04}.pth"}, pickle.dumps(Evil()))),
     "a tar of objects": archive_of(({"name": "{n:04}.npy"}, objects_in_npy())),
     "a tar of ways out": archive_of(({"name": "../../outside/{n:04}.png"}, encoded()[0]["bytes"])),
     "a tar of the root": archive_of(({"name": "/{n:04}.png"}, encoded()[0]["bytes"])),
     "a tar of links": archive_of(({"name": "{n:04}.jpg", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, b"")),
-    "a tar of links among itself": archive_of(({"name": "{n:04}.jpg", "type": tarfile.LNKTYPE, "linkname": "{n:04}.jpg"}, b"")),
-    "a tar of devices": archive_of(({"name": "{n:04}.jpg", "type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}, b"")),
+    "a tar of links among itself": archive_of(
+        ({"name": "{n:04}.jpg", "type": tarfile.LNKTYPE, "linkname": "{n:04}.jpg"}, b""),
+    ),
+    "a tar of devices": archive_of(
+        ({"name": "{n:04}.jpg", "type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}, b"")
+    ),
     "a tar of pipes": archive_of(({"name": "{n:04}.jpg", "type": tarfile.FIFOTYPE}, b"")),
     "a tar of columns of text": archive_of(({"name": "{n:04}.json"}, b'{"label": {"a": [1]}, "__key__": 5}')),
     "a tar of holes": sparse_tar,
@@ -812,11 +891,13 @@ DATASETS = {
     "labels that are terminals": labels_of(["\x1b]0;x\x07", "[/red]"]),
     "labels that are formulas": labels_of(["=1+1", "@SUM(1)"]),
     "labels of a million letters": labels_of(["a" * 10**6, "b" * 10**6]),
-    "a picture of a hundred megabytes": lambda folder: table(folder / "t.parquet", pa.array([{"bytes": bytes(100 << 20), "path": None}, *encoded()])),
+    "a picture of a hundred megabytes": lambda folder: table(
+        folder / "t.parquet", pa.array([{"bytes": bytes(100 << 20)}, *encoded()])
+    ),
     "pictures that are numbers": lambda folder: table(folder / "t.parquet", pa.array(list(range(24)))),
     "pictures within pictures": lambda folder: table(folder / "t.parquet", pa.array([[[[[0] * 99]]]] * 24)),
     "no rows": lambda folder: table(folder / "t.parquet", pa.array([], pa.binary())),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -897,7 +978,7 @@ def test_names_of_pictures_are_text(attack, broken, classifier, photos, command)
     except OSError:
         pytest.skip("the file system does not take the name")
     for options in ([], ["--json"], ["--skip-bad"], ["--output", "predictions.csv"]):
-        code, out, err = command("predict", classifier, "photos", *options)
+        code, _, err = command("predict", classifier, "photos", *options)
         assert code == (2 if broken and "--skip-bad" not in options else 0), err
         if not broken or code == 2:
             assert not {"\x1b", "\x07", "\x9b"} & set(err)
@@ -907,14 +988,18 @@ def test_names_of_pictures_are_text(attack, broken, classifier, photos, command)
         assert not [row for row in rows if row[0].lstrip()[:1] in set("=+-@")]
 
 
-@pytest.mark.parametrize("attack", ["=1+1", "@SUM(1)", "\t=1", "\r=1", " =1", "x\ny", 'x";=1', "\x1b[31m", "[/]", "", "＝1"])
+@pytest.mark.parametrize(
+    "attack", ["=1+1", "@SUM(1)", "\t=1", "\r=1", " =1", "x\ny", 'x";=1', "\x1b[31m", "[/]", "", "\uff1d1", "\uff0b1"]
+)
 def test_names_of_classes_are_text_in_tables(attack, made, photos, command):
     names = {0: attack, 1: "b"}
-    model = holds_or_refuses(AutoModelForImageClassification.from_pretrained, made, id2label=names, label2id={attack: 0, "b": 1})
+    model = holds_or_refuses(
+        AutoModelForImageClassification.from_pretrained, made, id2label=names, label2id={attack: 0, "b": 1}
+    )
     model.save_pretrained("named")
     code, out, _ = command("predict", "named", "photos")
     cells = [cell for row in csv.reader(io.StringIO(out, newline="")) for cell in row] if code == 0 else []
-    assert not [cell for cell in cells if cell.lstrip()[:1] and cell.lstrip()[:1] in "=+@"]
+    assert not [cell for cell in cells if cell and cell[0] in "=+@\t\r\uff1d\uff0b\uff20"]
     assert command("predict", "named", "photos", "--json")[0] == code
 
 
@@ -959,10 +1044,16 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.scripts += tag == "script"
-        if tag in ("base", "iframe", "object", "embed", "form", "link") or (tag == "meta" and ("http-equiv", "refresh") in attributes):
+        if tag in ("base", "iframe", "object", "embed", "form", "link") or (
+            tag == "meta" and ("http-equiv", "refresh") in attributes
+        ):
             self.found.append(tag)
         for name, value in attributes:
-            outer = name in ("src", "href", "xlink:href", "data") and value and not value.startswith(("#", "data:image/", "https://huggingface.co/"))
+            outer = (
+                name in ("src", "href", "xlink:href", "data")
+                and value
+                and not value.startswith(("#", "data:image/", "https://huggingface.co/"))
+            )
             if name.startswith("on") or outer:
                 self.found.append((tag, name, value))
 
@@ -974,7 +1065,9 @@ def poison(folder, text):
         content["rows"][1]["name"] = text + " 2"
 
     edit(folder / DIGITS, results)
-    stated = dict.fromkeys(("source", "license", "pretraining_data", "objective", "hub_id", "revision", "weights"), text)
+    stated = dict.fromkeys(
+        ("source", "license", "pretraining_data", "objective", "hub_id", "revision", "weights"), text
+    )
     edit(folder / "config.json", lambda c: [m["provenance"].update(stated) for m in c["members"]])
 
 
@@ -985,16 +1078,23 @@ def test_text_stays_text_on_cards_and_pages(attack, made, folder, command):
     honest = ModelCard.load(folder / "README.md")
     (folder / "README.md").unlink()
     poison(folder, TEXTS[attack])
-    for words in (("card", "pair"), ("card", "pair", "--check"), ("report", "pair", "--output", "report.html"), ("build", "pair", "--output", "again")):
+    for words in (
+        ("card", "pair"),
+        ("card", "pair", "--check"),
+        ("report", "pair", "--output", "report.html"),
+        ("build", "pair", "--output", "again"),
+    ):
         code, out, err = command(*words)
         assert not {"\x1b", "\x07", "\x08", "\x9b", "\x00"} & set(out + err)
         if code == 2:
-            assert words[0] != "report" or not Path("report.html").exists()
+            assert words[0] != "report" or not Path("report.html").exists(), err
     if (folder / "README.md").exists():
         text = (folder / "README.md").read_text()
         assert not {"\x1b", "\x07", "\x9b", "\x00", "\u202e"} & set(text)
         data = ModelCard(text).data.to_dict()
-        assert set(data) - {"license_name", "license_link", "datasets", "base_model"} <= set(honest.data.to_dict())
+        assert set(data) - {"license_name", "license_link", "datasets", "base_model", "base_model_relation"} <= set(
+            honest.data.to_dict()
+        )
         headings = [line for line in text.splitlines() if line.startswith(("#", "~~~", "[card]:", "[^1]:"))]
         assert len(headings) <= sum(line.startswith("#") for line in honest.content.splitlines()) + 1
     if Path("report.html").exists():
@@ -1003,9 +1103,11 @@ def test_text_stays_text_on_cards_and_pages(attack, made, folder, command):
 
 
 OWN = {
-    "a template": "{{ config.__class__.__init__.__globals__ }}{% include '/etc/passwd' %}{% for x in range(10**9) %}{% endfor %}",
+    "a template": "{{ config.__class__.__init__.__globals__ }}{% include '/etc/passwd' %}{% for x in range(10**9) %}",
     "a program in the front matter": "---\nx: !!python/object/apply:os.system ['touch ../canary']\n---\n# Mine\n",
-    "laughs in the front matter": "---\na: &a [x, x]\n" + "".join(f"a{n}: &a{n} [*a, *a]\n" for n in range(99)) + "---\n# Mine\n",
+    "laughs in the front matter": "---\na: &a [x, x]\n"
+    + "".join(f"a{n}: &a{n} [*a, *a]\n" for n in range(99))
+    + "---\n# Mine\n",
     "a nested front matter": "---\nx: " + "[" * 5000 + "\n---\n# Mine\n",
     "a front matter without end": "---\nx: y\n" * 10_000,
     "a megabyte of front matter": "---\nx: " + "y" * 10**6 + "\n---\n# Mine\n",
@@ -1035,7 +1137,7 @@ def test_sections_of_an_earlier_card(attack, folder, command):
     "change",
     [
         lambda text: text.replace("50.0", "99.0"),
-        lambda text: text.replace("value: 50.0", "value: 100.0").replace("value: 50", "value: 100"),
+        lambda text: text.replace("value: 0.5", "value: 1.0"),
         lambda text: text.replace("license: other", "license: mit"),
         lambda text: text.replace("raw pixels", "another ensemble"),
         lambda text: text.replace("library_name: transformers", "library_name: timm"),
@@ -1044,10 +1146,9 @@ def test_sections_of_an_earlier_card(attack, folder, command):
 )
 def test_a_card_that_was_changed_is_found(change, folder, command):
     command("card", "pair")
-    assert command("card", "pair", "--check")[0] == 0
+    assert command("card", "pair", "--check") == (0, "pair/README.md\n", "")
     text = (folder / "README.md").read_text()
-    if change(text) == text:
-        pytest.skip("the card does not have it")
+    assert change(text) != text
     (folder / "README.md").write_text(change(text))
     assert command("card", "pair", "--check")[0] == 2
 
@@ -1067,7 +1168,20 @@ def test_results_of_other_weights(digests, backbone, folder, command):
     assert code == 2 or digests in ([], None)
 
 
-LICENSES = [["mit"], {"a": "mit"}, 5, "MIT\nlicense_name: evil", "mit OR gpl-3.0", "x" * 10**5, "", " ", "../../LICENSE", "[mit](javascript:x)", True, "CC-BY-NC-4.0 "]
+LICENSES = [
+    ["mit"],
+    {"a": "mit"},
+    5,
+    "MIT\nlicense_name: evil",
+    "mit OR gpl-3.0",
+    "x" * 10**5,
+    "",
+    " ",
+    "../../LICENSE",
+    "[mit](javascript:x)",
+    True,
+    "CC-BY-NC-4.0 ",
+]
 
 
 @pytest.mark.parametrize("license", LICENSES, ids=lambda value: str(value)[:20])
@@ -1078,3 +1192,310 @@ def test_licenses_are_not_made_more_generous(license, folder, command):
     if code == 0 and license != ["mit"]:
         data = ModelCard.load(folder / "README.md").data
         assert data.license != "mit" and "license_name" not in str(data.license)
+
+
+# --- names that become paths or addresses ---------------------------------------------------------------------------
+
+REPOS = {
+    "a way out": "me/../../outside",
+    "three parts": "me/x/y",
+    "an address": "https://evil.example/me/x",
+    "a revision that is a path": "me/x@../../outside",
+    "a zero byte": "me/x\x00y",
+    "a line": "me/x\nerror: y",
+    "of Windows": "..\\..\\outside",
+    "an option": "me/--token",
+    "five thousand letters": "me/" + "x" * 5_000,
+    "a terminal": "me/\x1b[31mx",
+    "another kind": "datasets/me/x",
+    "wide letters": unicodedata.normalize("NFKC", "me/x") + "\uff0fy",
+    "dots": "me/..",
+}
+
+
+@pytest.mark.parametrize("attack", REPOS)
+def test_names_of_repos(attack, folder, command):
+    repo = REPOS[attack]
+    for words in (
+        ("verify", repo),
+        ("push", "pair", repo),
+        ("build", f"hf-hub:{repo}", "--output", "out"),
+        ("predict", repo, "photos"),
+        ("probe", "pair", "--dataset", repo),
+    ):
+        code, _, err = command(*words)
+        assert code == 2, words
+        assert not Path("out").exists() and "\x1b" not in err and "\x00" not in err
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "new.html"])
+def test_links_where_something_would_be_written(name, classifier, folder, photos, command):
+    target = photos.parent.parent / "outside" / name
+    for link in ("report.html", "predictions.csv", "out", "member.onnx"):
+        Path(link).symlink_to(target)
+    command("report", "pair", "--output", "report.html", "--overwrite")
+    command("predict", classifier, "photos", "--output", "predictions.csv", "--overwrite")
+    command("build", "pair", "--output", "out", "--overwrite")
+    command("report", "pair", "--output", "out/report.html", "--overwrite")
+
+
+def test_a_circle_of_folders(folder, command):
+    (folder / "results/again").symlink_to("..")
+    (folder / "figures").symlink_to("results/again/results")
+    command("card", "pair")
+    command("report", "pair", "--output", "report.html")
+    command("build", "pair", "--output", "again")
+
+
+@pytest.mark.parametrize(
+    "stem", ["", " ", "...", "-rf", "x" * 240, "a\nb", "<script>", "{{7*7}}", "%2e%2e%2f", "\x1b[31m", "[red]"]
+)
+def test_names_of_results(stem, folder, command):
+    (folder / DIGITS).rename(folder / "results" / f"{stem}.json")
+    for words in (("card", "pair"), ("report", "pair", "--output", "report.html")):
+        out, err = command(*words)[1:]
+        assert "\x1b" not in out + err
+    if (folder / "README.md").exists():
+        text = ModelCard.load(folder / "README.md").text
+        assert "<script>" not in text and "\x1b" not in text and "49" not in text
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def deep(depth):
+    value: dict = {"conv1.weight": torch.ones(1)}
+    for _ in range(depth):
+        value = {"model": value}
+    return value
+
+
+CHECKPOINTS = {
+    "five thousand weights": lambda: {f"w{n}": torch.ones(1) for n in range(5_000)},
+    "names of ten thousand dots": lambda: {"a." * 10_000 + str(n): torch.ones(1) for n in range(9)},
+    "a name of a million letters": lambda: {"x" * 10**6: torch.ones(1)},
+    "names that are numbers": lambda: {n: torch.ones(1) for n in range(9)},
+    "names that are pairs": lambda: {("a", 1): torch.ones(1), None: torch.ones(1)},
+    "two hundred levels": lambda: deep(200),
+    "two thousand networks": lambda: {f"p{n}.bn1.weight": torch.ones(64) for n in range(2_000)},
+    "a list": lambda: [torch.ones(1)] * 1000,
+    "a number": lambda: 5,
+    "text": lambda: "state_dict",
+    "a sparse weight": lambda: {
+        "conv1.weight": torch.sparse_coo_tensor(torch.tensor([[0], [0]]), torch.ones(1), (2**30, 2**30))
+    },
+    "a quantized weight": lambda: {"conv1.weight": torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8)},
+    "a weight without memory": lambda: {"conv1.weight": torch.ones(2**20, 2**20, device="meta")},
+    "weights of arguments": lambda: {
+        "state_dict": {"x": torch.ones(1)},
+        "args": {"model": "../../outside/precious.txt"},
+    },
+    "a hidden architecture": lambda: {"arch": "hf-hub:evil/x", "state_dict": {"x": torch.ones(1)}},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attack", CHECKPOINTS)
+def test_checkpoints_of_another_sort(attack, world, command):
+    torch.save(CHECKPOINTS[attack](), "resnet10t.pth")
+    for words in (("resnet10t.pth",), ("resnet10t=resnet10t.pth",)):
+        assert command("build", *words, "--output", "out")[0] == 2
+    assert not Path("out").exists()
+
+
+def test_a_zip_that_says_it_is_small(world, command):
+    torch.save({"conv1.weight": torch.zeros(1 << 20)}, "whole.pth")
+    with zipfile.ZipFile("whole.pth") as whole, zipfile.ZipFile("resnet10t.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    content = Path("resnet10t.pth").read_bytes().replace(struct.pack("<I", 4 << 20), struct.pack("<I", 64))
+    Path("resnet10t.pth").write_bytes(content)
+    assert command("build", "resnet10t.pth", "--output", "out")[0] == 2
+
+
+# --- what is written says nothing of whoever wrote it ---------------------------------------------------------------
+
+
+def test_secrets_of_the_user_are_nowhere(folder, photos, command, monkeypatch):
+    secrets = {
+        "HF_TOKEN": "hf_" + "Zq" * 17,
+        "AWS_SECRET_ACCESS_KEY": "sEcReT-kEy",
+        "USER": "jane.doe",
+        "LOGNAME": "jane.doe",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    exif = PIL.Image.Exif()
+    exif[0x9C9D], exif[315], exif[0x8825] = b"jane.doe", "jane.doe, 1 Secret Street", {1: "N", 2: (52.0, 30.0, 0.0)}
+    for path in sorted(photos.rglob("*.png")):
+        picture = PIL.Image.open(path)
+        picture.convert("RGB").save(path.with_suffix(".jpg"), exif=exif, comment=b"jane.doe")
+        path.unlink()
+    options = ("--controls", "none", "--errors", "9", "--save-head", "--test-size", "0.5")
+    assert command("probe", "pair", "--dataset", "imagefolder:photos", *options)[0] == 0
+    assert command("card", "pair")[0] == 0
+    assert command("report", "pair", "--output", "report.html")[0] == 0
+    assert command("predict", "pair", "photos", "--output", "predictions.csv")[0] == 0
+    for path in Path.cwd().rglob("*"):
+        if path.is_file() and photos not in path.parents:
+            content = path.read_bytes()
+            pictures = [base64.b64decode(part.split(b'"')[0]) for part in content.split(b";base64,")[1:]]
+            for secret in [*(value.encode() for value in secrets.values()), b"Secret Street"]:
+                assert secret not in content, (path, secret)
+                assert not [picture for picture in pictures if secret in picture or b"Exif" in picture], path
+
+
+def test_errors_tell_nothing_of_what_they_could_not_read(folder, world, command):
+    secret = world.parent / "outside/precious.txt"
+    for name in (DIGITS, INDEX, SHARD, PROCESSOR, "config.json", "README.md"):
+        kept = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+        for words in (
+            ("card", "pair"),
+            ("build", "pair", "--output", "again"),
+            ("report", "pair", "--output", "report.html"),
+        ):
+            out, err = command(*words)[1:]
+            assert "mine" not in out + err
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(kept)
+
+
+# --- several at once ------------------------------------------------------------------------------------------------
+
+
+def at_once(*calls):
+    """Run calls in threads; the errors that are neither ValueError nor OSError."""
+    failures = []
+
+    def run(call):
+        try:
+            call()
+        except REFUSED:
+            pass
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
+
+
+def test_results_are_whole_while_others_write_them(folder):
+    results, seen = Results.load(folder / DIGITS), []
+
+    def write():
+        for _ in range(10):
+            results.save(folder / DIGITS)
+
+    def read():
+        for _ in range(30):
+            seen.append(Results.load(folder / DIGITS).ensemble)
+
+    assert not at_once(write, write, write, read, read)
+    assert set(seen) == {"pair"} and Results.load(folder / DIGITS).ensemble == "pair"
+    assert not [path for path in (folder / "results").iterdir() if path.name != "digits.json"]
+
+
+def test_cards_at_once_are_one_card(folder):
+    write_card(folder)
+    once = (folder / "README.md").read_text()
+    assert not at_once(*[lambda: write_card(folder)] * 3)
+    assert (folder / "README.md").read_text() == once
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_model_is_saved_while_it_is_loaded(folder):
+    model, loaded = AutoModel.from_pretrained(folder), []
+    honest = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def save():
+        for _ in range(5):
+            model.save_pretrained(folder)
+
+    def load():
+        for _ in range(5):
+            loaded.append(AutoModel.from_pretrained(folder).state_dict())
+
+    assert not at_once(save, load)
+    for weights in loaded:
+        assert all(torch.equal(tensor, honest[name]) for name, tensor in weights.items())
+
+
+# --- a Hub that attacks ---------------------------------------------------------------------------------------------
+
+COMMIT = "c0ffee" + 34 * "0"
+OUT = "../" * 12 + "outside/evil"
+
+
+class EvilHub(BaseHTTPRequestHandler):
+    """Answers by the name of the repo that is asked for, and notes what other hosts are told."""
+
+    told, elsewhere, config = [], "", b""
+
+    def do_GET(self):
+        if self.path.startswith("/elsewhere"):
+            self.told.append(self.headers.get("Authorization"))
+            return self.answer(self.config)
+        attack, is_file = self.path.removeprefix("/api/models/").strip("/").split("/")[1], "/resolve/" in self.path
+        tag, commit = {"etag": (OUT, COMMIT), "commit": ("x", OUT)}.get(attack, ("x", COMMIT))
+        if is_file and not self.path.endswith("/config.json"):
+            return self.answer(b"", status=404, **{"X-Error-Code": "EntryNotFound"})
+        if is_file and attack == "redirect":
+            return self.answer(b"", status=302, Location=self.elsewhere)
+        if is_file:
+            content = {"page": b"<html>" + SCRIPT.encode(), "array": b"[]", "deep": b"[" * 100_000}.get(
+                attack, self.config
+            )
+            size = len(content) // 2 if attack == "short" else len(content)
+            return self.answer(content, size=size, ETag=f'"{tag}"', **{"X-Repo-Commit": commit})
+        listing = [{"rfilename": name} for name in (OUT, "config.json", f"results/{OUT}.json")]
+        tree = [{"type": "file", "path": file["rfilename"], "oid": "x", "size": 5} for file in listing]
+        info = {"id": f"me/{attack}", "sha": commit, "siblings": listing, "private": False}
+        return self.answer(json.dumps(tree if "/tree/" in self.path else info).encode())
+
+    do_HEAD = do_GET
+
+    def answer(self, content, status=200, size=None, **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content) if size is None else size)} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow  # the client waits and tries again
+def test_a_hub_that_attacks(folder, world):
+    attacks = ["etag", "commit", "redirect", "page", "array", "deep", "short"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), EvilHub) as server:
+        EvilHub.elsewhere = f"http://localhost:{server.server_port}/elsewhere"
+        EvilHub.config = (folder / "config.json").read_bytes()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = SimpleNamespace(
+            environment={"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+        )
+        client = Client(hub, world / "home", token="hf_secretOfTheUser", package=True)
+        try:
+            client("import transformers, huggingface_hub", "from concat_ensemble.commands.app import main")
+            for attack in attacks:
+                for words in (["verify", f"me/{attack}"], ["build", f"hf-hub:me/{attack}", "--output", "out"]):
+                    _, err, failed = client.run(COMMAND.format(words=words))
+                    assert failed == 2 and err.strip().splitlines()[-1].startswith("error: "), (words, err, failed)
+                    assert "hf_secret" not in err and SCRIPT not in err
+        finally:
+            client.process.kill()
+            client.process.wait()
+        server.shutdown()
+    assert not (world / "out").exists()
+    assert not [token for token in EvilHub.told if token], "another host was told the token"
+    inside = [path.relative_to(world / "home") for path in (world / "home").rglob("*") if "evil" in path.name]
+    assert not inside, "a name of the Hub's became a path"
