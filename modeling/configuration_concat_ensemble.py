@@ -55,9 +55,9 @@ def timm_architectures() -> frozenset[str]:
 
 def describe_unknown_architecture(name: Any) -> str:
     """Error message for an architecture that timm does not have, with similar names that it has."""
-    similar = difflib.get_close_matches(str(name), sorted(timm_architectures()), n=3)
+    similar = difflib.get_close_matches(str(name)[:200], sorted(timm_architectures()), n=3)
     hint = f"did you mean {' or '.join(similar)}? " if similar else ""
-    return f"architecture {name!r} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
+    return f"architecture {str(name)[:200]!r} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
 
 
 @contextmanager
@@ -332,7 +332,7 @@ def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS)
         values = pixels[name]
         are_numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
         require(are_numbers, name, values, f"{channels} numbers, one per channel")
-    require(min(pixels["std"]) > 0, "std", pixels["std"], "above zero")
+    require(min(pixels["std"]) > 1e-30, "std", pixels["std"], "above zero")  # 1 / std must be a float32
     return pixels
 
 

@@ -235,13 +235,17 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         # transformers would look for an adapter where we let it load from, which may be a temporary folder.
-        adapter, name, options = maybe_load_adapters(
-            pretrained_model_name_or_path, hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})
-        )
+        options = kwargs.pop("adapter_kwargs", None) or {}
+        try:
+            adapter, name, options = maybe_load_adapters(pretrained_model_name_or_path, hub_arguments, **options)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"{pretrained_model_name_or_path} has an {ADAPTER_CONFIG} that is none of PEFT's ({error!r})"
+            raise ValueError(f"{problem}; save the adapter again.") from error
         kwargs["adapter_kwargs"] = {**options, "_adapter_model_path": adapter}
         if adapter is not None and kwargs["use_safetensors"]:  # or transformers would read a pickle in its place
             places = hub_arguments | {key: options[key] for key in HUB_ARGUMENTS if key in options}
             cached_file(adapter, "adapter_model.safetensors", **places)
+            _check_adapter_type(cached_file(adapter, ADAPTER_CONFIG, **places))
         config = name if config is None else config
         with torch.device("meta"):
             expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)
@@ -619,6 +623,14 @@ def _create_dynamic_network(spec: dict) -> nn.Module:
             return _create_network(architecture, arguments)
     problem = f"dynamic_img_size=True must be left out: timm's {architecture} takes images of {height}x{width} alone"
     raise ValueError(f"{problem} ({reason}).")
+
+
+def _check_adapter_type(adapter_config: str) -> None:
+    """Raise ValueError for a kind of adapter that PEFT does not know, for which PEFT raises KeyError."""
+    from peft import PeftType
+
+    peft_type = json.loads(Path(adapter_config).read_text()).get("peft_type")
+    require(peft_type in list(PeftType), "peft_type", peft_type, f"one of those of PEFT in {adapter_config}")
 
 
 def _keep_base_on_loading(adapter_config: Path) -> None:

@@ -106,6 +106,6 @@ def member_table(output: Path, members: list[dict]) -> Table:
         size = "x".join(map(str, member["preprocessing"]["input_size"]))
         provenance = member["provenance"]
         weights = f" ({provenance['weights']} weights)" if "weights" in provenance else ""
-        source = f"{provenance['source']}{weights}"
+        source = f"{provenance.get('source', 'not stated')}{weights}"
         table.add_row(str(k), member["architecture"], f"{member['num_features']:,}", size, source)
     return table

@@ -52,6 +52,11 @@ def select_columns(
             both = f"{first}_column and {second}_column are both {columns[first]!r}"
             raise ValueError(f"{both}; the dataset has {', '.join(features)}.")
     _check_images(image, features[image], kind)
+    names = getattr(features[label], "names", None) or []
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"column {label!r} of the {kind} split has class names that are no text; write the names as text."
+        )
     split = split.select_columns(list(columns.values()))
     # By way of names that no column has, since a dataset may use these names for other columns.
     split = split.rename_columns({name: f"{role} of {name}" for role, name in columns.items()})

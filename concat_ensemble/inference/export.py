@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import give_usual_access, new_folder
+from concat_ensemble.files import check_regular_files, give_usual_access, new_folder
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
@@ -33,6 +33,7 @@ Write = Callable[["_TupleModel", torch.Tensor, Path], None]
 def load_for_export(folder: str | os.PathLike) -> ConcatEnsemblePreTrainedModel:
     """The ensemble that was saved in `folder`, in float32, with its head if it has one. Raises ValueError when the
     folder holds no ensemble."""
+    check_regular_files(Path(folder))
     exists = Path(folder, "config.json").is_file()
     config = ConcatEnsembleConfig.from_pretrained(folder) if exists else ConcatEnsembleConfig()
     if not config.members:

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import TimmWrapperConfig
 
 from concat_ensemble.errors import first_line, suggest
+from concat_ensemble.files import check_regular_files
 from concat_ensemble.members.checkpoints import (
     PICKLES,
     Tensors,
@@ -391,6 +392,7 @@ def _find_commit(repo: str, revision: str | None) -> str | None:
 
 def _load_folder(folder: Path, model_args: dict[str, Any], pickled: Path | None = None) -> list[_Member]:
     """Load a folder's network; `pickled` are the weights in it if the user named them."""
+    check_regular_files(folder)
     if not (folder / "config.json").is_file():
         remedy = "give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE"
         raise ValueError(f"{folder} has no config.json; {remedy}.")

@@ -15,9 +15,9 @@ from matplotlib.ticker import LogLocator
 
 from concat_ensemble.console import printable
 from concat_ensemble.data.naming import describe_dataset
-from concat_ensemble.files import replace_file
+from concat_ensemble.files import check_regular_files, replace_file
 from concat_ensemble.reporting.data_sentences import audit_sentences
-from concat_ensemble.reporting.figures import LITERAL
+from concat_ensemble.reporting.figures import LITERAL, shorten_texts
 from concat_ensemble.reporting.rendering import make_html_environment
 from concat_ensemble.reporting.tables import METRIC_NAMES, hardest_first, headings, row_texts
 from concat_ensemble.reporting.verdicts import notes
@@ -75,6 +75,7 @@ def _name_folders(folders: list[Path]) -> list[str]:
 
 def _load_folder(folder: Path) -> dict[Path, Results | Selection | Overlap | None]:
     """The JSON files of an ensemble's folder, some results among them."""
+    check_regular_files(folder)
     parts = [folder, folder / RESULTS, folder / "selection", folder / "overlap"]
     files = {path: _load(path) for part in parts for path in sorted(part.glob("*.json"))}
     if not any(isinstance(content, Results) for content in files.values()):
@@ -164,6 +165,7 @@ def _plot(rows: list[NamedRow], metric: str) -> str:
     axes.set_ylabel(f"{metric} (%)")
     if len(colors) > 1:
         axes.legend(fontsize=8, frameon=False)
+    shorten_texts(figure)
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "concat-ensemble", "svg.fonttype": "path"}):
         figure.savefig(svg, format="svg", metadata={"Date": None})

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from concat_ensemble.data.naming import describe_dataset
-from concat_ensemble.files import replace_file
+from concat_ensemble.files import check_regular_files, replace_file
 from concat_ensemble.members.provenance import Provenance, read_provenances
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig, refuse_links
 from concat_ensemble.reporting.card_metadata import (
@@ -173,6 +173,7 @@ def _draw_figures(study: Results, folder: Path, stem: str) -> None:
 
 def _read(folder: Path) -> tuple[ConcatEnsembleConfig, dict[str, Results]]:
     """Config and results, by the names of their files, `hardest_first`."""
+    check_regular_files(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no ensemble (no config.json); make one with concat-ensemble build.")
     config = ConcatEnsembleConfig.from_pretrained(folder)
