@@ -64,7 +64,7 @@ def load_source(
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         problem = f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it"
         raise ValueError(f"{problem} ({first_line(error)}).") from error
-    except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
+    except (DatasetsError, OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = first_line(cause if isinstance(cause, Exception) else error)
         raise ValueError(f"cannot load dataset {str(name)!r}: {reason}") from error
@@ -140,7 +140,9 @@ def _find_data_files(location: str, builder: str) -> dict[str, list[str]]:
     folder, ending = Path(location), ENDINGS.get(builder, builder)
     if not folder.is_dir():
         # `datasets` expands patterns itself.
-        files = sorted(glob(location)) if builder == "webdataset" else [location]  # noqa: PTH207 (may be absolute)
+        matches = sorted(glob(location))  # noqa: PTH207 (may be absolute)
+        refuse_special_files(map(Path, matches))
+        files = matches if builder == "webdataset" else [location]
         if not files:
             raise FileNotFoundError(f"there is no file {location}.")
         return {"train": files}

@@ -159,7 +159,8 @@ def _read_field(path: str, key: str, name: str, content: bytes, fields: dict[str
     if name in IMAGE_FIELDS:
         if "image" in fields:
             raise ValueError(f"sample {key} in {path} has several images; write one image in each sample.")
-        fields["image"] = {"bytes": content, "path": f"{key}.{name}"}
+        # No file has such a name; of one that exists, `datasets` would take the content in place of the bytes.
+        fields["image"] = {"bytes": content, "path": f"{path}/{key}.{name}"}
         return
     try:
         if name == "json":
