@@ -136,7 +136,7 @@ def put_geometries(*geometries: dict) -> None:
 def png(
     width: int, height: int, *, color: int = 2, depth: int = 8, before: bytes = b"", rows: int | None = None
 ) -> bytes:
-    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and with all or some `rows`."""
+    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and all or some of its rows."""
     row = 1 + width * depth // 8 * (3 if color == 2 else 1)
     pack, pixels = zlib.compressobj(9), b""
     for _ in range(height if rows is None else rows):
