@@ -133,11 +133,13 @@ def put_geometries(*geometries: dict) -> None:
     edit("pair/preprocessor_config.json", lambda content: content.update(geometries=[PIXELS | g for g in geometries]))
 
 
-def png(width: int, height: int, *, color: int = 2, depth: int = 8, before: bytes = b"") -> bytes:
-    """A whole black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels."""
+def png(
+    width: int, height: int, *, color: int = 2, depth: int = 8, before: bytes = b"", rows: int | None = None
+) -> bytes:
+    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and all or some of its rows."""
     row = 1 + width * depth // 8 * (3 if color == 2 else 1)
     pack, pixels = zlib.compressobj(9), b""
-    for _ in range(height):
+    for _ in range(height if rows is None else rows):
         pixels += pack.compress(bytes(row))
     pixels += pack.flush()
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
@@ -427,12 +429,12 @@ def an_npz_header_of_3_gigabytes():
 
 @code(DATA.format(name="x.parquet"))
 def an_npy_header_of_terabytes_in_a_dataset():
-    parquet_rows([npy_header(4, 1 << 20, 1 << 20) + bytes(64)] * 8)
+    parquet_rows([npy_header(4, 1 << 20, 1 << 20) + bytes([n] * 64) for n in range(8)])
 
 
 @code(DATA.format(name="x.parquet"))
 def an_npy_header_of_3_gigabytes_in_a_dataset():
-    parquet_rows([npy_header(3, 1 << 14, 1 << 14) + bytes(64)] * 8)
+    parquet_rows([npy_header(3, 1 << 14, 1 << 14) + bytes([n] * 64) for n in range(8)])
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -453,7 +455,7 @@ def a_picture_of_60_000_x_1():
 @code(READ.format(file="x.png"))
 def a_picture_of_60_000_x_60_000():
     put_geometries({})
-    Path("x.png").write_bytes(png(60_000, 1, color=0).replace(*(struct.pack(">II", 60_000, n) for n in (1, 60_000))))
+    Path("x.png").write_bytes(png(60_000, 60_000, rows=1))
 
 
 @code(READ.format(file="x.png"), is_allowed=True)
@@ -707,7 +709,7 @@ def a_tar_of_100_000_entries_of_nothing():
 def a_parquet_that_claims_10_to_the_15_rows():
     import pyarrow.parquet as pq
 
-    parquet_rows([png(8, 8)] * 7)
+    parquet_rows([png(8, 8 + n) for n in range(7)])
     content = bytearray(Path("x.parquet").read_bytes())
     (length,) = struct.unpack("<I", content[-8:-4])
     start = len(content) - 8 - length
@@ -735,9 +737,7 @@ def a_folder_of_picture_bombs():
     for label in "ab":
         Path("x", label).mkdir(parents=True)
         for number in range(5):
-            Path("x", label, f"{number}.png").write_bytes(
-                png(60_000, 1, color=0).replace(*(struct.pack(">II", 60_000, n) for n in (1, 60_000)))
-            )
+            Path("x", label, f"{number}.png").write_bytes(png(60_000, 60_000, rows=number))
 
 
 @code(DATA.format(name="x"))
