@@ -484,7 +484,7 @@ def create_backbone(architecture: str, **model_args) -> nn.Module:
 def _build_within_limits(create: Callable[[], Network], num_networks: int = 1) -> Network:
     """What `create` builds on the default device. It is called on the meta device first, where sizes cost nothing.
     Raises ValueError if it takes more there than the bounds above for so many networks."""
-    with torch.device("meta"), _Limits(num_networks), _deadline():
+    with torch.device("meta"), _Limits(num_networks) as limits, _deadline(limits.remaining_seconds):
         built = create()
     if torch.get_default_device().type == "meta":
         return built
@@ -505,7 +505,7 @@ class _Limits(TorchDispatchMode):
         self.alive_bytes = self.checked = 0
 
     def __enter__(self):
-        self.thread, self.deadline = threading.get_ident(), time.monotonic() + MAX_SECONDS
+        self.thread, self.started = threading.get_ident(), (time.process_time(), time.monotonic())
         self.hooks = [
             registration.register_module_module_registration_hook(self._count_module),
             registration.register_module_parameter_registration_hook(self._count_weights),
@@ -550,8 +550,13 @@ class _Limits(TorchDispatchMode):
             self.alive_bytes, self.checked = sum(size for _, size in self.alive), len(self.alive)
         if self.alive_bytes > max_bytes:
             raise ValueError(f"its buffers take over {MAX_UNSAVED >> 20} MiB more than its weights")
-        if time.monotonic() > self.deadline:
+        if self.remaining_seconds() <= 0:
             raise _TooSlow()
+
+    def remaining_seconds(self) -> float:
+        # The clock also runs while a busy machine does other things, and the processor's time while other threads run.
+        now = time.process_time(), time.monotonic()
+        return MAX_SECONDS - min(end - start for start, end in zip(self.started, now, strict=True))
 
 
 class _TooSlow(ValueError):
@@ -560,25 +565,25 @@ class _TooSlow(ValueError):
 
 
 @contextmanager
-def _deadline():
-    """Raise ValueError after `MAX_SECONDS`. Some constructors loop in Python for hours and call nothing in which
+def _deadline(remaining_seconds: Callable[[], float]):
+    """Raise ValueError when no seconds remain. Some constructors loop in Python for hours and call nothing in which
     `_Limits` could stop them, so another thread does it."""
-    thread, lock, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+    thread, lock, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
 
     def interrupt():
+        while (seconds := remaining_seconds()) > 0:
+            if is_over.wait(seconds):
+                return
         with lock:
-            if not is_over:
+            if not is_over.is_set():
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TooSlow))
 
-    timer = threading.Timer(MAX_SECONDS, interrupt)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=interrupt, daemon=True).start()
     try:
         yield
     finally:
         with lock:
-            is_over = True
-        timer.cancel()
+            is_over.set()
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # what has not been raised yet
 
 
