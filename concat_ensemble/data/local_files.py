@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import datasets.config
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from concat_ensemble.data.sources import DIGITS, identify_source
 
+pc: Any = pyarrow.compute  # whose functions are made as it is imported
 Split = TypeVar("Split", Dataset, IterableDataset)
 
 
