@@ -47,8 +47,8 @@ def verify(
     folder = fetch_ensemble(ensemble, revision)
     check_card(folder)
     settings = dataclasses.asdict(extraction) | {"quiet": extraction.quiet or as_json}
-    own = {"datasets": dataset or [], "baselines": baseline or []}
-    checks = verify_ensemble(folder, load_ensemble(str(folder)), **own, **settings)
+    model = load_ensemble(str(folder))
+    checks = verify_ensemble(folder, model, datasets=dataset or (), baselines=baseline or (), **settings)
     if as_json:
         print_json([dataclasses.asdict(check) | {"holds": check.holds} for check in checks])
     else:

@@ -111,9 +111,8 @@ def _find_baselines(study: Results, baselines: Sequence[str]) -> dict[str, str]:
 def read_dataset(recorded: dict[str, Any], own: Sequence[str] = ()) -> DatasetOptions:
     """The options of `probe` for a dataset that results record, where it is on the Hub or comes with this package, or
     else one of the user's `own` in its place. Raises ValueError for any other, and for values that are no options."""
-    names = (
-        ("recipe", *SUBSET) if recorded.get("recipe") else [each.name for each in dataclasses.fields(DatasetOptions)]
-    )
+    fields = [field.name for field in dataclasses.fields(DatasetOptions)]
+    names = ("recipe", *SUBSET) if recorded.get("recipe") else fields
     values = {name: recorded[name] for name in names if name in recorded}
     if values.get("classes"):
         values["classes"] = ",".join(map(str, values["classes"]))
