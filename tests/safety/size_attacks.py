@@ -136,7 +136,7 @@ def put_geometries(*geometries: dict) -> None:
 def png(
     width: int, height: int, *, color: int = 2, depth: int = 8, before: bytes = b"", rows: int | None = None
 ) -> bytes:
-    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and all or some of its rows."""
+    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and all or some rows."""
     row = 1 + width * depth // 8 * (3 if color == 2 else 1)
     pack, pixels = zlib.compressobj(9), b""
     for _ in range(height if rows is None else rows):
@@ -744,7 +744,7 @@ def a_folder_of_picture_bombs():
 def a_saved_dataset_that_claims_exabytes():
     import datasets
 
-    rows = {"image": [{"bytes": png(8, 8), "path": None}] * 8, "label": [0, 1] * 4}
+    rows = {"image": [{"bytes": png(8, 8 + n), "path": None} for n in range(8)], "label": [0, 1] * 4}
     datasets.Dataset.from_dict(rows).save_to_disk("x")
     path = next(Path("x").glob("*.arrow"))
     content = bytearray(path.read_bytes())
