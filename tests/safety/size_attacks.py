@@ -740,21 +740,6 @@ def a_folder_of_picture_bombs():
             Path("x", label, f"{number}.png").write_bytes(png(60_000, 60_000, rows=number))
 
 
-@code(DATA.format(name="x"))
-def a_saved_dataset_that_claims_exabytes():
-    import datasets
-
-    rows = {"image": [{"bytes": png(8, 8 + n), "path": None} for n in range(8)], "label": [0, 1] * 4}
-    datasets.Dataset.from_dict(rows).save_to_disk("x")
-    path = next(Path("x").glob("*.arrow"))
-    content = bytearray(path.read_bytes())
-    for at in range(0, len(content) - 8, 8):  # lengths of buffers, in what describes the batch
-        (number,) = struct.unpack_from("<q", content, at)
-        if 0 < number < 10_000 and at > 1000 and at < len(content) - 600:
-            struct.pack_into("<q", content, at, 1 << 60)
-    path.write_bytes(content)
-
-
 def make_ensemble() -> None:
     """Write `pair`."""
     import timm
