@@ -136,7 +136,7 @@ def put_geometries(*geometries: dict) -> None:
 def png(
     width: int, height: int, *, color: int = 2, depth: int = 8, before: bytes = b"", rows: int | None = None
 ) -> bytes:
-    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and all or some of its rows."""
+    """A black picture, in gray (`color` 0) or RGB (2), with chunks `before` its pixels, and all or some rows."""
     row = 1 + width * depth // 8 * (3 if color == 2 else 1)
     pack, pixels = zlib.compressobj(9), b""
     for _ in range(height if rows is None else rows):
@@ -738,21 +738,6 @@ def a_folder_of_picture_bombs():
         Path("x", label).mkdir(parents=True)
         for number in range(5):
             Path("x", label, f"{number}.png").write_bytes(png(60_000, 60_000, rows=number))
-
-
-@code(DATA.format(name="x"))
-def a_saved_dataset_that_claims_exabytes():
-    import datasets
-
-    rows = {"image": [{"bytes": png(8, 8), "path": None}] * 8, "label": [0, 1] * 4}
-    datasets.Dataset.from_dict(rows).save_to_disk("x")
-    path = next(Path("x").glob("*.arrow"))
-    content = bytearray(path.read_bytes())
-    for at in range(0, len(content) - 8, 8):  # lengths of buffers, in what describes the batch
-        (number,) = struct.unpack_from("<q", content, at)
-        if 0 < number < 10_000 and at > 1000 and at < len(content) - 600:
-            struct.pack_into("<q", content, at, 1 << 60)
-    path.write_bytes(content)
 
 
 def make_ensemble() -> None:
