@@ -1231,7 +1231,8 @@ def test_names_of_repos(attack, folder, command):
 @pytest.mark.parametrize("name", ["precious.txt", "new.html"])
 def test_links_where_something_would_be_written(name, classifier, folder, photos, command):
     target = photos.parent.parent / "outside" / name
-    for link in ("report.html", "predictions.csv", "out", "member.onnx"):
+    Path("out").mkdir()
+    for link in ("report.html", "predictions.csv", "out/config.json", f"out/{SHARD}", "out/report.html"):
         Path(link).symlink_to(target)
     command("report", "pair", "--output", "report.html", "--overwrite")
     command("predict", classifier, "photos", "--output", "predictions.csv", "--overwrite")
