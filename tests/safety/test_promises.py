@@ -85,7 +85,7 @@ def command(monkeypatch, capsys):
         if code == 2 and not out:
             *before, line = err.strip().splitlines()
             assert line.startswith("error: ") and not [each for each in before if each.startswith("error: ")], err
-            assert len(line) < 10_000, "an error of a page"
+            assert len(line) < 20_000, "an error of a page"
         return code, out, err
 
     return command
