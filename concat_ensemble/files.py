@@ -159,7 +159,8 @@ def read_yaml(path: Traversable) -> Any:
     """Read a YAML file as plain values. Raises ValueError naming the file as `parse_yaml` does, and OSError for a file
     that cannot be opened."""
     try:
-        return parse_yaml(path.read_bytes())
+        with path.open("rb") as file:
+            return parse_yaml(file.read(MAX_BYTES + 1))
     except ValueError as error:
         raise ValueError(f"{path.name} is not YAML: {error}") from error
 
@@ -172,7 +173,7 @@ def parse_yaml(content: bytes, max_bytes: int = MAX_BYTES) -> Any:
     depth = 0
     try:
         if len(content) > max_bytes:
-            raise ValueError(f"{len(content):,} bytes are more than {max_bytes:,}")
+            raise ValueError(f"it has more than {max_bytes:,} bytes")
         for event in yaml.parse(content, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:

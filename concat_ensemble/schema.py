@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 T = TypeVar("T")
-MAX_JSON_BYTES, MAX_JSON_DEPTH = 100_000_000, 32  # far beyond any results file
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 2**25, 32  # far beyond any results file
 
 Count = Annotated[int, Meta(ge=0, le=10**18)]
 PositiveCount = Annotated[int, Meta(ge=1, le=10**18)]

@@ -44,6 +44,8 @@ REFUSED_KEYS = {"adapter_config", "per_layer_config", "quantization_config", "su
 # Bounds for a stranger's numbers, before anything is allocated; MAX_NUMBER is for features, labels and arguments.
 MAX_MEMBERS, MAX_NUMBER, MAX_IMAGE_SIDE, MAX_NESTING = 256, 65_536, 4_096, 16
 MAX_ARGUMENTS, MAX_SUM = 10_000, 2**20  # of a member's model_args: their characters, and the sum of their numbers
+MAX_JSON = 2**24  # bytes of a file
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MAX_CHANNELS, MAX_IMAGE_CHANNELS = 32, 256  # of a member, and of the images that it sees some channels of
 
 
@@ -84,6 +86,12 @@ def copy_payload(folder: str | os.PathLike) -> None:
     for name in PAYLOAD_FILES:
         if (source / name).is_file() and source.resolve() != Path(folder).resolve():
             shutil.copyfile(source / name, Path(folder) / name)
+
+
+def check_json_size(path: str | os.PathLike) -> None:
+    """Raise OSError for a file that is larger than any of ours, before it takes 30 times as much memory."""
+    if (size := os.path.getsize(path)) > MAX_JSON:
+        raise OSError(f"{path} has {size:,} bytes, more than {MAX_JSON:,}; save it again.")
 
 
 class ConcatEnsembleConfig(PreTrainedConfig):
@@ -136,6 +144,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        check_json_size(json_file)
         try:
             settings = super()._dict_from_json_file(json_file)
         except RecursionError as error:

@@ -23,9 +23,13 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
-from .configuration_concat_ensemble import AUTO_MAP, CHANNELS, MAX_IMAGE_CHANNELS, MAX_MEMBERS, PREPROCESSING_KEYS
+from .configuration_concat_ensemble import AUTO_MAP, CHANNELS, HUB_ARGUMENTS, MAX_IMAGE_CHANNELS, MAX_MEMBERS
+from .configuration_concat_ensemble import PREPROCESSING_KEYS
 from .configuration_concat_ensemble import ConcatEnsembleConfig
+from .configuration_concat_ensemble import check_json_size
 from .configuration_concat_ensemble import copy_payload
 from .configuration_concat_ensemble import error_prefix
 from .configuration_concat_ensemble import refuse_links
@@ -59,6 +63,7 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Bounds for a stranger's images. Pixels, of 4 bytes at most, are counted before memory is allocated for them: of all
 # channels of a file, and what resizing takes. `pixel_values` of an image have a quarter as many numbers at most.
 MAX_IMAGE_PIXELS, MAX_FILE_BYTES = 2**28, 2**32
+ROWS = 256  # of an image that are converted at a time
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -74,13 +79,16 @@ def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
         raise ValueError("the image is 1x1 pixels, which shows nothing; remove it from the data.")
     image = PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image  # else a mere copy
     if image.mode[0] in "IF":  # I;16 and its variants, I, which some readers make of 16-bit files, and F
-        values = np.asarray(image).astype(np.float32)
+        values = np.asarray(image)
         high = values.max()
         white = {"I": 255 if high < 256 else 65_535, "F": 1 if high < 2 else 255}.get(image.mode, 65_535)
         _check_range(values, white)
-        if white != 255:  # in place, since an image may be large
-            values *= 255 / white
-            image = PIL.Image.fromarray(values.round(out=values).clip(0, 255, out=values).astype(np.uint8))
+        if white != 255:
+            scaled = np.empty(values.shape, np.uint8)
+            for row in range(0, len(values), ROWS):  # as floats, a large image would take gigabytes
+                part = values[row : row + ROWS].astype(np.float32) * np.float32(255 / white)
+                scaled[row : row + ROWS] = part.round().clip(0, 255)
+            image = PIL.Image.fromarray(scaled)
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -122,6 +130,20 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     def from_config(cls, config: ConcatEnsembleConfig) -> "ConcatEnsembleImageProcessor":
         """The processor that matches a model with this configuration."""
         return cls(geometries=config.geometries)
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments["_raise_exceptions_for_missing_entries"] = False  # transformers says that there is none
+        if path := cached_file(pretrained_model_name_or_path, IMAGE_PROCESSOR_NAME, **hub_arguments):
+            check_json_size(path)
+        try:
+            settings, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            raise OSError(f"{path} is nested too deeply for a processor; save it again.") from error
+        if not isinstance(settings, dict):
+            raise OSError(f"{path} must hold a JSON object, not {reprlib.repr(settings)}; save it again.")
+        return settings, kwargs
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):

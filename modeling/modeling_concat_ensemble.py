@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.hub import cached_file
 
 # transformers finds the other files of the payload by these lines.
-from .configuration_concat_ensemble import ConcatEnsembleConfig, error_prefix, refuse_links, require
+from .configuration_concat_ensemble import HUB_ARGUMENTS, ConcatEnsembleConfig, error_prefix, refuse_links, require
 from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 from .weights_concat_ensemble import check_savable, copy_card, holds_weights, list_saved_members, open_checkpoint
 from .weights_concat_ensemble import refuse_misfit, replace_files, save_weights
@@ -38,7 +38,6 @@ MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**28  # the last: of a hea
 MODULES_PER_MEMBER = 1_000  # on average, for ensembles that may have more than MAX_MODULES
 MAX_UNSAVED = 2**29  # bytes beside weights, such as tables of relative positions; and once more the weights' bytes
 MAX_SECONDS = 20  # for building all members without memory; the slowest of timm's networks takes 1.5
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ADAPTER_CONFIG = "adapter_config.json"
 Network = TypeVar("Network", bound=nn.Module)
 SHARD_PATTERNS = ["member-*.safetensors", "projection*.safetensors", "head*.safetensors", "model*.safetensors"]

@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, cached_files
 
+from .configuration_concat_ensemble import check_json_size
+
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 MAX_HEADER, MAX_TENSORS, MAX_NAME = 2**24, 100_000, 500  # bytes of JSON, tensors of a file, characters of their names
-MAX_UNPACKED = 50  # times the size on disk; all-zero weights shrink to a thousandth, trained weights to 0.9
+MAX_UNPACKED = 10  # times the size on disk; trained weights shrink to 0.9, all-zero ones to a thousandth
 ASIDE = ".saving-"  # how the folder is called in which files are written before they replace others
 CARD_FILES = ("README.md", "LICENSE.md", "results/*.json", "figures/*.png", ".eval_results/*.yaml")
 
@@ -78,8 +80,7 @@ def open_checkpoint(
 def _select_shards(index_path: str, parts: set[str]) -> dict[str, str]:
     """Name of the file by key of the weight, for the files that hold these parts."""
     try:
-        if os.path.getsize(index_path) > MAX_HEADER:
-            raise ValueError(f"it has more than {MAX_HEADER:,} bytes")
+        check_json_size(index_path)
         weight_map = json.loads(Path(index_path).read_text())["weight_map"]
         unsafe = sorted(shard for shard in set(weight_map.values()) if not re.fullmatch(r"[A-Za-z0-9._-]+", shard))
         needed = {shard for key, shard in weight_map.items() if part_name(key) in parts}

@@ -5,10 +5,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from msgspec import Meta
 
 from concat_ensemble.data.groups import number_images, number_values
 from concat_ensemble.data.images import image_hashes, with_hashes
@@ -19,7 +20,8 @@ FEW_IMAGES = 5  # below, the recall of a class moves by more than 20 points with
 SHOWN_NAMES = 5
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # in sentences
 PAIRS = list(combinations(SPLITS, 2))
-SplitCounts = dict[Literal["train", "validation", "test"], Count]
+SplitName = Annotated[str, Meta(pattern=f"^({'|'.join(SPLITS)})$")]
+SplitCounts = dict[SplitName, Count]
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Audit:
     duplicates_across: dict[str, Count] = field(default_factory=dict)  # "train/test": test images that are in training
     conflicting_labels: Count = 0  # different images with more than one label, over all splits
     few_images: list[Text] = field(default_factory=list)  # classes with 1 to 4 test, or training + validation, images
-    missing_classes: dict[Literal["train", "validation", "test"], list[Text]] = field(default_factory=dict)
+    missing_classes: dict[SplitName, list[Text]] = field(default_factory=dict)
     removed_from_test: Count = 0
     removed_from_validation: Count = 0
     groups: SplitCounts | None = None  # number of groups

@@ -137,6 +137,8 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
+                if member.issparse():  # a file of holes, which would be written out
+                    raise ValueError(f"{member.name} in {path} is a sparse file, which no image is; remove it.")
                 match = re.match(r"^((?:.*/|)[^./][^./]*)\.([^/]+)$", member.name)
                 if not member.isfile() or match is None:
                     continue

@@ -342,7 +342,8 @@ def _check_weights(repo: str, commit: str | None, filename: Any, network: nn.Mod
             path = Path(hf_hub_download(repo, name, revision=commit))
         except EntryNotFoundError:
             continue
-        numbers = sum(tensor.numel() for tensor in read_checkpoint(path)[0].values())
+        with error_prefix(f"{HUB}{repo}"):
+            numbers = sum(tensor.numel() for tensor in read_checkpoint(path)[0].values())
         needed = sum(weight.numel() for weight in network.parameters())
         if needed > 2 * numbers:  # timm may resize position embeddings
             problem = f"{name} of {HUB}{repo} does not hold the weights of {timm_cfg(network)['architecture']}"

@@ -275,4 +275,4 @@ def _match(backbone: nn.Module, tensors: Tensors, prefix: str, others: Iterable[
 
 def _list_keys(keys: Iterable[str]) -> str:
     keys = sorted(keys)
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    return ", ".join(key[:100] for key in keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from concat_ensemble.files import parse_yaml
 from concat_ensemble.schema import Text, check_type
+from concat_ensemble.studies.ensemble_folders import WRITTEN_BY
 
 MAX_METADATA = 500_000  # bytes; a card of fifty datasets has about 100,000
 # With these keys `ModelCard.load` fails: they are arguments, and not keys of the metadata.
@@ -40,15 +41,18 @@ def split_metadata(card: str, path: Path) -> tuple[dict[str, Any], str]:
 
 def keep_user_sections(text: str, earlier: str, template: str) -> str:
     """`text` with the sections of the `earlier` text that are not in `template`, each after the one it followed."""
-    generated = [heading for heading, _ in split_sections(template)]
-    sections, before = split_sections(text), ""
-    for heading, section in split_sections(earlier):
-        if heading not in generated:
-            headings = [heading for heading, _ in sections]
-            place = headings.index(before) + 1 if before in headings else len(sections)
-            sections.insert(place, (heading, section))
-        before = heading
-    return "\n\n".join(section for _, section in sections) + "\n"
+    generated, sections = {heading for heading, _ in split_sections(template)}, split_sections(text)
+    kept: dict[str, list[str]] = {heading: [] for heading, _ in sections}
+    before, own = "", split_sections(earlier)
+    if WRITTEN_BY not in earlier and (lines := re.sub(r"^# .*", "", own[0][1]).strip()):
+        own = [("## Notes", f"## Notes\n\n{lines}"), *own[1:]]  # what a user wrote in place of a card
+    for heading, section in own:
+        if heading in kept:
+            before = heading
+        elif heading not in generated:
+            kept[before].append(section)
+    parts = [part for heading, section in sections for part in (section, *kept.pop(heading, []))]
+    return "\n\n".join(parts) + "\n"
 
 
 def split_sections(text: str) -> list[tuple[str, str]]:

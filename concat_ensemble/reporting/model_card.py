@@ -274,7 +274,7 @@ def _describe_member(spec: dict[str, Any], provenance: Provenance) -> dict[str, 
     described |= {key: "not stated" for key, value in described.items() if value is None}
     source = described["source"]
     hub_id, revision = provenance.hub_id, provenance.revision or "main"
-    if is_hub_id(hub_id) and re.fullmatch(r"[\w./-]+", revision):
+    if is_hub_id(hub_id) and re.fullmatch(r"\w[\w./-]*", revision):
         source = Markdown(f"[{escape_text(hub_id)}](https://huggingface.co/{escape_url(f'{hub_id}/tree/{revision}')})")
     return described | {
         "source": source,

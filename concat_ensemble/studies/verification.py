@@ -90,7 +90,8 @@ def measure_again(
     about = {"baselines": _find_baselines(study, baselines), "options": options, "extraction": extraction}
     again = probe_repeats(model, study.ensemble, dataset, **about).results
     if dataset.name in datasets:  # by its own name here; its images are compared
-        again.dataset["name"] = study.dataset.get("name")
+        own_path = {key: study.dataset[key] for key in ("name", "path_sha256") if key in study.dataset}
+        again.dataset = {key: again.dataset[key] for key in again.dataset if key != "path_sha256"} | own_path
     if again.audit and (dataset.record["name"] == DIGITS or dataset.record["name"].startswith(SCATTERED)):
         again.audit.pop("sha256")  # these images are made here, by libraries that may compress them otherwise
     return again

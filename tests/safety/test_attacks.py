@@ -59,8 +59,8 @@ def raw_header(path, header, data=b"", length=None):
 # --- weights that are programs --------------------------------------------------------------------------------------
 
 
-def torch_zip(path):
-    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}, "extra": Evil()}, path)
+def torch_zip(path, padding=0):
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1 + padding)}, "extra": Evil()}, path)
 
 
 def torch_legacy(path):
@@ -221,9 +221,11 @@ def test_pickled_weights_in_place_of_an_ensembles(folder):
     torch_zip(folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         AutoModel.from_pretrained(folder)
-    with pytest.raises(
-        Exception, match=r"weights_only|Weights only"
-    ):  # whoever asks for pickles gets tensors or nothing
+    # Whoever asks for pickles gets tensors or nothing; this one is too small for the weights.
+    with pytest.raises(ValueError, match="do not fit its config: 180 missing"):
+        AutoModel.from_pretrained(folder, use_safetensors=False)
+    torch_zip(folder / "pytorch_model.bin", padding=200_000)
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         AutoModel.from_pretrained(folder, use_safetensors=False)
 
 

@@ -20,6 +20,8 @@ from transformers import (
     pipeline,
 )
 
+from concat_ensemble import ConcatEnsembleImageProcessor
+
 TRUST = {"trust_remote_code": True}
 CODE = "from pathlib import Path\nPath('../canary').touch()\nclass Evil: pass\n"
 NAMES = ("Config", "Model", "ModelForImageClassification", "Backbone", "ImageProcessor", "ImageProcessorFast")
@@ -76,7 +78,15 @@ def test_code_in_the_folder_of_an_ensemble(loader, others, folder):
         assert not type(loaded).__module__.startswith("transformers_modules.")
 
 
-PROCESSORS = ["AutoImageProcessor", "AutoTokenizer", "AutoVideoProcessor", "AutoFeatureExtractor"]
+@pytest.mark.parametrize("flag", [TRUST, {}], ids=["trusted", "not"])
+@pytest.mark.parametrize("named", ["ViTImageProcessor", "CLIPImageProcessorFast", "Evil", "", ["Evil"], {}, 5, None])
+def test_the_image_processor_of_an_ensemble_is_ours(named, flag, folder):
+    poison(folder, {"preprocessor_config.json": {"image_processor_type": named}})
+    assert type(AutoImageProcessor.from_pretrained(folder, **flag)) is ConcatEnsembleImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(folder, use_fast=False, **flag)) is ConcatEnsembleImageProcessor
+
+
+PROCESSORS = ["AutoTokenizer", "AutoVideoProcessor", "AutoFeatureExtractor"]
 
 
 @pytest.mark.parametrize("loader", PROCESSORS)
@@ -92,7 +102,7 @@ def test_code_beside_a_config_that_is_refused(loader, broken, folder):
 def test_code_elsewhere_that_the_folder_of_an_ensemble_names(reference, folder):
     poison(folder, OTHERS, reference)
     with pytest.raises(ValueError, match="none of the code beside it is run"):
-        AutoImageProcessor.from_pretrained(folder, **TRUST)
+        AutoTokenizer.from_pretrained(folder, **TRUST)
 
 
 @pytest.mark.parametrize("name", [*LOADERS][:8])

@@ -92,7 +92,7 @@ def describe(folder: Path, name: str) -> dict[str, str]:
     """The texts of the ensemble's files, all of whose names are `name`, by the names of the files."""
     config, studies = model_card._read(folder)
     for number, key in enumerate(config.built_members):
-        keys = ("source", "license", "pretraining_data", "steps", "seed", "command", "ensemble_recipe", "revision")
+        keys = ("source", "license", "pretraining_data", "command", "ensemble_recipe", "revision")
         own = dict.fromkeys(keys, name) | {"hub_id": "org/name" if number else name, "recipe": {"dataset": name}}
         config.members[key]["provenance"] |= own
     study = studies["digits"]

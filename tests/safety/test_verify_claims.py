@@ -367,7 +367,7 @@ def test_results_that_the_hub_shows_and_nobody_measured_are_refused(lied, world,
     refused("verify", "one", "--quiet", said="imagenet.yaml is not from results")
 
 
-@pytest.mark.parametrize("kind", ["fine-tuning", "k nearest neighbors", None])
+@pytest.mark.parametrize("kind", ["fine-tuning", "k nearest neighbors", ""])
 def test_only_a_linear_probe_is_confirmed(kind, lied):
     folder = lied(in_probe(kind=kind))
     (check,) = verify_ensemble(folder, ConcatEnsembleModel.from_pretrained(folder), quiet=True)

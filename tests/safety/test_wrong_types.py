@@ -607,5 +607,5 @@ def test_a_probe_that_reads_old_results(drawn, refused):
 def test_a_pipe_in_place_of_results(drawn, refused):
     (drawn / "results/digits.json").unlink()
     os.mkfifo(drawn / "results/digits.json")
-    with pytest.raises(ValueError, match=r"digits\.json is not a results file \(it is not a regular file\)"):
+    with pytest.raises(OSError, match=r"digits\.json is not a regular file; remove it"):
         write_card(drawn)
