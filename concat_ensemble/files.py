@@ -14,7 +14,6 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import yaml
 
 MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
@@ -186,6 +185,8 @@ def parse_yaml(content: bytes, max_bytes: int = MAX_BYTES) -> Any:
 def check_array(file: IO[bytes], size: int) -> None:
     """Read the header of an array in NumPy's format. Raises ValueError unless exactly its numbers follow, up to the
     end of the `size` bytes of the file, because NumPy allocates memory for what a header claims."""
+    import numpy as np  # here, since commands import this module to start
+
     try:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)

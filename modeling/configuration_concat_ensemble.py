@@ -59,7 +59,8 @@ def describe_unknown_architecture(name: Any) -> str:
     """Error message for an architecture that timm does not have, with similar names that it has."""
     similar = difflib.get_close_matches(str(name)[:200], sorted(timm_architectures()), n=3)
     hint = f"did you mean {' or '.join(similar)}? " if similar else ""
-    return f"architecture {str(name)[:200]!r} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
+    shown = repr(name[:200]) if isinstance(name, str) else reprlib.repr(name)
+    return f"architecture {shown} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
 
 
 @contextmanager
@@ -92,6 +93,13 @@ def check_json_size(path: str | os.PathLike) -> None:
     """Raise OSError for a file that is larger than any of ours, before it takes 30 times as much memory."""
     if (size := os.path.getsize(path)) > MAX_JSON:
         raise OSError(f"{path} has {size:,} bytes, more than {MAX_JSON:,}; save it again.")
+
+
+def refuse_methods(kind: type, settings: dict[str, Any]) -> None:
+    """Raise ValueError for a setting that would take the place of a method of the class that gets it."""
+    for name in settings:
+        if name == "self" or callable(getattr(kind, name, None)):
+            raise ValueError(f"{_short(name)} is no setting of {kind.__name__}, but its own; leave it out.")
 
 
 class ConcatEnsembleConfig(PreTrainedConfig):
@@ -151,6 +159,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
             raise OSError(f"{json_file} is nested too deeply for a config; save it again.") from error
         if not isinstance(settings, dict):
             raise OSError(f"{json_file} must hold a JSON object, not {_short(settings)}; save it again.")
+        refuse_methods(cls, settings)
         return settings
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -335,6 +344,7 @@ def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS)
     channels = size[0]
     _check_channels(size, mode, pixels)
     require(_is_number(crop) and 0.1 <= crop <= 10, "crop_pct", crop, "a number from 0.1 to 10")
+    require(crop <= min(size[1:]), "crop_pct", crop, f"smaller: it leaves no pixel of input_size={size}")
     for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
         require(pixels[name] in allowed, name, pixels[name], f"one of {', '.join(allowed)}")
     for name in ("mean", "std"):

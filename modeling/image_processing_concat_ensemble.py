@@ -9,6 +9,7 @@ import math
 import os
 import reprlib
 import stat
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .configuration_concat_ensemble import check_json_size
 from .configuration_concat_ensemble import copy_payload
 from .configuration_concat_ensemble import error_prefix
 from .configuration_concat_ensemble import refuse_links
+from .configuration_concat_ensemble import refuse_methods
 from .configuration_concat_ensemble import validate_preprocessing
 
 # What transformers' image processors can be told about the pixels, and timm's transform. The config fixes it here.
@@ -79,6 +81,9 @@ def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
         raise ValueError("the image is 1x1 pixels, which shows nothing; remove it from the data.")
     image = PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image  # else a mere copy
     if image.mode[0] in "IF":  # I;16 and its variants, I, which some readers make of 16-bit files, and F
+        if image.width * image.height > MAX_IMAGE_PIXELS // 4:
+            problem = f"{image.width}x{image.height} pixels of more than 8 bits are too many"
+            raise ValueError(f"{problem}; cut it into smaller images.")
         values = np.asarray(image)
         high = values.max()
         white = {"I": 255 if high < 256 else 65_535, "F": 1 if high < 2 else 255}.get(image.mode, 65_535)
@@ -143,6 +148,7 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             raise OSError(f"{path} is nested too deeply for a processor; save it again.") from error
         if not isinstance(settings, dict):
             raise OSError(f"{path} must hold a JSON object, not {reprlib.repr(settings)}; save it again.")
+        refuse_methods(cls, settings)
         return settings, kwargs
 
     @classmethod
@@ -285,6 +291,8 @@ def _resize_geometry(geometries: list[dict[str, Any]], size: Any) -> dict[str, A
     if len(geometries) > 1:
         remedy = "leave it out, or assemble with preprocessing='shared' and dynamic_img_size=True"
         raise ValueError(f"size={size!r} cannot be set: members resize and crop in {len(geometries)} ways; {remedy}.")
+    if not isinstance(size, int | dict) and not (isinstance(size, list | tuple) and len(size) == 2):
+        raise ValueError(f"size={reprlib.repr(size)} must be a whole number or height and width.")
     sides = get_size_dict(size)
     if set(sides) != {"height", "width"}:
         raise ValueError(f"size={size!r} must be a whole number or have the keys height and width alone.")
@@ -306,8 +314,6 @@ def _count_pixels(width: int, height: int, geometry: dict[str, Any]) -> int:
     """Pixels, of 4 bytes, that Pillow holds to resize an image: what only has the new width yet, the result, and the
     weights of each row and column, of up to 56 bytes for every one before or after."""
     rows, columns = (math.floor(side / geometry["crop_pct"]) for side in geometry["input_size"][1:])
-    if min(rows, columns) < 1:
-        raise ValueError(f"crop_pct={geometry['crop_pct']} leaves nothing of input_size={geometry['input_size']}.")
     if geometry["crop_mode"] != "squash":
         scale = (min if geometry["crop_mode"] == "border" else max)(columns / width, rows / height)
         rows, columns = math.ceil(height * scale), math.ceil(width * scale)
@@ -364,7 +370,9 @@ def open_picture(file) -> PIL.Image.Image:
         file = io.BytesIO(get_session().get(file, timeout=None, follow_redirects=True).content)
     else:
         check_file(file)
-    picture = PIL.Image.open(file, formats=IMAGE_FORMATS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the bounds here are stricter
+        picture = PIL.Image.open(file, formats=IMAGE_FORMATS)
     if picture.width * picture.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{picture.width}x{picture.height} pixels are too many; cut it into smaller images.")
     return picture

@@ -72,7 +72,7 @@ NUMBERS = [
 ]
 OTHERS = [True, False, None, [], {}, [[]], [None], {"x": None}, {"": ""}, [1, "x", None], {"self": 1}]
 NESTINGS = (20, 200, 1500, 100_000)
-NESTED = re.compile(r"""["']@nested (\d+)@["']""")
+NESTED = re.compile(r"""["']@nested (\d{1,6})@["']""")
 
 
 class Again(str):

@@ -726,12 +726,6 @@ def varint(number: int) -> bytes:
     return bytes(digits)
 
 
-@code(DATA.format(name="x.parquet"), is_allowed=True)
-def a_parquet_of_one_large_picture_3_000_times():
-    picture = png(8, 8, before=chunk(b"noIs", random.Random(0).randbytes(1 << 20)))
-    parquet_rows([picture] * 3000, use_dictionary=True, dictionary_pagesize_limit=1 << 30)
-
-
 @code(DATA.format(name="x"))
 def a_folder_of_picture_bombs():
     for label in "ab":
