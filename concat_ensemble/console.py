@@ -45,7 +45,8 @@ class PlainConsole(Console):
         super().print(*(each if is_renderable(each) else str(each) for each in objects), **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+        plain: dict[str, Any] = {"markup": False, "emoji": False}
+        return super().render_str(printable(text), **(options | plain))
 
 
 out = PlainConsole()

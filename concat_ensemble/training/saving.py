@@ -93,7 +93,7 @@ def read_state(folder: Path) -> TrainingState:
 def _public_values(identity: dict) -> dict:
     """Plain JSON values without the folders of this machine: a result may be published, and its data may be moved."""
 
-    def strip(value):
+    def strip(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: strip(each) for key, each in value.items()}
         if isinstance(value, list):
