@@ -146,11 +146,16 @@ def without_folders(text: str) -> str:
     return re.sub(PATH_START + end, lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], text, flags=re.DOTALL)
 
 
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def check_regular_files(folder: Path) -> None:
     """Raise OSError for a pipe, a socket or a device in a folder of an ensemble, or in its folders: whoever opens one
     may wait, or read, without end. Links are followed."""
     for path in (*folder.glob("*"), *folder.glob("*/*")):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_special(path):
             raise OSError(f"{path} is not a regular file; remove it.")
 
 

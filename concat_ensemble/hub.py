@@ -56,7 +56,7 @@ def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, **options)
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
     _, others = choose_files(folder, options.get("include", ()))
     if others and not quiet:
-        errors.print(f"not uploaded: {describe_names(others)}", soft_wrap=True, markup=False)
+        errors.print(f"not uploaded: {describe_names(others)}", soft_wrap=True)
     return push_folder(folder, repo_id, **options)
 
 

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from concat_ensemble.data.splits import split_kind
+from concat_ensemble.files import is_special
 from concat_ensemble.modeling.image_processing_concat_ensemble import IMAGE_FORMATS
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def load_folder(folder: Path, *, use_folders: bool = False) -> dict[str, Dataset
 def refuse_special_files(files: Iterable[Path]) -> None:
     """Raise ValueError for a device or a pipe, which would be read without an end."""
     for file in files:
-        if file.exists() and not file.is_file() and not file.is_dir():
+        if is_special(file):
             raise ValueError(f"{file} is not a regular file; remove it.")
 
 

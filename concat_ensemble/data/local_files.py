@@ -17,6 +17,7 @@ import pyarrow.compute
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from concat_ensemble.console import printable
 from concat_ensemble.data.sources import DIGITS, identify_source
 
 pc: Any = pyarrow.compute  # whose functions are made as it is imported
@@ -57,8 +58,7 @@ def _check_row(check: Any, example: dict[str, Any], row: int) -> dict[str, Any]:
 
 def _check_path(row: int, path: str, *, kind: str, folders: list[str] | None, resolve: Callable[[str], str]) -> None:
     if "://" in path:
-        address = "".join(filter(str.isprintable, path[:200]))
-        problem = f"the images of the {kind} split are addresses, such as {address}"
+        problem = f"the images of the {kind} split are addresses, such as {printable(path[:200])}"
         raise ValueError(f"{problem}; download them, and give a folder of images.")
     if folders is None:
         return

@@ -61,7 +61,7 @@ def replace_ensemble(
     notes = [f"{path / name} was measured with other weights and is now {path / new}" for name, new in moved.items()]
     for line in [*notes, *filter(None, [note])]:
         if not quiet:
-            errors.print(line, soft_wrap=True, markup=False)
+            errors.print(line, soft_wrap=True)
 
 
 def free_name(path: Path, *folders: Path) -> str:
