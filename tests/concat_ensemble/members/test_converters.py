@@ -378,7 +378,7 @@ def test_a_recipe_names_existing_members(name):
     comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     files = " --checkpoints FOLDER" if recipe.checkpoints else ""
     assert comment.startswith(f"concat-ensemble build --recipe {name}{files} --output {name} ")
-    assert "Weights not run here" in comment and 8 <= len(lines) <= 20 and max(map(len, lines)) <= 120
+    assert "Weights not run here" in comment and 8 <= len(lines) <= 20 and max(map(len, lines)) <= 140
     assert len(recipe.members) == sum(line.startswith("  ") for line in lines) - len(recipe.provenance or {})
     for source, own in recipe.members.items():
         assert set(own or {}) | set(recipe.provenance or {}) <= PROVENANCE
@@ -391,14 +391,41 @@ def test_a_recipe_names_existing_members(name):
             assert license == (recipe.provenance or {}).get("license") or license in comment
 
 
-def test_every_system_of_the_figures_has_a_recipe():
-    systems = (
-        "timecat-cat1 timecat-cat2 timecat-cat4 timecat-cat5 resnet50w2 swav-cat2 swav-cat5 swav-cat8 swav-w2 swav-w4"
-    )
-    systems += (
-        " swav-w5 seer-32gf seer-64gf seer-128gf seer-256gf seer-cat2 seer-cat3 seer-cat4 vit-cat4-in21k vit-cat4-in1k"
-    )
-    assert set(systems.split()) <= set(recipe_names(ENSEMBLES))
+FIGURES = {
+    "4: ResNet50-CAT4 and the wide network": "timecat-cat1 timecat-cat4 resnet50w2",
+    "5: SWAV": "swav-cat2 swav-cat5 swav-cat7 swav-cat8 swav-w2 swav-w4 swav-w5",
+    "5: SEER": "seer-32gf seer-64gf seer-128gf seer-256gf seer-cat2 seer-cat3 seer-cat4",
+    "5: ViT, original": "vit-orig-cat2-in21k vit-orig-cat2-in1k",
+    "5: ViT, augreg": "vit-augreg-cat2-in21k vit-augreg-cat2-in1k",
+    "5: ViT, both": "vit-cat4-in21k vit-cat4-in1k vit-cat4-jax",
+    "6: time-concatenation": "timecat-cat1 timecat-cat2 timecat-cat4 timecat-cat5",
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_system_of_the_figures_has_a_recipe(figure):
+    assert set(FIGURES[figure].split()) <= set(recipe_names(ENSEMBLES))
+
+
+# Of download_checkpoint.md in TjuJianyu/RRL; within the bucket vit_models.
+AUGREG_B = "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
+AUGREG_L = "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0"
+VIT_FILES = {
+    "vit-orig-cat2-in21k": ["imagenet21k/ViT-B_16", "imagenet21k/ViT-L_16"],
+    "vit-orig-cat2-in1k": ["imagenet21k+imagenet2012/ViT-B_16", "imagenet21k+imagenet2012/ViT-L_16"],
+    "vit-augreg-cat2-in21k": [f"augreg/{AUGREG_B}", f"augreg/{AUGREG_L}"],
+    "vit-augreg-cat2-in1k": [
+        f"augreg/{AUGREG_B}--imagenet2012-steps_20k-lr_0.03-res_384",
+        f"augreg/{AUGREG_L}--imagenet2012-steps_20k-lr_0.01-res_384",
+    ],
+    "vit-cat4-jax": ["imagenet21k/ViT-B_16", f"augreg/{AUGREG_B}", "imagenet21k/ViT-L_16", f"augreg/{AUGREG_L}"],
+}
+
+
+@pytest.mark.parametrize("name", VIT_FILES)
+def test_the_files_of_vits_are_those_of_the_predecessor(name):
+    files = [source.partition("=")[2] for source in ensemble_recipe(name).members]
+    assert files == [f"{file}.npz" for file in VIT_FILES[name]]
 
 
 @torch.no_grad()
