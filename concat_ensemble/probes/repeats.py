@@ -1,4 +1,4 @@
-"""Intervals and tests over repeats that share their test images, for claims that are stated before they are measured."""
+"""Intervals and tests over repeats that share their test images, and over several claims."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +70,8 @@ def estimate_over_repeats_and_images(values: ArrayLike) -> Estimate:
 
 
 def adjust_p_values(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment (1979) of the p-values of several claims: below 0.05, the chance is 5% at most that any of those
-    found is wrong."""
+    """Holm's adjustment (1979) of the p-values of several claims: where those below 0.05 are taken for true, the
+    chance is 5% at most that any of them is not."""
     order = np.argsort(p_values)
     factors = np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
