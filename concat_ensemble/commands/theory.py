@@ -35,7 +35,9 @@ def theory(
     if as_json:
         print_file(path)
         return
-    found = f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures"
+    low, high = cancellations.slope_interval
+    found = f"in {cancellations.num_mixtures:,} mixtures, the share within a bound of zero falls with the bound "
+    found += f"to the power of {cancellations.slope:.3f} [{low:.3f}, {high:.3f}]"
     exact = f"{cancellations.exact:,} exact proportions that cancel"
     largest = f"{cancellations.largest_covariance:.0e}"
     out.print(f"Proposition 2.1: {found}; {exact}, with a covariance of at most {largest}.", soft_wrap=True)

@@ -23,7 +23,6 @@ from rich.markdown import Markdown
 from concat_ensemble.experiments import budget_curve, compare, desk, mixture, names, ntk_gap, theory
 from concat_ensemble.experiments.desk import SUBJECT
 from concat_ensemble.files import read_yaml, write_json
-from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.reporting.figures import BLUE, GREY, ORANGE
 from concat_ensemble.schema import Count, read_json
 from concat_ensemble.studies.results import Results, t_interval
@@ -119,17 +118,24 @@ def proposition(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion
     cancellations = theory.sample_cancellations()
     rows = []
     for bound, share in cancellations.within.items():
-        low, high = wilson_interval(share, cancellations.num_mixtures)
+        low, high = cancellations.intervals[bound]
         rows.append([bound, f"{share:.2e} [{low:.2e}, {high:.2e}]"])
     _plot_shares(cancellations.within, image)
-    result = (
-        f"{cancellations.cancelled:,} cancellations in {cancellations.num_mixtures:,} mixtures (share at most "
-        f"{cancellations.share_at_most:.1e}); {cancellations.exact:,} proportions that cancel were found exactly, "
-        f"with a covariance of at most {cancellations.largest_covariance:.0e}"
+    low, high = cancellations.slope_interval
+    in_proportion = Conclusion(
+        "the share of mixtures within a bound falls in proportion to it, as around a set of measure zero (slope 1)",
+        f"{cancellations.slope:.3f} [{low:.3f}, {high:.3f}] on logarithmic axes, for bounds up to 0.01",
+        HELD if low > 0.9 and high < 1.1 else FAILED if high < 0.9 or low > 1.1 else OPEN,
     )
-    verdict = FAILED if cancellations.cancelled else HELD
-    table = desk.format_markdown(["covariance smaller than", "share of mixtures [95% interval]"], rows)
-    return table, [Conclusion("a cancelling mixture is almost never drawn", result, verdict)]
+    exact = Conclusion(
+        "and some proportions cancel exactly",
+        f"{cancellations.exact:,} found, with a covariance of at most {cancellations.largest_covariance:.0e}",
+        HELD if cancellations.exact and cancellations.largest_covariance < 1e-12 else FAILED,
+    )
+    return desk.format_markdown(["covariance smaller than", "share of mixtures [95% interval]"], rows), [
+        in_proportion,
+        exact,
+    ]
 
 
 def _plot_shares(within: dict[str, float], image: Path) -> None:

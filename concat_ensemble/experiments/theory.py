@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from concat_ensemble.files import write_json
-from concat_ensemble.probes.intervals import wilson_interval
+from concat_ensemble.probes.intervals import NUM_RESAMPLES, central_interval, wilson_interval
 from concat_ensemble.reporting.figures import BLUE, GREY, ORANGE
 
 TOLERANCE = 1e-12  # of the largest coefficient: what counts as zero
@@ -142,9 +142,11 @@ class Cancellations:
     """Proposition 2.1 on random components: how often random proportions cancel a covariance, and which do exactly."""
 
     num_mixtures: int
-    cancelled: int  # mixtures with a covariance of zero
-    share_at_most: float  # upper end of the 95% interval of their share
+    cancelled: int  # mixtures with a covariance of zero, up to rounding
     within: dict[str, float]  # share of the mixtures with a smaller covariance than this
+    intervals: dict[str, tuple[float, float]]  # of these shares, 95%: bootstrap over the sets of components
+    slope: float  # of the share over the bound, both logarithmic, for bounds up to 0.01; 1: in proportion
+    slope_interval: tuple[float, float]  # 95%, likewise
     exact: int  # proportions that cancel, computed on one random segment for each set of components
     largest_covariance: float  # of the mixtures with these proportions, computed from their points
 
@@ -154,6 +156,11 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
 
     A component is three normal numbers with random masses and labels of +1 or -1, and the number is the feature. In
     each set at least one component has a correlation.
+
+    That no mixture cancels exactly is no evidence, since hardly any floating-point number is zero. The share within a
+    bound is: it falls in proportion to the bound where the cancelling proportions are a surface in the simplex, of
+    measure zero, and stays above zero where they are more. Mixtures of the same set are alike, so that intervals are
+    over sets.
     """
     rng = np.random.default_rng(seed)
     sampled, exact = [], []
@@ -169,16 +176,26 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
         start, end = rng.dirichlet([1] * 4, 2)
         for zero in cancelling_proportions(form, start, end):
             exact.append(abs(mixture(parts, zero).covariance(np.asarray)[0]))
-    covariances = np.concatenate(sampled)
-    zero = covariances <= TOLERANCE
+    covariances = np.array(sampled)  # (sets, proportions)
+    within = np.stack([(covariances < bound).mean(1) for bound in BOUNDS], axis=1)  # (sets, bounds)
+    weights = rng.multinomial(len(within), [1 / len(within)] * len(within), NUM_RESAMPLES) / len(within)
+    resampled = weights @ within
     return Cancellations(
-        num_mixtures=len(covariances),
-        cancelled=int(zero.sum()),
-        share_at_most=float(wilson_interval(zero.mean(), len(covariances))[1]),
-        within={f"{bound:g}": float((covariances < bound).mean()) for bound in BOUNDS},
+        num_mixtures=covariances.size,
+        cancelled=int((covariances <= TOLERANCE).sum()),
+        within={f"{bound:g}": float(share) for bound, share in zip(BOUNDS, within.mean(0), strict=True)},
+        intervals={f"{bound:g}": central_interval(each) for bound, each in zip(BOUNDS, resampled.T, strict=True)},
+        slope=float(_log_slope(within.mean(0)[None])[0]),
+        slope_interval=central_interval(_log_slope(resampled)),
         exact=len(exact),
         largest_covariance=float(max(exact)),
     )
+
+
+def _log_slope(shares: np.ndarray) -> np.ndarray:
+    """(R,): least-squares slope of log share over log bound, for shares (R, bounds) of the bounds up to 0.01."""
+    small = np.array(BOUNDS) <= 0.01
+    return np.polyfit(np.log(np.array(BOUNDS)[small]), np.log(shares[:, small]).T, 1)[0]
 
 
 def figure_2_components() -> list[Distribution]:
