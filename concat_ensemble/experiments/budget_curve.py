@@ -101,7 +101,7 @@ def format_curve(curve: Curve) -> str:
         for system in SYSTEMS[1:]:
             # A paired difference has less variance than the difference of two means.
             gains = [select_top1(curve[budget], task, system) - single[budget] for budget in budgets]
-            rows.append([f"{system} minus {SYSTEMS[0]}, paired", *map(desk.format_mean, gains)])
+            rows.append([f"{system} minus {SYSTEMS[0]}, paired", *map(desk.format_difference, gains)])
         tables.append(desk.format_markdown([title, *(f"{budget:,} steps" for budget in budgets)], rows))
     return "\n".join(tables)
 

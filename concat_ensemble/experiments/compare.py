@@ -131,7 +131,7 @@ def build_table(studies: dict[str, Results]) -> tuple[list[str], list[list[str]]
     heading += [HEADINGS[task] for task in others]
     rows = []
     for row in sorted(select_rows(unseen), key=lambda row: row.mean):
-        paired = "" if row.name == SUBJECT else desk.format_mean(unseen[SUBJECT].top1 - row.top1, "+")
+        paired = "" if row.name == SUBJECT else desk.format_difference(unseen[SUBJECT].top1 - row.top1)
         cells = [row.name, f"{row.num_features:,}", f"{row.steps:,}", desk.format_mean(row.top1), paired]
         for task in others:
             results = studies[task]
@@ -146,7 +146,7 @@ def print_results(studies: dict[str, Results], *, smoke: bool) -> None:
     if smoke:
         desk.print_line("SMOKE: a few steps only, the numbers mean nothing", style="bold")
     protocols = " and ".join(results.protocol for results in studies.values())
-    desk.print_line(f"Top-1 in %, mean of {unseen.repeats} repeats [95% t-interval]; protocols {protocols}")
+    desk.print_line(f"Top-1 in %, mean of {unseen.repeats} repeats [95% interval]; protocols {protocols}")
     heading, rows = build_table(studies)
     table = Table()
     for text in heading:

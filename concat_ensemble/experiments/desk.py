@@ -23,9 +23,10 @@ from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_e
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
+from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.schema import Share, read_json
-from concat_ensemble.studies.results import t_interval
+from concat_ensemble.studies.results import repeats_interval
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
 CONTROLS = ("untrained members", "raw pixels")
@@ -177,15 +178,21 @@ def probe_tables(tables: dict[str, FeatureTable], seed: int, projected: str = ""
 
 
 def mean_and_interval(shares: np.ndarray) -> tuple[float, float, float]:
-    """Mean of (repeats,) shares of one, and the ends of its 95% t-interval, all in %."""
-    low, high = t_interval(shares)
+    """Mean of (repeats,) shares of one, and the ends of its 95% interval, all in %; no end leaves [0, 100]."""
+    low, high = repeats_interval(shares)
     return 100 * float(shares.mean()), 100 * low, 100 * high
 
 
-def format_mean(shares: np.ndarray, sign: str = "") -> str:
-    """Mean of (repeats,) shares of one with its 95% t-interval, in %; `sign="+"` is for differences."""
-    mean, low, high = (f"{value:{sign}.1f}" for value in mean_and_interval(shares))
-    return f"{mean} [{low}, {high}]"
+def format_mean(shares: np.ndarray) -> str:
+    """Mean of (repeats,) shares of one with its 95% interval, in %."""
+    mean, low, high = mean_and_interval(shares)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def format_difference(differences: np.ndarray) -> str:
+    """Mean of (repeats,) differences of shares with its 95% t-interval, in percentage points."""
+    low, high = t_interval(differences)
+    return f"{100 * differences.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def format_markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -208,7 +215,7 @@ def print_wide(content: RenderableType) -> None:
 
 def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
     """Print a Markdown table of `format_mean`, and where its figure is."""
-    print_line(f"{table}\nTop-1 in %, mean of {repeats} repeats [95% t-interval]")
+    print_line(f"{table}\nTop-1 in %, mean of {repeats} repeats [95% interval]")
     if figure:
         print_line(f"figure: {figure}")
 

@@ -172,7 +172,7 @@ def format_table(repeats: list[Top1]) -> str:
     rows = []
     for system in COLORS:
         top1 = select_top1(repeats, system)
-        paired = "" if system == SINGLE else desk.format_mean(top1["mean"] - single, "+")
+        paired = "" if system == SINGLE else desk.format_difference(top1["mean"] - single)
         share = format_recovered(repeats, system) if system.startswith("cat") and system != SINGLE else ""
         rows.append([system, *map(desk.format_mean, top1.values()), paired, share])
     return desk.format_markdown(["", *repeats[0], "mean", f"minus {SINGLE}, paired", "of the gap to direct"], rows)

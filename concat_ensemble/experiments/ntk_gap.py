@@ -75,8 +75,8 @@ def format_table(top1: dict[str, np.ndarray]) -> str:
     """A Markdown table, from the worst system to the best."""
     rows = []
     for system in sorted(top1, key=lambda system: top1[system].mean()):
-        gain = "" if system == SINGLE else desk.format_mean(top1[system] - top1[SINGLE], "+")
-        loss = "" if system == SUBJECT else desk.format_mean(-1 * (top1[system] - top1[SUBJECT]), "+")
+        gain = "" if system == SINGLE else desk.format_difference(top1[system] - top1[SINGLE])
+        loss = "" if system == SUBJECT else desk.format_difference(-1 * (top1[system] - top1[SUBJECT]))
         rows.append([system, desk.format_mean(top1[system]), gain, loss])
     return desk.format_markdown(["", "unseen 5 to 9", f"minus {SINGLE}, paired", f"{SUBJECT} minus it, paired"], rows)
 

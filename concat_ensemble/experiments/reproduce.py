@@ -84,14 +84,14 @@ def judge_above_zero(claim: str, difference: np.ndarray) -> Conclusion:
     """Judge a claim that (repeats,) paired differences are above zero by whether their 95% t-interval excludes it."""
     low, high = t_interval(difference)
     verdict = HELD if low > 0 else FAILED if high < 0 else OPEN
-    return Conclusion(claim, f"{desk.format_mean(difference, '+')} points", verdict)
+    return Conclusion(claim, f"{desk.format_difference(difference)} points", verdict)
 
 
 def judge_below_a_point(claim: str, difference: np.ndarray) -> Conclusion:
     """Judge a claim that (repeats,) paired differences are below a point by whether their whole t-interval is."""
     low, high = t_interval(difference)
     verdict = HELD if high < 0.01 else FAILED if low > 0 else OPEN
-    return Conclusion(claim, f"{desk.format_mean(difference, '+')} points", verdict)
+    return Conclusion(claim, f"{desk.format_difference(difference)} points", verdict)
 
 
 def judge_fitted_more_often(claim: str, more: theory.Row, less: theory.Row, initializations: int) -> Conclusion:
