@@ -45,6 +45,7 @@ class Audit:
     groups_across: dict[str, Count] = field(default_factory=dict)  # "train/test": number of groups in both
     unreadable: SplitCounts = field(default_factory=dict)  # images that could not be read and were left out
     sha256: Text = ""  # of the encoded images and labels that are used, in their order; empty for a table
+    test_sha256: Text = ""  # the same of the test split alone; empty for a table, or where repeats have different ones
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -164,6 +165,7 @@ def audit_splits(data: DatasetDict) -> AuditedData:
         name: split.select(used[name]) if len(used[name]) < len(split) else split for name, split in splits.items()
     }
     audit.sha256 = _hash_splits(kept)
+    audit.test_sha256 = _hash_splits({"test": kept["test"]}) if "test" in kept else ""
     return AuditedData(DatasetDict(kept.items()), audit)
 
 

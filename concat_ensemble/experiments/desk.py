@@ -25,8 +25,8 @@ from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.probes.repeats import estimate_over_repeats
 from concat_ensemble.schema import Share, read_json
-from concat_ensemble.studies.results import repeats_interval
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
 CONTROLS = ("untrained members", "raw pixels")
@@ -179,7 +179,7 @@ def probe_tables(tables: dict[str, FeatureTable], seed: int, projected: str = ""
 
 def mean_and_interval(shares: np.ndarray) -> tuple[float, float, float]:
     """Mean of (repeats,) shares of one, and the ends of its 95% interval, all in %; no end leaves [0, 100]."""
-    low, high = repeats_interval(shares)
+    low, high = estimate_over_repeats(shares).share_interval
     return 100 * float(shares.mean()), 100 * low, 100 * high
 
 

@@ -29,8 +29,8 @@ from concat_ensemble.experiments.names import COMPONENTS, STUDIES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection
 from concat_ensemble.members.assemble import assemble
+from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.studies.controls import pixel_table, untrained_like
-from concat_ensemble.studies.results import t_interval
 
 COUNTS = (1, 2, 4, 8)
 DIRECT, SINGLE, LARGEST = "direct", "cat1", "cat8"

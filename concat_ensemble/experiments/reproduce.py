@@ -23,9 +23,10 @@ from rich.markdown import Markdown
 from concat_ensemble.experiments import budget_curve, compare, desk, mixture, names, ntk_gap, theory
 from concat_ensemble.experiments.desk import SUBJECT
 from concat_ensemble.files import read_yaml, write_json
+from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.reporting.figures import BLUE, GREY, ORANGE
 from concat_ensemble.schema import Count, read_json
-from concat_ensemble.studies.results import Results, t_interval
+from concat_ensemble.studies.results import Results
 
 STUDY = "scattered_digits"
 BUDGETS, SMOKE_BUDGETS = [200, 800, 2_400], [8, 16]

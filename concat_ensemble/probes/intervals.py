@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.sparse import csr_array
-from scipy.special import expit, logit
 
 from concat_ensemble.probes.scores import RANKING_METRICS, check_metric, check_scores, ranked_classes
 
@@ -191,22 +190,6 @@ def paired_resampled_difference(
     fewer = min((differences <= 0).sum(), (differences >= 0).sum())
     p = min(1.0, 2 * (fewer + 1) / (len(differences) + 1))
     return difference, central_interval(differences), float(p)
-
-
-def share_interval(values: ArrayLike) -> Interval:
-    """95% interval of the mean of at least two shares (N,), such as accuracies of repeats, that stays within [0, 1].
-
-    Student's t on the logit scale: with the mean m and its standard error e, the ends are those of logit(m) +- t e /
-    (m (1 - m)). For a small e it is `t_interval`. Equal values have the interval of width 0.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2 or not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"values={values.tolist()} must be at least two numbers from 0 to 1.")
-    mean, error = float(values.mean()), float(stats.sem(values))
-    if values.min() == values.max() or not 1e-12 < mean < 1 - 1e-12:  # up to rounding
-        return float(values.min()), float(values.max())
-    half = stats.t.ppf(0.975, len(values) - 1) * error / (mean * (1 - mean))
-    return float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
 
 
 def paired_difference(correct: np.ndarray, other_correct: np.ndarray, seed: int = 0) -> tuple[float, Interval, float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+from scipy.special import expit, logit
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,16 @@ class Estimate:
         """95%, by Student's t. Without any spread nothing is known about it: the interval is everything."""
         half = stats.t.ppf(0.975, self.freedom) * self.error if self.error else np.inf
         return self.mean - float(half), self.mean + float(half)
+
+    @property
+    def share_interval(self) -> tuple[float, float]:
+        """95% for the mean of shares: `interval`, or on the logit scale where that would leave [0, 1]. With the mean m
+        and its error e, the ends are there those of logit(m) +- t e / (m (1 - m)). Of width 0 without any spread."""
+        low, high = self.interval if self.error else (self.mean, self.mean)
+        if (low >= 0 and high <= 1) or not 1e-12 < self.mean < 1 - 1e-12:  # up to rounding
+            return max(low, 0.0), min(high, 1.0)
+        half = stats.t.ppf(0.975, self.freedom) * self.error / (self.mean * (1 - self.mean))
+        return float(expit(logit(self.mean) - half)), float(expit(logit(self.mean) + half))
 
     def p_value(self, value: float = 0.0) -> float:
         """Two-sided p-value of the mean being `value`; 1 without any spread."""

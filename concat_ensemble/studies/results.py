@@ -17,17 +17,15 @@ from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from msgspec import Meta
-from scipy import stats
 
 from concat_ensemble.data.naming import METRICS
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.intervals import (
     paired_difference,
     paired_resampled_difference,
-    share_interval,
-    t_interval,
     wilson_interval,
 )
+from concat_ensemble.probes.repeats import Estimate, estimate_over_repeats, estimate_over_repeats_and_images
 from concat_ensemble.schema import Amount, Count, PositiveCount, Seed, Share, Text, check_type, decode_json
 from concat_ensemble.studies.options import CONTROLS
 
@@ -163,7 +161,9 @@ class Row:
     gflops: Amount | None = None  # training compute of all members together; None where a member does not state it
     runs: Annotated[list[Run], Meta(min_length=1, max_length=MAX_REPEATS)] = field(default_factory=list)
     cost: Cost | None = None  # of one image; None for features that need no network
-    metric = "top1"  # that of the results that the row is in, which set it; no field of the file
+    # Of the results that the row is in, which set them; no fields of the file.
+    metric = "top1"
+    shares_images = False  # between repeats
 
     @property
     def values(self) -> np.ndarray:
@@ -187,16 +187,26 @@ class Row:
     def interval(self) -> tuple[float, float]:
         """95% interval of `mean`, within [0, 1].
 
-        Over several repeats `repeats_interval`, else over the test images: Wilson's for a share of independent images,
-        bootstrap percentiles for other metrics and for images in groups.
+        Over several repeats by their spread, and by that of their images where they share them. For a single one over
+        the test images: Wilson's for a share of independent images, bootstrap percentiles for other metrics and for
+        images in groups.
         """
         if len(self.runs) > 1:
-            return repeats_interval(self.values)
+            return _estimate(self.values, self.correct_images).share_interval
         (run,) = self.runs
         if self.metric == "top1" and not run.resampled:
             return wilson_interval(self.mean, run.n_test)
         low, high = run.intervals[self.metric]
         return low, high
+
+    @property
+    def correct_images(self) -> np.ndarray | None:
+        """(number of repeats, N) bool: which test images are predicted correctly, where the repeats share them and the
+        metric is their share; None otherwise."""
+        correct = [run.correct_images for run in self.runs]
+        if not self.shares_images or self.metric != "top1" or any(run.resampled for run in self.runs):
+            return None
+        return None if any(each is None for each in correct) else np.array(correct)
 
     @property
     def resample_deviation(self) -> float | None:
@@ -205,11 +215,9 @@ class Row:
         return float(np.sqrt(np.mean(variances))) if variances else None
 
 
-def repeats_interval(values: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of shares over repeats (N,): Student's t, on the logit scale where it would leave
-    [0, 1] otherwise. Intervals that stay inside are those of version 0.1.0."""
-    low, high = t_interval(values)
-    return (low, high) if low >= 0 and high <= 1 else share_interval(values)
+def _estimate(values: np.ndarray, by_image: np.ndarray | None) -> Estimate:
+    """The mean over repeats of values (R,), which are the means of (R, N) values by image where repeats share them."""
+    return estimate_over_repeats(values) if by_image is None else estimate_over_repeats_and_images(by_image)
 
 
 class ResultsFile(ABC):
@@ -268,8 +276,9 @@ class Results(ResultsFile):
     class_names: Annotated[list[Text], Meta(max_length=MAX_CONFUSION)] = field(default_factory=list)
 
     def __post_init__(self):
+        shares_images = bool(self.audit and self.audit.get("test_sha256"))
         for row in self.rows:
-            row.metric = self.metric
+            row.metric, row.shares_images = self.metric, shares_images
 
     @property
     def metric(self) -> str:
@@ -303,19 +312,20 @@ class Results(ResultsFile):
     def difference(self, name: str, other: str) -> tuple[float, tuple[float, float], float]:
         """Paired difference of the mean metric, `name` minus `other`: mean, 95% interval, p-value of no difference.
 
-        Student's t over several repeats. For a single repeat, over the test images: the bootstrap and McNemar's test
-        for top-1; the bootstrap for other metrics, and over groups of images where there are groups. The interval is
-        infinite and p is 1 where a run does not record what that takes; it is -1 to 1 where all repeats differ by the
-        same.
+        Over several repeats `estimate_over_repeats`, and for top-1 `estimate_over_repeats_and_images` where they share
+        their test images. For a single repeat, over the test images: the bootstrap and McNemar's test for top-1; the
+        bootstrap for other metrics, and over groups of images where there are groups. The interval is infinite and p
+        is 1 where a run does not record what that takes; it is -1 to 1 where all repeats differ by the same.
         """
         paired = self[name].values - self[other].values
         if self.repeats > 1:
-            error = paired.std(ddof=1) / np.sqrt(self.repeats)
-            if error == 0 and paired[0]:  # repeats that happen to agree say nothing about the spread
-                return float(paired[0]), (-1.0, 1.0), 1.0
-            p = float(2 * stats.t.sf(abs(paired.mean()) / error, self.repeats - 1)) if error else 1.0
-            low, high = t_interval(paired)
-            return float(paired.mean()), (max(low, -1.0), min(high, 1.0)), p
+            if not paired.any():
+                return 0.0, (0.0, 0.0), 1.0
+            correct, other_correct = self[name].correct_images, self[other].correct_images
+            by_image = None if correct is None or other_correct is None else correct.astype(float) - other_correct
+            estimate = _estimate(paired, by_image)
+            low, high = estimate.interval
+            return estimate.mean, (max(low, -1.0), min(high, 1.0)), estimate.p_value()
         run, other_run = self[name].runs[0], self[other].runs[0]
         values, other_values = run.resampled_values, other_run.resampled_values
         if values is not None and other_values is not None:
@@ -365,7 +375,10 @@ class Results(ResultsFile):
             raise ValueError("repeats differ in protocol or rows; probe them again with the same settings.")
         runs = {row.name: [run for result in repeats for run in result[row.name].runs] for row in repeats[0].rows}
         merged = [dataclasses.replace(row, runs=runs[row.name]) for row in repeats[0].rows]
-        return dataclasses.replace(repeats[0], rows=merged)
+        audit = repeats[0].audit
+        if len({(each.audit or {}).get("test_sha256") for each in repeats}) > 1:
+            audit = audit and audit | {"test_sha256": ""}  # the repeats have different test images
+        return dataclasses.replace(repeats[0], rows=merged, audit=audit)
 
 
 def hash_protocol(*, probe: dict[str, Any], **settings: Any) -> str:

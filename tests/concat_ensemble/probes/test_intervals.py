@@ -17,17 +17,11 @@ from concat_ensemble.probes.intervals import (
     paired_resampled_difference,
     resample_weights,
     resampled_metrics,
-    share_interval,
     t_interval,
     wilson_interval,
 )
 from concat_ensemble.probes.metrics import default_metrics, metric_value
 from tests.concat_ensemble.probes.test_metrics import scored_images
-
-
-def test_shares_that_are_1_up_to_rounding_have_an_interval():
-    """scikit-learn's AUROC of perfect scores is often 0.9999999999999999."""
-    assert share_interval([0.9999999999999999, 1.0]) == (0.9999999999999999, 1.0)
 
 
 def test_wilson_by_hand():
@@ -259,32 +253,3 @@ def test_p_of_equal_models_is_uniform_and_small_for_different_ones(difference):
             resampled.append(values["mean_per_class"])
         significant += paired_resampled_difference(*resampled, *points)[2] < 0.05
     assert (significant > 80) if difference else (2 <= significant <= 22)
-
-
-def test_share_interval_by_hand():
-    """Mean 0.9, standard error 0.1 / sqrt 3, t = 4.302653: logit 2.197225 +- 4.302653 * 0.057735 / 0.09 = 2.760154."""
-    low, high = share_interval([0.8, 0.9, 1.0])
-    assert low == pytest.approx(1 / (1 + math.exp(2.760154 - 2.197225)), abs=1e-5)
-    assert high == pytest.approx(1 / (1 + math.exp(-2.760154 - 2.197225)), abs=1e-5)
-
-
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
-def test_share_interval_stays_within_0_and_1_around_the_mean(values):
-    low, high = share_interval(values)
-    assert 0 <= low <= np.mean(values) + 1e-12 and np.mean(values) - 1e-12 <= high <= 1
-
-
-@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
-def test_equal_shares_have_the_interval_of_width_0(value):
-    assert share_interval([value] * 3) == (value, value)
-
-
-def test_share_interval_is_students_t_for_a_small_spread():
-    values = np.array([0.52, 0.521, 0.519, 0.5205])
-    assert share_interval(values) == pytest.approx(t_interval(values), abs=1e-6)
-
-
-@pytest.mark.parametrize("values", [[0.5], [], [0.5, 1.1], [-0.1, 0.5], [0.5, math.nan]])
-def test_what_is_not_shares_is_refused(values):
-    with pytest.raises(ValueError, match="at least two numbers from 0 to 1"):
-        share_interval(values)

@@ -1,6 +1,7 @@
 """Intervals over repeats and images, against scipy and against simulations with a known truth."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -82,6 +83,30 @@ def test_equal_repeats_are_judged_by_their_images():
     row = np.random.default_rng(0).choice([-1, 0, 1], 300)
     estimate = estimate_over_repeats_and_images(np.tile(row, (5, 1)))
     assert estimate.error == pytest.approx(row.std(ddof=1) / np.sqrt(300)) and estimate.freedom == np.inf
+
+
+def test_the_interval_of_a_share_by_hand():
+    """Mean 0.9, standard error 0.1 / sqrt 3, t = 4.302653: logit 2.197225 +- 4.302653 * 0.057735 / 0.09 = 2.760154."""
+    low, high = estimate_over_repeats([0.8, 0.9, 1.0]).share_interval
+    assert low == pytest.approx(1 / (1 + math.exp(2.760154 - 2.197225)), abs=1e-5)
+    assert high == pytest.approx(1 / (1 + math.exp(-2.760154 - 2.197225)), abs=1e-5)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_the_interval_of_a_share_stays_within_0_and_1_around_the_mean(values):
+    low, high = estimate_over_repeats(values).share_interval
+    assert 0 <= low <= np.mean(values) + 1e-12 and np.mean(values) - 1e-12 <= high <= 1
+
+
+def test_shares_that_are_1_up_to_rounding_have_an_interval():
+    """scikit-learn's AUROC of perfect scores is often 0.9999999999999999."""
+    low, high = estimate_over_repeats([0.9999999999999999, 1.0]).share_interval
+    assert 1 - 1e-12 < low <= high <= 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_equal_shares_have_the_interval_of_width_0(value):
+    assert estimate_over_repeats([value] * 3).share_interval == pytest.approx((value, value))
 
 
 def test_no_spread_says_nothing():

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from concat_ensemble.probes.intervals import paired_resampled_difference
+from concat_ensemble.probes.repeats import estimate_over_repeats_and_images
 from concat_ensemble.studies.results import Results, Row, Run, pack_bits, pack_numbers
 
 
@@ -278,3 +279,44 @@ def test_values_that_no_probe_gives_are_refused(change, tmp_path):
 def test_repeats_that_differ_by_the_same_are_no_certainty(study):
     difference, (low, high), p = study(pair=[0.6, 0.7], other=[0.4, 0.5]).difference("pair", "other")
     assert difference == pytest.approx(0.2) and (low, high) == (-1, 1) and p == 1
+
+
+def shared(rows_of_bits, digest="abc"):
+    """Results of two rows over repeats on the same test images, from (row, repeats, images) bits."""
+    rows = []
+    for name, repeats in zip("ab", rows_of_bits, strict=True):
+        runs = [
+            Run(seed, {"top1": bits.mean()}, 0.1, 50, len(bits), correct=pack_bits(bits))
+            for seed, bits in enumerate(repeats)
+        ]
+        rows.append(Row(name, "ensemble", 4, runs=runs))
+    repeats = [
+        Results("e", {}, {}, [dataclasses.replace(row, runs=[row.runs[k]]) for row in rows], audit=audit)
+        for k, audit in enumerate({"test_sha256": digest or str(k)} for k in range(len(rows[0].runs)))
+    ]
+    return Results.merged(repeats)
+
+
+def test_repeats_that_share_their_images_are_compared_over_images_too():
+    """One network on one test split: only the training images of the probe vary, and repeats nearly agree."""
+    rng = np.random.default_rng(0)
+    easy = rng.random((2, 1, 400)) < np.array([0.9, 0.86])[:, None, None]
+    bits = easy ^ (rng.random((2, 5, 400)) < 0.005)
+    results, apart = shared(bits), shared(bits, digest="")
+    assert results.audit["test_sha256"] == "abc" and apart.audit["test_sha256"] == ""
+    difference, (low, high), p = results.difference("a", "b")
+    expected = estimate_over_repeats_and_images(bits[0].astype(float) - bits[1])
+    assert (difference, low, high, p) == pytest.approx(
+        (expected.mean, *expected.interval, expected.p_value()), abs=1e-12
+    )
+    _, (narrow_low, narrow_high), _ = apart.difference("a", "b")
+    assert high - low > 3 * (narrow_high - narrow_low)
+    (low, high), (narrow_low, narrow_high) = results["a"].interval, apart["a"].interval
+    assert high - low > 3 * (narrow_high - narrow_low) and low < results["a"].mean < high
+
+
+def test_results_remember_whether_repeats_share_their_images(tmp_path):
+    results = shared(np.random.default_rng(0).random((2, 3, 40)) < 0.8)
+    results.save(tmp_path / "results.json")
+    again = Results.load(tmp_path / "results.json")
+    assert again.difference("a", "b") == results.difference("a", "b") and again["a"].interval == results["a"].interval
