@@ -67,17 +67,25 @@ def estimate_over_repeats_and_images(values: ArrayLike) -> Estimate:
         ValueError: when there are fewer than two repeats or images.
     """
     values = np.asarray(values, float)
+    of_repeats, of_images, of_rest = mean_squares(values)
+    total = of_repeats + max(of_images - of_rest, 0.0)
+    freedom = (len(values) - 1) * (total / of_repeats) ** 2 if of_repeats else np.inf
+    return Estimate(float(values.mean()), float(np.sqrt(total / values.size)), float(freedom))
+
+
+def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares of repeats, of images and of the rest, in a two-way analysis of variance of (R, N) values.
+
+    Raises:
+        ValueError: when there are fewer than two repeats or images.
+    """
     if values.ndim != 2 or min(values.shape) < 2:
         raise ValueError(f"values of shape {values.shape} must be (R, N), with at least two repeats and two images.")
     repeats, images = values.shape
-    mean, by_repeat, by_image = values.mean(), values.mean(1), values.mean(0)
-    rest = values - by_repeat[:, None] - by_image + mean
-    repeats_square = images * by_repeat.var(ddof=1)
-    images_square = repeats * by_image.var(ddof=1)
-    rest_square = np.square(rest).sum() / ((repeats - 1) * (images - 1))
-    total = repeats_square + max(images_square - rest_square, 0.0)
-    freedom = (repeats - 1) * (total / repeats_square) ** 2 if repeats_square else np.inf
-    return Estimate(float(mean), float(np.sqrt(total / (repeats * images))), float(freedom))
+    by_repeat, by_image = values.mean(1), values.mean(0)
+    rest = values - by_repeat[:, None] - by_image + values.mean()
+    of_rest = np.square(rest).sum() / ((repeats - 1) * (images - 1))
+    return float(images * by_repeat.var(ddof=1)), float(repeats * by_image.var(ddof=1)), float(of_rest)
 
 
 def adjust_p_values(p_values: Sequence[float]) -> list[float]:
