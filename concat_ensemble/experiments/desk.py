@@ -112,9 +112,10 @@ def training_recipe_path(name: str) -> Path:
 
 
 def plan_members(output: Path, label: str, counts: Sequence[int], steps: int, **options) -> Training:
-    """A training of K networks for `steps` / K steps each, for every K in `counts`, without baselines."""
-    options |= {"members": list(counts), "total_steps": steps, "baseline_extra": 0, "wide_steps": 0, "snapshots": 0}
-    return Training("pretraining", "timecat", output, label, options)
+    """A training of K networks for `steps` / K steps each, for every K in `counts`, without other baselines than those
+    of the options."""
+    plain = {"members": list(counts), "total_steps": steps, "baseline_extra": 0, "wide_steps": 0, "snapshots": 0}
+    return Training("pretraining", "timecat", output, label, plain | options)
 
 
 def run_module(module: str, arguments: list[str], label: str) -> None:

@@ -120,10 +120,7 @@ class Run:
     @property
     def correct_images(self) -> np.ndarray | None:
         """(N,) bool, in the order of the test split; None where the run does not record it."""
-        if not self.correct:
-            return None
-        bits = np.frombuffer(base64.b64decode(self.correct), dtype=np.uint8)
-        return np.unpackbits(bits, count=self.n_test).astype(bool)
+        return unpack_bits(self.correct, self.n_test) if self.correct else None
 
     @property
     def resampled_values(self) -> np.ndarray | None:
@@ -142,6 +139,12 @@ class Run:
 def pack_bits(correct: np.ndarray) -> str:
     """Encode (N,) bool the way a results file stores it."""
     return base64.b64encode(np.packbits(correct).tobytes()).decode()
+
+
+def unpack_bits(packed: str, count: int) -> np.ndarray:
+    """(count,) bool, from what `pack_bits` gave."""
+    bits = np.frombuffer(base64.b64decode(packed), dtype=np.uint8)
+    return np.unpackbits(bits, count=count).astype(bool)
 
 
 def pack_numbers(numbers: np.ndarray, dtype: str) -> str:
