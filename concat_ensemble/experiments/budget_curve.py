@@ -9,6 +9,7 @@ stored in a file. Prints a table, and writes it with the figure and the numbers 
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,6 +39,8 @@ COLORS = ("#8a8a8a", "#7fb3d5", "#2e75b6", "#123a63")  # the more members, the d
 CONTROL_COLOR = "#c0504d"
 Top1 = dict[str, dict[str, float]]  # shares of one by task and system
 Curve = dict[int, list[Top1]]  # one entry per repeat, by budget
+# (budget, task, system) -> values that `desk.estimate` takes
+Select = Callable[[int, str, str], np.ndarray]
 
 
 def measure_point(setup: desk.Setup, point: tuple[int, int]) -> Top1:
@@ -84,46 +87,47 @@ def read_controls(setup: desk.Setup, seed: int) -> Top1:
     return {}
 
 
-def select_top1(repeats: list[Top1], task: str, system: str) -> np.ndarray:
+def select_top1(curve: Curve, budget: int, task: str, system: str) -> np.ndarray:
     """(repeats,) top-1 of a system on a task."""
-    return np.array([top1[task][system] for top1 in repeats])
+    return np.array([top1[task][system] for top1 in curve[budget]])
 
 
-def format_curve(curve: Curve) -> str:
-    """A Markdown table for each task, with a column for each budget."""
-    budgets = sorted(curve)
+def format_curve(budgets: Sequence[int], select: Select) -> str:
+    """A Markdown table for each task, with a column for each budget; `select` gives the values of a system."""
     tables = []
     for task, title in TITLES.items():
         rows = []
         for system in (*SYSTEMS, *desk.CONTROLS):
-            rows.append([system, *(desk.format_mean(select_top1(curve[budget], task, system)) for budget in budgets)])
-        single = {budget: select_top1(curve[budget], task, SYSTEMS[0]) for budget in budgets}
+            rows.append([system, *(desk.format_mean(select(budget, task, system)) for budget in budgets)])
+        single = {budget: select(budget, task, SYSTEMS[0]) for budget in budgets}
         for system in SYSTEMS[1:]:
             # A paired difference has less variance than the difference of two means.
-            gains = [select_top1(curve[budget], task, system) - single[budget] for budget in budgets]
+            gains = [select(budget, task, system) - single[budget] for budget in budgets]
             rows.append([f"{system} minus {SYSTEMS[0]}, paired", *map(desk.format_difference, gains)])
         tables.append(desk.format_markdown([title, *(f"{budget:,} steps" for budget in budgets)], rows))
     return "\n".join(tables)
 
 
-def plot_curve(curve: Curve, path: Path) -> None:
+def plot_curve(budgets: Sequence[int], select: Select, path: Path) -> None:
     """A panel for each task, with a line for each K, its 95% interval, and dashed lines for the controls."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, len(desk.TASKS))
     for axes, task in zip(panels, desk.TASKS, strict=True):
-        _plot_task(axes, {budget: curve[budget] for budget in sorted(curve)}, task)
+        _plot_task(axes, budgets, partial(_select_task, select, task), TITLES[task])
     panels[0].set_ylabel("linear probe, top-1 (%)")
     legend = {"loc": "outside lower center", "ncols": len(COUNTS) + len(desk.CONTROLS), "frameon": False}
     figure.legend(*panels[0].get_legend_handles_labels(), **legend)
     figure.savefig(path, dpi=150)
 
 
-def _plot_task(axes: Axes, curve: Curve, task: str) -> None:
-    budgets = list(curve)
+def _select_task(select: Select, task: str, budget: int, system: str) -> np.ndarray:
+    return select(budget, task, system)
 
+
+def _plot_task(axes: Axes, budgets: Sequence[int], select: Callable[[int, str], np.ndarray], title: str) -> None:
     def interval(system: str) -> np.ndarray:
         """(3, budgets): mean, and both ends of the interval."""
-        return np.transpose([desk.mean_and_interval(select_top1(repeats, task, system)) for repeats in curve.values()])
+        return np.transpose([desk.mean_and_interval(select(budget, system)) for budget in budgets])
 
     for count, color in zip(COUNTS, COLORS, strict=True):
         mean, low, high = interval(f"cat{count}")
@@ -133,7 +137,7 @@ def _plot_task(axes: Axes, curve: Curve, task: str) -> None:
     for system, style in zip(desk.CONTROLS, ("--", ":"), strict=True):
         label = f"{COUNTS[-1]} untrained networks" if "untrained" in system else system
         axes.plot(budgets, interval(system)[0], color=CONTROL_COLOR, linestyle=style, label=label)
-    axes.set(title=TITLES[task], xscale="log", xlabel="training steps in all, shared by the networks")
+    axes.set(title=title, xscale="log", xlabel="training steps in all, shared by the networks")
     axes.set_xticks(budgets)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -150,8 +154,8 @@ def measure_curve(setup: desk.Setup, budgets: list[int], repeats: int) -> Curve:
     curve: Curve = {}
     for (budget, _), top1 in zip(points, desk.map_two_at_a_time(partial(measure_point, setup), points), strict=True):
         curve.setdefault(budget, []).append(top1)
-    (setup.output / "table.md").write_text(format_curve(curve))
-    plot_curve(curve, setup.output / "budget.png")
+    (setup.output / "table.md").write_text(format_curve(sorted(curve), partial(select_top1, curve)))
+    plot_curve(sorted(curve), partial(select_top1, curve), setup.output / "budget.png")
     return curve
 
 
@@ -164,7 +168,8 @@ def main() -> None:
     name = f"{options.study}-budget"
     setup = desk.create_setup(options.study, options.dataset, options.output, name=name, smoke=options.smoke)
     curve = measure_curve(setup, options.budgets, options.repeats)
-    desk.print_table(format_curve(curve), options.repeats, setup.output / "budget.png")
+    table = format_curve(sorted(curve), partial(select_top1, curve))
+    desk.print_table(table, options.repeats, setup.output / "budget.png")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_e
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
-from concat_ensemble.probes.intervals import t_interval
 from concat_ensemble.probes.linear import LinearProbe
-from concat_ensemble.probes.repeats import estimate_over_repeats
+from concat_ensemble.probes.repeats import Estimate, estimate_over_repeats, estimate_over_repeats_and_images
 from concat_ensemble.schema import Share, read_json
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
@@ -65,6 +64,7 @@ class Training:
 STUDIES = {
     "scattered_digits": Study("digits"),
     "scattered_mnist": Study("ylecun/mnist", limit=3_000),
+    "scattered_digits_labeled": Study("digits", recipe="seeds"),
     "scattered_digits_turned": Study("digits", recipe="seeds"),
     "scattered_digits_vit": Study("digits", recipe="seeds"),
 }
@@ -178,21 +178,26 @@ def probe_tables(tables: dict[str, FeatureTable], seed: int, projected: str = ""
     return top1
 
 
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean of (repeats,) values, or of (repeats, N) values by test image, where the repeats share these."""
+    return estimate_over_repeats(values) if values.ndim == 1 else estimate_over_repeats_and_images(values)
+
+
 def mean_and_interval(shares: np.ndarray) -> tuple[float, float, float]:
-    """Mean of (repeats,) shares of one, and the ends of its 95% interval, all in %; no end leaves [0, 100]."""
-    low, high = estimate_over_repeats(shares).share_interval
+    """Mean of shares of one, as `estimate` takes them, and the ends of its 95% interval, all in %, within [0, 100]."""
+    low, high = estimate(shares).share_interval
     return 100 * float(shares.mean()), 100 * low, 100 * high
 
 
 def format_mean(shares: np.ndarray) -> str:
-    """Mean of (repeats,) shares of one with its 95% interval, in %."""
+    """Mean of shares of one, as `estimate` takes them, with its 95% interval, in %."""
     mean, low, high = mean_and_interval(shares)
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def format_difference(differences: np.ndarray) -> str:
-    """Mean of (repeats,) differences of shares with its 95% t-interval, in percentage points."""
-    low, high = t_interval(differences)
+    """Mean of differences of shares, as `estimate` takes them, with its 95% interval, in percentage points."""
+    low, high = np.clip(estimate(differences).interval, -1, 1) if differences.any() else (0.0, 0.0)
     return f"{100 * differences.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 

@@ -31,7 +31,7 @@ from concat_ensemble.features.table import labeled_split
 from concat_ensemble.files import write_json
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.probes.linear import LinearProbe
-from concat_ensemble.probes.repeats import Estimate, adjust_p_values, estimate_over_repeats_and_images
+from concat_ensemble.probes.repeats import adjust_p_values
 from concat_ensemble.schema import Count, Text, read_json
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 from concat_ensemble.studies.results import pack_bits, unpack_bits
@@ -89,13 +89,9 @@ class Study:
         """(repeats, N): 1.0 where a test image is right."""
         return np.array([repeat.select(task, system) for repeat in self.repeats], dtype=float)
 
-    def estimate(self, task: str, system: str) -> Estimate:
-        """Accuracy."""
-        return estimate_over_repeats_and_images(self.correct(task, system))
-
-    def difference(self, task: str, system: str, other: str) -> Estimate:
-        """Paired difference of accuracies."""
-        return estimate_over_repeats_and_images(self.correct(task, system) - self.correct(task, other))
+    def difference(self, task: str, system: str, other: str) -> np.ndarray:
+        """(repeats, N): -1.0, 0.0 or 1.0."""
+        return self.correct(task, system) - self.correct(task, other)
 
     @property
     def systems(self) -> list[str]:
@@ -177,13 +173,13 @@ class Judgement:
     """A primary claim, judged."""
 
     claim: Claim
-    difference: Estimate
+    difference: np.ndarray  # (repeats, N)
     p_value: float  # adjusted for the number of claims
 
     @property
     def holds(self) -> bool | None:
         """None: not beyond chance."""
-        mean, low, high = self.difference.mean, *self.difference.interval
+        mean, (low, high) = self.difference.mean(), desk.estimate(self.difference).interval
         if self.p_value < 0.05 and (mean > 0 or self.claim.kind == "as good"):
             return True
         contradicts = high < 0 if self.claim.kind == "better" else low > MARGIN or high < -MARGIN
@@ -195,30 +191,18 @@ def judge_claims(study: Study, claims: Sequence[Claim] = PRIMARY) -> list[Judgem
     differences = [study.difference(claim.task, claim.system, claim.other) for claim in claims]
     p_values = [
         each.p_value() if claim.kind == "better" else each.equivalence_p_value(MARGIN)
-        for claim, each in zip(claims, differences, strict=True)
+        for claim, each in zip(claims, map(desk.estimate, differences), strict=True)
     ]
     adjusted = adjust_p_values(p_values)
     return [Judgement(*each) for each in zip(claims, differences, adjusted, strict=True)]
 
 
-def format_estimate(estimate: Estimate) -> str:
-    """An accuracy with its 95% interval, in %."""
-    low, high = estimate.share_interval
-    return f"{100 * estimate.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def format_difference(estimate: Estimate) -> str:
-    """A difference with its 95% interval, in points."""
-    low, high = estimate.interval
-    return f"{100 * estimate.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
 def format_table(study: Study) -> str:
     """A Markdown table from the worst system to the best on the unseen digits."""
     rows = []
-    for system in sorted(study.systems, key=lambda system: study.estimate("unseen", system).mean):
-        paired = "" if system == SINGLE else format_difference(study.difference("unseen", system, SINGLE))
-        tasks = [format_estimate(study.estimate(task, system)) for task in TASKS]
+    for system in sorted(study.systems, key=lambda system: study.correct("unseen", system).mean()):
+        paired = "" if system == SINGLE else desk.format_difference(study.difference("unseen", system, SINGLE))
+        tasks = [desk.format_mean(study.correct(task, system)) for task in TASKS]
         rows.append([system, tasks[0], paired, *tasks[1:]])
     return desk.format_markdown(
         ["", "unseen 5 to 9", f"minus {SINGLE}, paired", "10 labels a class", "seen 0 to 4"], rows

@@ -1,11 +1,12 @@
 """The tables in training/README.md are those of the results stored beside it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from concat_ensemble.experiments.budget_curve import format_curve
+from concat_ensemble.experiments.budget_curve import format_curve, select_top1
 
 MEASURED = Path(__file__).parents[2] / "training" / "measured"
 README = (MEASURED.parent / "README.md").read_text()
@@ -22,7 +23,7 @@ def test_the_budget_tables_match_the_stored_points(study):
         seeds.add(seed)
     assert len(seeds) >= 3
     assert len(curve) >= 5 and max(curve) >= 30 * min(curve)
-    assert format_curve(curve) in README
+    assert format_curve(sorted(curve), partial(select_top1, curve)) in README
 
 
 @pytest.mark.parametrize(
