@@ -1,5 +1,6 @@
 """Names of the experiments, for command lines: importing this module loads neither torch nor matplotlib."""
 
-FIGURES = ("figure-1", "proposition-2.1", "figure-2", "figure-4", "figure-5", "figure-6", "ntk", "saturation")
+SHIFTS = ("spurious", "domains", "long-tail")
+FIGURES = ("figure-1", "proposition-2.1", "figure-2", "figure-4", "figure-5", "figure-6", "ntk", "saturation", *SHIFTS)
 STUDIES = ("scattered_digits", "scattered_mnist")  # of mixture, budget_curve and ntk_gap
 COMPONENTS = ("labels", "classes")  # of a mixture

@@ -8,9 +8,10 @@ step, and probed on others of them, each placed once:
 - spurious: each class has a mark, a bar at the side of the digit. 95% of the pictures to pretrain on carry that of
   their own class. Heads are fitted with this correlation, and without, and tested where all pictures carry their own
   class's mark, where all carry another's, and where none carries one.
-- domains: digits in three of four styles are pretrained on. Heads are fitted and tested in the fourth, or fitted in the
-  three and tested in the fourth.
-- long tail: six classes with 100, 40, 16, 6, 3 and 1 pictures. Heads are fitted and tested on balanced data of all ten.
+- domains: three of four styles are pretrained on. Heads are fitted and tested in the fourth, or fitted in the three
+  and tested in the fourth.
+- long tail: six classes with 100, 40, 16, 6, 3 and 1 pictures. Heads are fitted and tested on balanced data of all
+  ten classes.
 
 All systems cost as much to train as CAT1. Pictures to pretrain on, to fit heads on and to test on are of different
 digits. Every repeat is measured once and stored in a file.
@@ -26,7 +27,6 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 
-from concat_ensemble.data.labels import read_labels
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.pictures import (
     CANVAS,
@@ -58,6 +58,13 @@ PRETRAINING, PROBE, TEST = 72, 54, 48  # pictures of each class; the rarest has 
 AGREEMENT = 0.95
 TAIL = (100, 40, 16, 6, 3, 1)  # pictures of each class to pretrain on
 TAIL_GROUPS = {"head": (0, 1), "middle": (2, 3), "tail": (4, 5), "unseen": (6, 7, 8, 9)}  # places in the order
+HEADS = ("head fitted without the correlation", "head fitted with it")
+DOMAIN_HEADS = (
+    "held-out style, head fitted in it",
+    "held-out style, head fitted in the others",
+    "seen styles, head fitted in them",
+)
+BALANCED = "classes by their frequency in pretraining"
 Top1 = dict[str, dict[str, float]]  # shares of one, by "table: column" and system
 Shares = dict[str, dict[str, np.ndarray]]  # (repeats,) by the same
 
@@ -106,9 +113,8 @@ def make_spurious(part: str, seed: int, size: float = 1.0) -> Setting:
     agrees, reversed_, absent = np.arange(len(tests)).reshape(3, -1)
     groups = [rows[labels[test] == c] for rows in (agrees, reversed_) for c in range(NUM_CLASSES)]
     columns = {"worst group": groups, "mark agrees": [agrees], "mark reversed": [reversed_], "no mark": [absent]}
-    shares = {"head fitted without the correlation": 1 / NUM_CLASSES, "head fitted with it": AGREEMENT}
     probings = {}
-    for title, agreement in shares.items():
+    for title, agreement in zip(HEADS, (1 / NUM_CLASSES, AGREEMENT), strict=True):
         data = DatasetDict(train=scatter(probe, mark(probe, agreement), 0), test=tests)
         probings[title] = Probing(data, columns)
     return Setting(
@@ -143,16 +149,13 @@ def make_domains(part: str, seed: int, size: float = 1.0) -> Setting:
     seen_probe = scatter(probe, draw_mixed(probe), 0)
     retrained = DatasetDict(train=scatter(probe, draw(probe, [part]), 0), test=own_test)
     rows = {part: [np.arange(len(test))]}
+    data = (retrained, DatasetDict(train=seen_probe, test=own_test), DatasetDict(train=seen_probe, test=seen_test))
     return Setting(
         DatasetDict(
             train=to_dataset(draw(pretraining, seen), np.tile(labels[pretraining], len(seen)), NAMES),
             test=to_dataset(draw_mixed(test), labels[test], NAMES),
         ),
-        {
-            "held-out style, head fitted in it": Probing(retrained, rows),
-            "held-out style, head fitted in the others": Probing(DatasetDict(train=seen_probe, test=own_test), rows),
-            "seen styles, this one held out": Probing(DatasetDict(train=seen_probe, test=seen_test), rows),
-        },
+        {title: Probing(each, rows) for title, each in zip(DOMAIN_HEADS, data, strict=True)},
         channels=3,
     )
 
@@ -181,7 +184,7 @@ def make_long_tail(part: str, seed: int, size: float = 1.0) -> Setting:
     seen_test = test[np.isin(labels[test], frequent_first)]
     return Setting(
         DatasetDict(train=pretraining_split(pretraining), test=pretraining_split(seen_test)),
-        {"classes by their frequency in pretraining": Probing(DatasetDict(data), columns)},
+        {BALANCED: Probing(DatasetDict(data), columns)},
     )
 
 
@@ -239,7 +242,9 @@ def probe(setting: Setting, folder: Path, seed: int) -> Top1:
     top1: Top1 = {}
     for title, probing in setting.probings.items():
         store = folder / "features"
-        tables = {name: extract_features(model, probing.data, store=store, quiet=True) for name, model in models.items()}
+        tables = {
+            name: extract_features(model, probing.data, store=store, quiet=True) for name, model in models.items()
+        }
         largest = tables[LARGEST]
         tables[PROJECTED] = principal_projection(largest, max(largest.feature_dims))(largest)
         tables["raw pixels"] = pixel_table(probing.data, "L" if setting.channels == 1 else "RGB", quiet=True)
@@ -300,8 +305,3 @@ def format_tables(shares: Shares) -> str:
             rows.append([f"{system} minus {SINGLE}, paired", *gains])
         tables.append(desk.format_markdown([title, *columns], rows))
     return "\n".join(tables)
-
-
-def count_labels(setting: Setting) -> np.ndarray:
-    """(C,) numbers of pictures to pretrain on, by class."""
-    return np.bincount(read_labels(setting.pretraining["train"]))
