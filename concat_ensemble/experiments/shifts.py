@@ -59,6 +59,7 @@ AGREEMENT = 0.95
 TAIL = (100, 40, 16, 6, 3, 1)  # pictures of each class to pretrain on
 TAIL_GROUPS = {"head": (0, 1), "middle": (2, 3), "tail": (4, 5), "unseen": (6, 7, 8, 9)}  # places in the order
 HEADS = ("head fitted without the correlation", "head fitted with it")
+SPURIOUS_COLUMNS = ("worst group", "mark agrees", "mark reversed", "no mark")
 DOMAIN_HEADS = (
     "held-out style, head fitted in it",
     "held-out style, head fitted in the others",
@@ -112,7 +113,7 @@ def make_spurious(part: str, seed: int, size: float = 1.0) -> Setting:
     tests = concatenate_datasets([scatter(test, pictures, 1) for pictures in (mark(test, 1), mark(test, 0), unmarked)])
     agrees, reversed_, absent = np.arange(len(tests)).reshape(3, -1)
     groups = [rows[labels[test] == c] for rows in (agrees, reversed_) for c in range(NUM_CLASSES)]
-    columns = {"worst group": groups, "mark agrees": [agrees], "mark reversed": [reversed_], "no mark": [absent]}
+    columns = dict(zip(SPURIOUS_COLUMNS, (groups, [agrees], [reversed_], [absent]), strict=True))
     probings = {}
     for title, agreement in zip(HEADS, (1 / NUM_CLASSES, AGREEMENT), strict=True):
         data = DatasetDict(train=scatter(probe, mark(probe, agreement), 0), test=tests)
