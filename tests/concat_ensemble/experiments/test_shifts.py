@@ -114,7 +114,7 @@ def test_a_seed_decides_everything(name):
 
 def test_probing_gives_every_system_and_the_lowest_accuracy_of_several_sets(backbone, tmp_path):
     setting = shifts.make_spurious("", seed=0, size=0.1)
-    for name, count in zip(shifts.TRAINED, (1, 2, 4, 8, 1), strict=True):
+    for name, count in zip(shifts.TRAINED, (1, 1, 1, 2, 1), strict=True):
         members = [backbone(seed, pixels={"input_size": (1, 24, 24)}) for seed in range(count)]
         assemble(members).save_pretrained(tmp_path / name)
     top1 = shifts.probe(setting, tmp_path, seed=0)
