@@ -25,7 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.pictures import (
@@ -105,26 +105,19 @@ def make_spurious(part: str, seed: int, size: float = 1.0) -> Setting:
     def mark(rows: np.ndarray, agreement: float) -> np.ndarray:
         return add_marks(digits[rows], draw_marks(labels[rows], agreement, rng))
 
-    def scatter(rows: np.ndarray, pictures: np.ndarray, offset: int):
-        return to_dataset(scatter_pictures(pictures, 2 * seed + offset), labels[rows], NAMES)
-
     unmarked = add_marks(digits[test], np.full(len(test), NO_MARK))
     # The same places and noise in all three, which differ in the mark alone.
-    tests = concatenate_datasets([scatter(test, pictures, 1) for pictures in (mark(test, 1), mark(test, 0), unmarked)])
-    agrees, reversed_, absent = np.arange(len(tests)).reshape(3, -1)
+    tests = [_scatter_split(each, labels[test], 2 * seed + 1) for each in (mark(test, 1), mark(test, 0), unmarked)]
+    agrees, reversed_, absent = np.arange(3 * len(test)).reshape(3, -1)
     groups = [rows[labels[test] == c] for rows in (agrees, reversed_) for c in range(NUM_CLASSES)]
     columns = dict(zip(SPURIOUS_COLUMNS, (groups, [agrees], [reversed_], [absent]), strict=True))
     probings = {}
     for title, agreement in zip(HEADS, (1 / NUM_CLASSES, AGREEMENT), strict=True):
-        data = DatasetDict(train=scatter(probe, mark(probe, agreement), 0), test=tests)
-        probings[title] = Probing(data, columns)
-    return Setting(
-        DatasetDict(
-            train=to_dataset(mark(pretraining, AGREEMENT), labels[pretraining], NAMES),
-            test=to_dataset(mark(test, AGREEMENT), labels[test], NAMES),
-        ),
-        probings,
-    )
+        train = _scatter_split(mark(probe, agreement), labels[probe], 2 * seed)
+        probings[title] = Probing(DatasetDict(train=train, test=concatenate_datasets(tests)), columns)
+    pictures = {"train": pretraining, "test": test}
+    splits = {name: to_dataset(mark(rows, AGREEMENT), labels[rows], NAMES) for name, rows in pictures.items()}
+    return Setting(DatasetDict(splits), probings)
 
 
 def make_domains(part: str, seed: int, size: float = 1.0) -> Setting:
@@ -134,31 +127,30 @@ def make_domains(part: str, seed: int, size: float = 1.0) -> Setting:
     pretraining, probe, test = draw_parts(labels, _balanced_counts(size), rng)
     seen = [style for style in STYLES if style != part]
 
-    def draw(rows: np.ndarray, styles: list[str]) -> np.ndarray:
-        """Each row in each of the styles."""
-        return np.concatenate([draw_in_style(digits[rows], style, rng) for style in styles])
+    def draw_seen(rows: np.ndarray) -> np.ndarray:
+        """(3, N, 16, 16, 3): each row in each of the seen styles."""
+        return np.stack([draw_in_style(digits[rows], style, rng) for style in seen])
 
     def draw_mixed(rows: np.ndarray) -> np.ndarray:
-        """Each row in one of the seen styles."""
-        styles = draw(rows, seen).reshape(len(seen), len(rows), *(16, 16, 3))
-        return styles[rng.integers(len(seen), size=len(rows)), np.arange(len(rows))]
+        """(N, 16, 16, 3): each row in one of the seen styles."""
+        return draw_seen(rows)[rng.integers(len(seen), size=len(rows)), np.arange(len(rows))]
 
-    def scatter(rows: np.ndarray, pictures: np.ndarray, offset: int):
-        return to_dataset(scatter_pictures(pictures, 2 * seed + offset), labels[rows], NAMES)
-
-    own_test, seen_test = scatter(test, draw(test, [part]), 1), scatter(test, draw_mixed(test), 1)
-    seen_probe = scatter(probe, draw_mixed(probe), 0)
-    retrained = DatasetDict(train=scatter(probe, draw(probe, [part]), 0), test=own_test)
-    rows = {part: [np.arange(len(test))]}
-    data = (retrained, DatasetDict(train=seen_probe, test=own_test), DatasetDict(train=seen_probe, test=seen_test))
-    return Setting(
-        DatasetDict(
-            train=to_dataset(draw(pretraining, seen), np.tile(labels[pretraining], len(seen)), NAMES),
-            test=to_dataset(draw_mixed(test), labels[test], NAMES),
-        ),
-        {title: Probing(each, rows) for title, each in zip(DOMAIN_HEADS, data, strict=True)},
-        channels=3,
-    )
+    own_test = _scatter_split(draw_in_style(digits[test], part, rng), labels[test], 2 * seed + 1)
+    seen_test = _scatter_split(draw_mixed(test), labels[test], 2 * seed + 1)
+    seen_probe = _scatter_split(draw_mixed(probe), labels[probe], 2 * seed)
+    own_probe = _scatter_split(draw_in_style(digits[probe], part, rng), labels[probe], 2 * seed)
+    data = ((own_probe, own_test), (seen_probe, own_test), (seen_probe, seen_test))
+    columns = {part: [np.arange(len(test))]}
+    probings = {
+        title: Probing(DatasetDict(train=train, test=test), columns)
+        for title, (train, test) in zip(DOMAIN_HEADS, data, strict=True)
+    }
+    pictures = np.concatenate(draw_seen(pretraining))
+    splits = {
+        "train": to_dataset(pictures, np.tile(labels[pretraining], len(seen)), NAMES),
+        "test": to_dataset(draw_mixed(test), labels[test], NAMES),
+    }
+    return Setting(DatasetDict(splits), probings, channels=3)
 
 
 def make_long_tail(part: str, seed: int, size: float = 1.0) -> Setting:
@@ -174,7 +166,7 @@ def make_long_tail(part: str, seed: int, size: float = 1.0) -> Setting:
         name: [np.flatnonzero(np.isin(labels[test], order[list(places)]))] for name, places in TAIL_GROUPS.items()
     }
     data = {
-        name: to_dataset(scatter_pictures(digits[rows], 2 * seed + offset), labels[rows], NAMES)
+        name: _scatter_split(digits[rows], labels[rows], 2 * seed + offset)
         for offset, (name, rows) in enumerate({"train": probe, "test": test}.items())
     }
     numbers = np.argsort(order)  # the number of a class in pretraining
@@ -187,6 +179,10 @@ def make_long_tail(part: str, seed: int, size: float = 1.0) -> Setting:
         DatasetDict(train=pretraining_split(pretraining), test=pretraining_split(seen_test)),
         {BALANCED: Probing(DatasetDict(data), columns)},
     )
+
+
+def _scatter_split(pictures: np.ndarray, labels: np.ndarray, seed: int) -> Dataset:
+    return to_dataset(scatter_pictures(pictures, seed), labels, NAMES)
 
 
 def _balanced_counts(size: float) -> list[list[int]]:

@@ -63,7 +63,7 @@ def test_every_published_row_names_a_command_that_there_is():
     known = {"demo", "full", "budget", "finetune", "distill", "theory", "mixture", "compare", "probe", "select"}
     known |= {f"reproduce {figure}" for figure in FIGURES}
     named = [re.findall("`(.+?)`", cell) for cell in nearest]
-    assert set(sum(named, [])) <= known
+    assert {command for commands in named for command in commands} <= known
     assert [cell.strip() for cell, commands in zip(nearest, named, strict=True) if not commands] == ["none"]
 
 
