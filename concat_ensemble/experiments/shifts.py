@@ -59,7 +59,6 @@ AGREEMENT = 0.95
 TAIL = (100, 40, 16, 6, 3, 1)  # pictures of each class to pretrain on
 TAIL_GROUPS = {"head": (0, 1), "middle": (2, 3), "tail": (4, 5), "unseen": (6, 7, 8, 9)}  # places in the order
 HEADS = ("head fitted without the correlation", "head fitted with it")
-SPURIOUS_COLUMNS = ("worst group", "mark agrees", "mark reversed", "no mark")
 DOMAIN_HEADS = (
     "held-out style, head fitted in it",
     "held-out style, head fitted in the others",
@@ -110,14 +109,13 @@ def make_spurious(part: str, seed: int, size: float = 1.0) -> Setting:
     tests = [_scatter_split(each, labels[test], 2 * seed + 1) for each in (mark(test, 1), mark(test, 0), unmarked)]
     agrees, reversed_, absent = np.arange(3 * len(test)).reshape(3, -1)
     groups = [rows[labels[test] == c] for rows in (agrees, reversed_) for c in range(NUM_CLASSES)]
-    columns = dict(zip(SPURIOUS_COLUMNS, (groups, [agrees], [reversed_], [absent]), strict=True))
+    columns = {"worst group": groups, "mark agrees": [agrees], "mark reversed": [reversed_], "no mark": [absent]}
     probings = {}
     for title, agreement in zip(HEADS, (1 / NUM_CLASSES, AGREEMENT), strict=True):
         train = _scatter_split(mark(probe, agreement), labels[probe], 2 * seed)
-        probings[title] = Probing(DatasetDict(train=train, test=concatenate_datasets(tests)), columns)
-    pictures = {"train": pretraining, "test": test}
-    splits = {name: to_dataset(mark(rows, AGREEMENT), labels[rows], NAMES) for name, rows in pictures.items()}
-    return Setting(DatasetDict(splits), probings)
+        probings[title] = Probing(_join_splits(train, concatenate_datasets(tests)), columns)
+    splits = [to_dataset(mark(rows, AGREEMENT), labels[rows], NAMES) for rows in (pretraining, test)]
+    return Setting(_join_splits(*splits), probings)
 
 
 def make_domains(part: str, seed: int, size: float = 1.0) -> Setting:
@@ -142,15 +140,12 @@ def make_domains(part: str, seed: int, size: float = 1.0) -> Setting:
     data = ((own_probe, own_test), (seen_probe, own_test), (seen_probe, seen_test))
     columns = {part: [np.arange(len(test))]}
     probings = {
-        title: Probing(DatasetDict(train=train, test=test), columns)
+        title: Probing(_join_splits(train, test), columns)
         for title, (train, test) in zip(DOMAIN_HEADS, data, strict=True)
     }
     pictures = np.concatenate(draw_seen(pretraining))
-    splits = {
-        "train": to_dataset(pictures, np.tile(labels[pretraining], len(seen)), NAMES),
-        "test": to_dataset(draw_mixed(test), labels[test], NAMES),
-    }
-    return Setting(DatasetDict(splits), probings, channels=3)
+    train = to_dataset(pictures, np.tile(labels[pretraining], len(seen)), NAMES)
+    return Setting(_join_splits(train, to_dataset(draw_mixed(test), labels[test], NAMES)), probings, channels=3)
 
 
 def make_long_tail(part: str, seed: int, size: float = 1.0) -> Setting:
@@ -165,20 +160,23 @@ def make_long_tail(part: str, seed: int, size: float = 1.0) -> Setting:
     columns = {
         name: [np.flatnonzero(np.isin(labels[test], order[list(places)]))] for name, places in TAIL_GROUPS.items()
     }
-    data = {
-        name: _scatter_split(digits[rows], labels[rows], 2 * seed + offset)
-        for offset, (name, rows) in enumerate({"train": probe, "test": test}.items())
-    }
+    train, own_test = (
+        _scatter_split(digits[rows], labels[rows], 2 * seed + offset) for offset, rows in enumerate((probe, test))
+    )
     numbers = np.argsort(order)  # the number of a class in pretraining
 
-    def pretraining_split(rows: np.ndarray):
+    def pretraining_split(rows: np.ndarray) -> Dataset:
         return to_dataset(digits[rows], numbers[labels[rows]], [NAMES[c] for c in frequent_first])
 
     seen_test = test[np.isin(labels[test], frequent_first)]
     return Setting(
-        DatasetDict(train=pretraining_split(pretraining), test=pretraining_split(seen_test)),
-        {BALANCED: Probing(DatasetDict(data), columns)},
+        _join_splits(pretraining_split(pretraining), pretraining_split(seen_test)),
+        {BALANCED: Probing(_join_splits(train, own_test), columns)},
     )
+
+
+def _join_splits(train: Dataset, test: Dataset) -> DatasetDict:
+    return DatasetDict({"train": train, "test": test})
 
 
 def _scatter_split(pictures: np.ndarray, labels: np.ndarray, seed: int) -> Dataset:
