@@ -15,7 +15,7 @@ from concat_ensemble.data.images import HASH_COLUMN, encode_image, read_image
 class Scatter(v2.Transform):
     """Put each image of a batch at a random place, scale and rotation on a noisy canvas, as in Translated MNIST.
 
-    Maps (B, 1, H, W) float images in [0, 1] to (B, 1, `size`, `size`) in [0, 1], rounded to 8 bits like stored images.
+    Maps (B, C, H, W) float images in [0, 1] to (B, C, `size`, `size`) in [0, 1], rounded to 8 bits like stored images.
 
     Args:
         size: Side of the canvas in pixels.

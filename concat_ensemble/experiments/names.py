@@ -1,5 +1,6 @@
 """Names of the experiments, for command lines: importing this module loads neither torch nor matplotlib."""
 
+SHIFTS = ("spurious", "domains", "long-tail")
 FIGURES = (
     "figure-6",
     "figure-1",
@@ -10,6 +11,7 @@ FIGURES = (
     "figure-5-vit",
     "ntk",
     "saturation",
+    *SHIFTS,
 )
 STUDIES = ("scattered_digits", "scattered_mnist")  # of mixture, budget_curve and ntk_gap
 COMPONENTS = ("labels", "classes")  # of a mixture

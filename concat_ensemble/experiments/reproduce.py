@@ -27,6 +27,7 @@ from concat_ensemble.experiments import (
     mixture,
     names,
     ntk_gap,
+    shifts,
     theory,
     time_concatenation,
 )
@@ -68,6 +69,7 @@ class Finding(msgspec.Struct):
     conclusions: list[Conclusion]
     options: Options = msgspec.field(name="asked")
     minutes: int
+    not_shown: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,9 @@ def compare_systems(study: str, workplace: Workplace, image: Path) -> tuple[str,
     return desk.format_markdown(*compare.build_table(studies)), conclusions
 
 
-def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path) -> None:
+def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path, subject: str = SUBJECT) -> None:
     """Draw (repeats,) accuracies by title and system as means with 95% intervals: a panel for each title, with a row
-    for each system, from the worst to the best in the first panel.
+    for each system, from the worst to the best in the first panel. The `subject` is blue.
     """
     first = next(iter(panels.values()))
     systems = sorted(first, key=lambda system: first[system].mean())
@@ -223,7 +225,7 @@ def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path) -> None:
     for axes, (title, top1) in zip(columns, panels.items(), strict=True):
         for place, system in enumerate(systems):
             mean, low, high = desk.mean_and_interval(top1[system])
-            color = ORANGE if system.startswith(("untrained", "raw pixels")) else BLUE if system == SUBJECT else GREY
+            color = ORANGE if system.startswith(("untrained", "raw pixels")) else BLUE if system == subject else GREY
             axes.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("linear probe, top-1 (%)")
@@ -293,6 +295,67 @@ def _measure_budgets(workplace: Workplace) -> dict[int, time_concatenation.Study
     return time_concatenation.measure_budgets(setup, _budgets(workplace), repeats)
 
 
+def spurious(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
+    without, with_it = shifts.HEADS
+    shares, conclusions = compare_shift("spurious", f"{without}: worst group", workplace)
+    panels = {f"worst group,\n{title}": shares[f"{title}: worst group"] for title in shifts.HEADS}
+    panels["marks reversed,\nhead fitted with the correlation"] = shares[f"{with_it}: mark reversed"]
+    plot_points(panels, image, shifts.LARGEST)
+    single = [shares[f"{title}: worst group"][shifts.SINGLE] for title in shifts.HEADS]
+    biased = shares[f"{with_it}: mark reversed"]
+    gain = biased[shifts.LARGEST] - biased[shifts.SINGLE]
+    return shifts.format_tables(shares), [
+        *conclusions,
+        judge_above_zero("with the correlation in the head's data, too, on reversed marks (CAT8 - CAT1)", gain),
+        judge_above_zero(
+            "a new head on balanced data helps one network, too (CAT1, without - with)", single[0] - single[1]
+        ),
+    ]
+
+
+def domains(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
+    columns = [f"{title}: mean" for title in shifts.DOMAIN_HEADS]
+    shares, conclusions = compare_shift("domains", columns[0], workplace)
+    panels = {
+        title.replace(", ", ",\n"): shares[column] for title, column in zip(shifts.DOMAIN_HEADS, columns, strict=True)
+    }
+    plot_points(panels, image, shifts.LARGEST)
+    gains = [shares[column][shifts.LARGEST] - shares[column][shifts.SINGLE] for column in columns]
+    return shifts.format_tables(shares), [
+        *conclusions,
+        judge_above_zero("also without labels of the held-out style (CAT8 - CAT1)", gains[1]),
+        judge_below_a_point("in the seen styles it gains less than a point (CAT8 - CAT1)", gains[2]),
+    ]
+
+
+def long_tail(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
+    groups = {group: f"{shifts.BALANCED}: {group}" for group in ("unseen", "tail", "head")}
+    shares, conclusions = compare_shift("long-tail", groups["unseen"], workplace)
+    plot_points({f"{group} classes": shares[column] for group, column in groups.items()}, image, shifts.LARGEST)
+    gains = {group: shares[column][shifts.LARGEST] - shares[column][shifts.SINGLE] for group, column in groups.items()}
+    return shifts.format_tables(shares), [
+        *conclusions,
+        judge_above_zero("also on the rarest classes of pretraining (CAT8 - CAT1)", gains["tail"]),
+        judge_below_a_point("on the most frequent ones it gains less than a point (CAT8 - CAT1)", gains["head"]),
+    ]
+
+
+def compare_shift(name: str, column: str, workplace: Workplace) -> tuple[shifts.Shares, list[Conclusion]]:
+    """The numbers of one of `names.SHIFTS`, and what they say of the features in one column."""
+    shares = shifts.measure_shift(name, workplace.setup(STUDY, name), workplace.repeats)
+    top1 = shares[column]
+    whole, single = top1[shifts.LARGEST], top1[shifts.SINGLE]
+    control = max((top1[system] for system in desk.CONTROLS), key=np.mean)
+    where = column.replace(": ", ", ")
+    return shares, [
+        judge_above_zero(f"{where}: eight networks are better than one (CAT8 - CAT1)", whole - single),
+        judge_above_zero("so are four (CAT4 - CAT1)", top1["cat4"] - single),
+        judge_above_zero("and eight are better than a wide network (CAT8 - W2)", whole - top1[shifts.WIDE]),
+        judge_above_zero("also at one member's width (CAT8 by PCA - CAT1)", top1[shifts.PROJECTED] - single),
+        judge_above_zero("it is what was learnt that counts (CAT8 - the better control)", whole - control),
+    ]
+
+
 RUNS: dict[str, Callable[[Workplace, Path], tuple[str, list[Conclusion]]]] = {
     "figure-6": time_concatenation_claims,
     "figure-1": figure_1,
@@ -303,6 +366,9 @@ RUNS: dict[str, Callable[[Workplace, Path], tuple[str, list[Conclusion]]]] = {
     "figure-5-vit": partial(compare_systems, f"{STUDY}_vit"),
     "ntk": ntk,
     "saturation": saturation,
+    "spurious": spurious,
+    "domains": domains,
+    "long-tail": long_tail,
 }
 
 
@@ -318,9 +384,11 @@ def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
     table, conclusions = RUNS[figure](workplace, path.with_suffix(".png"))
     minutes = math.ceil((time.perf_counter() - started) / 60)
     texts = load_texts()[figure]
-    values = {"steps": mixture.STEPS, "num_features": f"{ntk_gap.NUM_FEATURES:,}", "budget": f"{BUDGETS[-1]:,}"}
+    values: dict = {"steps": mixture.STEPS, "num_features": f"{ntk_gap.NUM_FEATURES:,}", "budget": f"{BUDGETS[-1]:,}"}
+    values["shift_steps"] = {name: experiment.steps for name, experiment in shifts.EXPERIMENTS.items()}
     setting = texts["setting"].format(initializations=workplace.initializations, **values)
-    finding = Finding(texts["title"], setting, texts["paper"], table, conclusions, options, minutes)
+    limits = texts.get("not_shown", "")
+    finding = Finding(texts["title"], setting, texts["paper"], table, conclusions, options, minutes, limits)
     write_json(path, msgspec.to_builtins(finding))
     return finding
 
@@ -337,10 +405,11 @@ def load_finding(path: Path) -> Finding:
 def format_section(figure: str, finding: Finding, images: str) -> str:
     """A figure as a section in Markdown; `images` is the folder of its PNG file, seen from the page."""
     conclusions = "".join(f"| {each.claim} | {each.result} | **{each.verdict}** |\n" for each in finding.conclusions)
+    not_shown = f"**Not shown:** {finding.not_shown}\n\n" if finding.not_shown else ""
     return (
         f"## {finding.title}\n\n`concat-ensemble reproduce {figure}`: {finding.setting}\n\n"
         f"![{finding.title}]({images}/{figure}.png)\n\n{finding.table}\n**In the paper:** {finding.paper}\n\n"
-        f"| conclusion | here | |\n|---|---|---|\n{conclusions}"
+        f"{not_shown}| conclusion | here | |\n|---|---|---|\n{conclusions}"
     )
 
 

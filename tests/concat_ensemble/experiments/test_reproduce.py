@@ -56,6 +56,17 @@ def test_gradients_need_trained_networks(tmp_path):
     assert "| +10.0 [+10.0, +10.0] |  |" in format_table(top1).splitlines()[3]
 
 
+def test_every_published_row_names_a_command_that_there_is():
+    rows = [line for line in (ROOT / "docs" / "evidence.md").read_text().splitlines() if line.startswith("| ")]
+    nearest = [row.rstrip(" |").rpartition("|")[2] for row in rows if not row.endswith("| here |")]
+    assert len(nearest) > 35
+    known = {"demo", "full", "budget", "finetune", "distill", "theory", "mixture", "compare", "probe", "select"}
+    known |= {f"reproduce {figure}" for figure in FIGURES}
+    named = [re.findall("`(.+?)`", cell) for cell in nearest]
+    assert {command for commands in named for command in commands} <= known
+    assert [cell.strip() for cell, commands in zip(nearest, named, strict=True) if not commands] == ["none"]
+
+
 @pytest.mark.slow
 def test_all_figures_with_a_few_steps(script, tmp_path):
     program = str(Path(sys.executable).with_name("concat-ensemble"))
