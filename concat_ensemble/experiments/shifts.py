@@ -296,7 +296,7 @@ def format_tables(shares: Shares) -> str:
         columns = {key.rpartition(": ")[2]: each for key, each in shares.items() if key.startswith(f"{title}: ")}
         rows = [[system, *(desk.format_mean(each[system]) for each in columns.values())] for system in SYSTEMS]
         for system in SYSTEMS[1 : -len(desk.CONTROLS)]:
-            gains = [desk.format_mean(each[system] - each[SINGLE], "+") for each in columns.values()]
+            gains = [desk.format_difference(each[system] - each[SINGLE]) for each in columns.values()]
             rows.append([f"{system} minus {SINGLE}, paired", *gains])
         tables.append(desk.format_markdown([title, *columns], rows))
     return "\n".join(tables)
