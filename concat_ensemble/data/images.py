@@ -21,7 +21,7 @@ HASH_COLUMN = "image_hash"
 def read_image(split: Dataset, index: int) -> PIL.Image.Image:
     """Decode image `index` of a split returned by `load_data`. Raises ValueError naming it if it cannot be read."""
     encoded = split[index]["image"]
-    return decode_image(encoded, _describe_encoded(encoded, index))
+    return decode_image(encoded, describe_encoded(encoded, index))
 
 
 def decode_image(encoded: dict | None, name: str) -> PIL.Image.Image:
@@ -113,10 +113,11 @@ def encode_image(pixels: np.ndarray) -> dict:
 
 def describe_image(split: Dataset, index: int) -> str:
     """Name an image in error messages: its number, and its file if it has one."""
-    return _describe_encoded(split[index]["image"], index)
+    return describe_encoded(split[index]["image"], index)
 
 
-def _describe_encoded(encoded: dict | None, index: int) -> str:
+def describe_encoded(encoded: dict | None, index: int) -> str:
+    """As `describe_image`, for a row that is read already."""
     path = encoded["path"] if encoded else None
     return f"image {index} ({path})" if path else f"image {index}"
 

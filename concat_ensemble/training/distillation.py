@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,7 +28,8 @@ from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.cost import count_flops
 from concat_ensemble.studies.provenance import members_sha256
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
@@ -120,8 +122,8 @@ def load_with_head(source: str) -> nn.Module:
 def create_student(settings: Distillation, images: Images, teachers: Teachers) -> Student:
     """Standardize the teachers' features if they are the target, and create a student of as many outputs."""
     device = next(teachers.parameters()).device
-    batches = itertools.islice(images.batches([settings.seed]), STATISTICS_BATCHES)
-    pixels = [batch.views[0][0].to(device) for batch in batches]
+    batches = itertools.islice(images.batches([settings.seed], device=device), STATISTICS_BATCHES)
+    pixels = [batch.views[0][0] for batch in batches]
     if settings.target == "features":
         teachers.standardize(pixels)
     num_outputs = sum(outputs.shape[1] for outputs in teachers(pixels[0][:1]))
@@ -150,7 +152,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
         accelerator, settings, [student], steps=settings.steps, folder=checkpoints, identity=identity, name="distilled"
     )
     steps = loop.run(
-        lambda first: images.batches([settings.seed], first),
+        partial(images.batches, [settings.seed]),
         lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
     )
     for _ in steps:
@@ -176,7 +178,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
 
 def describe_distillation(settings: Distillation, images: Images, teachers: Teachers) -> dict:
     """Provenance of the student. Its compute includes the teachers' forward passes, but not their training."""
-    num_images = settings.steps * settings.batch_size
+    num_images = settings.steps * images.images_per_step
     size = Size.measure(settings.architecture, settings.model_args, settings.input_size, 0)
     device = next(teachers.parameters()).device
     teacher_flops = count_flops(teachers, torch.zeros(1, *settings.input_size, device=device))

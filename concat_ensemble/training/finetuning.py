@@ -39,7 +39,8 @@ from concat_ensemble.reporting.model_card import write_card
 from concat_ensemble.studies.probing import with_head
 from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
@@ -139,7 +140,7 @@ def fine_tune(
     )
     loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps = loop.run(
-        lambda first: images.batches([settings.seed], first),
+        partial(images.batches, [settings.seed]),
         lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
         evaluate=lambda network: compute_top1(network, images, accelerator),
     )
@@ -164,7 +165,8 @@ def predict_logits(network: nn.Module, images: Images, split: str, accelerator: 
     network.eval()
     logits = []
     for (pixels,), _ in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size, split)):
-        logits.append(accelerator.gather_for_metrics(network(pixel_values=pixels).logits.float()))
+        output = network(pixel_values=images.pixels.normalize(pixels))
+        logits.append(accelerator.gather_for_metrics(output.logits.float()))
     return torch.cat(logits).cpu().numpy()
 
 
@@ -182,7 +184,7 @@ def save_classifier(
     replaces `folder` as a whole; the model does not change.
     """
     saved = copy.copy(model)  # the same weights under another config
-    saved.config = describe_fine_tuning(model, settings, images.pixels.input_size)
+    saved.config = describe_fine_tuning(model, settings, images)
     results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
     with replace_result(folder, identity) as aside:
         saved.save_pretrained(aside)
@@ -192,9 +194,9 @@ def save_classifier(
     print(f"{folder}: top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps", flush=True)
 
 
-def describe_fine_tuning(model: Classifier, settings: FineTuning, input_size: Sequence[int]) -> ConcatEnsembleConfig:
+def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
-    config, num_images = copy.deepcopy(model.config), settings.steps * settings.batch_size
+    config, num_images = copy.deepcopy(model.config), settings.steps * images.images_per_step
     for k, member in model.members.items():
         spec = config.members[int(k)]
         provenance = spec["provenance"]
@@ -203,7 +205,7 @@ def describe_fine_tuning(model: Classifier, settings: FineTuning, input_size: Se
         if "steps" in provenance:  # else the cost of pretraining is not known
             provenance["steps"] += settings.steps
         if "compute" in provenance:
-            size = Size.measure(spec["architecture"], spec["model_args"], input_size, 0)
+            size = Size.measure(spec["architecture"], spec["model_args"], images.pixels.input_size, 0)
             provenance["compute"]["images"] += num_images
             provenance["compute"]["gflops"] += round(size.training_flops(num_images) / 1e9, 3)
     return config

@@ -6,77 +6,28 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from datasets import IterableDataset as Stream
-from datasets.distributed import split_dataset_by_node
-from timm.data import create_transform
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from concat_ensemble.data.images import decode_image, read_image
+from concat_ensemble.data.images import decode_image, describe_encoded, read_image
 from concat_ensemble.data.labels import class_names, read_labels
 from concat_ensemble.data.loading import load_data, load_stream
 from concat_ensemble.data.scattered import Scatter
-from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
-from concat_ensemble.training.recipe import NetworkSettings, Settings
+from concat_ensemble.training.batches import Augmentation, Batch, Finish, Part, Pixels, Position, derive_seed, prefetch
+from concat_ensemble.training.recipe import Settings
+from concat_ensemble.training.streams import read_stream
 
-BUFFER = 10_000  # a stream is shuffled within a buffer of this many images
-Transform = Callable[[PIL.Image.Image], torch.Tensor]
 Shard = tuple[int, int]  # rank, number of processes
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """The input of a network."""
-
-    input_size: tuple[int, int, int]  # C, H, W
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-
-    @classmethod
-    def from_settings(cls, settings: NetworkSettings) -> Pixels:
-        channels, height, width = settings.input_size
-        mean, std = (tuple(values * (channels // len(values))) for values in (settings.mean, settings.std))
-        return cls((channels, height, width), mean, std)
-
-    @property
-    def mode(self) -> str:
-        """The image mode, such as RGB."""
-        return IMAGE_MODES[self.input_size[0]]
-
-    def create_transform(self, settings: Settings, training: bool) -> Transform:
-        """timm's transform from a PIL image to a (C, H, W) tensor."""
-        options: dict[str, Any] = {"input_size": self.input_size, "interpolation": self.interpolation}
-        options |= {"mean": self.mean, "std": self.std}
-        if training and settings.augmentation == "timm":
-            options |= {"is_training": True, "scale": tuple(settings.crop_scale), "hflip": settings.flip}
-            options |= {"color_jitter": settings.color_jitter, "auto_augment": settings.auto_augment}
-            options |= {"re_prob": settings.random_erasing}
-        else:
-            options["crop_pct"] = self.crop_pct
-        # timm's return type has also the transforms of options that are not used here.
-        return cast(Transform, create_transform(**options))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A part of a batch: indices of its images, and the images as each network sees them."""
-
-    indices: list[int]
-    views: list[tuple[torch.Tensor, torch.Tensor]]  # images (B, C, H, W) and labels (B,) for each network
+CPU = torch.device("cpu")
 
 
 class Images:
@@ -124,7 +75,7 @@ class Images:
         self.class_names, self.size = class_names(self.split), len(self.split)
         self.train_labels = torch.as_tensor(read_labels(self.split))
         if settings.augmentation == "scatter":
-            self._images = torch.stack([self._read(index) for index in range(self.size)])
+            self._in_memory = torch.stack([self._read(index) for index in range(self.size)])
         if settings.turned:
             self.class_names = [f"turned by {90 * quarters} degrees" for quarters in range(4)]
 
@@ -136,42 +87,67 @@ class Images:
         digest = hashlib.sha256(self.train_labels.numpy().tobytes()).hexdigest()[:16]
         return {"classes": self.class_names, "images": self.size, "labels_sha256": digest}
 
-    def batches(self, seeds: Sequence[int], first_step: int = 0) -> Iterator[Batch]:
+    def batches(
+        self,
+        seeds: Sequence[int],
+        first_step: int = 0,
+        device: torch.device = CPU,
+        position: Position | None = None,
+    ) -> Iterator[Batch]:
         """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step. There
-        is one seed for each network's augmentation; the first one also determines the order of the images.
+        is one seed for each network's augmentation; the first one also determines the order of the images. A stream
+        goes on at the `position` of the last part before `first_step`.
         """
-        settings = self.settings
-        if settings.streaming:
-            yield from self._stream_batches(seeds, first_step)
-            return
-        order = _BatchOrder(self.size, settings, shard=self.shard, seed=seeds[0], first_step=first_step)
-        if settings.augmentation == "scatter":
-            for part in order:
-                yield self._scatter(part, seeds)
-            return
-        loader = DataLoader(
-            _Views(self.split, _Augmentation(self.pixels, settings, seeds)),
-            batch_sampler=order,
-            num_workers=settings.num_workers,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=settings.num_workers > 0,
-            generator=torch.Generator(),  # the global generator is for the networks
-        )
-        for indices, views, labels in loader:
-            yield Batch(indices, [(view, labels) for view in views])
+        if self.settings.augmentation == "scatter":
+            order = self._order(seeds, first_step)
+            return prefetch((self._scatter(places, seeds) for places in order), device, Batch.to)
+        augmentation, pinned = Augmentation(self.pixels, self.settings, seeds), device.type == "cuda"
+        if self.settings.streaming:
+            count = self.settings.gradient_accumulation
+            parts: Iterable[Part] = read_stream(
+                self.stream,
+                augmentation,
+                size=self.settings.batch_size // (self.shard[1] * count),
+                workers=self.settings.num_workers,
+                shard=self.shard,
+                done=first_step * count,
+                positions=position,
+                pin_memory=pinned,
+            )
+        else:
+            parts = DataLoader(
+                _Views(self.split, self.train_labels, augmentation),
+                batch_sampler=self._order(seeds, first_step),
+                num_workers=self.settings.num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=pinned,
+                persistent_workers=self.settings.num_workers > 0,
+                generator=torch.Generator(),  # the global generator is for the networks
+            )
+        return prefetch(parts, device, Finish(self.pixels, self.settings, seeds, self._own_images))
 
     def held_out(self, batch_size: int, split: str = "validation") -> DataLoader:
-        """([images], labels) of the validation or test split, with the transform for evaluation."""
-        if split not in self.data:
-            raise ValueError(f"a streamed dataset has no {split} split to evaluate on; set evaluate_every=0.")
-        views = _Views(self.data[split], _Augmentation(self.pixels, self.settings, [0], training=False))
-        places = [(0, index) for index in range(len(self.data[split]))]
+        """([images], labels) of the validation or test split, with the transform for evaluation. The images are bytes,
+        for `Pixels.normalize`."""
+        augmentation = Augmentation(self.pixels, self.settings, [0], training=False)
+        labels = torch.as_tensor(self.labels(split))
+        places = [(0, index) for index in range(len(labels))]
         return DataLoader(
-            places,  # pyright: ignore[reportArgumentType] (torch takes any sequence)
-            batch_size,
-            collate_fn=lambda places: _collate([views[place] for place in places])[1:],
+            _Views(self.data[split], labels, augmentation),
+            batch_sampler=BatchSampler(places, batch_size, drop_last=False),
+            num_workers=self.settings.num_workers,
+            collate_fn=operator.attrgetter("views", "labels"),
         )
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step on all processes: fewer than a batch if there are not as many."""
+        batch = self.settings.batch_size
+        return batch if self.settings.streaming else min(batch, self.size)
+
+    @property
+    def _own_images(self) -> float:
+        return self.images_per_step / self.shard[1]
 
     def labels(self, split: str) -> np.ndarray:
         return read_labels(self.data[split])
@@ -184,31 +160,18 @@ class Images:
         indices = [index for _, index in part]
         generator, views = torch.Generator(), []
         for seed in seeds:
-            generator.manual_seed(_derive_seed(seed, *part[0]))
-            images, labels = self._images[indices], self.train_labels[indices]
+            generator.manual_seed(derive_seed(seed, *part[0]))
+            images, labels = self._in_memory[indices], self.train_labels[indices]
             if self.settings.turned:
                 labels = torch.randint(4, (len(indices),), generator=generator)
                 turned = [image.rot90(k, (1, 2)) for image, k in zip(images, labels.tolist(), strict=True)]
                 images = torch.stack(turned)
             placed = Scatter(size=self.pixels.input_size[1], generator=generator)(images)
             views.append(((placed - self.pixels.mean[0]) / self.pixels.std[0], labels))
-        return Batch(indices, views)
+        return Batch(indices, views, len(indices) / self._own_images)
 
-    def _stream_batches(self, seeds: Sequence[int], first_step: int) -> Iterator[Batch]:
-        rank, processes = self.shard
-        stream = split_dataset_by_node(self.stream.shuffle(seed=seeds[0], buffer_size=BUFFER), rank, processes)
-        workers = max(self.settings.num_workers, 1)
-        if stream.num_shards < workers:
-            files = f"{stream.num_shards}, the number of files that this process streams"
-            raise ValueError(f"num_workers={workers} must be at most {files}.")
-        size = self.settings.batch_size // (processes * self.settings.gradient_accumulation)
-        augmentation = _Augmentation(self.pixels, self.settings, seeds)
-        # The loader takes a part from each worker in turn, beginning with the first one.
-        rounds, rest = divmod(first_step * self.settings.gradient_accumulation, workers)
-        parts = _Stream(stream, augmentation, size=size, skip=rounds)
-        loader = DataLoader(parts, batch_size=None, num_workers=self.settings.num_workers, generator=torch.Generator())
-        for indices, views, labels in itertools.islice(loader, rest, None):
-            yield Batch(indices, [(view, labels) for view in views])
+    def _order(self, seeds: Sequence[int], first_step: int) -> _BatchOrder:
+        return _BatchOrder(self.size, self.settings, shard=self.shard, seed=seeds[0], first_step=first_step)
 
 
 class _BatchOrder:
@@ -234,77 +197,22 @@ class _BatchOrder:
                 yield [(epoch, int(index)) for index in parts[number]]
 
 
-class _Augmentation:
-    """An image as each network sees it: decoded once, then augmented with the network's seed."""
-
-    def __init__(self, pixels: Pixels, settings: Settings, seeds: Sequence[int], training: bool = True):
-        self.mode, self.transform, self.seeds = pixels.mode, pixels.create_transform(settings, training), seeds
-
-    def __call__(self, image: PIL.Image.Image, *numbers: int) -> list[torch.Tensor]:
-        """One view for each seed; `numbers` distinguish the random draws of different images."""
-        image, views = convert_image(image, self.mode), []
-        for seed in self.seeds:
-            with _seed_all(_derive_seed(seed, *numbers)):
-                views.append(self.transform(image))
-        return views
-
-
 class _Views(TorchDataset):
-    """The views of an image in an epoch."""
+    """Parts of batches from a split, by the (epoch, index) of their images. Each image is read and decoded once."""
 
-    def __init__(self, split: Dataset, augmentation: _Augmentation):
-        self.split, self.augmentation = split, augmentation
+    def __init__(self, split: Dataset, labels: torch.Tensor, augmentation: Augmentation):
+        self.split, self.labels, self.augmentation = split.select_columns("image"), labels, augmentation
 
-    def __getitem__(self, place: tuple[int, int]):
-        epoch, index = place
-        views = self.augmentation(read_image(self.split, index), epoch, index)
-        return index, views, self.split[index]["label"]
+    def __len__(self) -> int:
+        return len(self.labels)
 
-
-class _Stream(IterableDataset):
-    """Parts of `size` images from a stream. Each worker leaves out its first `skip` parts without decoding them."""
-
-    def __init__(self, stream: Stream, augmentation: _Augmentation, *, size: int, skip: int):
-        self.stream, self.augmentation, self.size, self.skip = stream, augmentation, size, skip
-
-    def __iter__(self):
-        examples = self._examples()
-        while True:
-            yield _collate(list(itertools.islice(examples, self.size)))
-
-    def _examples(self):
-        worker = get_worker_info()  # datasets gives each worker its own files
-        worker_id = worker.id if worker else 0
-        number = 0
-        for epoch in itertools.count():
-            self.stream.set_epoch(epoch)
-            for example in self.stream:
-                if number >= self.skip * self.size:
-                    image = decode_image(example["image"], f"image {number} of the stream")
-                    yield number, self.augmentation(image, worker_id, number), example["label"]
-                number += 1
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> Part:
+        indices = [index for _, index in places]
+        rows = self.split[indices]["image"]
+        images = [decode_image(row, describe_encoded(row, index)) for row, index in zip(rows, indices, strict=True)]
+        return Part(places[0], indices, self.augmentation(images, places), self.labels[indices])
 
 
-def _collate(examples) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
-    indices, views, labels = zip(*examples, strict=True)
-    return list(indices), [torch.stack(view) for view in zip(*views, strict=True)], torch.tensor(labels)
-
-
-@contextmanager
-def _seed_all(seed: int) -> Iterator[None]:
-    """Seed every generator that timm's transforms use, and restore their states afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def _derive_seed(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def _as_it_is(part: Part) -> Part:
+    """Parts are collated when they are read."""
+    return part

@@ -5,6 +5,7 @@ loss that is not finite.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import write_json
-from concat_ensemble.training.images import Batch
+from concat_ensemble.training.batches import Batch, Position
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
 from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
 
@@ -38,6 +39,8 @@ CHECK_EVERY = 10  # steps; reading a loss waits for the device
 STATISTICS_BATCHES = 50  # for BatchNorm under averaged weights
 
 Network = TypeVar("Network", bound=nn.Module)
+# (first step, device, position of a stream) -> parts of batches without end
+Batches = Callable[[int, torch.device, "Position | None"], Iterator[Batch]]
 # (network, images, labels) -> scalar loss of a part of a batch
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -105,17 +108,20 @@ class Loop(Generic[Network]):
             self.optimizers.append(optimizer)
         accelerator.register_for_checkpointing(*self._averages)
         self.step, self.seconds = 0, 0.0
+        self._position: Position | None = None
         self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
         if checkpoint is not None:
             accelerator.load_state(str(checkpoint))
             state = read_state(checkpoint)
             self.step, self.seconds = state["step"], state["seconds"]
+            position = self._position_file(checkpoint)
+            self._position = json.loads(position.read_text()) if position.is_file() else None
             for schedule in self._schedules:
                 schedule.step_update(self.step)
 
     def run(
         self,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Batches,
         loss: Loss,
         *,
         stops: Sequence[int] = (),
@@ -130,7 +136,7 @@ class Loop(Generic[Network]):
             SystemExit: after SIGTERM or SIGINT, when the state is saved.
         """
         self._batches = batches
-        parts, started = batches(self.step), time.perf_counter() - self.seconds
+        parts, started = self._read(), time.perf_counter() - self.seconds
         interval = self.settings.evaluate_every
         title = f"{self.name} ({self.steps} steps)"
         bar = tqdm(total=self.steps, initial=self.step, desc=title, disable=not sys.stderr.isatty())
@@ -169,8 +175,7 @@ class Loop(Generic[Network]):
             return [average.module for average in self._averages]
         if self.settings.optimizer == SCHEDULE_FREE:
             for k, network in enumerate(plain):
-                batches = itertools.islice(self._batches(self.step), STATISTICS_BATCHES)
-                update_bn((self._to_device(batch.views[k])[0] for batch in batches), network)
+                update_bn((part.views[k][0] for part in itertools.islice(self._read(), STATISTICS_BATCHES)), network)
                 network.eval()
         return plain
 
@@ -189,9 +194,9 @@ class Loop(Generic[Network]):
         for number, part in enumerate(parts):
             synchronizes = number == len(parts) - 1  # processes average their gradients with the last part only
             for k, network in enumerate(self.networks):
-                images, labels = self._to_device(part.views[k])
+                images, labels = part.views[k]
                 with nullcontext() if synchronizes else self.accelerator.no_sync(network):
-                    value = loss(network, images, labels) / len(parts)
+                    value = loss(network, images, labels) * part.share
                     self.accelerator.backward(value)
                 total[k] += value.detach()
         for network, optimizer in zip(self.networks, self.optimizers, strict=True):
@@ -203,11 +208,12 @@ class Loop(Generic[Network]):
             schedule.step_update(self.step)
         for average, network in zip(self._averages, self.networks, strict=bool(self._averages)):
             average.update(self.accelerator.unwrap_model(network), step=self.step)
+        self._position = parts[-1].position
         self._unchecked.append((self.step, [index for part in parts for index in part.indices], total))
 
-    def _to_device(self, view: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in view)
-        return images.contiguous(memory_format=torch.channels_last), labels
+    def _read(self) -> Iterator[Batch]:
+        """Parts of batches from the present step on."""
+        return self._batches(self.step, self.accelerator.device, self._position)
 
     def _train_mode(self, training: bool) -> None:
         for network, optimizer in zip(self.networks, self.optimizers, strict=True):
@@ -273,6 +279,8 @@ class Loop(Generic[Network]):
         wait()
         try:
             self.accelerator.save_state(str(aside))
+            if self._position is not None:
+                write_json(self._position_file(aside), self._position)
             if is_main:
                 state = {"step": self.step, "seconds": self.seconds, "identity": self.identity}
                 write_json(aside / STATE_FILE, state)
@@ -288,6 +296,10 @@ class Loop(Generic[Network]):
             for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(older)
         wait()
+
+    def _position_file(self, checkpoint: Path) -> Path:
+        """Where this process keeps the position of its stream."""
+        return checkpoint / f"stream-{self.accelerator.process_index}.json"
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))

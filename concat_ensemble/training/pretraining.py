@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -30,7 +31,8 @@ from torch import nn
 from concat_ensemble.errors import first_line
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.studies.provenance import members_sha256
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
@@ -130,7 +132,7 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
     loop = create_loop(job, recipe, images, folder=checkpoints, cpu=cpu)
     seeds, size = [network.seed for network in job], measure_size(job[0], recipe, images)
     steps = loop.run(
-        lambda first: images.batches(seeds, first),
+        partial(images.batches, seeds),
         Objective(recipe, len(images.class_names)),
         stops=loop.cycle_ends,
         evaluate=lambda network: compute_top1(network, images, loop.accelerator),
@@ -140,7 +142,8 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
         if not loop.accelerator.is_main_process:
             continue
         cycle_steps = step - (loop.cycle_ends[cycle - 1] if cycle else 0)
-        cost = {"steps": cycle_steps, "compute": describe_compute(job, size, cycle_steps * recipe.batch_size, loop)}
+        compute = describe_compute(job, size, cycle_steps * images.images_per_step, loop)
+        cost = {"steps": cycle_steps, "compute": compute}
         for network, model in zip(job, models, strict=True):
             save_network(
                 model,
@@ -159,7 +162,8 @@ def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -
     """Top-1 accuracy on the held-out images. Each process predicts its part."""
     correct = []
     for (view,), labels in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size)):
-        correct.append(accelerator.gather_for_metrics(network(view).argmax(1) == labels))
+        predicted = network(images.pixels.normalize(view)).argmax(1)
+        correct.append(accelerator.gather_for_metrics(predicted == labels))
     return torch.cat(correct).float().mean().item()
 
 
@@ -223,7 +227,7 @@ def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> No
         steps = sum(network.steps for network in networks)
         count = sum(network.snapshots for network in networks)
         size = measure_size(networks[0], recipe, images)
-        num_images = steps * recipe.batch_size
+        num_images = steps * images.images_per_step
         hours, flops = steps * speeds[kind] / 3600, size.training_flops(num_images)
         ensembles.append(PlannedEnsemble(name, count, steps, num_images, flops, count * size.parameters, hours))
     print_plan(ensembles, processes, create_accelerator(recipe, cpu).device)
@@ -234,7 +238,7 @@ def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -
     short = dataclasses.replace(network, steps=MEASURED_STEPS, snapshots=1)
     loop = create_loop([short], recipe, images, folder=Path(recipe.output) / "checkpoints" / "none", cpu=cpu)
     objective = Objective(recipe, len(images.class_names))
-    steps = loop.run(lambda first: images.batches([short.seed], first), objective, stops=range(1, short.steps))
+    steps = loop.run(partial(images.batches, [short.seed]), objective, stops=range(1, short.steps))
     return seconds_per_step(steps)
 
 

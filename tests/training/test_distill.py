@@ -10,8 +10,9 @@ from transformers import AutoModel
 
 from concat_ensemble import assemble
 from concat_ensemble.training import pretraining
+from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.distillation import Distillation, Student, Teachers, main, run
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.images import Images
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))

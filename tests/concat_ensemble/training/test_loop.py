@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from functools import partial
 
 import pytest
 import timm
@@ -10,7 +11,8 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.images import Images
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.pretraining import Objective
 from concat_ensemble.training.recipe import Recipe
@@ -86,8 +88,8 @@ def trained(tmp_path):
             cycles=max(recipe.snapshots, 1),
         )
 
-        def batches(step):
-            for number, part in enumerate(images.batches(range(count), step)):
+        def batches(step, *place):
+            for number, part in enumerate(images.batches(range(count), step, *place)):
                 if number == cut_at:
                     by()
                 yield part
@@ -137,7 +139,7 @@ def test_a_schedule_free_network_is_saved_with_averaged_weights_and_their_statis
     images = Images(recipe, GREY)
     set_seed(0)
     network, loop = loop_of_one(recipe, tmp_path / "run", steps=12)
-    for _ in loop.run(lambda step: images.batches([0], step), Objective(recipe, 10)):
+    for _ in loop.run(partial(images.batches, [0]), Objective(recipe, 10)):
         trained = {key: value.detach().clone() for key, value in network.named_parameters()}
         moving = network.bn1.running_mean.clone()
         (saved,) = loop.networks_to_save()
@@ -156,7 +158,7 @@ def test_a_schedule_free_network_is_saved_with_averaged_weights_and_their_statis
     copy.train()
     with torch.no_grad():
         for _, batch in zip(range(50), images.batches([0], 12), strict=False):
-            copy(batch.views[0][0].contiguous(memory_format=torch.channels_last))
+            copy(batch.views[0][0])
     torch.testing.assert_close(copy.bn1.running_mean, saved.bn1.running_mean, rtol=1e-4, atol=1e-6)
 
 
@@ -165,7 +167,7 @@ def test_cycles_start_at_the_peak_and_end_near_zero(tmp_path):
     images, rates = Images(recipe, GREY), []
     _, loop = loop_of_one(recipe, tmp_path / "run", steps=27, cycles=4)
     assert loop.cycle_ends == [9, 15, 21, 27]
-    for step in loop.run(lambda first: images.batches([0], first), Objective(recipe, 10), stops=range(1, 27)):
+    for step in loop.run(partial(images.batches, [0]), Objective(recipe, 10), stops=range(1, 27)):
         rates.append(loop.optimizers[0].param_groups[0]["lr"])  # of the step after this one
         assert step == len(rates)
     peak = recipe.learning_rate
