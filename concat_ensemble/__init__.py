@@ -5,6 +5,7 @@ registered with transformers' Auto classes as soon as those are imported, before
 """
 
 import functools
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -65,6 +66,14 @@ _MODULES = {
     "predict_images": "inference.prediction",
     "push_features": "hub",
 }
+# Modules of transformers that load classes from a repo's own code, and their function that does it.
+_LOADERS = (
+    *(f"models.auto.{kind}_auto" for kind in ("configuration", "feature_extraction", "image_processing")),
+    *(f"models.auto.{kind}_auto" for kind in ("processing", "tokenization", "video_processing")),
+    "models.auto.auto_factory",
+    "pipelines",
+)
+_LOAD_CLASS = "get_class_from_dynamic_module"
 
 
 def __getattr__(name: str):
@@ -101,6 +110,49 @@ def _register_image_processor(auto) -> None:
 
     classes = dict.fromkeys(("torchvision", "pil"), processing.ConcatEnsembleImageProcessor)
     auto.AutoImageProcessor.register(processing.ConcatEnsembleConfig, image_processor_classes=classes)
+    wrapt.wrap_function_wrapper(auto, "AutoImageProcessor.from_pretrained", _load_image_processor)
+
+
+def _load_image_processor(load, instance, args, kwargs):
+    """Called in place of `AutoImageProcessor.from_pretrained(repo, **options)`, which goes by the class that the
+    processor's file names: an ensemble's processor is ours."""
+    from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
+
+    name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    if not _is_ensemble(name, kwargs):
+        return load(*args, **kwargs)
+    choices = ("backend", "code_revision", "config", "trust_remote_code", "use_fast")  # between classes
+    options = {key: value for key, value in kwargs.items() if key not in choices}
+    return ConcatEnsembleImageProcessor.from_pretrained(*args, **options)
+
+
+def _is_ensemble(name, options) -> bool:
+    """Whether the config of a folder or a repo is an ensemble's."""
+    from transformers import PreTrainedConfig
+
+    settings = {}
+    with suppress(OSError):  # there is no config
+        settings, _ = PreTrainedConfig.get_config_dict(name, **options)
+    return settings.get("model_type") == "concat_ensemble"
+
+
+def _refuse_code_of_ensembles(load_class, instance, args, kwargs):
+    """Called in place of transformers' `get_class_from_dynamic_module(reference, repo, **options)`: the classes of an
+    ensemble are the installed ones, so that code is run only of repos whose config is not an ensemble's."""
+    _, repo = args
+    if _is_ensemble(repo, kwargs):
+        remedy = "leave out trust_remote_code: its classes are those of the installed package"
+        raise ValueError(f"{repo} is an ensemble, and none of the code beside it is run; {remedy}.")
+    return load_class(*args, **kwargs)
+
+
+def _guard_loader(module) -> None:
+    if hasattr(module, _LOAD_CLASS):
+        wrapt.wrap_function_wrapper(module, _LOAD_CLASS, _refuse_code_of_ensembles)
+
+
+for _name in _LOADERS:
+    wrapt.register_post_import_hook(_guard_loader, f"transformers.{_name}")
 
 
 @wrapt.when_imported("concat_ensemble.modeling.modeling_concat_ensemble")

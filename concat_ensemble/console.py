@@ -1,19 +1,63 @@
-"""The terminal: consoles for results and messages, the progress of a stage, and a way to silence other libraries."""
+"""The terminal: consoles for results and messages, the progress of a stage, and a way to silence other libraries.
+
+Names of files, datasets and classes come from anywhere. Both consoles print them, in sentences and in the cells of
+tables, as plain text on one line, so whoever prints has nothing to escape.
+"""
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import wrapt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
+from rich.protocol import is_renderable
+from rich.text import Text
 
-out = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+def printable(value: object) -> str:
+    """Text on one line, without the characters that control a terminal or the direction of the text: line ends and
+    tabs become spaces, and all others that cannot be printed are left out. Bytes of a file's name that are no Unicode
+    become \\udc..."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return "".join(filter(str.isprintable, re.sub(r"\s", " ", text)))
+
+
+def stack_lines(*lines: object) -> Text:
+    """Text on several lines, such as the heading of a column."""
+    return Text("\n".join(map(printable, lines)))
+
+
+class PlainConsole(Console):
+    """A console for which every string, also in the cells and headings of a table, is one line of plain text: neither
+    markup nor emoji codes, nor anything that `printable` removes. For several lines or a style, give a `Text`."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(each if is_renderable(each) else str(each) for each in objects), **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        plain: dict[str, Any] = {"markup": False, "emoji": False}
+        return super().render_str(printable(text), **(options | plain))
+
+
+out = PlainConsole()
+errors = PlainConsole(stderr=True)
+
+
+def print_error(error: Exception) -> None:
+    """Print an error on stderr: one line, or the several lines that a process of ours has ended with."""
+    for line in f"error: {error}".splitlines():
+        errors.print(line, soft_wrap=True)
+
 
 LINE_SECONDS = 30.0  # between two lines of one stage where there is no terminal
 
@@ -39,9 +83,14 @@ def show_progress(
     if quiet or os.environ.get("RANK", "0") != "0":  # as accelerate and torchrun number the processes
         yield lambda steps=1: None
     elif sys.stderr.isatty():
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with ProgressBar(*columns, console=errors) as bar:
-            task = bar.add_task(stage, total=total)
+            task = bar.add_task(printable(stage), total=total)
             yield lambda steps=1: bar.advance(task, steps)
     else:
         lines = _StageLines(stage, total, unit)
@@ -95,11 +144,21 @@ class _StageLines:
 
 
 def _write_line(line: str) -> None:
-    errors.print(line, soft_wrap=True, markup=False)
+    errors.print(line, soft_wrap=True)
+
+
+class _PlainFormatter(logging.Formatter):
+    """Writes the message of a log record as plain text on one line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def be_quiet() -> None:
-    """Show our own progress bars only. Other libraries are silenced when they are imported; none is imported here."""
+    """Show our own progress bars only, and warnings as plain text. Other libraries are silenced when they are
+    imported; none is imported here."""
+    if logging.lastResort is not None:  # what writes warnings where nobody has set up logging
+        logging.lastResort.setFormatter(_PlainFormatter())
     for name in ("torch.utils._pytree", "torchao"):  # which warn when transformers imports torchao
         logging.getLogger(name).setLevel(logging.ERROR)
     wrapt.register_post_import_hook(lambda logging: logging.disable_progress_bar(), "datasets.utils.logging")

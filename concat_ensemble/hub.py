@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import filecmp
-import json
+import mmap
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -19,25 +19,44 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from concat_ensemble.modeling.weights_concat_ensemble import CARD_PARTS, INDEX_NAME, SHARD_NAME, copy_card
+from concat_ensemble.console import errors
+from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
+from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME, copy_card
+from concat_ensemble.schema import check_type, decode_json
+from concat_ensemble.studies.ensemble_folders import MODEL_FILES, card_files, is_measured_on
+from concat_ensemble.studies.provenance import members_sha256
+from concat_ensemble.studies.results import RESULTS
 
 if TYPE_CHECKING:
     from concat_ensemble.features.table import FeatureTable, TableSplit
     from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 
 ROWS = 1024  # read from the table at a time
+OTHER_FILES = ("README.md", "LICENSE.md", "adapter_config.json", "adapter_model.safetensors")
+SECRET_NAME = re.compile(r"id_(rsa|dsa|ecdsa|ed25519).*|.*\.(pem|key|p12|pfx|jks)|.*(token|secret|credential|passw).*")
+TOKEN = rb"\b(hf_|gh[oprsu]_|github_pat_)[A-Za-z0-9_]{30,}|\bAKIA[A-Z0-9]{16}"
+SECRET = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|" + TOKEN)
 
 
-def push_ensemble(folder: Path, repo_id: str, **options) -> CommitInfo:
+class WeightIndex(TypedDict):
+    """`model.safetensors.index.json`: names of the files with the weights, by key."""
+
+    weight_map: dict[str, str]
+
+
+def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, **options) -> CommitInfo:
     """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
-    A folder without a card gets one. Arguments and errors are those of `push_folder`, and ValueError if the folder
-    holds no ensemble."""
+    A folder without a card gets one. Unless `quiet`, stderr says first which other files are not published. Arguments
+    and errors are those of `push_folder`, and ValueError if the folder holds no ensemble."""
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        kind = check_type(decode_json(folder / "config.json"), dict[str, Any]).get("model_type")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no ensemble ({error}); make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
+    _, others = choose_files(folder, options.get("include", ()))
+    if others and not quiet:
+        errors.print(f"not uploaded: {describe_names(others)}", soft_wrap=True)
     return push_folder(folder, repo_id, **options)
 
 
@@ -60,6 +79,7 @@ def push_folder(
     folder: Path,
     repo_id: str,
     *,
+    include: Sequence[str] = (),
     commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
@@ -70,12 +90,14 @@ def push_folder(
     """Make a Hub repo hold an ensemble's folder, in one commit, or none if nothing changed.
 
     Weights that the repo has are not sent again, so pushing again after an interruption sends only the missing files.
-    Weights that the folder does not have are removed in the same commit, and so are results and figures if the folder
-    has a card. The repo's other files stay. If the folder has no card and its weights are new to the repo, a card is
-    written into the folder, on top of the repo's if it has one.
+    Weights that the folder does not have are removed in the same commit, and so are results with their figures if the
+    folder has a card. Results of other weights are not published. The repo's other files stay. If the folder has no
+    card and its weights are new to the repo, a card is written into the folder, on top of the repo's if it has one.
 
     Args:
-        folder: As `save_pretrained` leaves it, with or without a card, results and figures. Hidden files stay behind.
+        folder: As `save_pretrained` leaves it, with or without a card, results and figures. Other files stay behind.
+        include: Patterns such as `notes/*` or `*.txt` of other files to publish. Of hidden files and of those whose
+            name is that of a key, a token or a password, only the name itself is such a pattern.
         repo_id: `namespace/name`, made if there is none.
         private: Make the repo private. `revision`: A branch, made if there is none. `create_pr`: Open a pull request.
 
@@ -84,21 +106,21 @@ def push_folder(
 
     Raises:
         ValueError: for arguments that do not go together, and, before anything is sent, with `private=True` for a repo
-            that is public.
+            that is public; for a pattern of no file; and for a file that holds a private key or an access token.
         OSError: for an incomplete folder, a symbolic link in it, a repo that somebody else has changed meanwhile, and
             if the Hub refuses the upload or cannot be reached.
     """
     if create_pr and revision is not None:
         raise ValueError(f"a pull request is made against main; leave out revision={revision!r} or create_pr.")
     _check_token(token)
-    list_files(folder)  # an incomplete one is refused before a repo is made
+    choose_files(folder, include)  # an incomplete one is refused before a repo is made
     api = HfApi(token=token, library_name="concat-ensemble")
     with _advise_to_push_again(repo_id):
         repo_id = _prepare_repo(api, repo_id, private, revision)
         remote = _read_remote(api, repo_id, revision)
         return api.create_commit(
             repo_id,
-            _plan_commit(api, folder, remote),
+            _plan_commit(api, folder, include, remote),
             commit_message=commit_message or "Upload ensemble",
             commit_description=commit_description,
             revision=revision,
@@ -107,28 +129,80 @@ def push_folder(
         )
 
 
-def list_files(folder: Path) -> dict[str, Path]:
-    """The files of an ensemble's folder to publish: path by name in the repo. Raises OSError if the folder is
-    incomplete or holds a symbolic link."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") and part not in CARD_PARTS for part in name.parts)
-        if hidden or path.suffix == ".tmp":
-            continue
-        if path.is_symlink():
-            raise OSError(f"{path} is a link, and what it points to would be published; put the file in its place.")
-        if path.is_file():
-            files[name.as_posix()] = path
-    try:
-        shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"{INDEX_NAME}: {error!r}"
-        raise OSError(f"{folder} holds no whole ensemble ({reason}); save or build it again.") from error
-    missing = sorted({"config.json", "preprocessor_config.json", *shards} - set(files))
+def choose_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
+    """The files of an ensemble's folder to publish, path by name in the repo, and the names of the others that are not
+    hidden. Errors are those of `push_folder`."""
+    own = _own_names(folder)
+    missing = sorted(name for name in own.required if not (folder / name).is_file())
     if missing:
         raise OSError(f"{folder} lacks {', '.join(missing)}; save or build the ensemble again.")
-    return files
+    files, others, unused = {}, [], set(include)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        patterns = {pattern for pattern in include if _is_included(name, pattern)}
+        is_hidden = any(part.startswith(".") for part in name.split("/"))
+        is_chosen = name in own.required | own.optional or bool(patterns)
+        if path.is_symlink() and (is_chosen or not is_hidden or name == ".eval_results"):
+            raise OSError(f"{path} is a link, and what it points to would be published; put the file in its place.")
+        if path.is_file() and is_chosen:
+            files[name] = path
+            unused -= patterns
+        elif path.is_file() and not is_hidden:
+            others.append(name)
+    if unused:
+        problem = f"no file in {folder} has such a name, or only hidden ones, keys and tokens"
+        raise ValueError(f"--include {sorted(unused)[0]}: {problem}; give its whole name.")
+    _refuse_secrets(path for name, path in files.items() if not SHARD_NAME.fullmatch(name))
+    return files, others
+
+
+@dataclass(frozen=True)
+class _OwnNames:
+    required: set[str]
+    optional: set[str]
+
+
+def _own_names(folder: Path) -> _OwnNames:
+    """The names of what this package writes into an ensemble's folder. Results of other weights are not among them."""
+    try:
+        shards = set(check_type(decode_json(folder / INDEX_NAME), WeightIndex)["weight_map"].values())
+        if wrong := [shard for shard in shards if not SHARD_NAME.fullmatch(shard)]:
+            raise ValueError(f"{wrong[0]!r} is no name of a file of weights")
+    except (ValueError, OSError) as error:
+        reason = f"{INDEX_NAME}: {error}"
+        raise OSError(f"{folder} holds no whole ensemble ({reason}); save or build it again.") from error
+    hashes = members_sha256(ConcatEnsembleConfig.from_pretrained(folder))
+    optional = {*OTHER_FILES, *PAYLOAD_FILES}
+    for path in (folder / RESULTS).glob("*.json"):
+        if is_measured_on(path, hashes):
+            optional |= {f"{RESULTS}/{path.name}", *card_files(path.stem)}
+    return _OwnNames({*MODEL_FILES, *shards} - set(PAYLOAD_FILES), optional)
+
+
+def _is_included(name: str, pattern: str) -> bool:
+    """Whether a pattern names a file: of one that is hidden or looks like a secret, only the whole name does."""
+    if name == pattern:
+        return True
+    is_private = any(part.startswith(".") or SECRET_NAME.fullmatch(part.lower()) for part in name.split("/"))
+    return not is_private and fnmatchcase(name, pattern + "*" * pattern.endswith("/"))
+
+
+def _refuse_secrets(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.stat().st_size:  # an empty file cannot be mapped
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if SECRET.search(content):
+                    raise ValueError(f"{path} holds a private key or an access token; take that out of it.")
+
+
+def describe_names(names: Sequence[str], limit: int = 20) -> str:
+    """Names of files, several of a subfolder together, and how to publish them."""
+    rooms: dict[str, list[str]] = {}
+    for name in names:
+        rooms.setdefault(name.split("/")[0], []).append(name)
+    parts = [f"{room}/ ({len(files)} files)" if len(files) > 1 else files[0] for room, files in rooms.items()]
+    more = f" and {len(parts) - limit:,} more" if len(parts) > limit else ""
+    return f"{', '.join(parts[:limit])}{more}; --include GLOB uploads them, too"
 
 
 @dataclass(frozen=True)
@@ -149,36 +223,41 @@ def _read_remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
     return _Remote(repo_id, commit, [file.path for file in files], shards)
 
 
-def _plan_commit(api: HfApi, folder: Path, remote: _Remote) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _plan_commit(
+    api: HfApi, folder: Path, include: Sequence[str], remote: _Remote
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Upload the shards that changed and all other files; delete what is stale. A missing card is written first."""
-    files = list_files(folder)
+    files, _ = choose_files(folder, include)
     shards = {name: CommitOperationAdd(name, path) for name, path in files.items() if SHARD_NAME.fullmatch(name)}
     digests = {name: shard.upload_info.sha256.hex() for name, shard in shards.items()}
     if "README.md" not in files and digests != remote.shards:
         _add_card(api, folder, remote)
-        files = list_files(folder)
+        files, _ = choose_files(folder, include)
     changed = [shard for name, shard in shards.items() if digests[name] != remote.shards.get(name)]
     others = [CommitOperationAdd(name, path) for name, path in files.items() if name not in shards]
     return [*changed, *others, *map(CommitOperationDelete, _find_stale(files, remote.paths))]
 
 
 def _find_stale(files: dict[str, Path], remote_paths: list[str]) -> list[str]:
-    """The repo's weights that the folder does not have and, if it has a card, the repo's other results and figures."""
-    owned = CARD_PARTS[2:] if "README.md" in files else ()
+    """The repo's weights that the folder does not have and, if it has a card, the repo's other results with their
+    figures."""
+    results = [path for path in remote_paths if fnmatchcase(path, "results/*.json")] if "README.md" in files else []
+    owned = {*results}.union(*(card_files(Path(path).stem) for path in results))
     absent = [path for path in remote_paths if path not in files]
-    return [path for path in absent if SHARD_NAME.fullmatch(path) or path.split("/")[0] in owned]
+    return [path for path in absent if SHARD_NAME.fullmatch(path) or path in owned]
 
 
 def _add_card(api: HfApi, folder: Path, remote: _Remote) -> None:
+    earlier = None
     if "README.md" in remote.paths:  # so that text written by hand stays
-        shutil.copy(api.hf_hub_download(remote.repo_id, "README.md", revision=remote.commit), folder / "README.md")
-    _write_card(folder, remote.repo_id)
+        earlier = Path(api.hf_hub_download(remote.repo_id, "README.md", revision=remote.commit)).read_text()
+    _write_card(folder, remote.repo_id, earlier)
 
 
-def _write_card(folder: Path, title: str | None) -> None:
+def _write_card(folder: Path, title: str | None, earlier: str | None = None) -> None:
     from concat_ensemble.reporting.model_card import write_card  # loads matplotlib
 
-    write_card(folder, title)
+    write_card(folder, title, earlier=earlier)
 
 
 def _check_token(token: str | bool | None) -> None:

@@ -2,12 +2,11 @@
 
 import dataclasses
 from importlib.resources.abc import Traversable
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-import msgspec
+from typing import Any, TypeVar, get_type_hints
 
 from concat_ensemble.errors import suggest
 from concat_ensemble.files import read_yaml
+from concat_ensemble.schema import check_type
 
 T = TypeVar("T")
 
@@ -61,17 +60,6 @@ def check_fields(cls: type, values: dict[str, Any]) -> None:
     hints = get_type_hints(cls, include_extras=True)
     for name, value in values.items():
         try:
-            msgspec.convert(value, hints[name])
-        except msgspec.ValidationError as error:
-            raise ValueError(f"{name}={value!r} must be {_describe(hints[name], error)}.") from error
-
-
-def _describe(hint: Any, error: msgspec.ValidationError) -> str:
-    """What a field must be: msgspec's message in the words of YAML."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
-    expected = str(error).removeprefix("Expected ").replace("`", "")
-    expected = expected.replace("array", "list").replace("object", "mapping")
-    if "float" in expected and "got str" in expected:
-        return f"{expected} (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)"
-    return "a smaller number" if expected == "Number out of range" else expected
+            check_type(value, hints[name], name)
+        except ValueError as error:
+            raise ValueError(f"{error}.") from error

@@ -29,6 +29,7 @@ AUTO_MAP = {
 PAYLOAD_FILES = {f"{part}_concat_ensemble.py" for part in ("configuration", "image_processing", "modeling", "weights")}
 IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
 CHANNELS = "channels"  # the image_mode of members that see channels of an array by number, as listed under this key
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # in which networks compute
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 MEMBER_KEYS = ("architecture", "model_args", "num_features", "preprocessing", "provenance")
@@ -42,6 +43,9 @@ PLAIN_NAME = re.compile(r"[\w.-]{0,64}")  # no path, no URL
 REFUSED_KEYS = {"adapter_config", "per_layer_config", "quantization_config", "sub_configs", "transformers_weights"}
 # Bounds for a stranger's numbers, before anything is allocated; MAX_NUMBER is for features, labels and arguments.
 MAX_MEMBERS, MAX_NUMBER, MAX_IMAGE_SIDE, MAX_NESTING = 256, 65_536, 4_096, 16
+MAX_ARGUMENTS, MAX_SUM = 10_000, 2**20  # of a member's model_args: their characters, and the sum of their numbers
+MAX_JSON = 2**24  # bytes of a file
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MAX_CHANNELS, MAX_IMAGE_CHANNELS = 32, 256  # of a member, and of the images that it sees some channels of
 
 
@@ -53,9 +57,10 @@ def timm_architectures() -> frozenset[str]:
 
 def describe_unknown_architecture(name: Any) -> str:
     """Error message for an architecture that timm does not have, with similar names that it has."""
-    similar = difflib.get_close_matches(str(name), sorted(timm_architectures()), n=3)
+    similar = difflib.get_close_matches(str(name)[:200], sorted(timm_architectures()), n=3)
     hint = f"did you mean {' or '.join(similar)}? " if similar else ""
-    return f"architecture {name!r} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
+    shown = repr(name[:200]) if isinstance(name, str) else reprlib.repr(name)
+    return f"architecture {shown} is not one of timm {timm.__version__}; {hint}See timm.list_models()."
 
 
 @contextmanager
@@ -82,6 +87,19 @@ def copy_payload(folder: str | os.PathLike) -> None:
     for name in PAYLOAD_FILES:
         if (source / name).is_file() and source.resolve() != Path(folder).resolve():
             shutil.copyfile(source / name, Path(folder) / name)
+
+
+def check_json_size(path: str | os.PathLike) -> None:
+    """Raise OSError for a file that is larger than any of ours, before it takes 30 times as much memory."""
+    if (size := os.path.getsize(path)) > MAX_JSON:
+        raise OSError(f"{path} has {size:,} bytes, more than {MAX_JSON:,}; save it again.")
+
+
+def refuse_methods(kind: type, settings: dict[str, Any]) -> None:
+    """Raise ValueError for a setting that would take the place of a method of the class that gets it."""
+    for name in settings:
+        if name == "self" or callable(getattr(kind, name, None)):
+            raise ValueError(f"{_short(name)} is no setting of {kind.__name__}, but its own; leave it out.")
 
 
 class ConcatEnsembleConfig(PreTrainedConfig):
@@ -134,12 +152,14 @@ class ConcatEnsembleConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        check_json_size(json_file)
         try:
             settings = super()._dict_from_json_file(json_file)
         except RecursionError as error:
             raise OSError(f"{json_file} is nested too deeply for a config; save it again.") from error
         if not isinstance(settings, dict):
             raise OSError(f"{json_file} must hold a JSON object, not {_short(settings)}; save it again.")
+        refuse_methods(cls, settings)
         return settings
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -157,9 +177,9 @@ class ConcatEnsembleConfig(PreTrainedConfig):
         require(isinstance(self.standardize, bool), "standardize", self.standardize, "true or false")
         require(_is_number(scale) and scale >= 0, "initializer_range", scale, "a number that is not below zero")
         self._check_labels(others.get("num_labels", 0))
-        dtype = others.get("torch_dtype") if self.dtype is None else self.dtype
-        torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        require(dtype is None or isinstance(torch_dtype, torch.dtype), "dtype", dtype, "a torch dtype like 'float32'")
+        dtypes = (None, *DTYPES, *(getattr(torch, name) for name in DTYPES))
+        for key, dtype in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
+            require(dtype in dtypes, key, dtype, f"one of {', '.join(DTYPES)}")
         kind = others.get("attn_implementation")
         require(kind in (None, "eager", "sdpa"), "attn_implementation", kind, "left out: timm's layers choose it")
 
@@ -297,11 +317,16 @@ def validate_model_args(model_args: Any) -> dict[str, Any]:
             raise ValueError(f"model_args has the key {_short(name)}, which is no argument's name.")
         if name in REFUSED_MODEL_ARGS:
             raise ValueError(f"model_args may not hold {name!r}; it does more than construct a network, so remove it.")
-    for value in _list_leaves(model_args):
+    length, leaves = len(repr(model_args)), _list_leaves(model_args)
+    if length > MAX_ARGUMENTS:
+        raise ValueError(f"model_args has {length:,} characters; use up to {MAX_ARGUMENTS:,}.")
+    for value in leaves:
         if isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
             raise ValueError(f"model_args holds {_short(value)}; use plain names only, no paths and no addresses.")
         if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
             raise ValueError(f"model_args holds {_short(value)}; numbers go up to {MAX_NUMBER:,}.")
+    total = sum(abs(value) for value in leaves if isinstance(value, int | float))
+    require(total <= MAX_SUM, "the sum of model_args", total, f"up to {MAX_SUM:,}")
     return model_args
 
 
@@ -319,13 +344,14 @@ def validate_preprocessing(preprocessing: Any, max_channels: int = MAX_CHANNELS)
     channels = size[0]
     _check_channels(size, mode, pixels)
     require(_is_number(crop) and 0.1 <= crop <= 10, "crop_pct", crop, "a number from 0.1 to 10")
+    require(crop <= min(size[1:]), "crop_pct", crop, f"smaller: it leaves no pixel of input_size={size}")
     for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
         require(pixels[name] in allowed, name, pixels[name], f"one of {', '.join(allowed)}")
     for name in ("mean", "std"):
         values = pixels[name]
         are_numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
         require(are_numbers, name, values, f"{channels} numbers, one per channel")
-    require(min(pixels["std"]) > 0, "std", pixels["std"], "above zero")
+    require(min(pixels["std"]) > 1e-30, "std", pixels["std"], "above zero")  # 1 / std must be a float32
     return pixels
 
 

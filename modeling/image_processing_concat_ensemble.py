@@ -1,9 +1,15 @@
 """Images to the pixels of every member of an ensemble, as timm's evaluation transform makes them."""
 
+import base64
 import copy
+import io
+import itertools
 import json
 import math
 import os
+import reprlib
+import stat
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,17 +19,22 @@ import PIL.Image
 import PIL.ImageOps
 import timm.data
 import torch
-from torch.nn.functional import pad
+from huggingface_hub import get_session
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_processing_utils import get_size_dict
-from transformers.image_utils import ChannelDimension, load_image
+from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
-from .configuration_concat_ensemble import AUTO_MAP, CHANNELS, MAX_IMAGE_CHANNELS, PREPROCESSING_KEYS
+from .configuration_concat_ensemble import AUTO_MAP, CHANNELS, HUB_ARGUMENTS, MAX_IMAGE_CHANNELS, MAX_MEMBERS
+from .configuration_concat_ensemble import PREPROCESSING_KEYS
 from .configuration_concat_ensemble import ConcatEnsembleConfig
+from .configuration_concat_ensemble import check_json_size
 from .configuration_concat_ensemble import copy_payload
 from .configuration_concat_ensemble import error_prefix
 from .configuration_concat_ensemble import refuse_links
+from .configuration_concat_ensemble import refuse_methods
 from .configuration_concat_ensemble import validate_preprocessing
 
 # What transformers' image processors can be told about the pixels, and timm's transform. The config fixes it here.
@@ -49,7 +60,12 @@ CLASS_KEYS = {
     "video_processor_type": "none",
 }
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # of files; with a plus, of those above 4 GB
-MAX_IMAGE_VALUES = 2**28  # of a TIFF's channels together, before memory is allocated for them
+# Formats that datasets hold, and Pillow decodes itself: it hands EPS to Ghostscript, which runs it as a program.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Bounds for a stranger's images. Pixels, of 4 bytes at most, are counted before memory is allocated for them: of all
+# channels of a file, and what resizing takes. `pixel_values` of an image have a quarter as many numbers at most.
+MAX_IMAGE_PIXELS, MAX_FILE_BYTES = 2**28, 2**32
+ROWS = 256  # of an image that are converted at a time
 
 
 def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -65,12 +81,19 @@ def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
         raise ValueError("the image is 1x1 pixels, which shows nothing; remove it from the data.")
     image = PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image  # else a mere copy
     if image.mode[0] in "IF":  # I;16 and its variants, I, which some readers make of 16-bit files, and F
-        values = np.asarray(image).astype(np.float32)
+        if image.width * image.height > MAX_IMAGE_PIXELS // 4:
+            problem = f"{image.width}x{image.height} pixels of more than 8 bits are too many"
+            raise ValueError(f"{problem}; cut it into smaller images.")
+        values = np.asarray(image)
         high = values.max()
         white = {"I": 255 if high < 256 else 65_535, "F": 1 if high < 2 else 255}.get(image.mode, 65_535)
         _check_range(values, white)
         if white != 255:
-            image = PIL.Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+            scaled = np.empty(values.shape, np.uint8)
+            for row in range(0, len(values), ROWS):  # as floats, a large image would take gigabytes
+                part = values[row : row + ROWS].astype(np.float32) * np.float32(255 / white)
+                scaled[row : row + ROWS] = part.round().clip(0, 255)
+            image = PIL.Image.fromarray(scaled)
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -92,13 +115,19 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     def __init__(self, geometries: list[dict[str, Any]] | None = None, size: int | dict | None = None, **kwargs):
         _check_settings({name: value for name, value in kwargs.items() if name in SETTINGS})
         super().__init__(**{name: value for name, value in kwargs.items() if name not in {*SETTINGS, *CLASS_KEYS}})
-        if not geometries or not isinstance(geometries, list | tuple):
+        if not geometries or not isinstance(geometries, list | tuple) or len(geometries) > MAX_MEMBERS:
             remedy = "use ConcatEnsembleImageProcessor.from_config(config) or from_pretrained(folder)"
-            raise ValueError(f"geometries={geometries!r} must be a list of at least one geometry; {remedy}.")
+            content = reprlib.repr(geometries)[:200]
+            raise ValueError(f"geometries={content} must be a list of 1 to {MAX_MEMBERS} geometries; {remedy}.")
         with error_prefix("geometries"):
             self.geometries = [validate_preprocessing(geometry, MAX_IMAGE_CHANNELS) for geometry in geometries]
         if size is not None:
             self.geometries = [_resize_geometry(self.geometries, size)]
+        with error_prefix("geometries"):
+            channels, *sides = (max(axis) for axis in zip(*(g["input_size"] for g in self.geometries), strict=True))
+            if (numbers := len(self.geometries) * channels * math.prod(sides)) > MAX_IMAGE_PIXELS // 4:
+                raise ValueError(f"an image would have {numbers:,} values, more than {MAX_IMAGE_PIXELS // 4:,}.")
+            check_resizing(1, 1, self.geometries)
         self._transforms = [_create_transform(geometry) for geometry in self.geometries]
         self._num_channels = 1 + max((n for each in self.geometries for n in each.get(CHANNELS, ())), default=-1)
 
@@ -106,6 +135,21 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     def from_config(cls, config: ConcatEnsembleConfig) -> "ConcatEnsembleImageProcessor":
         """The processor that matches a model with this configuration."""
         return cls(geometries=config.geometries)
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments["_raise_exceptions_for_missing_entries"] = False  # transformers says that there is none
+        if path := cached_file(pretrained_model_name_or_path, IMAGE_PROCESSOR_NAME, **hub_arguments):
+            check_json_size(path)
+        try:
+            settings, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            raise OSError(f"{path} is nested too deeply for a processor; save it again.") from error
+        if not isinstance(settings, dict):
+            raise OSError(f"{path} must hold a JSON object, not {reprlib.repr(settings)}; save it again.")
+        refuse_methods(cls, settings)
+        return settings, kwargs
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
@@ -175,28 +219,35 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL's for a bad image
             path = f" ({image})" if isinstance(image, str | os.PathLike) else ""
             raise ValueError(f"image {number} of the batch{path}: {error}") from error
+        if len(slices) == 1:
+            return slices[0]
         channels, height, width = (max(axis) for axis in zip(*(s.shape for s in slices), strict=True))
-        # A gray slice fills all channels; further channels are zero.
-        slices = [s.expand(channels, -1, -1) if len(s) == 1 else s for s in slices]
-        padded = [pad(s, (0, width - s.shape[2], 0, height - s.shape[1], 0, channels - len(s))) for s in slices]
-        return padded[0] if len(padded) == 1 else torch.stack(padded)
+        pixels = slices[0].new_zeros(len(slices), channels, height, width)
+        for padded, s in zip(pixels, slices, strict=True):  # a gray slice fills all channels; further ones are zero
+            padded[: channels if len(s) == 1 else len(s), : s.shape[1], : s.shape[2]] = s
+        return pixels
 
     def _create_slices(self, image, *, do_resize, do_rescale, input_data_format) -> list[torch.Tensor]:
         """What each geometry makes of an image, normalized."""
         channels: Any = None
-        picture, is_scaled = None, do_rescale is False
+        picture: Any = None
+        is_scaled = do_rescale is False
         if self._num_channels:
             channels = read_channels(image, self._num_channels, input_data_format)
             if is_scaled and channels.dtype.kind != "f":
                 raise ValueError("do_rescale=False needs an array of floats in 0..1; leave it out for others.")
             if not _is_file(image):
                 image, input_data_format = channels[:3] if len(channels) == 4 else channels, "channels_first"
+        if not all(CHANNELS in geometry for geometry in self.geometries):
+            picture = _to_pil(image, is_scaled, input_data_format)
+        if do_resize is not False:
+            width, height = picture.size if picture else channels.shape[:0:-1]
+            check_resizing(width, height, self.geometries)
         slices = []
         for geometry, transform in zip(self.geometries, self._transforms, strict=True):
             if CHANNELS in geometry:
                 slices.append(_transform_channels(channels, geometry, transform, do_resize is not False))
             else:
-                picture = picture or _to_pil(image, is_scaled, input_data_format)
                 converted = convert_image(picture, geometry["image_mode"])
                 slices.append(_transform_image(converted, transform, geometry, do_resize is not False))
         return slices
@@ -240,12 +291,34 @@ def _resize_geometry(geometries: list[dict[str, Any]], size: Any) -> dict[str, A
     if len(geometries) > 1:
         remedy = "leave it out, or assemble with preprocessing='shared' and dynamic_img_size=True"
         raise ValueError(f"size={size!r} cannot be set: members resize and crop in {len(geometries)} ways; {remedy}.")
+    if not isinstance(size, int | dict) and not (isinstance(size, list | tuple) and len(size) == 2):
+        raise ValueError(f"size={reprlib.repr(size)} must be a whole number or height and width.")
     sides = get_size_dict(size)
     if set(sides) != {"height", "width"}:
         raise ValueError(f"size={size!r} must be a whole number or have the keys height and width alone.")
     channels = geometries[0]["input_size"][0]
     resized = geometries[0] | {"input_size": [channels, sides["height"], sides["width"]]}
     return validate_preprocessing(resized, MAX_IMAGE_CHANNELS)
+
+
+def check_resizing(width: int, height: int, geometries: list[dict[str, Any]]) -> None:
+    """Raise ValueError if it takes too much memory or time to make an image of this size fit for all geometries."""
+    upright = sum(_count_pixels(width, height, geometry) for geometry in geometries)
+    turned = sum(_count_pixels(height, width, geometry) for geometry in geometries)  # as EXIF may say
+    if (pixels := max(upright, turned)) > MAX_IMAGE_PIXELS:
+        problem = f"to resize {width}x{height} pixels takes memory for {pixels:,} pixels"
+        raise ValueError(f"{problem}, more than {MAX_IMAGE_PIXELS:,}; cut the image into squares, or leave it out.")
+
+
+def _count_pixels(width: int, height: int, geometry: dict[str, Any]) -> int:
+    """Pixels, of 4 bytes, that Pillow holds to resize an image: what only has the new width yet, the result, and the
+    weights of each row and column, of up to 56 bytes for every one before or after."""
+    rows, columns = (math.floor(side / geometry["crop_pct"]) for side in geometry["input_size"][1:])
+    if geometry["crop_mode"] != "squash":
+        scale = (min if geometry["crop_mode"] == "border" else max)(columns / width, rows / height)
+        rows, columns = math.ceil(height * scale), math.ceil(width * scale)
+    pixels = columns * height + columns * rows + 14 * (max(width, columns) + max(height, rows))
+    return pixels * len(geometry.get(CHANNELS, [0]))
 
 
 def _transform_image(
@@ -276,14 +349,43 @@ def _to_pil(image, is_scaled: bool = False, data_format: str | None = None) -> P
         raise ValueError("do_rescale=False needs an array of floats in 0..1; leave it out for 0..255.")
     if values is not None:
         return PIL.Image.fromarray(_scale_to_bytes(_put_channels_last(values, data_format)))
-    if isinstance(image, PIL.Image.Image):
-        return image
-    if hasattr(image, "read"):
-        image.seek(0)
-        return PIL.Image.open(image)
-    path = os.fspath(image)
-    # `load_image` converts files to RGB before a 16-bit image can be scaled.
-    return load_image(path) if path.startswith(("http://", "https://", "data:")) else PIL.Image.open(path)
+    if not isinstance(image, PIL.Image.Image):
+        return open_picture(image)
+    if image.format == "EPS":
+        raise ValueError("it is EPS, which Pillow has Ghostscript run as a program; save it as PNG.")
+    return image
+
+
+def open_picture(file) -> PIL.Image.Image:
+    """Open a path, a web address, a data URL (both as `str`) or an open file; its pixels are read later.
+
+    Raises:
+        ValueError, OSError: if it is not a regular file, not a picture in one of `IMAGE_FORMATS`, or too large.
+    """
+    if hasattr(file, "read"):
+        file.seek(0)
+    elif isinstance(file, str) and file.startswith("data:"):
+        file = io.BytesIO(base64.b64decode(file.partition(",")[2]))
+    elif isinstance(file, str) and file.startswith(("http://", "https://")):
+        file = io.BytesIO(get_session().get(file, timeout=None, follow_redirects=True).content)
+    else:
+        check_file(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the bounds here are stricter
+        picture = PIL.Image.open(file, formats=IMAGE_FORMATS)
+    if picture.width * picture.height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} pixels are too many; cut it into smaller images.")
+    return picture
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raise ValueError for a device, a pipe, an empty file, as the system's are, and one too large for an image."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file.")
+    if not 0 < status.st_size <= MAX_FILE_BYTES:
+        content = f"{status.st_size:,} bytes, which is no image" if status.st_size else "empty"
+        raise ValueError(f"the file is {content}.")
 
 
 def _to_array(image) -> np.ndarray:
@@ -401,12 +503,14 @@ def _read_bands(image) -> np.ndarray:
     is_premultiplied = 1 in tags.get(338, ())  # Pillow would divide the colors by the last channel
     if samples > 1 and (bits > 8 or samples != len(picture.getbands()) or is_premultiplied):
         return _read_samples(file)
-    if picture.n_frames * picture.width * picture.height > MAX_IMAGE_VALUES:
-        raise ValueError(f"its {picture.n_frames} pages are too large together; cut it into smaller images.")
-    pages = []
-    for page in range(picture.n_frames):
-        picture.seek(page)
-        pages.append(_bands(picture))
+    pages, pixels = [], 0
+    with suppress(EOFError):  # after the last page
+        for page in itertools.count():
+            picture.seek(page)
+            pixels += picture.width * picture.height
+            if page >= MAX_IMAGE_CHANNELS or pixels > MAX_IMAGE_PIXELS:
+                raise ValueError(f"it has more than {page} pages, which are too large; cut it into smaller images.")
+            pages.append(_bands(picture))
     picture.seek(0)
     shapes = sorted({page.shape for page in pages})
     if len(pages) > 1 and (len(shapes) > 1 or shapes[0][0] > 1):
@@ -449,8 +553,8 @@ def _read_samples(file) -> np.ndarray:
             tags: Any = tiff.pages.first.tags
             if tags.valueof("Orientation", default=1) != 1:
                 raise ValueError("its orientation is not upright")
-            axes, shape = tiff.series[0].axes, tiff.series[0].shape
-            if len(axes) != 3 or "YX" not in axes or math.prod(shape) > MAX_IMAGE_VALUES:
+            axes, shape, size = tiff.series[0].axes, tiff.series[0].shape, tiff.series[0].nbytes
+            if len(axes) != 3 or "YX" not in axes or max(math.prod(shape), size // 4) > MAX_IMAGE_PIXELS:
                 raise ValueError(f"its axes {axes} of {shape} are not a picture's channels, or are too large")
             return np.moveaxis(tiff.series[0].asarray(), 2 if axes.startswith("YX") else 0, 0)
     except Exception as error:  # of damaged files, of nearly every kind

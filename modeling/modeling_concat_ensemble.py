@@ -1,19 +1,26 @@
 """Several timm backbones as one transformers model: the concatenation of their pooled features."""
 
 import copy
+import ctypes
 import functools
 import json
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import timm
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as registration
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.peft import maybe_load_adapters
@@ -21,15 +28,18 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.hub import cached_file
 
 # transformers finds the other files of the payload by these lines.
-from .configuration_concat_ensemble import ConcatEnsembleConfig, error_prefix, refuse_links, require
+from .configuration_concat_ensemble import HUB_ARGUMENTS, ConcatEnsembleConfig, error_prefix, refuse_links, require
 from .image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 from .weights_concat_ensemble import check_savable, copy_card, holds_weights, list_saved_members, open_checkpoint
 from .weights_concat_ensemble import refuse_misfit, replace_files, save_weights
 
-# Bounds for what a stranger's config may ask for: above all of timm's networks, and below what takes hours to build.
-MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**30
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Bounds for what a stranger's config may ask for: above all of timm's networks, and below what takes long to build.
+MAX_WEIGHTS, MAX_MODULES, MAX_HEAD = 10**10, 20_000, 2**28  # the last: of a head or a projection that may be new
+MODULES_PER_MEMBER = 1_000  # on average, for ensembles that may have more than MAX_MODULES
+MAX_UNSAVED = 2**29  # bytes beside weights, such as tables of relative positions; and once more the weights' bytes
+MAX_SECONDS = 20  # for building all members without memory; the slowest of timm's networks takes 1.5
 ADAPTER_CONFIG = "adapter_config.json"
+Network = TypeVar("Network", bound=nn.Module)
 SHARD_PATTERNS = ["member-*.safetensors", "projection*.safetensors", "head*.safetensors", "model*.safetensors"]
 
 
@@ -69,20 +79,19 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         config.check_dynamic_img_size()
         if not config.members:
             raise ValueError("members is empty; an ensemble needs at least one: see concat_ensemble.assemble.")
-        self.members, self._member_pixels, geometries = nn.ModuleDict(), {}, config.geometries
+        num_networks = len(config.built_members) * (3 if config.dynamic_img_size else 1)  # how many are tried
+        self.members = _build_within_limits(functools.partial(_create_members, config), num_networks)
+        self._member_pixels, geometries = {}, config.geometries
         for k in config.built_members:
             spec, index = config.members[k], config.geometry_index(k)
-            with error_prefix(f"members[{k}]"):
-                if config.dynamic_img_size:
-                    self.members[str(k)] = _create_dynamic_backbone(spec)
-                else:
-                    self.members[str(k)] = create_backbone(spec["architecture"], **spec["model_args"])
             number, shape = index if len(geometries) > 1 else None, geometries[index]
             # A partial, not a closure, since models are pickled.
             self._member_pixels[str(k)] = functools.partial(_select_pixels, number, shape, spec["preprocessing"])
         self.mark_members()
-        dim = config.projection_dim
-        self.projection = None if dim is None else nn.Linear(config.num_member_features, dim)
+        dim, width = config.projection_dim, config.num_member_features
+        expected = f"smaller for {width:,} features: a projection has up to {MAX_HEAD:,} weights"
+        require(dim is None or dim * width <= MAX_HEAD, "projection_dim", dim, expected)
+        self.projection = None if dim is None else nn.Linear(width, dim)
         self.members_frozen = False
         self._pixel_shape = config.pixel_shape
         self.supports_gradient_checkpointing = any(map(_can_checkpoint, self.members.values()))
@@ -225,18 +234,23 @@ class ConcatEnsemblePreTrainedModel(PreTrainedModel):
         kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         # transformers would look for an adapter where we let it load from, which may be a temporary folder.
-        adapter, name, options = maybe_load_adapters(
-            pretrained_model_name_or_path, hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})
-        )
+        options = kwargs.pop("adapter_kwargs", None) or {}
+        try:
+            adapter, name, options = maybe_load_adapters(pretrained_model_name_or_path, hub_arguments, **options)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"{pretrained_model_name_or_path} has an {ADAPTER_CONFIG} that is none of PEFT's ({error!r})"
+            raise ValueError(f"{problem}; save the adapter again.") from error
         kwargs["adapter_kwargs"] = {**options, "_adapter_model_path": adapter}
         if adapter is not None and kwargs["use_safetensors"]:  # or transformers would read a pickle in its place
             places = hub_arguments | {key: options[key] for key in HUB_ARGUMENTS if key in options}
             cached_file(adapter, "adapter_model.safetensors", **places)
+            _check_adapter_type(cached_file(adapter, ADAPTER_CONFIG, **places))
         config = name if config is None else config
         with torch.device("meta"):
             expected = ConcatEnsembleModel(_read_config(config, kwargs, hub_arguments)).state_dict(keep_vars=True)
         with_head = not issubclass(cls, ConcatEnsembleModel)
-        with open_checkpoint(name, expected, with_head, hub_arguments) as source:
+        options = {"allow_pickles": not kwargs["use_safetensors"]}
+        with open_checkpoint(name, expected, with_head, hub_arguments, **options) as source:
             model, info = super().from_pretrained(source, *model_args, config=config, **kwargs)
         model.name_or_path = model.config.name_or_path = str(name)
         _check_loaded(model, info, name if adapter is None else adapter)
@@ -463,54 +477,164 @@ def _check_loaded(model: ConcatEnsemblePreTrainedModel, info: dict, name) -> Non
 def create_backbone(architecture: str, **model_args) -> nn.Module:
     """timm's network without a head, with fresh weights, built on the meta device first, where its size costs nothing.
     Raises ValueError when timm cannot build it, and when it is larger than any of timm's own."""
+    return _build_within_limits(functools.partial(_create_network, architecture, model_args))
+
+
+def _build_within_limits(create: Callable[[], Network], num_networks: int = 1) -> Network:
+    """What `create` builds on the default device. It is called on the meta device first, where sizes cost nothing.
+    Raises ValueError if it takes more there than the bounds above for so many networks."""
+    with torch.device("meta"), _Limits(num_networks) as limits, _deadline(limits.remaining_seconds):
+        built = create()
+    if torch.get_default_device().type == "meta":
+        return built
+    del built
+    return create()
+
+
+class _Limits(TorchDispatchMode):
+    """Raises ValueError as soon as networks that are built inside, on the meta device, exceed the bounds above. Layers
+    and weights count when they are registered, and the memory of all tensors while they are alive."""
+
+    def __init__(self, num_networks: int):
+        super().__init__()
+        self.max_weights = MAX_WEIGHTS * num_networks
+        self.max_modules = max(MAX_MODULES, MODULES_PER_MEMBER * num_networks)
+        self.modules = self.weights = self.weight_bytes = 0
+        self.alive: list[tuple[StorageWeakRef, int]] = []
+        self.alive_bytes = self.checked = 0
+
+    def __enter__(self):
+        self.thread, self.started = threading.get_ident(), (time.process_time(), time.monotonic())
+        self.hooks = [
+            registration.register_module_module_registration_hook(self._count_module),
+            registration.register_module_parameter_registration_hook(self._count_weights),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        for hook in self.hooks:
+            hook.remove()
+        if kind is None:
+            self._check()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._check()  # without the last tensor, which may have become a weight
+        result = function(*args, **(kwargs or {}))
+        if all(output.alias_info is None for output in function._schema.returns):  # it is new, and no view
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    self.alive.append((StorageWeakRef(storage), storage.nbytes()))
+                    self.alive_bytes += storage.nbytes()
+        return result
+
+    def _count_module(self, module, name, value):
+        if threading.get_ident() == self.thread:
+            self.modules += 1
+            self._check()
+
+    def _count_weights(self, module, name, value):
+        if threading.get_ident() == self.thread and value is not None:
+            self.weights += value.numel()
+            self.weight_bytes += value.nbytes
+            self._check()
+
+    def _check(self):
+        if self.weights > self.max_weights or self.modules > self.max_modules:
+            raise ValueError(f"it has more than {self.max_weights:,} weights or {self.max_modules:,} layers")
+        max_bytes = MAX_UNSAVED + 2 * self.weight_bytes
+        if self.alive_bytes > max_bytes or len(self.alive) > self.checked + 10_000:
+            self.alive = [(reference, size) for reference, size in self.alive if not reference.expired()]
+            self.alive_bytes, self.checked = sum(size for _, size in self.alive), len(self.alive)
+        if self.alive_bytes > max_bytes:
+            raise ValueError(f"its buffers take over {MAX_UNSAVED >> 20} MiB more than its weights")
+        if self.remaining_seconds() <= 0:
+            raise _TooSlow()
+
+    def remaining_seconds(self) -> float:
+        # The clock also runs while a busy machine does other things, and the processor's time while other threads run.
+        now = time.process_time(), time.monotonic()
+        return MAX_SECONDS - min(end - start for start, end in zip(self.started, now, strict=True))
+
+
+class _TooSlow(ValueError):
+    def __init__(self):
+        super().__init__(f"it takes more than {MAX_SECONDS} seconds")
+
+
+@contextmanager
+def _deadline(remaining_seconds: Callable[[], float]):
+    """Raise ValueError when no seconds remain. Some constructors loop in Python for hours and call nothing in which
+    `_Limits` could stop them, so another thread does it."""
+    thread, lock, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
+
+    def interrupt():
+        while (seconds := remaining_seconds()) > 0:
+            if is_over.wait(seconds):
+                return
+        with lock:
+            if not is_over.is_set():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TooSlow))
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        yield
+    finally:
+        with lock:
+            is_over.set()
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # what has not been raised yet
+
+
+def _create_members(config: ConcatEnsembleConfig) -> nn.ModuleDict:
+    members = nn.ModuleDict()
+    for k in config.built_members:
+        spec = config.members[k]
+        with error_prefix(f"members[{k}]"):
+            if config.dynamic_img_size:
+                members[str(k)] = _create_dynamic_network(spec)
+            else:
+                members[str(k)] = _create_network(spec["architecture"], spec["model_args"])
+    return members
+
+
+def _create_network(architecture: str, model_args: dict) -> nn.Module:
     arguments = {name: _as_tuples(value) for name, value in model_args.items()}
     dtype = torch.get_default_dtype()  # that of `from_pretrained(dtype=...)`; some of timm's layers do not look there
     arguments |= {} if dtype == torch.float32 else {"dtype": dtype}
-    create = functools.partial(timm.create_model, architecture, pretrained=False, num_classes=0, **arguments)
     try:
-        with torch.device("meta"), _limit_size():
-            network = create()
-        return network if torch.get_default_device().type == "meta" else create()
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
     except Exception as error:  # timm checks few of its arguments, so any kind of error may come
         reason = repr(error) if isinstance(error, LookupError) or not str(error) else str(error)
-        raise ValueError(f"timm cannot build {architecture} with model_args {model_args}: {reason}") from error
+        arguments = str(model_args)[:300]
+        raise ValueError(f"timm cannot build {architecture} with model_args {arguments}: {reason}") from error
 
 
-def _create_dynamic_backbone(spec: dict) -> nn.Module:
+def _create_dynamic_network(spec: dict) -> nn.Module:
     """A member that takes images of other sizes than its own: with timm's argument where it has it, else if it does by
     itself. Raises ValueError if images twice as high and twice as wide cannot be run on the meta device."""
     architecture, (channels, height, width) = spec["architecture"], spec["preprocessing"]["input_size"]
     for arguments in ({**spec["model_args"], "dynamic_img_size": True}, spec["model_args"]):
         try:
             with torch.device("meta"):
-                network = create_backbone(architecture, **arguments).eval()
+                network = _create_network(architecture, arguments).eval()
+            with torch.device("meta"), _disable_current_modes():  # feature maps do not count
                 for size in ((2 * height, width), (height, 2 * width)):
                     network(torch.zeros(1, channels, *size))
         except Exception as error:  # of any kind, for a network that cannot
             reason = str(error)
         else:
-            return create_backbone(architecture, **arguments)
+            return _create_network(architecture, arguments)
     problem = f"dynamic_img_size=True must be left out: timm's {architecture} takes images of {height}x{width} alone"
     raise ValueError(f"{problem} ({reason}).")
 
 
-@contextmanager
-def _limit_size():
-    """Raise ValueError as soon as a network that is built inside has more than `MAX_WEIGHTS` or `MAX_MODULES`."""
-    weights = modules = 0
+def _check_adapter_type(adapter_config: str) -> None:
+    """Raise ValueError for a kind of adapter that PEFT does not know, for which PEFT raises KeyError."""
+    from peft import PeftType
 
-    def count(module, name, value):
-        nonlocal weights, modules
-        weights += value.numel() if isinstance(value, Tensor) else 0
-        modules += isinstance(value, nn.Module)
-        if weights > MAX_WEIGHTS or modules > MAX_MODULES:
-            raise ValueError(f"it has more than {MAX_WEIGHTS:,} weights or {MAX_MODULES:,} layers")
-
-    with ExitStack() as hooks:
-        for kind in ("parameter", "buffer", "module"):
-            hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
-            hooks.callback(hook.remove)
-        yield
+    peft_type = json.loads(Path(adapter_config).read_text()).get("peft_type")
+    require(peft_type in list(PeftType), "peft_type", peft_type, f"one of those of PEFT in {adapter_config}")
 
 
 def _keep_base_on_loading(adapter_config: Path) -> None:

@@ -16,12 +16,17 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, cached_files
+
+from .configuration_concat_ensemble import check_json_size
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(?:member-(?P<member>\d+)|projection|head|model)(?:-\d{5}-of-\d{5})?\.safetensors")
+MAX_HEADER, MAX_TENSORS, MAX_NAME = 2**24, 100_000, 500  # bytes of JSON, tensors of a file, characters of their names
+MAX_UNPACKED = 10  # times the size on disk; trained weights shrink to 0.9, all-zero ones to a thousandth
 ASIDE = ".saving-"  # how the folder is called in which files are written before they replace others
-CARD_PARTS = ("README.md", "LICENSE.md", "results", "figures", ".eval_results")
+CARD_FILES = ("README.md", "LICENSE.md", "results/*.json", "figures/*.png", ".eval_results/*.yaml")
 
 
 def part_name(key: str) -> str:
@@ -32,7 +37,9 @@ def part_name(key: str) -> str:
 
 
 @contextmanager
-def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hub_arguments: dict) -> Iterator[str]:
+def open_checkpoint(
+    name, expected: dict[str, torch.Tensor], with_head: bool, hub_arguments: dict, *, allow_pickles: bool = False
+) -> Iterator[str]:
     """Find or fetch the files of the parts that a model has, and check them. Yield where transformers shall load from:
     `name`, or a temporary folder with an index of these files alone, since it fetches every file that an index names.
 
@@ -40,6 +47,7 @@ def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hu
         name: A folder or a repo on the Hub. `hub_arguments`: Such as `revision`, `subfolder` and `token`.
         expected: The model's weights without its head, of which keys, shapes and identity matter: of a tensor with
             several names, one must be there. `with_head`: If it has one.
+        allow_pickles: Whether transformers may read pickles where there are no safetensors.
 
     Raises:
         ValueError: if the checkpoint has no weights of these parts, or not those that are expected.
@@ -50,10 +58,12 @@ def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hu
     index_path = None if single else cached_file(name, INDEX_NAME, **optional)
     if single:
         _check_shapes([single], expected, name)
+    parts = {part_name(key) for key in expected} | ({"head"} if with_head else set())
     if index_path is None:  # transformers says that there are no weights, or reads pickles if it is allowed to
+        if allow_pickles and not single:
+            _check_pickles(name, expected, parts, hub_arguments)
         yield name
         return
-    parts = {part_name(key) for key in expected} | ({"head"} if with_head else set())
     shards = _select_shards(index_path, parts)
     names = sorted(set(shards.values()))
     paths = map(os.path.abspath, cached_files(name, names, **hub_arguments) or ())
@@ -70,6 +80,7 @@ def open_checkpoint(name, expected: dict[str, torch.Tensor], with_head: bool, hu
 def _select_shards(index_path: str, parts: set[str]) -> dict[str, str]:
     """Name of the file by key of the weight, for the files that hold these parts."""
     try:
+        check_json_size(index_path)
         weight_map = json.loads(Path(index_path).read_text())["weight_map"]
         unsafe = sorted(shard for shard in set(weight_map.values()) if not re.fullmatch(r"[A-Za-z0-9._-]+", shard))
         needed = {shard for key, shard in weight_map.items() if part_name(key) in parts}
@@ -82,12 +93,38 @@ def _select_shards(index_path: str, parts: set[str]) -> dict[str, str]:
     return {key: shard for key, shard in weight_map.items() if shard in needed}
 
 
+def _check_pickles(name, expected: dict[str, torch.Tensor], parts: set[str], hub_arguments: dict) -> None:
+    """Raise ValueError if pickles are too small for the expected weights, before a model is allocated."""
+    optional = {**hub_arguments, "_raise_exceptions_for_missing_entries": False}
+    files = [cached_file(name, WEIGHTS_NAME, **optional)]
+    if files[0] is None:
+        index_path = cached_file(name, WEIGHTS_INDEX_NAME, **optional)
+        shards = sorted(set(_select_shards(index_path, parts).values())) if index_path else []
+        files = cached_files(name, shards, **hub_arguments) or () if shards else ()
+    needed = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in expected.values()}.values())
+    if files and needed > MAX_UNPACKED * sum(map(os.path.getsize, files)):
+        refuse_misfit(list(expected), [], name)
+
+
+def open_safetensors(path: str | Path) -> safe_open:
+    """As `safe_open(path, "pt")`. Raises SafetensorError also for more and longer names than any network has."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise SafetensorError(f"its header of {length:,} bytes has more than {MAX_HEADER:,}")
+    weights = safe_open(path, framework="pt")
+    names = weights.keys()
+    if len(names) > MAX_TENSORS or max(map(len, names), default=0) > MAX_NAME:
+        raise SafetensorError(f"it has more than {MAX_TENSORS:,} tensors or names of more than {MAX_NAME} characters")
+    return weights
+
+
 def _check_shapes(files: list[str], expected: dict[str, torch.Tensor], name) -> None:
     """Raise ValueError unless the files hold the expected weights and no others, before a model is allocated."""
     shapes = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as weights:
+            with open_safetensors(file) as weights:
                 shapes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
@@ -150,7 +187,7 @@ def holds_weights(name: str | Path, commit: str | None, weights: dict[str, torch
             return False
         for shard in {shards[key] for key in weights}:
             path = cached_file(name, shard, **options)
-            with safe_open(path, framework="pt") as stored:
+            with open_safetensors(path) as stored:
                 for key in weights.keys() & set(stored.keys()):
                     tensor = weights[key].detach().cpu()
                     if not torch.equal(stored.get_tensor(key).to(tensor.dtype), tensor):
@@ -167,13 +204,16 @@ def replace_files(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{ASIDE}*"):  # by a process that was killed
         shutil.rmtree(left_over)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
-        yield Path(aside)
-        files = sorted(
-            Path(aside).iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors")
-        )
+    aside = folder / f"{ASIDE}{os.getpid()}"
+    aside.mkdir()
+    try:
+        yield aside
+        files = sorted(aside.iterdir(), key=lambda path: (path.name == INDEX_NAME, path.suffix != ".safetensors"))
         for path in files:  # renamed, not copied: a loaded model's tensors may be the old file, mapped into memory
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors gives access to the owner alone
             os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     if files and files[-1].name == INDEX_NAME:
         shards = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
         for path in folder.glob("*.safetensors"):
@@ -206,10 +246,14 @@ def list_saved_members(folder: Path) -> set[int]:
 
 
 def copy_card(source: Path, folder: Path) -> bool:
-    """Copy card, results and figures from `source` if it has the same weights as `folder`. Returns whether it has."""
+    """Copy card, results and figures, but no links, from `source` if it has the same weights as `folder`. Returns
+    whether it has."""
     weights = [path.name for path in folder.glob("*.safetensors")]
     if not source.is_dir() or any(filecmp.cmpfiles(source, folder, weights, shallow=False)[1:]):
         return False
-    for part in filter(Path.exists, map(source.joinpath, CARD_PARTS)):
-        (shutil.copytree if part.is_dir() else shutil.copy)(part, folder / part.name)
+    for file in [file for pattern in CARD_FILES for file in source.glob(pattern)]:
+        if file.resolve() == source.resolve() / file.relative_to(source):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(file, target)
     return True

@@ -54,7 +54,7 @@ def undeclared(path: Path, *extras: str, inside_functions: bool = True) -> dict[
     ("folder", "extras"),
     [
         ("concat_ensemble", set(EXTRAS) - {"test"}),
-        ("modeling", {"multichannel"}),
+        ("modeling", {"finetune", "multichannel"}),
         ("training", {"train"}),
         ("tests", EXTRAS),
     ],

@@ -2,9 +2,10 @@
 
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.rich_utils import rich_format_error
 
 from concat_ensemble.commands.build import build
 from concat_ensemble.commands.cache import cache
@@ -21,8 +22,9 @@ from concat_ensemble.commands.reproduce import reproduce
 from concat_ensemble.commands.select import select
 from concat_ensemble.commands.theory import theory
 from concat_ensemble.commands.verify import verify
-from concat_ensemble.console import be_quiet, errors
+from concat_ensemble.console import be_quiet, errors, printable
 
+UsageError: Any = typer.BadParameter.__base__  # click's; recent versions of typer have a copy of click
 # In the order of --help.
 COMMANDS = [
     build,
@@ -73,15 +75,20 @@ def _options(
 def main() -> None:
     """Run a command. A user's mistake is answered by one line and exit code 2, Ctrl-C by exit code 130."""
     be_quiet()
+    code = 0
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == 130:
-            errors.print("\nstopped; the same command goes on")
-        raise
+        code = app(standalone_mode=False) or 0
+    except UsageError as error:
+        error.message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
+        rich_format_error(error)
+        code = 2
     except (ValueError, OSError) as error:
-        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
-        sys.exit(2)
+        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+        code = 2
+    if code == 130:
+        errors.print()
+        errors.print("stopped; the same command goes on")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,9 @@ def build(
 
     concat-ensemble build --recipe vit-objectives --output vit-objectives
     """
-    from concat_ensemble.files import replace_folder
-    from concat_ensemble.reporting.model_card import write_card
+    from concat_ensemble.reporting.model_card import renew_card
+    from concat_ensemble.studies.ensemble_folders import check_folder, replace_ensemble
     from concat_ensemble.studies.ensembles import build_ensemble
-    from concat_ensemble.studies.outputs import check_folder
 
     check_folder(output, overwrite)
     model = build_ensemble(
@@ -69,9 +68,7 @@ def build(
         seed=seed,
         command=command_line(),
     )
-    with replace_folder(output) as folder:
-        model.save_pretrained(folder)
-        write_card(folder, title=output.name)
+    replace_ensemble(output, model.save_pretrained, lambda folder: renew_card(folder, output), quiet=quiet)
     facts = {"folder": str(output), "num_features": model.config.num_features, "members": model.config.members}
     print_written(member_table(output, facts["members"]), facts, as_json, quiet)
 
@@ -109,6 +106,6 @@ def member_table(output: Path, members: list[dict]) -> Table:
         size = "x".join(map(str, member["preprocessing"]["input_size"]))
         provenance = member["provenance"]
         weights = f" ({provenance['weights']} weights)" if "weights" in provenance else ""
-        source = f"{provenance['source']}{weights}"
+        source = f"{provenance.get('source', 'not stated')}{weights}"
         table.add_row(str(k), member["architecture"], f"{member['num_features']:,}", size, source)
     return table

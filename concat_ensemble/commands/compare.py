@@ -44,7 +44,8 @@ def compare(
         options.print_file(study.path)
         return
     options.print_table(overlap_table(study.overlap))
-    out.print("\n".join(study.overlap.verdict), soft_wrap=True, markup=False)
+    for sentence in study.overlap.verdict:
+        out.print(sentence, soft_wrap=True)
     if not extraction.quiet:
         out.print(f"written: {study.path}, {figure}", soft_wrap=True)
 

@@ -28,6 +28,7 @@ def export(
     if output.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"--output {output}: name a file that ends in .onnx, or in .pt2 for torch.export.")
     check_file(output, overwrite)
+    check_file(output.with_name(f"{output.name}.data"), overwrite)  # where large weights go
     write = export_onnx if output.suffix == ".onnx" else export_program
     write(load_for_export(folder), output)
     size = output.stat().st_size

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from concat_ensemble.console import errors, out
+from concat_ensemble.console import PlainConsole, out, print_error
+from concat_ensemble.files import without_folders
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an ensemble, or any member that build accepts.")]
 Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="Name of a dataset recipe, such as cifar100.")]
@@ -74,8 +74,8 @@ def one_of(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was typed."""
-    return shlex.join(["concat-ensemble", *sys.argv[1:]])
+    """The command as it was typed, for a card: without the folders of this machine."""
+    return shlex.join(["concat-ensemble", *map(without_folders, sys.argv[1:])])
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def training_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        errors.print(f"error: {error}", soft_wrap=True, markup=False)
+        print_error(error)
         raise typer.Exit(2) from error
 
 
@@ -93,8 +93,8 @@ def print_json(content: Any) -> None:
 
 
 def print_file(path: Path) -> None:
-    """Print a JSON file as it is."""
-    sys.stdout.write(path.read_text())
+    """Print a JSON file, in ASCII whatever it holds."""
+    print_json(json.loads(path.read_text()))
 
 
 def print_written(text: str | Table, facts: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -102,9 +102,9 @@ def print_written(text: str | Table, facts: dict[str, Any], as_json: bool, quiet
     if as_json:
         print_json(facts)
     elif not quiet:
-        out.print(text, soft_wrap=isinstance(text, str), markup=False)
+        out.print(text, soft_wrap=isinstance(text, str))
 
 
 def print_table(table: Table) -> None:
     """Print a table at its full width, even where the terminal is narrower: folded numbers cannot be read."""
-    Console(highlight=False, width=max(out.width, 250)).print(table)
+    PlainConsole(width=max(out.width, 250)).print(table)

@@ -72,7 +72,7 @@ def predict(
     try:
         summary = write_predictions(path, source.heading, names, predictions, top=top)
     except KeyboardInterrupt:
-        errors.print(f"{where}: nothing was written; predict begins anew.", soft_wrap=True, markup=False)
+        errors.print(f"{where}: nothing was written; predict begins anew.", soft_wrap=True)
         raise
     if not extraction.quiet:
         print_left_out(source, summary)
@@ -105,4 +105,4 @@ def print_left_out(source: "ImageSource", summary: "Summary") -> None:
         first = ", ".join(source.ignored[:3]) + ", ..." * (len(source.ignored) > 3)
         lines.append(f"left out, since they are no images: {first} ({len(source.ignored):,} in all)")
     for line in lines:
-        errors.print("".join(filter(str.isprintable, line)), soft_wrap=True, markup=False)
+        errors.print(line, soft_wrap=True)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from concat_ensemble.commands import options
 from concat_ensemble.commands.options import AsJson, Model
-from concat_ensemble.console import out
+from concat_ensemble.console import out, stack_lines
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.studies.options import ProbeOptions
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from concat_ensemble.studies.probe_study import ProbeStudy
     from concat_ensemble.studies.results import Results
 
-# The columns of a screen of 80 characters, with headings on two lines.
-SCREEN = {"name": "", "value": "", "beside": "", "interval": "95%\ninterval", "paired": "ensemble\nminus it"}
+# The columns of a screen of 80 characters, and the lines of their headings.
+SCREEN = {"name": (), "value": (), "beside": (), "interval": ("95%", "interval"), "paired": ("ensemble", "minus it")}
 NAME_LENGTH = 52  # two lines of a name that leaves room for the numbers
 
 
@@ -66,9 +65,9 @@ def probe(
         results = {name: study.results for name, study in studies.finished.items()}
         print_recipes(results) if len(datasets) > 1 else print_results(*results.values(), wide=wide)
         for study in studies.finished.values():
-            out.print(f"results: {study.path}", soft_wrap=True, markup=False)
+            out.print(f"results: {study.path}", soft_wrap=True)
             if study.errors_page:
-                out.print(f"errors: {study.errors_page}", soft_wrap=True, markup=False)
+                out.print(f"errors: {study.errors_page}", soft_wrap=True)
     if studies.failures:
         reasons = "; ".join(f"{name}: {error}" for name, error in studies.failures.items())
         raise ValueError(f"{len(studies.failures)} of {len(datasets)} recipes failed: {reasons}")
@@ -78,15 +77,16 @@ def print_results(results: "Results", *, wide: bool = False) -> None:
     """Print the table of a probe, what to know about its data and its numbers, and a verdict in words."""
     from concat_ensemble.data.naming import describe_dataset
     from concat_ensemble.reporting.data_sentences import audit_sentences
-    from concat_ensemble.reporting.verdicts import notes, verdict
+    from concat_ensemble.reporting.verdicts import doubts, notes, verdict
 
     repeats = f"{results.repeats} repeats" if results.repeats > 1 else "one repeat"
-    out.print(f"{describe_dataset(results.dataset)}; {repeats}; protocol {results.protocol}", markup=False)
+    out.print(f"{describe_dataset(results.dataset)}; {repeats}; protocol {results.protocol}")
     table = probe_table(results, wide=wide)
     options.print_table(table) if wide else out.print(table)
-    paragraphs = " ".join(audit_sentences(results)), " ".join(notes(results)), verdict(results).replace("**", "")
-    for paragraph in filter(None, paragraphs):
-        out.print(f"\n{paragraph}", markup=False)
+    conclusions = filter(None, [verdict(results), *doubts(results)])
+    for paragraph in filter(None, map(" ".join, (audit_sentences(results), notes(results), conclusions))):
+        out.print()
+        out.print(paragraph)
     out.print()
 
 
@@ -99,15 +99,17 @@ def probe_table(results: "Results", *, wide: bool) -> Table:
     columns = headings(results.metric, results.rows[0].name, texts)
     table = Table() if wide else Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     if not wide:
-        columns = {key: heading or columns[key] for key, heading in SCREEN.items() if key in columns}
-        columns |= {key: columns[key].replace(" per ", "\nper ") for key in ("value", "beside") if key in columns}
+        columns = {key: columns[key] for key in SCREEN if key in columns}
     for key, heading in columns.items():
         is_name = key == "name"
-        table.add_column(escape(heading), justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+        lines = [heading] if wide else SCREEN[key] or heading.replace(" per ", "\nper ").split("\n")
+        table.add_column(
+            stack_lines(*lines), justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold"
+        )
     for row, cells in zip(rows, texts, strict=True):
         name = cells["name"] if wide else shorten_middle(cells["name"], NAME_LENGTH)
         shown = cells | {"name": name}
-        table.add_row(*(escape(shown[key]) for key in columns), style="bold" if row.kind == "ensemble" else None)
+        table.add_row(*(shown[key] for key in columns), style="bold" if row.kind == "ensemble" else None)
     return table
 
 
@@ -122,12 +124,12 @@ def shorten_middle(text: str, length: int) -> str:
 def print_recipes(studies: "dict[str, Results]") -> None:
     """Print one table of several recipes' results, each in its own metric: the ensemble, its best member, the
     baselines and the controls."""
-    columns = {f"{recipe}\n{study.metric}": metric_column(study) for recipe, study in studies.items()}
+    columns = [metric_column(study) for study in studies.values()]
     table = Table("", title="linear probe in %, with 95% interval", title_justify="left")
-    for heading in columns:
-        table.add_column(escape(heading), justify="right")
-    for name in dict.fromkeys(name for column in columns.values() for name in column):
-        table.add_row(escape(name), *(escape(column.get(name, "")) for column in columns.values()))
+    for recipe, study in studies.items():
+        table.add_column(stack_lines(recipe, study.metric), justify="right")
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "") for column in columns))
     options.print_table(table)
 
 

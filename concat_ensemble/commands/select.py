@@ -3,13 +3,13 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from concat_ensemble.commands import options
 from concat_ensemble.commands.options import AsJson, Model, Recipes
 from concat_ensemble.commands.probe import print_results
-from concat_ensemble.console import out
+from concat_ensemble.console import out, stack_lines
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.studies.options import SelectOptions
 
@@ -33,7 +33,7 @@ def select(
     concat-ensemble select three-backbones --recipe flowers102 --max-gflops 10 --output chosen
     """
     from concat_ensemble.reporting.figures import plot_accuracy_against_cost
-    from concat_ensemble.reporting.model_card import write_card
+    from concat_ensemble.reporting.model_card import renew_card
     from concat_ensemble.studies.select_study import run_select_study
 
     dataset, *others = dataset.with_recipes(recipe or [])
@@ -50,13 +50,19 @@ def select(
             print_selection(study.selection, selecting.quick)
             out.print(f"all subsets: {study.path}, {figure}", soft_wrap=True)
 
-    study = run_select_study(model, dataset, selecting, extraction, on_selection=on_selection)
+    output = selecting.output
+    study = run_select_study(
+        model,
+        dataset,
+        selecting,
+        extraction,
+        on_selection=on_selection,
+        write_card=lambda folder: renew_card(folder, output or folder),
+    )
     if study.results and not as_json:
         print_results(study.results)
-    if output := selecting.output:
-        write_card(output, title=output.name)
-        if not (extraction.quiet or as_json):
-            out.print(f"written: {output}", soft_wrap=True)
+    if output and not (extraction.quiet or as_json):
+        out.print(f"written: {output}", soft_wrap=True)
 
 
 def print_selection(selection: "Selection", quick: bool) -> None:
@@ -72,7 +78,7 @@ def print_selection(selection: "Selection", quick: bool) -> None:
         steps = [f"{member} {format_points(gain, interval)}" for member, gain, interval in selection.greedy_order]
         paragraphs += [f"Best first, each to those before it: {'; '.join(steps)}.", selection.outlook]
     for paragraph in filter(None, paragraphs):
-        out.print(paragraph, markup=False)
+        out.print(paragraph)
 
 
 def contribution_table(selection: "Selection") -> Table:
@@ -80,13 +86,13 @@ def contribution_table(selection: "Selection") -> Table:
     from concat_ensemble.studies.selection_results import format_interval
 
     title = f"ridge probes by cross-validation, {selection.n_held_out:,} images, {selection.metric} in %"
-    loss = "added to\nthe others" if selection.over_budget else "loss\nwithout it"
+    loss = stack_lines("added to", "the others") if selection.over_budget else stack_lines("loss", "without it")
     table = _new_table(title, "member", "features", "GFLOPs", "alone", loss, "95% interval", "advice")
     for part in selection.contributions:
         k = part.member
         cells = f"{selection.feature_dims[k]:,}", f"{selection.costs[k].gflops:.2g}"
         cells += f"{100 * selection[[k]].score:.1f}", f"{100 * part.gain:.1f}", format_interval(part.gain_interval)
-        table.add_row(escape(f"{k} {selection.names[k]}"), *cells, part.advice)
+        table.add_row(f"{k} {selection.names[k]}", *cells, part.advice)
     return table
 
 
@@ -108,7 +114,7 @@ def best_table(selection: "Selection") -> Table:
     return table
 
 
-def _new_table(title: str, *headings: str) -> Table:
+def _new_table(title: str, *headings: str | Text) -> Table:
     """A table whose first column holds names, and the others numbers."""
     table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for place, heading in enumerate(headings):

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Array2D, Array3D, Dataset, Features, Image, IterableDataset, Value
 
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import check_array
 
 Split = TypeVar("Split", Dataset, IterableDataset)
 START = b"\x93NUMPY"
@@ -53,6 +54,7 @@ def is_array(content: bytes | None) -> TypeGuard[bytes]:
 def decode_array(content: bytes) -> np.ndarray:
     """The array that `encode_array` encoded. Raises ValueError if it is damaged."""
     try:
+        check_array(io.BytesIO(content), len(content))
         return np.load(io.BytesIO(content), allow_pickle=False)
     except (EOFError, OSError, ValueError) as error:
         raise ValueError(f"the array is damaged: {first_line(error)}") from error

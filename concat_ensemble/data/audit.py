@@ -1,22 +1,27 @@
 """An audit of a dataset before anything is measured on it: copies of images, shared groups, class balance."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
+from msgspec import Meta
 
 from concat_ensemble.data.groups import number_images, number_values
-from concat_ensemble.data.images import with_hashes
+from concat_ensemble.data.images import image_hashes, with_hashes
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
+from concat_ensemble.schema import Count, Share, Text
 
 FEW_IMAGES = 5  # below, the recall of a class moves by more than 20 points with one image
 SHOWN_NAMES = 5
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # in sentences
 PAIRS = list(combinations(SPLITS, 2))
+SplitName = Annotated[str, Meta(pattern=f"^({'|'.join(SPLITS)})$")]
+SplitCounts = dict[SplitName, Count]
 
 
 @dataclass
@@ -24,21 +29,22 @@ class Audit:
     """What was found in a dataset, as plain JSON values. Images are counted as they are used, after `audit_splits` has
     left rows out, and so are repetitions; leaks, conflicts and shared groups as they were found, before it."""
 
-    num_images: dict[str, int] = field(default_factory=dict)  # by split, like all dicts but `classes`
-    classes: dict[str, dict[str, int]] = field(default_factory=dict)  # name of the class -> images by split
-    majority_class: str | None = None  # the largest class of the training split
-    majority_share: float = 0.0  # its share of the training images
+    num_images: SplitCounts = field(default_factory=dict)  # by split, like all dicts but `classes`
+    classes: dict[str, SplitCounts] = field(default_factory=dict)  # name of the class -> images by split
+    majority_class: Text | None = None  # the largest class of the training split
+    majority_share: Share = 0.0  # its share of the training images
     imbalanced: bool = False  # of the training or the test split: see `is_imbalanced`
-    duplicates_within: dict[str, int] = field(default_factory=dict)  # images that repeat an earlier one of the split
-    duplicates_across: dict[str, int] = field(default_factory=dict)  # "train/test": test images that are in training
-    conflicting_labels: int = 0  # different images with more than one label, over all splits
-    few_images: list[str] = field(default_factory=list)  # classes with 1 to 4 test, or training + validation, images
-    missing_classes: dict[str, list[str]] = field(default_factory=dict)
-    removed_from_test: int = 0
-    removed_from_validation: int = 0
-    groups: dict[str, int] | None = None  # number of groups
-    groups_across: dict[str, int] = field(default_factory=dict)  # "train/test": number of groups in both
-    unreadable: dict[str, int] = field(default_factory=dict)  # images that could not be read and were left out
+    duplicates_within: SplitCounts = field(default_factory=dict)  # images that repeat an earlier one of the split
+    duplicates_across: dict[str, Count] = field(default_factory=dict)  # "train/test": test images that are in training
+    conflicting_labels: Count = 0  # different images with more than one label, over all splits
+    few_images: list[Text] = field(default_factory=list)  # classes with 1 to 4 test, or training + validation, images
+    missing_classes: dict[SplitName, list[Text]] = field(default_factory=dict)
+    removed_from_test: Count = 0
+    removed_from_validation: Count = 0
+    groups: SplitCounts | None = None  # number of groups
+    groups_across: dict[str, Count] = field(default_factory=dict)  # "train/test": number of groups in both
+    unreadable: SplitCounts = field(default_factory=dict)  # images that could not be read and were left out
+    sha256: Text = ""  # of the encoded images and labels that are used, in their order; empty for a table
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -70,7 +76,7 @@ class Audit:
         role = "left out of the score" if split == "test" else "not used to choose the regularization"
         if len(sentences) == 1 and "group" not in sentences[0]:
             sentences[0] += f"; {'it is' if removed == 1 else 'they are'} {role}"
-        elif removed:
+        elif removed and sentences:
             subject = "1 image is" if removed == 1 else f"{removed:,} of {total:,} images are"
             sentences[-1] += f"; {subject} {role} for that"
         return [f"{sentence}." for sentence in sentences]
@@ -157,6 +163,7 @@ def audit_splits(data: DatasetDict) -> AuditedData:
     kept = {
         name: split.select(used[name]) if len(used[name]) < len(split) else split for name, split in splits.items()
     }
+    audit.sha256 = _hash_splits(kept)
     return AuditedData(DatasetDict(kept.items()), audit)
 
 
@@ -190,6 +197,14 @@ def audit_rows(
         audit.groups = {name: len(np.unique(groups[name][rows])) for name, rows in used.items()}
     _count_classes(audit, {name: labels[name][rows] for name, rows in used.items()}, names)
     return used, audit
+
+
+def _hash_splits(splits: Mapping[str, Dataset]) -> str:
+    digest = hashlib.sha256()
+    for name, split in splits.items():
+        labels = np.asarray(read_labels(split), "<i8")
+        digest.update(f"{name} {len(labels)} ".encode() + b"".join(image_hashes(split)) + labels.tobytes())
+    return digest.hexdigest()
 
 
 def is_imbalanced(counts: list[int]) -> bool:

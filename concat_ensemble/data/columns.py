@@ -1,6 +1,7 @@
 """Which columns of a dataset hold the images and the labels."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from datasets import (
     Value,
     concatenate_datasets,
 )
+from datasets.features.features import require_decoding
 
 from concat_ensemble.data.arrays import array_type, encode_column
 
@@ -52,7 +54,14 @@ def select_columns(
             both = f"{first}_column and {second}_column are both {columns[first]!r}"
             raise ValueError(f"{both}; the dataset has {', '.join(features)}.")
     _check_images(image, features[image], kind)
-    split = split.select_columns(list(columns.values()))
+    names = getattr(features[label], "names", None) or []
+    if not all(isinstance(name, str) for name in names):
+        problem = f"column {label!r} of the {kind} split has class names that are no text"
+        raise ValueError(f"{problem}; write the names as text.")
+    for role in ("label", "group"):
+        if role in columns and require_decoding(features[columns[role]]):
+            raise ValueError(f"column {columns[role]!r} of the {kind} split holds files; name another {role}_column.")
+    split = _without_decoding(split, image).select_columns(list(columns.values()))
     # By way of names that no column has, since a dataset may use these names for other columns.
     split = split.rename_columns({name: f"{role} of {name}" for role, name in columns.items()})
     split = split.rename_columns({f"{role} of {name}": role for role, name in columns.items()})
@@ -76,18 +85,9 @@ def select_images(split: Split, kind: str, image_column: str | None = None) -> S
         _refuse_lists(features, kind)
     image = _choose_column("image", image_column, images, features=features, kind=kind)
     _check_images(image, features[image], kind)
-    split = split.select_columns([image])
+    split = _without_decoding(split, image).select_columns([image])
     split = split if image == "image" else split.rename_column(image, "image")
     return _encode_images(split)
-
-
-def refuse_urls(split: Dataset, kind: str) -> None:
-    """Raise ValueError where the images of a split are addresses, which nothing here downloads."""
-    for encoded in split.with_format(None)["image"][:8]:
-        path = (encoded or {}).get("path") or ""
-        if path.startswith(("http://", "https://")):
-            problem = f"the images of the {kind} split are addresses, such as {path}"
-            raise ValueError(f"{problem}; download them, and give a folder of images.")
 
 
 def read_column(split: Dataset, name: str) -> pa.ChunkedArray:
@@ -155,8 +155,28 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(inner, Image)
 
 
+def _without_decoding(split: Split, name: str) -> Split:
+    """The split whose images stay encoded, unless they are arrays.
+
+    To rename a stream's columns reads its rows: where one names a file or an address, `datasets` would open it to
+    decode the image, and take the file in place of the bytes beside it, if there is one of this name.
+    """
+    if array_type(read_features(split)[name]) is not None:
+        return split
+    split = split.cast_column(name, Image(decode=False))
+    if isinstance(split, Dataset):
+        return split
+    return split.map(partial(_drop_path, name=name), features=split.features)
+
+
+def _drop_path(example: dict[str, Any], *, name: str) -> dict[str, Any]:
+    image = example[name]
+    has_bytes = isinstance(image, dict) and image.get("bytes") is not None
+    return example | {name: image | {"path": None}} if has_bytes else example
+
+
 def _encode_images(split: Split) -> Split:
-    """The split with encoded images in the column `image`."""
+    """The split with encoded images in the column `image`, also those that are arrays."""
     features = read_features(split)
     dtype = array_type(features["image"])
-    return split.cast_column("image", Image(decode=False)) if dtype is None else encode_column(split, dtype, features)
+    return split if dtype is None else encode_column(split, dtype, features)

@@ -8,17 +8,24 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from concat_ensemble.data.splits import split_kind
+from concat_ensemble.files import is_special
+from concat_ensemble.modeling.image_processing_concat_ensemble import IMAGE_FORMATS
 
 logger = logging.getLogger(__name__)
 
-IMAGE_ENDINGS = frozenset(ImageFolder.EXTENSIONS)
-OTHER_PICTURES = frozenset((".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".nef", ".svg"))  # Pillow reads none
+IMAGE_ENDINGS = frozenset(
+    ending for ending, name in PIL.Image.registered_extensions().items() if name in IMAGE_FORMATS
+)
+OTHER_PICTURES = frozenset((".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".nef", ".svg"))
+OTHER_PICTURES |= frozenset(ImageFolder.EXTENSIONS) - IMAGE_ENDINGS
 ARCHIVES = frozenset((".7z", ".gz", ".rar", ".tgz", ".zip"))
 METADATA = frozenset(ImageFolder.METADATA_FILENAMES)
 EXAMPLE = "put the images of each class into a folder of its own, as in cat/1.jpg or train/cat/1.jpg"
@@ -39,14 +46,15 @@ def load_folder(folder: Path, *, use_folders: bool = False) -> dict[str, Dataset
     """
     files, folders = _walk(folder)
     images = [path for path in files if PurePosixPath(path[-1]).suffix.lower() in IMAGE_ENDINGS]
-    metadata = any(path[-1] in METADATA for path in files)
+    metadata = [folder.joinpath(*path) for path in files if path[-1] in METADATA]
     if metadata and not use_folders:
+        refuse_special_files(metadata)
         return None
     others = Counter(PurePosixPath(path[-1]).suffix.lower() for path in files)
     if not images:
         raise ValueError(f"there are no images{_describe_endings(others)}; {EXAMPLE}.")
     if pictures := {ending: count for ending, count in others.items() if ending in OTHER_PICTURES}:
-        logger.warning("%s: files that Pillow cannot read are ignored%s", folder, _describe_endings(Counter(pictures)))
+        logger.warning("%s: pictures in other formats are ignored%s", folder, _describe_endings(Counter(pictures)))
     roots = _find_splits(folder, images)
     classes = {split: _read_classes(folder, root_images) for split, (_, root_images) in roots.items()}
     names = sorted({name for each in classes.values() for name in each if name is not None})
@@ -60,6 +68,13 @@ def load_folder(folder: Path, *, use_folders: bool = False) -> dict[str, Dataset
         labels = [-1 if name is None else numbers[name] for name in classes[split]]
         splits[split] = Dataset.from_dict({"image": encoded, "label": labels}, features=features)
     return splits
+
+
+def refuse_special_files(files: Iterable[Path]) -> None:
+    """Raise ValueError for a device or a pipe, which would be read without an end."""
+    for file in files:
+        if is_special(file):
+            raise ValueError(f"{file} is not a regular file; remove it.")
 
 
 def folder_hint(name: object, use_folders: bool) -> str:

@@ -12,6 +12,7 @@ from datasets import Dataset, Value
 from concat_ensemble.data.arrays import decode_array, is_array
 from concat_ensemble.data.columns import add_column, read_column
 from concat_ensemble.errors import first_line
+from concat_ensemble.modeling.image_processing_concat_ensemble import IMAGE_FORMATS, check_file, open_picture
 
 HASH_BYTES = 16  # of sha256: among 10^12 images, two have the same hash with probability 1e-15
 NO_IMAGE = b"no image"  # that the hash begins with where there are no bytes
@@ -36,10 +37,10 @@ def decode_image(encoded: dict | None, name: str) -> PIL.Image.Image:
 def open_image(encoded: dict | None) -> PIL.Image.Image:
     """As `decode_image`; the error is the reason alone, without a name."""
     content = _check_content(encoded)
-    if is_array(content):
-        return _show_array(decode_array(content))
     try:
-        image = PIL.Image.open(_open_encoded(encoded))
+        if is_array(content):
+            return _show_array(decode_array(content))
+        image = open_picture(_open_encoded(encoded))
         image.load()
         only_alpha = _shows_only_alpha(image)
     except Exception as error:  # of damaged files, PIL's plugins raise errors of nearly every kind
@@ -57,7 +58,7 @@ def processor_input(encoded: dict | None, processor: Any) -> Any:
     return open_file(encoded) if is_file else open_image(encoded)
 
 
-def open_file(encoded: dict | None) -> np.ndarray | io.BytesIO | str:
+def open_file(encoded: dict | None) -> np.ndarray | io.BytesIO | Path:
     """An array, or the file of a picture, of which Pillow may not give all channels. Raises ValueError without one."""
     content = _check_content(encoded)
     if is_array(content):
@@ -74,13 +75,15 @@ def _check_content(encoded: dict | None) -> bytes | None:
     return encoded["bytes"]
 
 
-def _open_encoded(encoded: Any) -> io.BytesIO | str:
-    return io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
+def _open_encoded(encoded: Any) -> io.BytesIO | Path:
+    # A path, since a processor would fetch a string that is an address.
+    return io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else Path(encoded["path"])
 
 
 def _show_array(pixels: np.ndarray) -> PIL.Image.Image:
     """An array as a picture. Raises ValueError for one that is none."""
-    if pixels.dtype != np.uint8 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+    is_shape = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not is_shape or not pixels.size:
         raise ValueError(f"it is an array of {pixels.dtype} and shape {pixels.shape}, which is no picture of 8 bits")
     return PIL.Image.fromarray(pixels)
 
@@ -88,7 +91,7 @@ def _show_array(pixels: np.ndarray) -> PIL.Image.Image:
 def describe_read_error(error: Exception) -> str:
     """Why an image could not be read, in one line."""
     if isinstance(error, PIL.UnidentifiedImageError):  # its message has the address of a buffer
-        return "it is not an image in a format that Pillow reads"
+        return f"it is not an image in one of the formats {', '.join(IMAGE_FORMATS)}"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return kind + first_line(error).rstrip(".")
 
@@ -157,10 +160,13 @@ def _stored_hashes(split: Dataset) -> list[bytes] | None:
 
 def _hash_image(encoded: dict | None, index: int) -> bytes:
     content = encoded["bytes"] if encoded else None
-    if content is None:
-        try:
-            content = Path((encoded or {})["path"]).read_bytes()
-        except (OSError, KeyError, TypeError):
-            digest = hashlib.sha256(f"{index}: {encoded}".encode()).digest()
-            return (NO_IMAGE + digest)[:HASH_BYTES]
-    return hashlib.sha256(content).digest()[:HASH_BYTES]
+    if content is not None:
+        return hashlib.sha256(content).digest()[:HASH_BYTES]
+    try:
+        path = Path((encoded or {})["path"])
+        check_file(path)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()[:HASH_BYTES]
+    except (OSError, KeyError, TypeError, ValueError):
+        digest = hashlib.sha256(f"{index}: {encoded}".encode("utf-8", "backslashreplace")).digest()
+        return (NO_IMAGE + digest)[:HASH_BYTES]

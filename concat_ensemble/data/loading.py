@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from concat_ensemble.data.columns import read_features, refuse_urls, select_columns
+from concat_ensemble.data.columns import read_features, select_columns
 from concat_ensemble.data.cuts import Sampling, complete_splits
 from concat_ensemble.data.folders import folder_hint
 from concat_ensemble.data.groups import check_groups
 from concat_ensemble.data.images import HASH_COLUMN
 from concat_ensemble.data.labels import class_names, read_labels, select_classes, to_class_labels, unify_classes
+from concat_ensemble.data.local_files import confine_files
 from concat_ensemble.data.scattered import scatter_split
 from concat_ensemble.data.sources import load_source
 from concat_ensemble.data.splits import pick_split, pick_splits, refuse_empty
@@ -93,7 +95,7 @@ def load_data(
     columns = {"image_column": image_column, "label_column": label_column, "group_column": group_column}
     try:
         used = {
-            kind: _read_split(split, kind, columns, limit=limit, seed=seed)
+            kind: _read_split(split, kind, columns, name=plain_name, limit=limit, seed=seed)
             for kind, split in picked.items()
             if not (for_training and kind == "test")
         }
@@ -136,11 +138,17 @@ def load_stream(
     if not isinstance(feature, ClassLabel):
         problem = f"{name} cannot be streamed: its labels are {feature.dtype} and do not list the classes"
         raise ValueError(f"{problem}; cast them to ClassLabel, or set streaming=False.")
-    return stream
+    return confine_files(stream, "train", name)
 
 
 def _read_split(
-    split: Dataset | IterableDataset, kind: str, columns: dict[str, str | None], *, limit: int | None, seed: int
+    split: Dataset | IterableDataset,
+    kind: str,
+    columns: dict[str, str | None],
+    *,
+    name: Any,
+    limit: int | None,
+    seed: int,
 ) -> Dataset:
     """The images of a split with their labels as classes."""
     if isinstance(split, IterableDataset):
@@ -149,7 +157,7 @@ def _read_split(
     else:
         split = select_columns(split, kind, **columns)
     refuse_empty(split, kind)
-    refuse_urls(split, kind)
+    split = confine_files(split, kind, name)
     return to_class_labels(split, kind)
 
 

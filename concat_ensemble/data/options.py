@@ -1,11 +1,15 @@
 """The options that studies and commands share: which dataset, and how features are extracted from it."""
 
 import dataclasses
+import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from concat_ensemble.files import without_folders
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -74,7 +78,7 @@ class DatasetOptions:
 
     @property
     def record(self) -> dict[str, Any]:
-        """How the dataset is named, as results files record it."""
+        """How the dataset is named: arguments of `load_data`, or what a recipe records."""
         if self.recipe:
             from concat_ensemble.data.dataset_recipes import dataset_recipe
 
@@ -85,17 +89,29 @@ class DatasetOptions:
         naming["test_size"] = DEFAULT_TEST_SIZE if self.test_size is None else self.test_size
         return naming | self._subset | ({"use_folders": True} if self.use_folders else {})
 
+    @property
+    def _public_record(self) -> dict[str, Any]:
+        """The record with the last part alone of an absolute path. Eight characters stand for the whole of it, so that
+        two folders of one name are not taken for the same."""
+        record = self.record
+        name = without_folders(record["name"])
+        if name != record["name"]:
+            record |= {"name": name, "path_sha256": hashlib.sha256(os.fsencode(record["name"])).hexdigest()[:8]}
+        return record
+
     def is_recorded(self, recorded: dict[str, Any]) -> bool:
         """Whether a results file was measured on this very dataset, by what it records."""
-        record = self.record
-        optional = ("shots", "group_column", "use_folders")
+        record = self._public_record
+        optional = ("shots", "group_column", "use_folders", "path_sha256")
         return record.items() <= recorded.items() and all(name in record for name in optional if name in recorded)
 
     @property
     def study(self) -> str:
         """A name for what is measured on this dataset."""
         classes = self.classes and f"classes-{self.classes}"
-        return self.recipe or "-".join(filter(None, [self.name or DEFAULT_NAME, self.config, classes]))
+        return self.recipe or "-".join(
+            filter(None, [without_folders(self.name or DEFAULT_NAME), self.config, classes])
+        )
 
     @property
     def file_stem(self) -> str:
@@ -122,11 +138,11 @@ class DatasetOptions:
         return load_data(**self.record, keep_hashes=True)
 
     def describe(self, audited: "AuditedData") -> dict[str, Any]:
-        """The record, the number of test images that are scored, and whether the dataset is on the Hub."""
-        record = self.record
-        local_path = Path(record["name"].partition(":")[2] or record["name"])
-        on_hub = "/" in record["name"] and not local_path.exists()
-        return record | {"test_images": len(audited.data["test"]), "on_hub": on_hub}
+        """What results files record: how the dataset is named, without the folders of this machine, the number of test
+        images that are scored, and whether the dataset is on the Hub."""
+        name = self.record["name"]
+        on_hub = "/" in name and not Path(name.partition(":")[2] or name).exists()
+        return self._public_record | {"test_images": len(audited.data["test"]), "on_hub": on_hub}
 
     def with_recipes(self, recipes: Sequence[str]) -> list["DatasetOptions"]:
         """One dataset for each of several recipes, or this one where there are none."""

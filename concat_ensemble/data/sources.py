@@ -1,5 +1,6 @@
 """Where a dataset comes from, and how `datasets` loads it from there."""
 
+import json
 from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
@@ -22,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, Da
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from concat_ensemble.data.folders import load_folder
+from concat_ensemble.data.folders import load_folder, refuse_special_files
 from concat_ensemble.data.images import encode_image
 from concat_ensemble.data.splits import find_split_kind
 from concat_ensemble.data.streams import load_tars
@@ -63,7 +64,7 @@ def load_source(
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         problem = f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it"
         raise ValueError(f"{problem} ({first_line(error)}).") from error
-    except (DatasetsError, FileNotFoundError, IndexError, ValueError, RuntimeError) as error:
+    except (DatasetsError, OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = first_line(cause if isinstance(cause, Exception) else error)
         raise ValueError(f"cannot load dataset {str(name)!r}: {reason}") from error
@@ -105,6 +106,7 @@ def _load(
     builder: str, location: str, *, config: str | None, revision: str | None, streaming: bool
 ) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
     if builder == "saved":
+        _check_saved(Path(location))
         return load_from_disk(location)
     if builder == "hub":
         if not Path(datasets.config.HF_DATASETS_CACHE, location.replace("/", "___")).exists():
@@ -114,6 +116,18 @@ def _load(
     if builder == "imagefolder":
         return load_dataset("imagefolder", data_dir=location, streaming=streaming)
     return load_dataset(builder, data_files=_find_data_files(location, builder), streaming=streaming)
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise ValueError where a saved dataset has devices or pipes, or names a file elsewhere as its data."""
+    refuse_special_files(folder.rglob("*"))
+    for state in folder.rglob("state.json"):
+        content = json.loads(state.read_text())
+        entries = content.get("_data_files") if isinstance(content, dict) else None
+        for entry in entries if isinstance(entries, list) else []:
+            name = entry.get("filename") if isinstance(entry, dict) else None
+            if not (state.parent / str(name)).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{state} names {str(name)[:200]!r}, which is not below {folder}.")
 
 
 def _to_stream(split: Dataset) -> IterableDataset:
@@ -126,11 +140,14 @@ def _find_data_files(location: str, builder: str) -> dict[str, list[str]]:
     folder, ending = Path(location), ENDINGS.get(builder, builder)
     if not folder.is_dir():
         # `datasets` expands patterns itself.
-        files = sorted(glob(location)) if builder == "webdataset" else [location]  # noqa: PTH207 (may be absolute)
+        matches = sorted(glob(location))  # noqa: PTH207 (may be absolute)
+        refuse_special_files(map(Path, matches))
+        files = matches if builder == "webdataset" else [location]
         if not files:
             raise FileNotFoundError(f"there is no file {location}.")
         return {"train": files}
     files = sorted(folder.glob(f"*.{ending}")) or sorted(folder.glob(f"*/*.{ending}"))
+    refuse_special_files(files)
     if not files:
         raise FileNotFoundError(f"there is no .{ending} file in {folder}.")
     files_by_split: dict[str, list[str]] = {}

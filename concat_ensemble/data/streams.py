@@ -16,15 +16,15 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetsError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from concat_ensemble.data.columns import read_column, read_features
+from concat_ensemble.data.folders import IMAGE_ENDINGS
 from concat_ensemble.errors import first_line
 
 BUFFER = 1000  # images among which a stream is shuffled
 LOOKED_AT = 100  # samples of a tar that are read to find its fields
 TEXT_FIELDS = frozenset(("cls", "txt", "text", "label", "id"))
-IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in ImageFolder.EXTENSIONS)
+IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in IMAGE_ENDINGS)
 
 
 def take_images(stream: IterableDataset, kind: str, *, limit: int | None, seed: int) -> Dataset:
@@ -137,6 +137,8 @@ def _read_tar(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
+                if member.issparse():  # a file of holes, which would be written out
+                    raise ValueError(f"{member.name} in {path} is a sparse file, which no image is; remove it.")
                 match = re.match(r"^((?:.*/|)[^./][^./]*)\.([^/]+)$", member.name)
                 if not member.isfile() or match is None:
                     continue
@@ -159,13 +161,15 @@ def _read_field(path: str, key: str, name: str, content: bytes, fields: dict[str
     if name in IMAGE_FIELDS:
         if "image" in fields:
             raise ValueError(f"sample {key} in {path} has several images; write one image in each sample.")
-        fields["image"] = {"bytes": content, "path": f"{key}.{name}"}
+        # No file has such a name; of one that exists, `datasets` would take the content in place of the bytes.
+        fields["image"] = {"bytes": content, "path": f"{path}/{key}.{name}"}
         return
     try:
         if name == "json":
             values = json.loads(content)
             values = values if isinstance(values, dict) else {}
-            fields |= {each: value for each, value in values.items() if isinstance(value, str | int | float)}
+            plain = {each: value for each, value in values.items() if isinstance(value, str | int | float)}
+            fields |= {each: value for each, value in plain.items() if each != "image"}  # text would name a file
         elif name.rpartition(".")[2] in TEXT_FIELDS:
             text = content.decode().strip()
             fields[name] = int(text) if re.fullmatch(r"-?\d+", text) else text

@@ -8,11 +8,11 @@ distribution. The controls are eight untrained networks and raw pixels. Every re
 stored in a file. Prints a table, and writes it with the figure and the numbers to --output.
 """
 
-import json
 import shutil
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.names import STUDIES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.members.assemble import assemble
+from concat_ensemble.schema import read_json
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 
 COUNTS = (1, 2, 4, 8)
@@ -74,9 +75,12 @@ def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> Top1:
 def read_controls(setup: desk.Setup, seed: int) -> Top1:
     """Top-1 of the controls, which depend on the seed alone, from the file of another budget; empty without one."""
     for path in setup.output.glob(f"seed-{seed}-steps-*.json"):
-        content = json.loads(path.read_text())
-        if content["point"][:3] == [setup.study, setup.dataset, seed]:
-            return {task: {name: content["top1"][task][name] for name in desk.CONTROLS} for task in desk.TASKS}
+        content: Any = read_json(path, desk.Measured, "delete it")
+        if content.get("point", [])[:3] == [setup.study, setup.dataset, seed]:
+            try:
+                return {task: {name: content["top1"][task][name] for name in desk.CONTROLS} for task in desk.TASKS}
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path} has no top-1 of {error}; delete it.") from error
     return {}
 
 

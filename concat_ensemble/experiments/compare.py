@@ -19,8 +19,9 @@ from rich.table import Table
 
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.desk import SUBJECT
-from concat_ensemble.reporting.model_card import FIGURES, write_card
+from concat_ensemble.reporting.model_card import FIGURES, renew_card
 from concat_ensemble.reporting.verdicts import verdict
+from concat_ensemble.studies.ensemble_folders import replace_ensemble
 from concat_ensemble.studies.results import RESULTS, Results, Row
 
 TOGETHER = f"{SUBJECT}-together"  # CAT4 with members that were trained in one pass, on the same batches
@@ -163,11 +164,14 @@ def print_results(studies: dict[str, Results], *, smoke: bool) -> None:
 def save_ensemble(studies: dict[str, Results], output: Path) -> Path:
     """Copy the ensemble of the first repeat, with the results of all repeats on its card, and return its folder."""
     folder = output / SUBJECT
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(output / "seed-0" / SUBJECT, folder, ignore=shutil.ignore_patterns(RESULTS, FIGURES, "README.md"))
-    for task, results in studies.items():
-        results.save(folder / RESULTS / f"{file_stem(task)}.json")
-    write_card(folder, title=SUBJECT)
+    not_copied = shutil.ignore_patterns(RESULTS, FIGURES, "README.md")
+
+    def save(new: Path) -> None:
+        shutil.copytree(output / "seed-0" / SUBJECT, new, ignore=not_copied, dirs_exist_ok=True)
+        for task, results in studies.items():
+            results.save(new / RESULTS / f"{file_stem(task)}.json")
+
+    replace_ensemble(folder, save, lambda new: renew_card(new, folder))
     return folder
 
 
@@ -184,10 +188,11 @@ def main() -> None:
     print_results(studies, smoke=options.smoke)
     (setup.output / "table.md").write_text(desk.format_markdown(*build_table(studies)))
     folder = save_ensemble(studies, setup.output)
-    source = f'from_pretrained("{folder}", trust_remote_code=True)'
+    source = f'from_pretrained("{folder}")'
     repeated = f"of each repeat: {setup.output}/seed-*"
     desk.print_line(f"\nA complete Hub folder, with card and figures: {folder} ({repeated}).")
-    desk.print_line("Load it:\n\n    from transformers import AutoImageProcessor, AutoModel")
+    desk.print_line("Load it:\n\n    import concat_ensemble")
+    desk.print_line("    from transformers import AutoImageProcessor, AutoModel")
     desk.print_line(f"    processor = AutoImageProcessor.{source}\n    model = AutoModel.{source}")
 
 

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import numpy as np
 import torch
 from datasets import DatasetDict
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
-from concat_ensemble.console import be_quiet, errors, out
+from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_error
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.schema import Share, read_json
 from concat_ensemble.studies.results import t_interval
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
@@ -143,6 +144,14 @@ def _start_worker() -> None:
     be_quiet()
 
 
+class Measured(TypedDict, total=False):
+    """A file of `measure_once`: shares by system, or by task and system, and the settings that gave them."""
+
+    top1: Required[dict[str, Share | dict[str, Share]]]
+    point: list
+    asked: list
+
+
 def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], dict]) -> dict:
     """The result of `measure`, stored in a file beside its settings; read from there if it has been measured before.
 
@@ -151,10 +160,10 @@ def measure_once(path: Path, settings: dict[str, list], measure: Callable[[], di
     """
     if not path.is_file():
         write_json(path, settings | {"top1": measure()})
-    content = json.loads(path.read_text())
+    content = read_json(path, Measured, "delete it")
     for key, value in settings.items():
-        if content[key] != value:
-            raise ValueError(f"{path} is of {content[key]}, not {value}; name another --output, or delete it.")
+        if content.get(key) != value:
+            raise ValueError(f"{path} is of {content.get(key)}, not {value}; name another --output, or delete it.")
     return content["top1"]
 
 
@@ -187,13 +196,14 @@ def format_markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """Print text as it is, however long its lines are."""
-    out.print(text, style=style, soft_wrap=True, markup=False)
+    """Print text as it is, however many and long its lines are."""
+    for line in text.splitlines():
+        out.print(line, style=style, soft_wrap=True)
 
 
 def print_wide(content: RenderableType) -> None:
     """Print a table at the width of the terminal, or without a terminal at one that does not fold it."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(content)
+    PlainConsole(width=None if sys.stdout.isatty() else 140).print(content)
 
 
 def print_table(table: str, repeats: int, figure: Path | None = None) -> None:
@@ -233,8 +243,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        errors.print("\nstopped; the same command goes on")
+        errors.print()
+        errors.print("stopped; the same command goes on")
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
-        errors.print(f"error: {error}", soft_wrap=True, markup=False)
+        print_error(error)
         sys.exit(2)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 import numpy as np
@@ -24,6 +25,7 @@ from concat_ensemble.experiments.desk import SUBJECT
 from concat_ensemble.files import read_yaml, write_json
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.reporting.figures import BLUE, GREY, ORANGE
+from concat_ensemble.schema import Count, read_json
 from concat_ensemble.studies.results import Results, t_interval
 
 STUDY = "scattered_digits"
@@ -40,6 +42,13 @@ class Conclusion(msgspec.Struct):
     verdict: str
 
 
+class Options(TypedDict):
+    """The options that a figure was reproduced with."""
+
+    repeats: Count
+    smoke: bool
+
+
 class Finding(msgspec.Struct):
     """A reproduced figure, as its JSON file has it; texts are Markdown."""
 
@@ -48,7 +57,7 @@ class Finding(msgspec.Struct):
     paper: str
     table: str
     conclusions: list[Conclusion]
-    options: dict[str, int | bool] = msgspec.field(name="asked")  # repeats and smoke
+    options: Options = msgspec.field(name="asked")
     minutes: int
 
 
@@ -253,7 +262,7 @@ RUNS: dict[str, Callable[[Workplace, Path], tuple[str, list[Conclusion]]]] = {
 def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
     """A figure from its file in `output`, where it is run and written if it is not there with these options."""
     path = output / f"{figure}.json"
-    options = {"repeats": workplace.repeats, "smoke": workplace.smoke}
+    options: Options = {"repeats": workplace.repeats, "smoke": workplace.smoke}
     if path.is_file():
         finding = load_finding(path)
         if finding.options == options:
@@ -275,7 +284,7 @@ def load_texts() -> dict:
 
 
 def load_finding(path: Path) -> Finding:
-    return msgspec.json.decode(path.read_bytes(), type=Finding)
+    return read_json(path, Finding, "delete it")
 
 
 def format_section(figure: str, finding: Finding, images: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -33,9 +36,14 @@ from concat_ensemble.features.standardized import default_device
 from concat_ensemble.features.store import Block, block_key, default_store
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble, is_ensemble
-from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor, convert_image
+from concat_ensemble.modeling.image_processing_concat_ensemble import (
+    ConcatEnsembleImageProcessor,
+    check_resizing,
+    convert_image,
+)
 
-SHARD_IMAGES = 512  # images in a file; the most that a kill loses
+FIRST_SHARD, SHARD_IMAGES = 32, 512  # images in the first files and in later ones; see `shard_sizes`
+OTHER_GEOMETRY = {"input_size": (3, 512, 512), "crop_pct": 1.0, "crop_mode": "center"}
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 Places = dict[bytes, tuple[str, int]]  # image hash -> (split, row) of its first copy, in the order of the dataset
@@ -59,9 +67,10 @@ def extract_features(
     """Features of a frozen model for all images of a dataset. Only what is not stored yet is extracted.
 
     The members' own features are stored; a projection is applied when the table is read. All missing members run in
-    one pass over the images. Under `accelerate launch` the processes share the images. A kill loses at most
-    `SHARD_IMAGES` images; a second process that needs the same features waits for the first. Images that cannot be
-    read do not stop the others: all are named in one error at the end, when everything else is stored.
+    one pass over the images. Under `accelerate launch` the processes share the images. Ctrl-C loses the batch that is
+    being computed, and a kill at most half of what was done and never more than `SHARD_IMAGES` images; the same call
+    goes on. A second process that needs the same features waits for the first. Images that cannot be read do not stop
+    the others: all are named in one error at the end, when everything else is stored.
 
     Args:
         model: An ensemble; or, for a table of one block, a timm model or a transformers model with a `pooler_output`.
@@ -93,7 +102,11 @@ def extract_features(
     extractor = NTKFeatures(ntk, network) if ntk else PooledFeatures()
     settings = {"compute": str(compute), "storage": str(STORAGE[storage])}
     names = block_names(network, processor, extractor, settings)
-    blocks = [Block((store or default_store()) / key, architecture) for key, architecture in names]
+    dims = [extractor.num_features(network, position) for position in range(len(names))]
+    blocks = [
+        Block((store or default_store()) / key, architecture, num_features=dim, dtype=STORAGE[storage])
+        for (key, architecture), dim in zip(names, dims, strict=True)
+    ]
     hashes = {split: image_hashes(rows) for split, rows in splits.items()}
     run = _Run(
         model=network,
@@ -157,6 +170,18 @@ def plan_passes(missing: Sequence[set[bytes]], images: Iterable[bytes]) -> dict[
     return passes
 
 
+def shard_sizes(num_images: int, stored: int, batch_size: int) -> list[int]:
+    """Numbers of images in the next files of a block that has `stored` rows of a dataset: as many as are stored, so
+    that a kill loses at most half of the work, between `FIRST_SHARD` and `SHARD_IMAGES`, rounded up to whole batches.
+    So the batches, and with them the features, are the same whatever the files."""
+    sizes = []
+    while num_images > 0:
+        batches = math.ceil(min(max(stored, FIRST_SHARD), SHARD_IMAGES) / batch_size)
+        sizes.append(min(batches * batch_size, num_images))
+        stored, num_images = stored + sizes[-1], num_images - sizes[-1]
+    return sizes
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """Runs the members on the images that their blocks miss: plans the passes, then writes shard after shard."""
@@ -190,13 +215,18 @@ class _Run:
                 for _, block in sorted({block.folder: block for block in self.blocks}.items()):
                     stack.enter_context(block.lock())
             state.wait_for_everyone()
-            passes = plan_passes([block.refresh().missing(self.places) for block in self.blocks], self.places)
+            missing = [block.refresh().missing(self.places) for block in self.blocks]
+            stored, passes = [len(self.places) - len(images) for images in missing], plan_passes(missing, self.places)
             state.wait_for_everyone()  # no process writes before all have planned
             extracted, unreadable = 0, {}
             for positions, images in passes.items():
-                pieces = [images[start : start + SHARD_IMAGES] for start in range(0, len(images), SHARD_IMAGES)]
+                rest, first = iter(images), min(stored[position] for position in positions)
+                sizes = shard_sizes(len(images), first, min(self.batch_size, SHARD_IMAGES))
+                pieces = [list(itertools.islice(rest, size)) for size in sizes]
                 own = pieces[state.process_index :: state.num_processes]
                 extracted += self._run_pass(positions, own, unreadable)
+                for position in positions:
+                    stored[position] += len(images)
             for others in gather_object([unreadable]):  # waits for everyone
                 unreadable |= others
         self._check_complete(unreadable)
@@ -217,10 +247,10 @@ class _Run:
                 raise RuntimeError(f"member {position} lacks {len(missing)} images after extraction; report this.")
 
     def _run_pass(self, positions: tuple[int, ...], pieces: list[list[bytes]], unreadable: dict[bytes, str]) -> int:
-        """Run some members on the images of these pieces and store them in shards of `SHARD_IMAGES` readable images.
-        Adds the others to `unreadable`. Returns the number of images that were run."""
+        """Run some members on the images of these pieces and store them in shards of as many readable images as the
+        pieces have. Adds the others to `unreadable`. Returns the number of images that were run."""
         part, processor = self._select_members(positions)
-        size, state = self.batch_size, PartialState()
+        size, state = min(self.batch_size, SHARD_IMAGES), PartialState()
         batches = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
         loader = DataLoader(
             _PixelDataset(self.splits, self.places, processor),
@@ -233,23 +263,27 @@ class _Run:
         if all(len(self.blocks[position].missing(self.places)) == len(self.places) for position in positions):
             loaded = _give_up(loaded)
         share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-        extracted, shard, features = 0, [], []
+        extracted, sizes, computed = 0, [len(piece) for piece in pieces], []
         with show_progress(f"features{share}", sum(map(len, pieces)), quiet=self.quiet) as advance:
-            for images, pixels in _readable_batches(loaded, size, unreadable):
-                shard += images
-                features.append(self._forward(part, positions, pixels))
-                extracted += len(images)
-                advance(len(images))
-                if len(shard) == SHARD_IMAGES:
-                    self._write(positions, shard, features)
-                    shard, features = [], []
-            if shard:
-                self._write(positions, shard, features)
+            try:
+                for images, pixels in _readable_batches(loaded, size, unreadable):
+                    computed.append((images, self._forward(part, positions, pixels)))
+                    extracted += len(images)
+                    advance(len(images))
+                    if sum(len(batch) for batch, _ in computed) >= sizes[0]:
+                        self._write(positions, computed)
+                        computed, sizes = [], sizes[1:]
+            finally:  # also after Ctrl-C
+                self._write(positions, computed)
             advance(sum(image in unreadable for piece in pieces for image in piece))
         return extracted
 
-    def _write(self, positions: Sequence[int], shard: list[bytes], features: list[list[torch.Tensor]]) -> None:
-        """Store a shard of each member. `features`: for each batch, (B, D_k) of each member."""
+    def _write(self, positions: Sequence[int], computed: list[tuple[list[bytes], list[torch.Tensor]]]) -> None:
+        """Store a shard of each member. `computed`: for each batch, its images and (B, D_k) of each member."""
+        if not computed:
+            return
+        shard = [image for images, _ in computed for image in images]
+        features = [parts for _, parts in computed]
         for position, parts in zip(positions, zip(*features, strict=True), strict=True):
             self.blocks[position].write(shard, self._convert(torch.cat(parts), position, shard))
 
@@ -306,11 +340,18 @@ class _PixelDataset(TorchDataset):
             encoded = self.splits[split][row]["image"]
             # Our own processor, also one loaded from a repo, converts to what each member takes; others expect RGB.
             is_ours = hasattr(self.processor, "geometries")
-            image = processor_input(encoded, self.processor) if is_ours else convert_image(open_image(encoded), "RGB")
+            image = processor_input(encoded, self.processor) if is_ours else _open_rgb(encoded)
             return image_hash, self.processor([image], return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # of all kinds: a damaged file may only fail in the processor
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             return image_hash, describe_read_error(cause)
+
+
+def _open_rgb(encoded: dict[str, Any]) -> PIL.Image.Image:
+    """An image for a processor of another kind, which may enlarge the shorter side."""
+    image = open_image(encoded)
+    check_resizing(image.width, image.height, [OTHER_GEOMETRY])
+    return convert_image(image, "RGB")
 
 
 class _Loaded(NamedTuple):
@@ -334,23 +375,22 @@ def _collate(batch: list[tuple[bytes, torch.Tensor | str]]) -> _Loaded:
 def _readable_batches(
     batches: Iterable[_Loaded], size: int, unreadable: dict[bytes, str]
 ) -> Iterator[tuple[list[bytes], torch.Tensor]]:
-    """Batches of `size` readable images, of which none crosses a shard: those that are loaded, if all are readable.
-    Adds the others to `unreadable`.
+    """Batches of `size` readable images: those that are loaded, if all are readable. Adds the others to `unreadable`.
 
     So the batches depend on the readable images alone, and a run that was killed and continued, and meets the others
     once more, computes the very same numbers.
     """
-    images, waiting, done = [], [], 0
+    images, waiting = [], []
     for batch in batches:
         unreadable |= batch.unreadable
         if batch.pixels is None:
             continue
         images += batch.images
         waiting.append(batch.pixels)
-        while len(images) >= (full := min(size, SHARD_IMAGES - done % SHARD_IMAGES)):
+        while len(images) >= size:
             pixels = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
-            yield images[:full], pixels[:full]
-            images, waiting, done = images[full:], [pixels[full:]] if len(pixels) > full else [], done + full
+            yield images[:size], pixels[:size]
+            images, waiting = images[size:], [pixels[size:]] if len(pixels) > size else []
     if images:
         yield images, torch.cat(waiting)
 

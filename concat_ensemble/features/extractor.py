@@ -25,6 +25,10 @@ class Extractor(Protocol):
         """JSON values that decide a member's features beside the member itself, for the key of its block."""
         ...
 
+    def num_features(self, model: PreTrainedModel, position: int) -> int | None:
+        """D_k of the member at this position; None where only its features tell."""
+        ...
+
     def features(self, model: PreTrainedModel, positions: Sequence[int], pixel_values: Tensor) -> list[Tensor]:
         """(B, D_k) for each member of `model`, whose members have these positions in the model to extract. `model` is
         in evaluation mode; `pixel_values` (B, ...) are from its processor."""
@@ -41,6 +45,11 @@ class PooledFeatures:
 
     def key_fields(self, position: int) -> dict[str, Any]:
         return {}  # keys as in version 0.1.0, so that what it stored is found
+
+    def num_features(self, model: PreTrainedModel, position: int) -> int | None:
+        return (
+            model.config.members[model.config.built_members[position]]["num_features"] if is_ensemble(model) else None
+        )
 
     def features(self, model: PreTrainedModel, positions: Sequence[int], pixel_values: Tensor) -> list[Tensor]:
         if is_ensemble(model):

@@ -158,6 +158,9 @@ class NTKFeatures:
         head = None if ntk.head is None else np.asarray(ntk.head, np.float32).tolist()
         return {"ntk": {"dim": ntk.dim, "parameters": ntk.parameters, "seed": ntk.seed, "head": head}}
 
+    def num_features(self, model: PreTrainedModel, position: int) -> int | None:
+        return self._members[position].dim
+
     def features(self, model: PreTrainedModel, positions: Sequence[int], pixel_values: Tensor) -> list[Tensor]:
         members = [(model, pixel_values)]
         if is_ensemble(model):

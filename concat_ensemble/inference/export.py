@@ -4,8 +4,8 @@ Both take `pixel_values` as the ensemble's image processor makes them, in batche
 outputs as a tuple: (pooler_output,), or with a head (logits, pooler_output).
 """
 
+import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import check_regular_files, give_usual_access, new_folder
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
@@ -32,6 +33,7 @@ Write = Callable[["_TupleModel", torch.Tensor, Path], None]
 def load_for_export(folder: str | os.PathLike) -> ConcatEnsemblePreTrainedModel:
     """The ensemble that was saved in `folder`, in float32, with its head if it has one. Raises ValueError when the
     folder holds no ensemble."""
+    check_regular_files(Path(folder))
     exists = Path(folder, "config.json").is_file()
     config = ConcatEnsembleConfig.from_pretrained(folder) if exists else ConcatEnsembleConfig()
     if not config.members:
@@ -70,7 +72,11 @@ def export_onnx(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike, *
             program: Any = torch.onnx.export(module, (pixels,), dynamic_shapes=DYNAMIC_SHAPES, **options)
         except torch.onnx.errors.OnnxExporterError as error:
             raise ValueError(f"this ensemble has no ONNX form: {first_line(error)}") from error
-        program.model.metadata_props["config"] = model.config.to_json_string(use_diff=False)
+        for node in program.model.graph:
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names the folders of this machine
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # where it was loaded from
+        program.model.metadata_props["config"] = json.dumps(config)
         program.save(file)
 
     def load(file: Path) -> Run:
@@ -90,6 +96,9 @@ def export_program(model: ConcatEnsemblePreTrainedModel, path: str | os.PathLike
             program = torch.export.export(module, (pixels,), dynamic_shapes=DYNAMIC_SHAPES)
         except RuntimeError as error:
             raise ValueError(f"torch.export cannot take this ensemble: {first_line(error)}") from error
+        for part in program.graph_module.modules():
+            for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # names the folders of this machine
         torch.export.save(program, file)
 
     return _export(model, Path(path), write, lambda file: torch.export.load(file).module(), check=check)
@@ -117,15 +126,15 @@ def _export(
         raise ValueError(f"{path} is a folder; name a file.")
     module, generator = _TupleModel(model).eval(), torch.Generator().manual_seed(0)
     shape = model.config.pixel_shape
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        aside = Path(folder) / path.name
+    with new_folder(path.with_name(f".{path.name}.tmp")) as folder:
+        aside = folder / path.name
         write(module, torch.rand(TRACED_BATCH, *shape, generator=generator), aside)
         if check:
             run = load(aside)
             for images in CHECKED_BATCHES:
                 _check_outputs(run, module, torch.rand(images, *shape, generator=generator))
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # `<name>.data` first, since the other refers to it
+        give_usual_access(folder)
+        for file in sorted(folder.iterdir(), reverse=True):  # `<name>.data` first, since the other refers to it
             file.replace(path.with_name(file.name))
     return path
 

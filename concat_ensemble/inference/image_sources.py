@@ -12,14 +12,14 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from concat_ensemble.data.columns import refuse_urls, select_images
+from concat_ensemble.console import printable
+from concat_ensemble.data.columns import select_images
+from concat_ensemble.data.folders import IMAGE_ENDINGS
 from concat_ensemble.data.images import decode_image, processor_input
 from concat_ensemble.data.loading import SCATTERED, load_data
+from concat_ensemble.data.local_files import confine_files
 from concat_ensemble.data.sources import identify_source, load_source
 from concat_ensemble.data.splits import pick_split
-
-# Formats that PIL only names, and one that it hands to another program.
-UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImageSource:
 
     def describe(self, number: int) -> str:
         """The image in error messages; characters that would move a terminal's cursor are left out."""
-        name = "".join(filter(str.isprintable, self.names[number]))
+        name = printable(self.names[number])
         return name if self.heading == "file" else f"image {name}"
 
     def read(self, number: int, processor: Any = None) -> Any:
@@ -100,20 +100,20 @@ def _find_files(images: Any, split: str | None) -> Path | None:
     if prefix == "imagefolder" and split is None and Path(location).is_dir():
         return Path(location)
     path = Path(images)
-    if path.is_file() and path.suffix.lower() in _image_suffixes():
+    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
         return path
     return path if path.is_dir() and identify_source(str(images))[0] == "imagefolder" else None
 
 
 def _open_folder(folder: Path) -> ImageSource:
     """All images below a folder, sorted by path. Hidden files and folders are left out."""
-    names, ignored, suffixes = [], [], _image_suffixes()
+    names, ignored = [], []
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             name = Path(parent, file).relative_to(folder).as_posix()
             if not file.startswith("."):
-                (names if Path(file).suffix.lower() in suffixes else ignored).append(name)
+                (names if Path(file).suffix.lower() in IMAGE_ENDINGS else ignored).append(name)
     if not names:
         others = f" among {len(ignored):,} files" if ignored else ""
         raise ValueError(f"{folder} has no image{others} that PIL reads; name a folder of images, or a dataset.")
@@ -156,11 +156,5 @@ def _open_dataset(
         raise ValueError(f"the {split or 'test'} split is empty; name another with split.")
     column = None if isinstance(name, str) and name.startswith(SCATTERED) else image_column
     rows = select_images(chosen, split or "test", column)
-    refuse_urls(rows, split or "test")
+    rows = confine_files(rows, split or "test", name)
     return ImageSource("row", list(map(str, range(len(rows)))), rows)  # pyright: ignore[reportArgumentType]
-
-
-def _image_suffixes() -> set[str]:
-    """Endings of the files that PIL decodes."""
-    formats = set(PIL.Image.registered_extensions().items())
-    return {suffix for suffix, name in formats if name in PIL.Image.OPEN and name not in UNREADABLE_FORMATS}

@@ -20,6 +20,7 @@ from concat_ensemble.console import show_progress
 from concat_ensemble.errors import first_line
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.standardized import default_device
+from concat_ensemble.files import check_regular_files
 from concat_ensemble.inference.folding import fold_batchnorm
 from concat_ensemble.inference.image_sources import ImageSource, open_images
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
@@ -112,6 +113,8 @@ def load_classifier(name: str | Path) -> ConcatEnsembleForImageClassification:
     hub_id, _, revision = str(name).partition("@")
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not Path(name).exists()
     location, arguments = (hub_id, {"revision": revision or "main"}) if is_hub_id else (str(name), {})
+    if not is_hub_id:
+        check_regular_files(Path(name))
     try:
         settings = PreTrainedConfig.get_config_dict(location, **arguments)[0]
     except (OSError, ValueError) as error:
@@ -135,7 +138,7 @@ def class_names(model: ConcatEnsembleForImageClassification) -> list[str]:
     """Names of a classifier's classes, in the order of its logits. Raises ValueError for a model without a head."""
     _check_head(model)
     config: Any = model.config
-    return [str(config.id2label[k]) for k in range(config.num_labels)]
+    return [str(config.id2label.get(k, f"LABEL_{k}")) for k in range(config.num_labels)]
 
 
 def stream_predictions(

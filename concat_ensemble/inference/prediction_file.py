@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from concat_ensemble.console import printable
 from concat_ensemble.files import replace_file
 from concat_ensemble.inference.prediction import Prediction
 
@@ -132,4 +133,7 @@ def _open(path: Path | None) -> Iterator[IO[str]]:
     with tempfile.TemporaryFile("w+", newline="", encoding="utf-8") as file:
         yield file
         file.seek(0)
-        shutil.copyfileobj(file, sys.stdout)
+        if sys.stdout.isatty():  # whose state no name may change; a program gets the names as they are
+            sys.stdout.writelines(f"{printable(line.rstrip())}\n" for line in file)
+        else:
+            shutil.copyfileobj(file, sys.stdout)

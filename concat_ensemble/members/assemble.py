@@ -4,31 +4,43 @@ import copy
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 import timm
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config
+from timm.models._hub import _get_safe_alternatives
 from torch import nn
 from transformers import TimmWrapperConfig
 
 from concat_ensemble.errors import first_line, suggest
+from concat_ensemble.files import check_regular_files
 from concat_ensemble.members.checkpoints import (
     PICKLES,
     Tensors,
-    load_backbone,
+    check_holds,
+    find_network,
     match_state_dict,
+    name_average,
     read_checkpoint,
     timm_cfg,
     weights_sha256,
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
+from concat_ensemble.members.provenance import Provenance
 from concat_ensemble.members.rebuilding import rebuild, select_model_args, unwrap
 from concat_ensemble.members.training_args import resolve_train_args
 from concat_ensemble.modeling.configuration_concat_ensemble import (
@@ -51,11 +63,31 @@ from concat_ensemble.modeling.modeling_concat_ensemble import (
     create_backbone,
 )
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME
+from concat_ensemble.schema import Count, Text, check_type, decode_json
 
 Source = str | Path | nn.Module
 HUB, RANDOM = "hf-hub:", "random:"
 TIMM_WRAPPER = TimmWrapperConfig.model_type
 PICKLE_NAME = "pytorch_model.bin"
+
+
+class PretrainedConfig(TypedDict, total=False):
+    """What timm records of weights, as far as it is used before timm reads it."""
+
+    license: Text | None
+    input_size: list[Count] | None
+    fixed_input_size: bool | None
+
+
+class NetworkConfig(PretrainedConfig, total=False):
+    """`config.json` of a timm model or an ensemble; before timm 0.9, what is in `pretrained_cfg` stood beside it."""
+
+    model_type: Text | None
+    architecture: Text | None
+    model_args: dict[str, Any] | None
+    pretrained_cfg: PretrainedConfig | None
+    label_names: list[Text | int] | dict[str, Text | int] | None
+    provenance: Provenance | None
 
 
 @dataclass
@@ -291,13 +323,33 @@ def _load_from_hub(name: str, model_args: dict[str, Any]) -> list[_Member]:
         for member in members:
             member.spec["provenance"] |= {"source": HUB + repo, "hub_id": repo, "revision": commit}
         return members
-    architecture, own_args, _ = _read_network(config, name)
+    architecture, own_args, pretrained_cfg = _read_network(config, name)
     with torch.device("meta"):  # refuses a model that is too large before it takes memory
-        rebuilt = create_backbone(architecture, **(own_args | model_args))
+        own = create_backbone(architecture, **own_args)
+        rebuilt = create_backbone(architecture, **(own_args | model_args)) if model_args else own
+    _check_weights(repo, commit, pretrained_cfg.get("hf_hub_filename"), own)
     backbone = _create_pretrained(f"{HUB}{repo}@{commit}", own_args, model_args)
     match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
     license = timm_cfg(backbone).get("license")
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
+
+
+def _check_weights(repo: str, commit: str | None, filename: Any, network: nn.Module) -> None:
+    """Fetch the file that timm will load, and raise ValueError if there is none or it cannot hold the network."""
+    filename = filename if isinstance(filename, str) else PICKLE_NAME
+    for name in (*_get_safe_alternatives(filename), filename):
+        try:
+            path = Path(hf_hub_download(repo, name, revision=commit))
+        except EntryNotFoundError:
+            continue
+        with error_prefix(f"{HUB}{repo}"):
+            numbers = sum(tensor.numel() for tensor in read_checkpoint(path)[0].values())
+        needed = sum(weight.numel() for weight in network.parameters())
+        if needed > 2 * numbers:  # timm may resize position embeddings
+            problem = f"{name} of {HUB}{repo} does not hold the weights of {timm_cfg(network)['architecture']}"
+            raise ValueError(f"{problem}: it has {numbers:,} numbers, not {needed:,}; use another repo.")
+        return
+    raise ValueError(f"{HUB}{repo} has no weights, or they cannot be fetched; use another repo.")
 
 
 def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[str, Any]) -> nn.Module:
@@ -305,13 +357,14 @@ def _create_pretrained(source: str, own_args: dict[str, Any], model_args: dict[s
     timm leaves layers random if it has no weights for them."""
     networks = []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             for seed in range(2 if model_args else 1):
                 torch.manual_seed(seed)
                 arguments = own_args | model_args
                 networks.append(timm.create_model(source, pretrained=True, num_classes=0, **arguments))
-    except RuntimeError as error:  # for weights of another shape
-        reason = " ".join(str(error).split())
+    except Exception as error:  # timm may fail in any way on a stranger's config and weights
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"timm cannot load {source} with model_args {model_args}: {reason}") from error
     first, last = networks[0].state_dict(), networks[-1].state_dict()
     if random := [key for key in first if not torch.equal(first[key], last[key])]:
@@ -340,6 +393,7 @@ def _find_commit(repo: str, revision: str | None) -> str | None:
 
 def _load_folder(folder: Path, model_args: dict[str, Any], pickled: Path | None = None) -> list[_Member]:
     """Load a folder's network; `pickled` are the weights in it if the user named them."""
+    check_regular_files(folder)
     if not (folder / "config.json").is_file():
         remedy = "give a folder saved by timm or an ensemble's, or a checkpoint as NAME=FILE"
         raise ValueError(f"{folder} has no config.json; {remedy}.")
@@ -389,12 +443,18 @@ def _load_file(path: Path, architecture: str, model_args: dict[str, Any]) -> lis
     with error_prefix(str(path)):
         own_args, pixels = resolve_train_args(architecture, train_args) if train_args else ({}, {})
         model_args = _check_model_args(own_args | converted.model_args | model_args)
-        backbone = create_backbone(converted.architecture, **model_args)
+        with torch.device("meta"):  # refuses a checkpoint of another architecture before the model takes memory
+            network = create_backbone(converted.architecture, **model_args)
     average = None
     if is_jax:
+        check_holds(path, network)
+        backbone = create_backbone(converted.architecture, **model_args)
         load_jax_vit(backbone, path)
     else:
-        average = load_backbone(backbone, converted.tensors, str(path))
+        tensors = match_state_dict(network, converted.tensors, str(path))
+        average = name_average(find_network(network, converted.tensors, str(path)))
+        backbone = create_backbone(converted.architecture, **model_args)
+        backbone.load_state_dict(tensors, strict=False)
     provenance = {"source": metadata.get("source", path.name), "license": metadata.get("license")}
     provenance["weights"] = metadata.get("weights") or average
     return [_make_member(backbone, provenance, timm_cfg(backbone) | converted.pretrained_cfg | pixels)]
@@ -415,12 +475,10 @@ def _is_network_of(config: Path, architecture: str) -> bool:
 def _read_config(path: Path) -> dict[str, Any]:
     """Read config.json of a timm model or an ensemble."""
     try:
-        config = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:  # ValueError: not JSON, or not text
-        raise ValueError(f"{path} is not JSON ({error}); save the model again.") from error
-    sections = ("model_args", "pretrained_cfg", "provenance")
-    if not isinstance(config, dict) or not all(isinstance(config.get(key) or {}, dict) for key in sections):
-        raise ValueError(f"{path} is not a model's config; save the model again.")
+        config = check_type(decode_json(path), dict[str, Any])
+        check_type(config, NetworkConfig)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a model's config: {error}; save the model again.") from error
     return config
 
 
@@ -490,7 +548,7 @@ def _make_member(
         pixels = resolve_input_data_config(backbone, pretrained_cfg=pretrained_cfg or timm_cfg(backbone))
         channels = pixels["input_size"][0]
         pixels |= {key: [*pixels[key]] * (channels if len(pixels[key]) == 1 else 1) for key in ("mean", "std")}
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its pretrained_cfg does not describe its input images ({error!r}).") from error
     pixels["image_mode"] = IMAGE_MODES.get(channels, CHANNELS)
     if channels not in IMAGE_MODES:
@@ -508,10 +566,12 @@ def _make_member(
 
 @torch.no_grad()
 def _measure_num_features(k: int, member: _Member) -> int:
-    """Run a member once: timm's `num_features` is another number for MobileNetV3, EfficientViT and InceptionNeXt."""
+    """Run a member's network once: timm's `num_features` is another number for MobileNetV3, EfficientViT and
+    InceptionNeXt. It runs on the meta device, since a stranger's images may be larger than the memory."""
     name, input_size = member.spec["architecture"], member.spec["preprocessing"]["input_size"]
     try:
-        pooled = member.backbone.eval()(torch.zeros(1, *input_size))
+        with torch.device("meta"):
+            pooled = create_backbone(name, **member.spec["model_args"]).eval()(torch.zeros(1, *input_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         problem = f"member {k} ({name}) cannot take an image of {tuple(input_size)}"
         raise ValueError(f"{problem}: {first_line(error)}") from error

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
-from concat_ensemble.members.pickles import read_pickle
+from concat_ensemble.members.pickles import read_pickle, refuse_bomb
 from concat_ensemble.members.training_args import find_architecture, find_train_args
+from concat_ensemble.modeling.weights_concat_ensemble import MAX_NAME, MAX_TENSORS, MAX_UNPACKED, open_safetensors
 
 PICKLES = (".pth", ".pth.tar", ".pt", ".bin", ".tar", ".torch", ".ckpt")
 # Keys under which training scripts store the weights.
 CONTAINERS = ("state_dict", "model_state_dict", "model_params", "classy_state_dict", "base_model", "model", "trunk")
 MAX_CONTAINERS = 4  # one inside the other
+MAX_NETWORKS = 100  # side by side
 # Names of weights that are an average over training; they are preferred as timm does, and provenance names them.
 AVERAGES = {
     "EMA": re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE),
@@ -56,6 +58,7 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
         tensors = _join_parts(averages) or _select_weights(content)
     if not tensors:
         raise ValueError(f"{path} holds no state dict; its top level is {sorted(map(str, content))[:5]}.")
+    _check_sizes(tensors, path)
     metadata = {"architecture": find_architecture(content), "train_args": find_train_args(content)}
     metadata["weights"] = name_average(".".join(averages))
     return tensors, {key: value for key, value in metadata.items() if value}
@@ -112,6 +115,17 @@ def find_network(backbone: nn.Module, tensors: Tensors, source: str) -> str:
     raise ValueError(f"{source} holds this network several times, below {names}; save one of them alone: {remedy}.")
 
 
+def check_holds(path: Path, network: nn.Module) -> None:
+    """Raise FileNotFoundError if there is no such file, and ValueError if it is too small for a network's weights."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}.")
+    refuse_bomb(path)
+    needed = sum(tensor.numel() for tensor in network.parameters())
+    if needed > MAX_UNPACKED * path.stat().st_size:
+        problem = f"{path} does not hold the weights of {timm_cfg(network)['architecture']}"
+        raise ValueError(f"{problem}: it is too small for {needed:,} numbers; name the right architecture.")
+
+
 def list_classifiers(backbone: nn.Module) -> list[str]:
     """Names of the layers that a timm model with `num_classes=0` lacks. In LeViT, for one, timm names a layer of the
     classifier, `head.linear`, which has a norm beside it: all of `head` is an identity without classes."""
@@ -151,11 +165,24 @@ def timm_cfg(backbone: Any) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             metadata = {key: value for key, value in (file.metadata() or {}).items() if key in METADATA}
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again.") from error
+
+
+def _check_sizes(tensors: Tensors, path: Path) -> None:
+    """Raise ValueError for more or longer names than networks have, and for tensors that are larger than their file:
+    a pickle can say that one number, or none, stands for billions."""
+    if len(tensors) > MAX_TENSORS or max(map(len, tensors)) > MAX_NAME:
+        problem = f"{path} holds more than {MAX_TENSORS:,} tensors or names of more than {MAX_NAME} characters"
+        raise ValueError(f"{problem}; save the weights of one network alone.")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > MAX_UNPACKED * path.stat().st_size:
+        raise ValueError(f"{path} would unpack to {size:,} bytes, too many for weights; use a trusted source.")
+    if any(tensor.is_meta or tensor.layout != torch.strided for tensor in tensors.values()):
+        raise ValueError(f"{path} holds tensors without memory or sparse ones; save the weights as plain tensors.")
 
 
 def _refuse_partial_average(backbone: nn.Module, tensors: Tensors, prefix: str, source: str) -> None:
@@ -215,7 +242,10 @@ def _list_prefixes(expected: Tensors, tensors: Tensors) -> list[str]:
         if key[start:] in expected and not key.endswith("num_batches_tracked")
     )
     most = max(counts.values(), default=0)
-    return sorted((prefix for prefix in counts if counts[prefix] == most), key=len) or [""]
+    prefixes = [prefix for prefix in counts if counts[prefix] == most]
+    if len(prefixes) > MAX_NETWORKS:
+        raise ValueError(f"a checkpoint holds {len(prefixes):,} networks of the same names; save one of them alone.")
+    return sorted(prefixes, key=len) or [""]
 
 
 def _match(backbone: nn.Module, tensors: Tensors, prefix: str, others: Iterable[str] = ()) -> tuple[Tensors, str]:
@@ -245,4 +275,4 @@ def _match(backbone: nn.Module, tensors: Tensors, prefix: str, others: Iterable[
 
 def _list_keys(keys: Iterable[str]) -> str:
     keys = sorted(keys)
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    return ", ".join(key[:100] for key in keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

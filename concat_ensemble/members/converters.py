@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -17,6 +17,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import check_array
 from concat_ensemble.members.checkpoints import Tensors, timm_cfg
 from concat_ensemble.members.pickles import refuse_bomb
 
@@ -137,6 +138,10 @@ def load_jax_vit(backbone: nn.Module, path: Path) -> None:
     refuse_bomb(path)
     mismatch, remedy = f"{path} does not hold the weights of {name}", "name the right architecture, as NAME=FILE"
     try:
+        with ZipFile(path) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as file:
+                    check_array(file, entry.file_size)
         with np.load(path, allow_pickle=False) as file:
             sizes = {key: file[key].size for key in file.files}
         backbone.load_pretrained(str(path))

@@ -17,8 +17,7 @@ import torch
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from concat_ensemble.errors import first_line
-
-MAX_UNPACKED = 50  # times the size on disk; all-zero weights shrink to a thousandth, trained weights to 0.9
+from concat_ensemble.modeling.weights_concat_ensemble import MAX_UNPACKED
 
 
 class Attributes(dict):

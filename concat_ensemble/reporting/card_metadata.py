@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.members.provenance import read_provenances
 from concat_ensemble.reporting.licenses import LICENSE, OTHER, joint_license, license_name, member_licenses
 from concat_ensemble.reporting.rendering import one_line
 from concat_ensemble.studies.results import Results
@@ -26,30 +27,28 @@ METRIC_NAMES = {
 }
 PROBE_NAMES = {"linear": "linear probe", "fine-tuning": "fine-tuned"}
 TAGS = ["concat-ensemble", "timm", "image-feature-extraction", "linear-probe", "custom_code"]
-# The keys of a card's metadata that are written anew; any others are the user's and stay.
+# The keys of a card's metadata that are written anew; any others are the user's and stay, and so do tags.
 OWN_KEYS = (
     *("library_name", "pipeline_tag", "license", "license_name", "license_link", "base_model", "base_model_relation"),
-    *("datasets", "metrics", "model-index"),
+    *("datasets", "metrics", "model-index", "model_name", "tags"),
 )
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def card_metadata(
     title: str, config: ConcatEnsembleConfig, studies: dict[str, Results], earlier: dict[str, Any]
 ) -> ModelCardData:
     """The metadata that config and results give, with the user's tags and keys from the `earlier` metadata."""
-    users: dict[str, Any] = {key: value for key, value in earlier.items() if key not in OWN_KEYS}
-    tags: list[str] = list(dict.fromkeys([*TAGS, *(users.pop("tags", None) or [])]))
-    provenances = [config.members[k]["provenance"] for k in config.built_members]
-    hub_members = list(dict.fromkeys(str(p["hub_id"]) for p in provenances if is_hub_id(p.get("hub_id"))))
+    tags: list[str] = list(dict.fromkeys([*TAGS, *(earlier.get("tags") or [])]))
+    provenances = read_provenances(config)
+    hub_members = list(dict.fromkeys(str(each.hub_id) for each in provenances if is_hub_id(each.hub_id)))
     licenses = member_licenses(config)
     license = joint_license(licenses)
-    recipes = [provenance.get("recipe") for provenance in provenances]
-    trained_on = [str(recipe.get("dataset")) for recipe in recipes if isinstance(recipe, dict)]
+    trained_on = [str(provenance.recipe.get("dataset")) for provenance in provenances if provenance.recipe]
     probed_on = [_dataset_id(study.dataset) for study in studies.values() if study.dataset.get("on_hub")]
     datasets = [name for name in dict.fromkeys([*trained_on, *probed_on]) if is_hub_id(name) and "/" in name]
     evaluations = [result for study in studies.values() for result in _evaluations(study)]
-    return ModelCardData(
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification" if is_classifier(config) else "image-feature-extraction",
         license=license,
@@ -62,8 +61,11 @@ def card_metadata(
         metrics=["accuracy"] if studies else None,
         model_name=one_line(title) if evaluations else None,
         eval_results=evaluations or None,
-        **users,
     )
+    for key, value in earlier.items():
+        if key not in OWN_KEYS:
+            metadata[key] = value
+    return metadata
 
 
 def _evaluations(study: Results) -> list[EvalResult]:
@@ -73,7 +75,7 @@ def _evaluations(study: Results) -> list[EvalResult]:
     what was probed and how.
     """
     dataset, subject = study.dataset, study.rows[0]
-    subset = {key: dataset[key] for key in ("classes", "shots", "limit") if dataset.get(key)}
+    subset = {key: _plain(dataset[key]) for key in ("classes", "shots", "limit") if dataset.get(key)}
     described = describe_dataset({"name": "", "classes": subset.get("classes"), "shots": subset.get("shots")})
     arguments = {"protocol": study.protocol, "repeats": study.repeats, "test_images": subject.runs[0].n_test, **subset}
     interval = {"interval_95": [round(bound, 4) for bound in subject.interval]}
@@ -82,17 +84,24 @@ def _evaluations(study: Results) -> list[EvalResult]:
             task_type="image-classification",
             dataset_type=_dataset_id(dataset),
             dataset_name=one_line(dataset.get("name", "dataset")),
-            dataset_config=dataset.get("config"),
+            dataset_config=_plain(dataset.get("config")),
             dataset_split=dataset.get("test_split") or "test",
-            dataset_revision=dataset.get("revision"),
+            dataset_revision=_plain(dataset.get("revision")),
             metric_type="accuracy" if metric == "top1" else metric,
             metric_name=f"{probe_name(study)} {name}{one_line(described)}",
             metric_value=round(sum(run.metrics[metric] for run in subject.runs) / study.repeats, 4),
             metric_args=arguments | (interval if metric == study.metric else {}),
         )
         for metric, name in METRIC_NAMES.items()
-        if metric in subject.runs[0].metrics
+        if all(metric in run.metrics for run in subject.runs)
     ]
+
+
+def _plain(value: Any) -> Any:
+    """A value of some results, in which a text is one line."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def benchmark_entries(study: Results) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from concat_ensemble.console import printable
 from concat_ensemble.probes.intervals import wilson_interval
 
 
@@ -51,4 +52,5 @@ def shown_classes(recalls: list[ClassRecall], num_classes: int, limit: int) -> l
 
 def shorten(name: str, limit: int = 24) -> str:
     """A class name for the axis of a figure: its beginning and its end, since long names often begin alike."""
+    name = printable(name)
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit // 2 - 1) :]}"

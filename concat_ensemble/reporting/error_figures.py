@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from concat_ensemble.files import replace_file
 from concat_ensemble.reporting.confusion import check_confusion, class_recalls, shorten, shown_classes
 from concat_ensemble.reporting.figures import BLUE, GREY, LIGHT_GREY, LITERAL
 
@@ -75,7 +76,6 @@ def _title(what: str, shown: int, total: int) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), replace_file(path) as aside:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of names in scripts that the font lacks
-        figure.savefig(path)
+        figure.savefig(aside, format=path.suffix[1:])

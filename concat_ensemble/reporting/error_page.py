@@ -13,7 +13,7 @@ from concat_ensemble.data.images import decode_image
 from concat_ensemble.files import replace_file
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.reporting.confusion import class_recalls, confusion_matrix, shown_classes
-from concat_ensemble.reporting.rendering import make_environment
+from concat_ensemble.reporting.rendering import make_html_environment
 
 THUMBNAIL, LOSSLESS = 256, 96  # pixels: the largest side of an image on the page, and up to which side it is a PNG
 MAX_MATRIX, MAX_RECALLS, MAX_CONFUSIONS = 30, 200, 20  # rows of the tables
@@ -50,7 +50,7 @@ def write_error_page(
     mistakes = [_describe_mistake(images[int(row)], int(row), labels, probabilities, names) for row in chosen]
     counts = np.bincount(labels, minlength=len(names))
     recalls = class_recalls(np.bincount(labels[predicted == labels], minlength=len(names)), counts)
-    environment = make_environment(autoescape=True, keep_trailing_newline=True)
+    environment = make_html_environment()
     page = environment.get_template("errors.html.jinja").render(
         num_images=len(labels),
         num_wrong=len(wrong),
@@ -62,8 +62,7 @@ def write_error_page(
         confusions=_frequent_confusions(labels[wrong], predicted[wrong], counts, names),
     )
     with replace_file(path) as aside:
-        # A file's name need not be Unicode.
-        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
+        aside.write_text(page, encoding="utf-8")
     return path
 
 

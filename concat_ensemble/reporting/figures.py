@@ -8,15 +8,18 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.files import replace_file
 from concat_ensemble.reporting.tables import METRIC_NAMES
 from concat_ensemble.studies.overlap_results import Overlap
 from concat_ensemble.studies.results import Results, Row, short_name
 from concat_ensemble.studies.selection_results import Selection, Subset, format_members
 
 # Names from strangers' files are no formulas: matplotlib would read text between two dollars as one.
+MAX_TEXT = 300  # characters of a title or a label
 LITERAL = matplotlib.rc_context({"text.parse_math": False})
 BLUE, GREY, ORANGE, LIGHT_GREY = "#1f5fa8", "#8a8a8a", "#d9772b", "#e5e5e5"
 PANELS = {  # quantities of `Relation` and the titles of their matrices
@@ -150,9 +153,17 @@ def _new_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def shorten_texts(figure: Figure) -> None:
+    """Cut off texts that no reader reads to the end: matplotlib takes minutes to measure a name of a megabyte."""
+    for text in figure.findobj(Text):
+        if len(text.get_text()) > MAX_TEXT:
+            text.set_text(f"{text.get_text()[:MAX_TEXT]}...")
+
+
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    shorten_texts(figure)
+    with replace_file(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:])
 
 
 def _errorbar(axes: Axes, rows: Sequence[Row], **style: Any) -> None:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from concat_ensemble.console import printable
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.files import check_regular_files, replace_file
 from concat_ensemble.reporting.data_sentences import audit_sentences
-from concat_ensemble.reporting.figures import LITERAL
-from concat_ensemble.reporting.rendering import make_environment
+from concat_ensemble.reporting.figures import LITERAL, shorten_texts
+from concat_ensemble.reporting.rendering import make_html_environment
 from concat_ensemble.reporting.tables import METRIC_NAMES, hardest_first, headings, row_texts
 from concat_ensemble.reporting.verdicts import notes
 from concat_ensemble.studies.overlap_results import Overlap
@@ -40,15 +43,15 @@ def write_report(folders: list[Path], output: Path) -> Path:
     subfolders `results`, `selection` and `overlap`. Raises ValueError for one without results, or a malformed file.
     """
     studies, selections, overlaps = [], [], []
-    for folder in folders:
+    for name, folder in zip(_name_folders(folders), folders, strict=True):
         files = _load_folder(folder)
-        studies += [(str(folder), content) for content in files.values() if isinstance(content, Results)]
+        studies += [(name, content) for content in files.values() if isinstance(content, Results)]
         for path, content in files.items():
             if isinstance(content, Selection):
-                selections.append(_describe_selection(f"{folder} on {path.stem}", content))
+                selections.append(_describe_selection(f"{name} on {path.stem}", content))
             if isinstance(content, Overlap):
-                overlaps.append(_describe_overlap(str(folder), content))
-    environment = make_environment(autoescape=True, keep_trailing_newline=True)
+                overlaps.append(_describe_overlap(name, content))
+    environment = make_html_environment()
     # The page's policy allows only the script with this digest.
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     datasets: dict[tuple[str, str], list[tuple[str, Results]]] = {}  # by name and metric: one metric in a table
@@ -56,13 +59,23 @@ def write_report(folders: list[Path], output: Path) -> Path:
         datasets.setdefault((describe_dataset(study.dataset), study.metric), []).append((folder, study))
     described = [_describe_dataset(name, metric, studies) for (name, metric), studies in datasets.items()]
     template = environment.get_template("report.html.jinja")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(template.render(datasets=described, selections=selections, overlaps=overlaps))
+    page = template.render(datasets=described, selections=selections, overlaps=overlaps)
+    with replace_file(output) as aside:
+        aside.write_text(page, encoding="utf-8")
     return output
+
+
+def _name_folders(folders: list[Path]) -> list[str]:
+    """What the page calls each folder: the path that was given, or of an absolute one the part that distinguishes it
+    from the other absolute ones."""
+    absolute = [folder.parent for folder in folders if folder.is_absolute()]
+    shared = os.path.commonpath(absolute) if absolute else ""
+    return [printable(folder.relative_to(shared) if folder.is_absolute() else folder) for folder in folders]
 
 
 def _load_folder(folder: Path) -> dict[Path, Results | Selection | Overlap | None]:
     """The JSON files of an ensemble's folder, some results among them."""
+    check_regular_files(folder)
     parts = [folder, folder / RESULTS, folder / "selection", folder / "overlap"]
     files = {path: _load(path) for part in parts for path in sorted(part.glob("*.json"))}
     if not any(isinstance(content, Results) for content in files.values()):
@@ -152,6 +165,7 @@ def _plot(rows: list[NamedRow], metric: str) -> str:
     axes.set_ylabel(f"{metric} (%)")
     if len(colors) > 1:
         axes.legend(fontsize=8, frameon=False)
+    shorten_texts(figure)
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "concat-ensemble", "svg.fonttype": "path"}):
         figure.savefig(svg, format="svg", metadata={"Date": None})

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from concat_ensemble.reporting.rendering import one_line
+from concat_ensemble.members.provenance import read_provenances
+from concat_ensemble.reporting.rendering import Markdown, format_code, one_line
 
 if TYPE_CHECKING:
     from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
@@ -62,7 +63,7 @@ def joint_license(licenses: Iterable[str | None]) -> str:
 
 def member_licenses(config: ConcatEnsembleConfig) -> list[str | None]:
     """The licence of each built member from its provenance; None where it is not stated."""
-    licenses = [config.members[k]["provenance"].get("license") for k in config.built_members]
+    licenses = [provenance.license for provenance in read_provenances(config)]
     return [None if license is None else one_line(license) for license in licenses]
 
 
@@ -74,9 +75,9 @@ def license_name(licenses: list[str | None]) -> str:
     return re.sub(r"[^a-z0-9.-]+", "-", str(*names).lower()).strip("-") if len(names) == 1 else "mixed"
 
 
-def license_sentence(licenses: list[str | None]) -> str:
+def license_sentence(licenses: list[str | None]) -> Markdown:
     joint = joint_license(licenses)
     if joint == OTHER:
-        return f"No known licence covers all members. Each keeps its own; [{LICENSE}]({LICENSE}) lists them."
+        return Markdown(f"No known licence covers all members. Each keeps its own; [{LICENSE}]({LICENSE}) lists them.")
     reason = ", the most restrictive licence of a member" if len(set(licenses)) > 1 else ""
-    return f"Licence of the whole: `{joint}`{reason}."
+    return Markdown(f"Licence of the whole: {format_code(joint)}{reason}.")

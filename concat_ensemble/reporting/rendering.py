@@ -1,48 +1,97 @@
-"""Templates, and the escaping of names that come from strangers' files."""
+"""The templates' environments, in which all text is escaped unless it is Markdown or HTML that we wrote ourselves.
 
-import dataclasses
+Names of results, datasets, classes and members come from strangers' files. No template and no caller escapes them: the
+environment does, wherever a template writes a value.
+"""
+
 import re
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
+from markupsafe import Markup
 
-from concat_ensemble.studies.results import Results
+from concat_ensemble.console import printable
+
+# What means something in Markdown. The interval [-1.5, +2.0] is no link, <0.001 no tag, and snake_case not emphasized;
+# they stay as they are.
+SYMBOLS = re.compile(
+    r"\[[-+.,\d ]+\](?![(\[:])"
+    r"|([\\`*\[\]>|$~]|<(?=[a-zA-Z/!?]|$)|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
+    r"|^#|(?<=\s)#(?=#*$)|^[-+](?=\s|$)|^-(?=-)|^=(?==*$))"
+)
+NUMBERED = re.compile(r"^(\d+)(?=[.)](?:\s|$))")  # an item of a list, where a line begins with it
 
 
-def make_environment(**options: Any) -> jinja2.Environment:
-    """The environment of the templates in `templates/`, with filters that escape text for Markdown."""
-    environment = jinja2.Environment(
+class Markdown(str):
+    """Markdown that we wrote ourselves, in which names are escaped already; any other text is escaped."""
+
+
+def make_markdown_environment() -> jinja2.Environment:
+    """The environment of the Markdown templates: a value is written as text, without any meaning in Markdown or HTML.
+
+    Filters write it as something else: `code` as inline code, `code_line` as a line of a block of code, `url` as the
+    target of a link, `table` as a table.
+    """
+    environment = _make_environment(finalize=escape_text)
+    environment.filters |= {
+        "code": format_code,
+        "code_line": escape_code_line,
+        "url": escape_url,
+        "table": format_table,
+    }
+    return environment
+
+
+def make_html_environment() -> jinja2.Environment:
+    """The environment of the HTML templates."""
+    return _make_environment(
+        autoescape=True, finalize=lambda value: value if isinstance(value, Markup) else printable(value)
+    )
+
+
+def _make_environment(**options: Any) -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("concat_ensemble.reporting", "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
         **options,
     )
-    environment.filters |= {"text": escape_text, "code": escape_code, "command": escape_command}
-    return environment
 
 
 def one_line(value: Any) -> str:
-    """On one line, without the characters that move a terminal's cursor."""
-    return "".join(filter(str.isprintable, " ".join(str(value).split())))
+    """`printable` text, with single spaces between its words."""
+    return " ".join(printable(value).split())
 
 
-def escape_text(value: Any) -> str:
-    """One line without a meaning in Markdown or HTML."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", one_line(value))
+def escape_text(value: Any) -> Markdown:
+    """One line without a meaning in Markdown or HTML; Markdown stays as it is."""
+    if isinstance(value, Markdown):
+        return value
+    text = SYMBOLS.sub(lambda match: f"\\{match[1]}" if match[1] else match[0], one_line(value))
+    return Markdown(NUMBERED.sub(r"\1\\", text))
 
 
-def escape_code(value: Any) -> str:
-    """One line that ends neither the inline code around it nor the cell of a table."""
-    return one_line(value).replace("`", "'").replace("|", "\\|")
+def format_code(value: Any) -> Markdown:
+    """Inline code, also in the cell of a table."""
+    return Markdown("`{}`".format(one_line(value).replace("`", "'").replace("|", "\\|")))
 
 
-def escape_command(value: Any) -> str:
-    """One line that does not end the block of code around it."""
-    return one_line(value).replace("```", "'''")
+def escape_code_line(value: Any) -> Markdown:
+    """A line that does not end the block of code around it."""
+    return Markdown(one_line(value).replace("```", "'''"))
 
 
-def escape_names(study: Results) -> Results:
-    """The same results with the names of the ensemble and of the rows escaped for Markdown."""
-    rows = [dataclasses.replace(row, name=escape_text(row.name)) for row in study.rows]
-    return dataclasses.replace(study, ensemble=escape_text(study.ensemble), rows=rows)
+def escape_url(value: Any) -> Markdown:
+    """The target of a link: a relative path, or an address."""
+    return Markdown(quote(str(value), safe="/", errors="surrogateescape"))
+
+
+def format_table(rows: Sequence[Sequence[Any]]) -> Markdown:
+    """A table, the headings first."""
+    lines = [f"| {' | '.join(map(escape_text, cells))} |" for cells in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return Markdown("\n".join(lines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from concat_ensemble.data.naming import METRICS, describe_dataset
 from concat_ensemble.studies.results import Results, Row, format_points, short_name
@@ -101,7 +101,7 @@ def hardest_first(study: Results) -> tuple[bool, float]:
     return "shots" in study.dataset, study.rows[0].mean
 
 
-def member_gains(architectures: list[str], studies: list[Results], escape: Callable[[str], str]) -> list[list[str]]:
+def member_gains(architectures: Sequence[str], studies: list[Results]) -> list[list[str]]:
     """A table of each member's metric alone and of what it adds to the members before it, headings first.
 
     Its columns are the datasets on which all members and all first members were probed; empty where there are none.
@@ -114,7 +114,7 @@ def member_gains(architectures: list[str], studies: list[Results], escape: Calla
         path = [alone[0], *(f"{subject}, first {k} members" for k in range(2, count)), subject]
         if count == 1 or not all(name in study for name in alone + path):
             continue
-        title = escape(describe_dataset(study.dataset))
+        title = describe_dataset(study.dataset)
         title += f", {METRIC_NAMES[study.metric]}" if study.metric != "top1" else ""
         heading += [f"{title}: alone", "added"]
         gains = [format_points(*study.difference(new, old)[:2]) for old, new in itertools.pairwise(path)]

@@ -24,7 +24,7 @@ def verdict(study: Results) -> str:
     if best and projected:
         comparisons = [f"{row.name.rpartition(', ')[2]} is {_compare(study, row, best)}" for row in projected]
         text += f" With no more features than one member: {'; '.join(comparisons)}."
-    return " ".join(filter(None, [text, *(f"**{doubt}**" for doubt in _doubts(study))]))
+    return text.strip()
 
 
 def against(study: Results) -> str:
@@ -98,12 +98,12 @@ def _rival(study: Results) -> Row | None:
     return rival if rival and rival.mean > study.rows[0].mean - RIVAL_MARGIN else None
 
 
-def _doubts(study: Results) -> list[str]:
+def doubts(study: Results) -> list[str]:
     """What speaks against the dataset as a test of the features."""
-    doubts, subject = [], study.rows[0].name
+    sentences, subject = [], study.rows[0].name
     if MAJORITY in study and (finding := _how_near(study, MAJORITY)) != BELOW:
         better = "does better" if finding == BETTER else "does about as well"
-        doubts.append(f"Always guessing the largest class {better}.")
+        sentences.append(f"Always guessing the largest class {better}.")
     if rival := _rival(study):
         finding = _how_near(study, rival.name)
         if finding == BELOW:
@@ -112,8 +112,8 @@ def _doubts(study: Results) -> list[str]:
         else:
             near = "do better" if finding == BETTER else "do about as well"
         doubt = "so this dataset does not show that what the members learned is useful"
-        doubts.append(f"{rival.name.capitalize()} {near}, {doubt}.")
-    return doubts
+        sentences.append(f"{rival.name.capitalize()} {near}, {doubt}.")
+    return sentences
 
 
 def _how_near(study: Results, control: str) -> str:

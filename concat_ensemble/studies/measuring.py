@@ -58,13 +58,6 @@ class ProbeSettings:
         }
         return record | ({"class_weight": self.class_weight} if self.class_weight else {})
 
-    @classmethod
-    def from_record(cls, record: dict[str, Any], seed: int) -> ProbeSettings:
-        """The settings that results record, for one of their seeds."""
-        names = ("metric", "class_weight", "num_resamples")
-        settings = {name: record[name] for name in names if name in record}
-        return cls(l2_strengths=tuple(record["l2_strengths"]), seed=seed, **settings)
-
 
 def choose_metric(metric: str | None, customary: str | None, audit: Audit) -> str:
     """The metric of a study: the one that was asked for, else that of the dataset's recipe, else mean per-class recall

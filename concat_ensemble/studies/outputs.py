@@ -4,19 +4,6 @@ import tempfile
 from pathlib import Path
 
 
-def check_folder(path: Path, overwrite: bool) -> None:
-    """Raise ValueError where a new ensemble's folder cannot be written, or may not take the place of what is there."""
-    if path.is_file():
-        raise ValueError(f"{path} is a file; name a folder with --output.")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{path} holds something already; add --overwrite or name another --output.")
-        if not (path / "model.safetensors.index.json").is_file():
-            reason = "something other than an ensemble, which --overwrite does not delete"
-            raise ValueError(f"{path} holds {reason}; name another --output.")
-    check_parent(path)
-
-
 def check_file(path: Path, overwrite: bool) -> None:
     """Raise ValueError where a new file cannot be written, or may not take the place of what is there."""
     if path.is_dir():
@@ -24,6 +11,12 @@ def check_file(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
     check_parent(path)
+
+
+def check_own_folder(folder: Path) -> None:
+    """Raise OSError where a folder inside an ensemble's folder is a link, through which other files would change."""
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link to {folder.readlink()}; remove it.")
 
 
 def check_parent(path: Path) -> None:

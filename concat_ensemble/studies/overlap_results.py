@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from concat_ensemble.studies.results import ResultsFile, rename_keys
+from msgspec import Meta
 
+from concat_ensemble.schema import Count, Number, Share, Text, check_type
+from concat_ensemble.studies.results import DatasetSettings, ResultsFile, rename_keys
+
+MAX_SUBJECTS = 256
 REPEAT_R2 = 0.9  # a subject with this mean R2 or more repeats the others
 DEAD_SHARE = 0.01  # a feature is dead if it deviates less than this share of its subject's root mean square deviation
 # Version 1 (0.1.0) used other names.
@@ -28,26 +32,26 @@ VERSION_1_RELATION = {
 class Subject:
     """A member, or an ensemble as a whole, by itself."""
 
-    name: str
-    num_features: int
-    dead_share: float  # share of its features that are dead
-    effective_rank: float  # exp of the entropy of the covariance's eigenvalues (Roy and Vetterli 2007)
-    top1: float  # of a linear probe, on the test split
+    name: Text
+    num_features: Count
+    dead_share: Share  # share of its features that are dead
+    effective_rank: Number  # exp of the entropy of the covariance's eigenvalues (Roy and Vetterli 2007)
+    top1: Share  # of a linear probe, on the test split
 
 
 @dataclass
 class Relation:
     """How well the features of the subjects `sources`, side by side, predict those of the subject `target`."""
 
-    sources: tuple[int, ...]
-    source_name: str
-    target: int
-    cka: float
-    r2: float  # mean over living features; a feature predicted worse than by its mean counts 0
-    untrained_r2: float | None  # the same with untrained networks in place of `sources`; None without such a control
-    feature_r2: list[float | None]  # R2 of each feature; None for dead ones
-    residual_top1: float  # of a linear probe of the residual, which `sources` do not predict, on the test split
-    residual_interval: tuple[float, float]  # 95%, Wilson's
+    sources: tuple[Count, ...]
+    source_name: Text
+    target: Count
+    cka: Number
+    r2: Number  # mean over living features; a feature predicted worse than by its mean counts 0
+    untrained_r2: Number | None  # the same with untrained networks in place of `sources`; None without such a control
+    feature_r2: list[Number | None]  # R2 of each feature; None for dead ones
+    residual_top1: Share  # of a linear probe of the residual, which `sources` do not predict, on the test split
+    residual_interval: tuple[Share, Share]  # 95%, Wilson's
 
 
 @dataclass
@@ -56,14 +60,14 @@ class Overlap(ResultsFile):
 
     FILE_KIND, REMEDY = "comparison", "compare again with --overwrite"
 
-    subjects: list[Subject]
-    relations: list[Relation]
-    majority_share: float  # share of the most frequent class in the test split
-    n_train: int
-    n_validation: int
-    n_test: int
-    dataset: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
+    subjects: Annotated[list[Subject], Meta(min_length=1, max_length=MAX_SUBJECTS)]
+    relations: Annotated[list[Relation], Meta(max_length=MAX_SUBJECTS**2)]
+    majority_share: Share  # share of the most frequent class in the test split
+    n_train: Count
+    n_validation: Count
+    n_test: Count
+    dataset: dict[str, Any] = field(default_factory=dict)  # see `DatasetSettings`
+    command: Text = ""
 
     @property
     def verdict(self) -> list[str]:
@@ -109,5 +113,6 @@ class Overlap(ResultsFile):
         }
 
     def check(self, content: dict[str, Any]) -> None:
+        check_type(self.dataset, DatasetSettings, "dataset")
         if {relation.target for relation in self.relations} != set(range(len(self.subjects))):
             raise ValueError("its relations must be about each of its subjects")

@@ -5,7 +5,7 @@ run_probe_study("two-resnets", DatasetOptions(name="digits")).results
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.measuring import class_scores
 from concat_ensemble.studies.options import CONTROLS, ProbeOptions
-from concat_ensemble.studies.outputs import check_parent
+from concat_ensemble.studies.outputs import check_own_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
@@ -136,11 +136,15 @@ def _run_study(
             problem += "controls, the head or the page of errors"
             raise ValueError(f"{problem}; add --overwrite, or name another --output.")
         if not extraction.quiet:
-            errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True, markup=False)
+            errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True)
         return ProbeStudy(results, path, is_new=False, errors_page=page)
+    if options.output is None and is_local_ensemble(model):
+        check_own_folder(path.parent)
     check_parent(path)
-    _check_repeats(dataset, options.repeats)
-    first = _probe_repeats(ensemble, folder.name, dataset, options=options, extraction=extraction)
+    check_repeats(dataset, options.repeats)
+    baselines = {Path(other).name: other for other in options.baselines or []}
+    about = {"baselines": baselines, "options": options, "extraction": extraction}
+    first = probe_repeats(ensemble, folder.name, dataset, **about)
     first.results.save(path)
     if options.save_head:
         with_head(ensemble, first.probe, class_names(first.data["train"])).save_pretrained(folder)
@@ -175,17 +179,20 @@ class FirstRepeat(NamedTuple):
     probe: LinearProbe
 
 
-def _probe_repeats(
+def probe_repeats(
     ensemble: ConcatEnsembleModel,
     name: str,
     dataset: DatasetOptions,
     *,
+    baselines: Mapping[str, str],
     options: ProbeOptions,
     extraction: ExtractionOptions,
 ) -> FirstRepeat:
-    baselines: dict[str, ConcatEnsemblePreTrainedModel] = {}
-    for other in options.baselines or []:
-        baselines[Path(other).name] = load_ensemble(other, dataset.seed)
+    """Probe an ensemble, called `name`, once for each repeat, with the dataset's seed and those after it. `baselines`
+    are names of rows and of the ensembles that are loaded for them."""
+    others: dict[str, ConcatEnsemblePreTrainedModel] = {}
+    for row_name, other in baselines.items():
+        others[row_name] = load_ensemble(other, dataset.seed)
     repeats, firsts, metric = [], [], options.metric
     for seed in range(dataset.seed, dataset.seed + options.repeats):
         if options.repeats > 1 and not extraction.quiet:
@@ -197,7 +204,7 @@ def _probe_repeats(
             name=name,
             described=dataset.describe(audited),
             audit=audited.audit,
-            baselines=baselines,
+            baselines=others,
             controls=options.controls,
             metric=metric,
             class_weight=options.class_weight,
@@ -223,7 +230,7 @@ def _predict(ensemble: ConcatEnsembleModel, first: FirstRepeat, extraction: Extr
     return Predictions(images, table["test"].labels, probabilities, table.class_names)
 
 
-def _check_repeats(dataset: DatasetOptions, repeats: int) -> None:
+def check_repeats(dataset: DatasetOptions, repeats: int) -> None:
     """Raise ValueError where the seed changes neither the test images nor, for scattered ones, their places."""
     if repeats == 1 or dataset.shots:
         return

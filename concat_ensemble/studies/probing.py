@@ -41,7 +41,6 @@ from concat_ensemble.studies.measuring import (
     fit_probe,
     measure_majority,
     measure_probe,
-    score_probe,
     warn_of_convergence,
 )
 from concat_ensemble.studies.options import CONTROLS
@@ -184,22 +183,6 @@ def probe_table(
         audit=audit.to_dict(),
         class_names=_short_class_names(table),
     )
-
-
-def probe_again(
-    model: ConcatEnsemblePreTrainedModel, dataset: DatasetDict, name: str, settings: ProbeSettings, **extraction
-) -> dict[str, float]:
-    """The settings' metric of the ensemble, its first members, each member and its projections, by their names in
-    `Results`."""
-    table = extract_features(model, dataset, **extraction)
-    costs = [NO_COST] * len(model.members)
-    candidates = ensemble_candidates(model, table, name, costs=costs, seed=settings.seed)
-    with collect_convergence_warnings() as failures:
-        values = {
-            row.name: score_probe(_fit(row, features, settings), features, settings) for row, features in candidates
-        }
-    warn_of_convergence(failures)
-    return values
 
 
 def with_head(

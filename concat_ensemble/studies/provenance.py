@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from concat_ensemble.members.provenance import read_provenances
 
 if TYPE_CHECKING:
     from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
@@ -15,7 +17,7 @@ PACKAGES = ("concat-ensemble", "torch", "timm", "transformers", "scikit-learn")
 
 def members_sha256(config: ConcatEnsembleConfig) -> list[str]:
     """SHA-256 of each built member's weights, which ties results to these weights; empty where the config has none."""
-    return [config.members[k]["provenance"].get("weights_sha256", "") for k in config.built_members]
+    return [provenance.weights_sha256 for provenance in read_provenances(config)]
 
 
 def versions() -> dict[str, str]:
@@ -28,9 +30,8 @@ def training_cost(
 ) -> tuple[int | None, float | None]:
     """Training steps and training GFLOP of some built members together, by position; of all when left out. Either is
     None when a member's provenance does not state it."""
-    built = model.config.built_members
-    members = built if positions is None else [built[k] for k in positions]
-    provenances = [model.config.members[k]["provenance"] for k in members]
-    steps: list[Any] = [provenance.get("steps") for provenance in provenances]
-    gflops: list[Any] = [(provenance.get("compute") or {}).get("gflops") for provenance in provenances]
-    return None if None in steps else sum(steps), None if None in gflops else sum(gflops)
+    provenances = read_provenances(model.config)
+    members = provenances if positions is None else [provenances[k] for k in positions]
+    steps = [member.steps for member in members if member.steps is not None]
+    gflops = [member.compute.gflops for member in members if member.compute and member.compute.gflops is not None]
+    return (sum(steps) if len(steps) == len(members) else None), (sum(gflops) if len(gflops) == len(members) else None)

@@ -13,10 +13,10 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-import msgspec
 import numpy as np
+from msgspec import Meta
 from scipy import stats
 
 from concat_ensemble.data.naming import METRICS
@@ -28,6 +28,7 @@ from concat_ensemble.probes.intervals import (
     t_interval,
     wilson_interval,
 )
+from concat_ensemble.schema import Amount, Count, PositiveCount, Seed, Share, Text, check_type, decode_json
 from concat_ensemble.studies.options import CONTROLS
 
 RESULTS = "results"  # the folder of results files in an ensemble's folder
@@ -37,6 +38,7 @@ KINDS = ("ensemble", "first_members", "member", "projected", "baseline", "contro
 UNTRAINED, PIXELS, MAJORITY = "untrained members", "raw pixels", "majority class"  # the names of the controls
 MAX_CONFUSION = 100  # classes: a results file holds no larger confusion matrix
 MAX_RESAMPLES = 10_000  # that a file may hold of the test images of one run
+MAX_ROWS, MAX_REPEATS, MAX_CLASSES = 2_000, 1_000, 65_536
 # Version 1 (0.1.0) used other names. Protocols are hashes over those names, so that they stay what they were.
 VERSION_1_KINDS = {"prefix": "first_members", "narrowed": "projected"}
 VERSION_1_ROW = {"width": "num_features"}
@@ -46,23 +48,50 @@ VERSION_1_PROBE = {"strengths": "l2_strengths", "draws": "num_resamples"}
 
 @dataclass
 class DatasetSettings:
-    """The settings of a dataset that cards show, with their types."""
+    """What results record of a dataset, with the types: arguments of `load_data`, and what is known of the data. A
+    caller of `probe_ensemble` may record more."""
 
-    name: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    classes: list[int | str] | None = None
-    shots: int | None = None
-    test_images: int | None = None
+    name: Text | None = None
+    config: Text | None = None
+    revision: Text | None = None
+    image_column: Text | None = None
+    label_column: Text | None = None
+    group_column: Text | None = None
+    train_split: Text | None = None
+    validation_split: Text | None = None
+    test_split: Text | None = None
+    test_size: Share | None = None
+    classes: Annotated[list[Count | Text], Meta(max_length=MAX_CLASSES)] | None = None
+    limit: Count | None = None
+    shots: Count | None = None
+    seed: Seed | None = None
+    use_folders: bool = False
+    recipe: Text | None = None
+    metric: Text | None = None
+    benchmark: Text | None = None
+    test_images: Count | None = None
+    on_hub: bool = False
+
+
+@dataclass
+class ProbeRecord:
+    """What results record of their probes, with the types."""
+
+    kind: Text = "linear"
+    metric: Text = "top1"
+    class_weight: Text | None = None
+    selection: Text | None = None
+    l2_strengths: Annotated[list[Amount], Meta(min_length=1, max_length=1_000)] | None = None
+    num_resamples: Annotated[int, Meta(ge=0, le=MAX_RESAMPLES)] = 0
 
 
 @dataclass
 class Cost:
     """Cost of one image through one or several members. Multiplications and additions count one operation each."""
 
-    gflops: float
-    million_parameters: float
-    seconds: float = 0.0  # in a batch; 0 where it was not measured
+    gflops: Amount
+    million_parameters: Amount
+    seconds: Amount = 0.0  # in a batch; 0 where it was not measured
 
     def __add__(self, other: Cost) -> Cost:
         parameters = self.million_parameters + other.million_parameters
@@ -73,14 +102,15 @@ class Cost:
 class Run:
     """One probe of one set of features in one repeat. Accuracies are shares of the `n_test` test images."""
 
-    seed: int
-    metrics: dict[str, float]
-    l2_strength: float  # chosen on validation data
-    n_train: int
-    n_test: int
-    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, bootstrap over the test images
+    seed: Seed
+    metrics: dict[str, Share]
+    l2_strength: Amount  # chosen on validation data
+    n_train: Count
+    n_test: PositiveCount
+    # 95%, bootstrap over the test images.
+    intervals: dict[str, Annotated[list[Share], Meta(min_length=2, max_length=2)]] = field(default_factory=dict)
     # The results' metric with bootstrap resamples of the training images.
-    resamples: list[float] = field(default_factory=list)
+    resamples: Annotated[list[Share], Meta(max_length=MAX_RESAMPLES)] = field(default_factory=list)
     correct: str = ""  # which test images are predicted correctly: packed bits in base64, for paired tests
     # The results' metric on bootstrap resamples of the test images: float32 in base64, for paired differences. The
     # resamples are the same for all rows. Empty where `correct` says it all: for top-1 without groups.
@@ -125,13 +155,13 @@ def pack_numbers(numbers: np.ndarray, dtype: str) -> str:
 class Row:
     """One row of the table: the same features, probed in one or several repeats."""
 
-    name: str
-    kind: str  # one of KINDS
-    num_features: int
-    num_members: int = 0
-    steps: int | None = None  # training steps of all members together; None where a member does not state them
-    gflops: float | None = None  # training compute of all members together; None where a member does not state it
-    runs: list[Run] = field(default_factory=list)
+    name: Text
+    kind: Text  # one of KINDS
+    num_features: Count
+    num_members: Count = 0
+    steps: Count | None = None  # training steps of all members together; None where a member does not state them
+    gflops: Amount | None = None  # training compute of all members together; None where a member does not state it
+    runs: Annotated[list[Run], Meta(min_length=1, max_length=MAX_REPEATS)] = field(default_factory=list)
     cost: Cost | None = None  # of one image; None for features that need no network
     metric = "top1"  # that of the results that the row is in, which set it; no field of the file
 
@@ -192,16 +222,17 @@ class ResultsFile(ABC):
     def load(cls, path: Path) -> Self:
         """Read a file, or raise ValueError when it is not one that `save` wrote."""
         try:
-            content = msgspec.json.decode(Path(path).read_bytes())
+            content = check_type(decode_json(Path(path)), dict[str, Any])
             version = content.get("schema_version", 1)  # that of 0.1.0 is not stated
             if version not in (1, SCHEMA_VERSION):
                 raise ValueError(f"schema_version={version!r} is not one that this version of concat-ensemble reads")
             content = cls.upgrade(content) if version == 1 else content
-            results = msgspec.convert(content, cls)
+            results = check_type(content, cls)
             results.check(content)
             return results
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # of malformed files
-            raise ValueError(f"{path} is not a {cls.FILE_KIND} file ({error}); {cls.REMEDY}.") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # those but the last: of `upgrade`
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not a {cls.FILE_KIND} file ({reason}); {cls.REMEDY}.") from error
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         write_json(path, {"schema_version": SCHEMA_VERSION, **content})
@@ -222,18 +253,19 @@ class Results(ResultsFile):
 
     FILE_KIND, REMEDY = "results", "probe again with --overwrite"
 
-    ensemble: str
-    dataset: dict[str, Any]
-    probe: dict[str, Any]
-    rows: list[Row]
-    members_sha256: list[str] = field(default_factory=list)
-    command: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    hardware: str = ""  # that the seconds of the rows' costs were measured on
-    controls: str = "all"  # one of CONTROLS
+    ensemble: Text
+    dataset: dict[str, Any]  # see `DatasetSettings`
+    probe: dict[str, Any]  # see `ProbeRecord`
+    rows: Annotated[list[Row], Meta(min_length=1, max_length=MAX_ROWS)]
+    members_sha256: list[Text] = field(default_factory=list)
+    command: Text = ""
+    versions: dict[str, Text] = field(default_factory=dict)
+    seconds: dict[str, Amount] = field(default_factory=dict)
+    hardware: Text = ""  # that the seconds of the rows' costs were measured on
+    controls: Text = "all"  # one of CONTROLS
     audit: dict[str, Any] | None = None  # an `Audit` of the dataset, of the first repeat; None: it was not audited
-    class_names: list[str] = field(default_factory=list)  # of `Run.confusion`; empty for more than MAX_CONFUSION
+    # Of `Run.confusion`; empty for more than MAX_CONFUSION.
+    class_names: Annotated[list[Text], Meta(max_length=MAX_CONFUSION)] = field(default_factory=list)
 
     def __post_init__(self):
         for row in self.rows:
@@ -303,24 +335,25 @@ class Results(ResultsFile):
         return content | {"probe": rename_keys(content["probe"], VERSION_1_PROBE), "rows": rows}
 
     def check(self, content: dict[str, Any]) -> None:
-        msgspec.convert(self.dataset, DatasetSettings)
+        check_type(self.dataset, DatasetSettings, "dataset")
+        check_type(self.probe, ProbeRecord, "probe")
         fields = {"schema_version", "protocol", *(field.name for field in dataclasses.fields(self))}
         if unknown := sorted(content.keys() - fields):  # msgspec ignores them
             raise ValueError(f"it has the unknown key {unknown[0]!r}")
         if self.metric not in METRICS or self.controls not in CONTROLS:
             raise ValueError(f"its metric {self.metric!r} or its controls {self.controls!r} are unknown")
-        if len(self.class_names) > MAX_CONFUSION:
-            raise ValueError(f"it has {len(self.class_names)} class names, more than {MAX_CONFUSION}")
         if self.audit is not None:
-            _check_audit(self.audit)
+            check_audit(self.audit)
         for row in self.rows:
             _check_row(row)
             for run in row.runs:
                 _check_run(run, row, len(self.class_names))
         if len({len(run.resampled) for row in self.rows for run in row.runs}) > 1:
             raise ValueError("its runs must all have the same number of resamples of the test images")
-        if not self.rows or len({len(row.runs) for row in self.rows}) > 1 or not self.repeats:
-            raise ValueError("its rows must all have the same number of runs, at least one")
+        if len({len(row.runs) for row in self.rows}) > 1:
+            raise ValueError("its rows must all have the same number of runs")
+        if len({tuple(run.n_test for run in row.runs) for row in self.rows}) > 1:
+            raise ValueError("its rows must all have the same number of test images in each repeat")
 
     @classmethod
     def merged(cls, repeats: list[Results]) -> Results:
@@ -354,31 +387,30 @@ def _upgrade_row(row: dict[str, Any]) -> dict[str, Any]:
     return rename_keys(row, VERSION_1_ROW) | {"name": name, "kind": kind, "runs": runs}
 
 
-def _check_audit(content: dict[str, Any]) -> None:
+def check_audit(content: dict[str, Any]) -> None:
     from concat_ensemble.data.audit import Audit  # loads `datasets`
 
-    audit = msgspec.convert(content, Audit)
-    counts = [audit.num_images, *audit.classes.values(), audit.groups or {}, audit.groups_across, audit.unreadable]
-    if any(number < 0 for each in counts for number in each.values()) or "test" not in (audit.groups or {"test": 0}):
-        raise ValueError("its audit counts fewer than no images, or no groups of test images")
+    audit = check_type(content, Audit, "audit")
+    if audit.groups is not None and "test" not in audit.groups:
+        raise ValueError("its audit counts no groups of test images")
 
 
 def _check_row(row: Row) -> None:
     """Raise ValueError for values that no probe gives: cards and pages show the results of strangers."""
-    if row.kind not in KINDS or min(row.num_features, row.num_members) < 0:
+    if row.kind not in KINDS:
         raise ValueError(f"its row {row.name!r} is of kind {row.kind!r}, not one of {', '.join(KINDS)}")
+    if not all({"top1", row.metric} <= run.metrics.keys() for run in row.runs):
+        raise ValueError(f"its row {row.name!r} must have top1 and {row.metric} in each run")
 
 
 def _check_run(run: Run, row: Row, num_classes: int) -> None:
-    shares = [run.metrics["top1"], run.metrics[row.metric], *(run.metrics.get(metric, 0.0) for metric in METRICS)]
-    num_bytes = len(base64.b64decode(run.correct, validate=True))
-    if not (run.n_test > 0 and all(0 <= share <= 1 for share in shares) and num_bytes in (0, -(-run.n_test // 8))):
+    if len(base64.b64decode(run.correct, validate=True)) not in (0, -(-run.n_test // 8)):
         raise ValueError(f"its row {row.name!r} does not fit {run.n_test} test images")
     resampled = base64.b64decode(run.resampled, validate=True)
     if resampled or row.metric != "top1":
-        low, high = run.intervals[row.metric]
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"its row {row.name!r} has the interval {low} to {high}, which must lie within 0 and 1")
+        low, high = run.intervals.get(row.metric, (1, 0))
+        if low > high:
+            raise ValueError(f"its row {row.name!r} has no interval of {row.metric}, or one that runs backwards")
     values = np.frombuffer(resampled[: len(resampled) // 4 * 4], "<f4")
     if len(resampled) % 4 or len(values) > MAX_RESAMPLES or not np.isfinite(values).all():
         raise ValueError(f"its row {row.name!r} has {len(resampled)} bytes of resamples of the test images")

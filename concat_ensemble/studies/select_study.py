@@ -14,13 +14,13 @@ from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection, with_projection
 from concat_ensemble.features.table import FeatureTable
-from concat_ensemble.files import replace_folder
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 from concat_ensemble.studies.cost import member_costs
+from concat_ensemble.studies.ensemble_folders import check_folder, replace_ensemble
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.measuring import choose_metric
 from concat_ensemble.studies.options import SelectOptions
-from concat_ensemble.studies.outputs import check_folder, check_parent
+from concat_ensemble.studies.outputs import check_own_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble
 from concat_ensemble.studies.results import RESULTS, Results
 from concat_ensemble.studies.selection import quick_part, select_members
@@ -43,17 +43,21 @@ def run_select_study(
     extraction: ExtractionOptions | None = None,
     *,
     on_selection: Callable[[SelectStudy], None] = lambda study: None,
+    write_card: Callable[[Path], str | None] = lambda folder: None,
 ) -> SelectStudy:
-    """Choose members for a dataset, write the selection to a file, and probe and save what was chosen, without a card.
+    """Choose members for a dataset, write the selection to a file, and probe and save what was chosen.
 
-    `on_selection` is called before what was chosen is probed. Raises ValueError for options that do not go together,
-    an ensemble of one member, or a budget that no subset meets.
+    `on_selection` is called before what was chosen is probed, and `write_card` with the folder of what was chosen
+    before it takes its place; it may return a sentence for the user. Raises ValueError for options that do not go
+    together, an ensemble of one member, or a budget that no subset meets.
     """
     options, extraction = options or SelectOptions(), extraction or ExtractionOptions()
     if options.quick and (options.output or options.num_components):
         raise ValueError("--quick only looks; leave out --output and --columns, or leave out --quick.")
     home = Path(model) if is_local_ensemble(model) else Path()
     path = home / "selection" / f"{dataset.file_stem}{'-quick' if options.quick else ''}.json"
+    if is_local_ensemble(model):
+        check_own_folder(path.parent)
     check_parent(path)
     if options.output:
         check_folder(options.output, options.overwrite)
@@ -87,9 +91,13 @@ def run_select_study(
     study.results, _ = probe_ensemble(chosen, data, **about, **dataclasses.asdict(extraction))
     study.results.command = options.command
     if options.output:
-        with replace_folder(options.output) as folder:
+        results = study.results
+
+        def save(folder: Path) -> None:
             chosen.save_pretrained(folder)
-            study.results.save(folder / RESULTS / f"{dataset.file_stem}.json")
+            results.save(folder / RESULTS / f"{dataset.file_stem}.json")
+
+        replace_ensemble(options.output, save, write_card, quiet=extraction.quiet)
     return study
 
 

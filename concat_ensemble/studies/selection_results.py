@@ -6,12 +6,24 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
-from concat_ensemble.studies.results import VERSION_1_PROBE, Cost, ResultsFile, hash_protocol, rename_keys
+from concat_ensemble.data.naming import METRICS
+from concat_ensemble.schema import Count, Number, PositiveCount, Share, Text, check_type
+from concat_ensemble.studies.results import (
+    VERSION_1_PROBE,
+    Cost,
+    ProbeRecord,
+    ResultsFile,
+    check_audit,
+    hash_protocol,
+    rename_keys,
+)
 
+MAX_MEMBERS, MAX_SUBSETS = 256, 100_000
 MARGIN = 0.01  # of top-1: the loss that is acceptable by default
 # Version 1 (0.1.0) used other names.
 VERSION_1_SELECTION = {"widths": "feature_dims", "n_held": "n_held_out", "order": "greedy_order"}
@@ -22,13 +34,13 @@ VERSION_1_SUBSET = {"strength": "l2_strength"}
 class Subset:
     """A ridge probe of some members, scored on images that it was not fitted on."""
 
-    members: tuple[int, ...]
-    top1: float
-    l2_strength: float
+    members: tuple[Count, ...]
+    top1: Share
+    l2_strength: Number
     cost: Cost
-    score: float = -1.0  # in the metric of the selection; top-1 if it is not given
-    loss: float | None = None  # against all members; None in older files
-    loss_interval: tuple[float, float] | None = None  # 95%, for all subsets at once
+    score: Number = -1.0  # in the metric of the selection; top-1 if it is not given
+    loss: Number | None = None  # against all members; None in older files
+    loss_interval: tuple[Number, Number] | None = None  # 95%, for all subsets at once
     # What the score is the mean of, for paired intervals: (N,) bool, which images are classified correctly, or for
     # another metric than top-1 (resamples,) values. Empty from a file, which does not store it.
     sample: np.ndarray = field(default_factory=lambda: np.empty(0, bool), repr=False, compare=False)
@@ -42,16 +54,16 @@ class Subset:
 class Contribution:
     """What is lost without a member, in shares of top-1, each with its 95% interval over the images."""
 
-    member: int
+    member: Count
     chosen: bool
     # All members minus the chosen ones without this one. Within a budget that excludes all that is good enough (and in
     # files before 0.2): the chosen members with it minus those without it.
-    gain: float
-    gain_interval: tuple[float, float]
+    gain: Number
+    gain_interval: tuple[Number, Number]
     # Mean gain over all orders of adding members (Shapley 1953); None where not all subsets were probed.
-    shapley: float | None
-    shapley_interval: tuple[float, float] | None
-    margin: float = MARGIN
+    shapley: Number | None
+    shapley_interval: tuple[Number, Number] | None
+    margin: Number = MARGIN
 
     @property
     def advice(self) -> str:
@@ -73,24 +85,24 @@ class Selection(ResultsFile):
 
     FILE_KIND, REMEDY = "selection", "select again with --overwrite"
 
-    names: list[str]
-    feature_dims: list[int]
+    names: Annotated[list[Text], Meta(min_length=1, max_length=MAX_MEMBERS)]
+    feature_dims: list[Count]
     costs: list[Cost]
-    subsets: list[Subset]
+    subsets: Annotated[list[Subset], Meta(min_length=1, max_length=MAX_SUBSETS)]
     contributions: list[Contribution]
-    similarity: list[list[float]]  # linear CKA between members (Kornblith et al. 2019); 1 for the same features
-    best: tuple[int, ...]
+    similarity: list[list[Number]]  # linear CKA between members (Kornblith et al. 2019); 1 for the same features
+    best: tuple[Count, ...]
     # The next best member each time, its gain over the members before it, and the gain's 95% interval.
-    greedy_order: list[tuple[int, float, tuple[float, float]]]
-    n_train: int
-    n_held_out: int
+    greedy_order: list[tuple[Count, Number, tuple[Number, Number]]]
+    n_train: Count
+    n_held_out: PositiveCount
     probe: dict[str, Any]  # the settings of the probes
-    margin: float | None = None  # the loss against all members that is acceptable; None in older files
+    margin: Number | None = None  # the loss against all members that is acceptable; None in older files
     over_budget: bool = False  # whether the budget excludes every subset that is shown to be within the margin
     # The cheaper subset that the fewest more images could show to be within the margin, and about how many.
-    undecided: tuple[int, ...] | None = None
+    undecided: tuple[Count, ...] | None = None
     images_needed: int | None = None
-    n_groups: int | None = None  # of the images; None where each is independent
+    n_groups: Count | None = None  # of the images; None where each is independent
     audit: dict[str, Any] | None = None  # of the dataset, as `Audit.to_dict` gives it
 
     @property
@@ -209,11 +221,18 @@ class Selection(ResultsFile):
         }
 
     def check(self, content: dict[str, Any]) -> None:
-        subsets = [subset.members for subset in self.subsets]
+        check_type(self.probe, ProbeRecord, "probe")
+        if self.metric not in METRICS:
+            raise ValueError(f"its metric {self.metric!r} is unknown")
+        if self.audit is not None:
+            check_audit(self.audit)
+        count, subsets = len(self.names), {subset.members for subset in self.subsets}
+        if {len(self.feature_dims), len(self.costs), len(self.similarity), *map(len, self.similarity)} != {count}:
+            raise ValueError(f"its feature_dims, costs and similarity must be those of its {count} members")
         if {contribution.member for contribution in self.contributions} != set(range(len(self.names))):
             raise ValueError("its contributions must be those of its members")
-        if self.best not in subsets or self.undecided not in (None, *subsets):
-            raise ValueError("its best subset must be one of its subsets")
+        if not {self.best, self.undecided or self.best, tuple(range(count))} <= subsets:
+            raise ValueError("its best subset, and that of all members, must be among its subsets")
 
 
 def format_interval(interval: tuple[float, float]) -> str:

@@ -17,7 +17,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
-from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
+from concat_ensemble.modeling.image_processing_concat_ensemble import check_resizing, convert_image
 from concat_ensemble.training.recipe import NetworkSettings, Settings
 
 Transform = Callable[[PIL.Image.Image], np.ndarray]
@@ -93,12 +93,15 @@ class Augmentation:
 
     def __init__(self, pixels: Pixels, settings: Settings, seeds: Sequence[int], training: bool = True):
         self.mode, self.transform, self.seeds = pixels.mode, pixels.create_transform(settings, training), seeds
+        # timm's default, and at least what a random crop takes.
+        self.geometry = {"input_size": pixels.input_size, "crop_pct": pixels.crop_pct, "crop_mode": "center"}
 
     def __call__(self, images: Iterable[PIL.Image.Image], draws: Iterable[tuple[int, ...]]) -> list[torch.Tensor]:
         """(B, C, H, W) bytes for each seed; `draws` distinguish the random draws of different images."""
         views: list[list[np.ndarray]] = [[] for _ in self.seeds]
         with keep_random_states():
             for image, draw in zip(images, draws, strict=True):
+                check_resizing(image.width, image.height, [self.geometry])
                 converted = convert_image(image, self.mode)
                 for seed, view in zip(self.seeds, views, strict=True):
                     seed_all(derive_seed(seed, *draw))

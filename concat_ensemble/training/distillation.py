@@ -12,7 +12,6 @@ layers are thrown away, and `output/distilled` is the student as an ensemble of 
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,13 @@ from accelerate.utils import set_seed
 from msgspec import Meta
 from torch import nn
 
+from concat_ensemble.console import out
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.reporting.model_card import renew_card
 from concat_ensemble.studies.cost import count_flops
+from concat_ensemble.studies.ensemble_folders import replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
@@ -143,7 +146,8 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
     if matches_identity(folder, identity):
-        accelerator.print(f"{folder} is finished, skipped")
+        if accelerator.is_main_process:
+            out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
     student = create_student(settings, images, teachers)
     set_seed(settings.seed, device_specific=True)
@@ -169,10 +173,11 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
             provenance=provenance,
             identity=identity,
         )
-        shutil.rmtree(output / "distilled", ignore_errors=True)
-        assemble(folder).save_pretrained(output / "distilled")
+        path = output / "distilled"
+        replace_ensemble(path, assemble(folder).save_pretrained, lambda new: renew_card(new, path))
         num_features = trained.head.in_features
-        print(f"{output / 'distilled'}: {len(teachers.networks)} networks in one, {num_features:,} features")
+        counts = f"{len(teachers.networks)} networks in one, {num_features:,} features"
+        out.print(f"{output / 'distilled'}: {counts}", soft_wrap=True)
     loop.finish()
 
 
@@ -186,7 +191,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
     return {
         "source": "distilled by training/distill.py",
         "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
-        "pretraining_data": f"{settings.dataset}, classes {', '.join(images.class_names)}",
+        "pretraining_data": f"{without_folders(settings.dataset)}, classes {', '.join(images.class_names)}",
         "seed": settings.seed,
         "steps": settings.steps,
         "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},

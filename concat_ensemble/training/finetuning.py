@@ -25,10 +25,13 @@ from msgspec import Meta
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from concat_ensemble.console import out
 from concat_ensemble.data.naming import METRICS
 from concat_ensemble.features.extraction import extract_features
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
+from concat_ensemble.members.provenance import read_provenances
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleForImageClassification as Classifier
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
@@ -123,7 +126,8 @@ def fine_tune(
     sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
     identity = settings.identity | sources
     if matches_identity(folder, identity):
-        accelerator.print(f"{folder} is finished, skipped")
+        if accelerator.is_main_process:
+            out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
     set_seed(settings.seed)
     classifier = create_classifier(copy.deepcopy(model), images, settings)
@@ -191,23 +195,25 @@ def save_classifier(
         results.save(aside / RESULTS / "fine-tuned.json")
         write_card(aside, title=folder.name)
     top1 = 100 * results.rows[0].mean
-    print(f"{folder}: top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps", flush=True)
+    counts = f"top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps"
+    out.print(f"{folder}: {counts}", soft_wrap=True)
 
 
 def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * images.images_per_step
-    for k, member in model.members.items():
+    for (k, member), stated in zip(model.members.items(), read_provenances(config), strict=True):
         spec = config.members[int(k)]
         provenance = spec["provenance"]
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
-        provenance["fine_tuned"] = {"dataset": settings.dataset, "steps": settings.steps, "command": launch_command()}
-        if "steps" in provenance:  # else the cost of pretraining is not known
-            provenance["steps"] += settings.steps
-        if "compute" in provenance:
+        dataset = without_folders(settings.dataset)
+        provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
+        if stated.steps is not None:  # else the cost of pretraining is not known
+            provenance["steps"] = stated.steps + settings.steps
+        if stated.compute and stated.compute.gflops is not None:
             size = Size.measure(spec["architecture"], spec["model_args"], images.pixels.input_size, 0)
-            provenance["compute"]["images"] += num_images
-            provenance["compute"]["gflops"] += round(size.training_flops(num_images) / 1e9, 3)
+            gflops = stated.compute.gflops + round(size.training_flops(num_images) / 1e9, 3)
+            provenance["compute"] |= {"images": stated.compute.images + num_images, "gflops": gflops}
     return config
 
 
@@ -230,9 +236,10 @@ def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images
     )
     row = Row(name, "ensemble", model.config.num_features, len(model.members), *training_cost(model), [run])
     recorded_elsewhere = ("model", "seed", "dataset")
+    dataset = without_folders(settings.dataset)
     return Results(
         name,
-        {"name": settings.dataset, "classes": settings.classes, "seed": settings.seed, "test_images": len(labels)},
+        {"name": dataset, "classes": settings.classes, "seed": settings.seed, "test_images": len(labels)},
         {"kind": "fine-tuning"} | {k: v for k, v in settings.identity.items() if k not in recorded_elsewhere},
         [row],
         members_sha256(model.config),
@@ -258,7 +265,8 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"
         assemble([output / name for name in names]).save_pretrained(folder)
-        print(f"{folder}: {len(names)} members; probe it with concat-ensemble probe {folder} --dataset ...")
+        advice = f"probe it with concat-ensemble probe {folder} --dataset ..."
+        out.print(f"{folder}: {len(names)} members; {advice}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from concat_ensemble.console import PlainConsole
 from concat_ensemble.studies.cost import count_flops
 
 PASSES = 3  # a training step costs as much as three forward passes, since the backward pass takes about two
@@ -61,7 +61,7 @@ HEADINGS = ("", "networks", "steps", "images", "PFLOP", "million parameters", "d
 
 def print_plan(ensembles: Sequence[PlannedEnsemble], processes: int, device: torch.device) -> None:
     """Print the cost of each ensemble and of all, and which ensembles cost the same within 1%."""
-    console = Console(highlight=False)
+    console = PlainConsole()
     table = Table(title=f"Plan, measured on {device.type}: hours on one device")
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left")

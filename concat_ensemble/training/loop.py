@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -29,8 +29,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
+from concat_ensemble.console import out, printable
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import write_json
+from concat_ensemble.files import give_usual_access, write_json
 from concat_ensemble.training.batches import Batch, Position
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
 from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
@@ -113,7 +114,7 @@ class Loop(Generic[Network]):
         if checkpoint is not None:
             accelerator.load_state(str(checkpoint))
             state = read_state(checkpoint)
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step, self.seconds = state.step, state.seconds
             position = self._position_file(checkpoint)
             self._position = json.loads(position.read_text()) if position.is_file() else None
             for schedule in self._schedules:
@@ -139,7 +140,7 @@ class Loop(Generic[Network]):
         parts, started = self._read(), time.perf_counter() - self.seconds
         interval = self.settings.evaluate_every
         title = f"{self.name} ({self.steps} steps)"
-        bar = tqdm(total=self.steps, initial=self.step, desc=title, disable=not sys.stderr.isatty())
+        bar = tqdm(total=self.steps, initial=self.step, desc=printable(title), disable=not sys.stderr.isatty())
         if self.settings.log_with:
             self.accelerator.init_trackers(self.name.replace("/", "-"))
         with _record_signals() as signals, bar:
@@ -185,7 +186,10 @@ class Loop(Generic[Network]):
         if self.settings.log_with:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (*self._checkpoints(), self.folder / ".aside"):
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # it is not there, or holds something of a user
+                self.folder.rmdir()
 
     def _update(self, parts: list[Batch], loss: Loss) -> None:
         """One step of each network, its schedule and its moving average."""
@@ -258,13 +262,17 @@ class Loop(Generic[Network]):
         top1 = [evaluate(network) for network in self.networks_to_save()]
         self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
         percent = ", ".join(f"{100 * value:.1f}" for value in top1)
-        self.accelerator.print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}", flush=True)
+        self._print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}")
         self._train_mode(True)
+
+    def _print(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            out.print(line, soft_wrap=True)
 
     def _terminate(self, signals: list[int]) -> None:
         sender = signal.Signals(signals[0]).name if signals else "another process"
         reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
-        self.accelerator.print(f"{self.name}: {reason}.", flush=True)
+        self._print(f"{self.name}: {reason}.")
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
     def _save(self) -> None:
@@ -292,6 +300,7 @@ class Loop(Generic[Network]):
             raise OSError(f"cannot write a checkpoint into {self.folder}: {first_line(error)}; {rest}") from error
         wait()
         if is_main:
+            give_usual_access(aside)
             aside.rename(folder)
             for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(older)

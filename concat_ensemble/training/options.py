@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from concat_ensemble.console import errors
+from concat_ensemble.files import without_folders
 from concat_ensemble.training.recipe import Settings
 
 SMOKE_IMAGES = 200
@@ -66,13 +68,14 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
         sys.exit(2)
 
 
 def launch_command() -> str:
-    """The command that starts this process again: a script, or a module of the installed package."""
-    program, *arguments = sys.argv
+    """The command that starts this process again, for a card: a script, or a module of the installed package, without
+    the folders of this machine."""
+    program, arguments = sys.argv[0], map(without_folders, sys.argv[1:])
     if Path(program).parent == Path(__file__).parent:  # started by -m
         return shlex.join(["accelerate", "launch", "-m", f"{__package__}.{Path(program).stem}", *arguments])
-    return shlex.join(["accelerate", "launch", program, *arguments])
+    return shlex.join(["accelerate", "launch", without_folders(program), *arguments])

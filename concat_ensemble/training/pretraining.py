@@ -28,8 +28,11 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+from concat_ensemble.console import out
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
@@ -191,9 +194,9 @@ def describe_training(network: Network, recipe: Recipe, images: Images) -> dict:
     return {
         "source": "trained by training/pretrain_members.py",
         "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
-        "pretraining_data": f"{recipe.dataset}, classes {classes}{scattered}",
+        "pretraining_data": f"{without_folders(recipe.dataset)}, classes {classes}{scattered}",
         "seed": network.seed,
-        "recipe": recipe.identity,
+        "recipe": recipe.identity | {"dataset": without_folders(recipe.dataset)},
     }
 
 
@@ -249,15 +252,14 @@ def assemble_all(recipe: Recipe, output: Path) -> None:
         ensemble = assemble(folders)
         if read_hashes(output / name) != members_sha256(ensemble.config):
             ensemble.save_pretrained(output / name)
-        print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}")
+        out.print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}", soft_wrap=True)
 
 
 def read_hashes(folder: Path) -> list[str] | None:
     """The sha256 of each member's weights in an ensemble's folder, None without one."""
     if not (folder / "config.json").is_file():
         return None
-    members = json.loads((folder / "config.json").read_text())["members"]
-    return [member["provenance"]["weights_sha256"] for member in members]
+    return members_sha256(ConcatEnsembleConfig.from_pretrained(folder))
 
 
 def run(
@@ -276,7 +278,7 @@ def run(
         check_buildable(networks[0], recipe)
     team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
     if team.is_main_process:
-        print(f"{team}, parallelism={parallelism}", flush=True)
+        out.print(f"{team}, parallelism={parallelism}", soft_wrap=True)
     images = Images(recipe, Pixels.from_settings(recipe), team.shard, max_images, with_test=False)
     if only_plan:
         print_costs(recipe, images, team.num_processes, cpu)
@@ -289,7 +291,8 @@ def run(
         if not all(finished):
             train(job, recipe, images, cpu=cpu)
         elif team.rank == 0:
-            print(*(f"{folder} is finished, skipped" for folder in folders), sep="\n", flush=True)
+            for folder in folders:
+                out.print(f"{folder} is finished, skipped", soft_wrap=True)
     team.wait_for_all()
     if team.is_main_process:
         assemble_all(recipe, output)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +14,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import replace_folder, write_json
+from concat_ensemble.files import replace_folder, without_folders, write_json
+from concat_ensemble.schema import Amount, Count, check_type, decode_json
 from concat_ensemble.training.images import Images
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
@@ -30,7 +32,7 @@ def save_network(
     identity: dict,
 ) -> None:
     """Save a network in timm's own layout, with or without its head, and with the preprocessing and class names of
-    `images`, which it was trained on. It replaces `folder` as a whole.
+    `images`, which it was trained on. It replaces `folder` in one step.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
     pretrained_cfg = {**pixels, "license": "apache-2.0"}
@@ -47,11 +49,9 @@ def save_network(
 @contextmanager
 def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder`, with its state file, when the block ends without an error."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
     with replace_folder(folder) as aside:
         yield aside
-        write_json(aside / STATE_FILE, {"identity": identity})
+        write_json(aside / STATE_FILE, {"identity": _public_values(identity)})
 
 
 def matches_identity(folder: Path, identity: dict) -> bool:
@@ -62,7 +62,7 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     """
     if not folder.exists():
         return False
-    there, here = read_state(folder).get("identity", {}), json.loads(json.dumps(identity))
+    there, here = _public_values(read_state(folder).identity), _public_values(identity)
     for key in sorted(here.keys() | there.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(
@@ -72,13 +72,35 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     return True
 
 
-def read_state(folder: Path) -> dict:
+@dataclass
+class TrainingState:
+    """The state file of a training; a result has no step."""
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    step: Count = 0
+    seconds: Amount = 0.0
+
+
+def read_state(folder: Path) -> TrainingState:
     """Read the training's state file in a checkpoint or a result."""
     try:
-        return json.loads((folder / STATE_FILE).read_text())
+        return check_type(decode_json(folder / STATE_FILE), TrainingState)
     except (OSError, ValueError) as error:
         problem = f"{folder} has no readable {STATE_FILE} of a training ({first_line(error)})"
         raise ValueError(f"{problem}; name another output=, or delete the folder.") from error
+
+
+def _public_values(identity: dict) -> dict:
+    """Plain JSON values without the folders of this machine: a result may be published, and its data may be moved."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [strip(each) for each in value]
+        return without_folders(value) if isinstance(value, str) else value
+
+    return strip(json.loads(json.dumps(identity)))
 
 
 def _shorten(value) -> str:

@@ -371,7 +371,7 @@ def test_a_tiff_that_would_fill_the_memory_is_refused(layout, sentinel, monkeypa
     first, options = TIFFS[layout]
     file = tiff(np.ascontiguousarray(sentinel.transpose(2, 0, 1) if first else sentinel), **options)
     assert read_channels(file).shape == (13, 40, 48)
-    monkeypatch.setitem(read_channels.__globals__, "MAX_IMAGE_VALUES", sentinel.size - 1)
+    monkeypatch.setitem(read_channels.__globals__, "MAX_IMAGE_PIXELS", sentinel.size - 1)
     with pytest.raises(ValueError, match="too large"):
         read_channels(file)
 

@@ -248,7 +248,7 @@ def valid_members(draw):
         "num_features": draw(st.integers(1, 4096)),
         "preprocessing": {
             "input_size": [channels, draw(st.integers(1, 512)), draw(st.integers(1, 512))],
-            "crop_pct": draw(st.floats(0.1, 2)),
+            "crop_pct": draw(st.floats(0.1, 1)),
             "crop_mode": draw(st.sampled_from(["center", "squash", "border"])),
             "interpolation": draw(st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"])),
             "mean": draw(each),

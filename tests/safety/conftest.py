@@ -97,3 +97,12 @@ def refused(monkeypatch, capsys, world):
         assert contents(world) == before, "something was written"
 
     return refused
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many inputs the fuzz tried, of each kind."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, ())]
+    for report in reports:
+        for name, text in report.user_properties if report.when == "call" else ():
+            if name == "inputs":
+                terminalreporter.write_line(f"fuzz: {text}")

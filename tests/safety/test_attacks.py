@@ -4,7 +4,6 @@ nothing is executed, written outside, lost, or takes a gigabyte.
 
 import io
 import json
-import os
 import pickle
 import re
 import struct
@@ -60,8 +59,8 @@ def raw_header(path, header, data=b"", length=None):
 # --- weights that are programs --------------------------------------------------------------------------------------
 
 
-def torch_zip(path):
-    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}, "extra": Evil()}, path)
+def torch_zip(path, padding=0):
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1 + padding)}, "extra": Evil()}, path)
 
 
 def torch_legacy(path):
@@ -222,9 +221,11 @@ def test_pickled_weights_in_place_of_an_ensembles(folder):
     torch_zip(folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         AutoModel.from_pretrained(folder)
-    with pytest.raises(
-        Exception, match=r"weights_only|Weights only"
-    ):  # whoever asks for pickles gets tensors or nothing
+    # Whoever asks for pickles gets tensors or nothing; this one is too small for the weights.
+    with pytest.raises(ValueError, match="do not fit its config: 180 missing"):
+        AutoModel.from_pretrained(folder, use_safetensors=False)
+    torch_zip(folder / "pytorch_model.bin", padding=200_000)
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         AutoModel.from_pretrained(folder, use_safetensors=False)
 
 
@@ -445,7 +446,7 @@ def test_weights_of_other_shapes_are_refused_not_left_random(folder):
 
 def test_a_tensor_that_says_it_is_endless(world, refused):
     torch.save({"conv1.0.weight": torch.ones(1).expand(10**6, 10**6)}, world / "resnet10t.pth")
-    refused("build", "resnet10t.pth", "--output", "out", said="other shape: conv1.0.weight (1000000, 1000000)")
+    refused("build", "resnet10t.pth", "--output", "out", said="would unpack to 4,000,000,000,000 bytes")
 
 
 # --- members from folders and from the Hub --------------------------------------------------------------------------
@@ -569,7 +570,7 @@ def test_text_that_would_be_more_than_text_on_the_card(name, folder):
         results["versions"] = {text: text}
 
     edit(folder / "results/digits.json", poison)
-    stated = dict.fromkeys(("source", "license", "pretraining_data", "steps", "seed", "ensemble_recipe"), text)
+    stated = dict.fromkeys(("source", "license", "pretraining_data", "ensemble_recipe"), text)
     stated |= {"hub_id": text, "revision": text}
     edit(folder / "config.json", lambda config: config["members"][0]["provenance"].update(stated))
     content = write_card(folder).read_text()
@@ -736,10 +737,3 @@ RESULTS = {
 def test_results_that_no_probe_wrote(attack, folder, refused):
     edit(folder / "results/digits.json", RESULTS[attack])
     refused("card", "pair", said="digits.json")
-
-
-def test_the_list_is_as_long_as_it_says(request):
-    """SECURITY.md speaks of this number."""
-    attacks = [item for item in request.session.items if item.path == Path(__file__)]
-    assert len(attacks) >= 40 or request.config.option.keyword
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -48,7 +48,7 @@ def test_an_ensemble_of_rgb_and_four_channels_is_probed_verified_and_predicts(ba
     code, out, err = run("card", "mixed")
     card = (tmp_path / "mixed" / "README.md").read_text()
     assert code == 0 and "| 4x32x32 (channels 0, 1, 2, 3) |" in card and "| 3x32x32 (channels 0, 1, 2) |" in card
-    code, out, err = run("verify", "mixed")
+    code, out, err = run("verify", "mixed", "--dataset", f"imagefolder:{bands}")
     assert code == 0, out + err
     code, out, err = run("predict", "mixed", bands, "--quiet")
     assert code == 0, err

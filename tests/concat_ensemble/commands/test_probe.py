@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 
 from concat_ensemble.commands import probe as command
+from concat_ensemble.console import PlainConsole
 from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
 WIDTH = 80
@@ -21,7 +21,7 @@ KINDS = ("first_members", "member", "projected", "baseline", "control")
 
 def printed(results: Results, monkeypatch, **options) -> list[str]:
     """The lines that a screen of 80 characters shows."""
-    screen = Console(file=io.StringIO(), width=WIDTH, highlight=False)
+    screen = PlainConsole(file=io.StringIO(), width=WIDTH)
     monkeypatch.setattr(command, "out", screen)
     command.print_results(results, **options)
     return screen.file.getvalue().splitlines()
@@ -79,7 +79,7 @@ def test_the_screen_has_name_metric_recall_interval_and_difference(monkeypatch):
 
 
 def wide_lines(results: Results) -> list[str]:
-    screen = Console(file=io.StringIO(), width=250)
+    screen = PlainConsole(file=io.StringIO(), width=250)
     screen.print(command.probe_table(results, wide=True))
     return screen.file.getvalue().splitlines()
 

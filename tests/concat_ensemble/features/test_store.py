@@ -1,7 +1,9 @@
 """Features are extracted once, survive kills and damage, and are never read for another member or image."""
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +16,14 @@ import timm
 import torch
 from optimum.quanto import freeze, qfloat8_e4m3fn, qint8, quantize
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 from concat_ensemble import ConcatEnsembleImageProcessor, ConcatEnsembleModel, assemble, extract_features, load_data
 from concat_ensemble.commands.app import main
-from concat_ensemble.data.images import image_hashes, read_image
+from concat_ensemble.data.images import HASH_BYTES, image_hashes, read_image
 from concat_ensemble.features import extraction
-from concat_ensemble.features.store import Block, stored_blocks
+from concat_ensemble.features.store import Block, _checksum, stored_blocks
 
 SHARDS = "*/*.safetensors"
 
@@ -182,6 +185,140 @@ def test_a_damaged_shard_is_extracted_again(extract, ensemble, digits, tmp_path,
     shard.write_bytes({"flip": bytes(content), "truncate": content[: len(content) // 2], "empty": b""}[damage])
     again = extract(ensemble, digits)
     assert again.extracted > 0 and same(good, again)
+
+
+def write_shard(path, features, images=None, **others):
+    """A whole shard, with its checksum, in place of one."""
+    images = (
+        torch.arange(len(features) * HASH_BYTES).reshape(-1, HASH_BYTES).to(torch.uint8) if images is None else images
+    )
+    path.unlink(missing_ok=True)
+    tensors = {"features": features, "images": images, **others}
+    save_file(tensors, path, metadata={"checksum": _checksum(images, features)})
+
+
+WHOLE_BUT_WRONG = {
+    "another width": lambda path: write_shard(path, torch.ones(3, 5)),
+    "another dtype": lambda path: write_shard(path, torch.ones(3, 16).half()),
+    "more rows than images": lambda path: write_shard(path, torch.ones(3, 16), torch.zeros(2, HASH_BYTES).byte()),
+    "no images": lambda path: save_file({"features": torch.ones(3, 16)}, path),
+    "one row": lambda path: write_shard(path, torch.ones(16), torch.zeros(1, HASH_BYTES).byte()),
+    "a number": lambda path: save_file({"features": torch.tensor(1.0), "images": torch.tensor(1.0)}, path),
+    "shorter hashes": lambda path: write_shard(path, torch.ones(3, 16), torch.zeros(3, HASH_BYTES - 1).byte()),
+    "whole numbers": lambda path: write_shard(path, torch.ones(3, 16, dtype=torch.int64)),
+    "coarse numbers": lambda path: write_shard(path, torch.ones(3, 16, dtype=torch.bfloat16)),
+    "more than that": lambda path: write_shard(path, torch.ones(3, 16), labels=torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_BUT_WRONG)
+def test_a_whole_shard_that_is_no_shard_of_this_member_is_refused(case, tmp_path):
+    shard = tmp_path / "key" / "0.safetensors"
+    shard.parent.mkdir()
+    WHOLE_BUT_WRONG[case](shard)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(shard))} .*; delete it, and its images are extracted again"
+    ):
+        Block(shard.parent, num_features=16, dtype=torch.float32).refresh()
+    assert len(stored_blocks(tmp_path)) == 1, "the listing shows the block nevertheless"
+
+
+def test_an_extraction_that_finds_such_a_shard_goes_on_when_it_is_deleted(extract, ensemble, digits, tmp_path):
+    good = extract(ensemble, digits)
+    shard = sorted((tmp_path / "store").glob(SHARDS))[0]
+    write_shard(shard, torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"has rows of 5 numbers in torch.float32 that must be 16 in torch.float32"):
+        extract(ensemble, digits)
+    shard.unlink()
+    assert same(good, extract(ensemble, digits))
+
+
+def test_shards_of_another_width_are_refused_where_nothing_tells_the_width(tmp_path):
+    """Of a model that is no ensemble, the first shard does."""
+    block = Block(tmp_path)
+    block.write([bytes(HASH_BYTES)], torch.ones(1, 16))
+    write_shard(tmp_path / "x.safetensors", torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"safetensors has rows of (5|16) numbers .* delete it"):
+        Block(tmp_path).refresh()
+
+
+def test_rows_of_another_width_are_not_stored(tmp_path):
+    block = Block(tmp_path, "resnet10t", num_features=16, dtype=torch.float32)
+    for rows in (torch.ones(1, 5), torch.ones(1, 16).half()):
+        with pytest.raises(ValueError, match=r"resnet10t gives rows of .* that must be 16 in torch.float32"):
+            block.write([bytes(HASH_BYTES)], rows)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, b"\xff" * 64, b"{}", b"PK\3\4" * 9, b"\x10" + b"\0" * 7 + b'{"features": 1}}']
+)
+def test_garbage_among_the_shards_is_removed(content, tmp_path):
+    block, image = Block(tmp_path), bytes(HASH_BYTES)
+    block.write([image], torch.ones(1, 16))
+    garbage = tmp_path / "0.safetensors"
+    garbage.write_bytes(content)
+    (tmp_path / "folder.safetensors").mkdir()
+    assert block.refresh().missing([image]) == set() and not garbage.exists()
+    assert np.array_equal(block.rows([image])[:], np.ones((1, 16)))
+
+
+def test_what_a_block_is_about_may_be_old_or_damaged(extract, ensemble, digits, tmp_path):
+    """That of 0.1.0 states no format."""
+    extract(ensemble, digits)
+    for about in (
+        b'{"architecture": "resnet10t"}',
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        b'{"architecture": []}',
+        b"\xff",
+    ):
+        for block in (tmp_path / "store").iterdir():
+            (block / "about.json").write_bytes(about)
+        assert all(isinstance(block["architecture"], str) for block in stored_blocks(tmp_path / "store"))
+        assert extract(ensemble, digits).extracted == 0
+    with Block(block, "resnet10t").lock():
+        assert json.loads((block / "about.json").read_text()) == {"architecture": "resnet10t", "format": 1}
+        assert not list(block.glob(".*.tmp"))
+
+
+def test_a_block_in_the_format_of_another_version_is_refused(extract, ensemble, digits, tmp_path):
+    extract(ensemble, digits)
+    block = next((tmp_path / "store").iterdir())
+    (block / "about.json").write_text('{"architecture": "resnet10t", "format": 2}')
+    with pytest.raises(ValueError, match=rf"{block.name} is in format 2 of another version .*; delete the folder"):
+        extract(ensemble, digits)
+
+
+def test_a_kill_leaves_either_about_file(tmp_path, monkeypatch):
+    """It is written aside and renamed, by whoever holds the lock."""
+    with Block(tmp_path, "old").lock():
+        pass
+
+    def killed(path, target):
+        assert json.loads((tmp_path / "about.json").read_text())["architecture"] == "old"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), Block(tmp_path, "new").lock():
+        pass
+    assert json.loads((tmp_path / "about.json").read_text()) == {"architecture": "old", "format": 1}
+
+
+def test_a_member_alone_gives_the_bits_that_it_gives_among_others(backbone, digits, tmp_path):
+    """Unless another one has the same geometry with another mean or std: then they are the same up to rounding."""
+    other = {"mean": (0.3,), "std": (0.2,)}
+    members = [backbone(1), backbone(2), backbone(3, pixels={"input_size": (1, 24, 24)}), backbone(4, pixels=other)]
+    model = assemble(members)
+    together = extract_features(model, digits, store=tmp_path / "together", quiet=True)
+    for k in range(4):
+        alone = extract_features(model.export_active([k]), digits, store=tmp_path / f"{k}", quiet=True)
+        expected, features = together.members([k])["test"].features, alone["test"].features
+        assert alone.keys == (together.keys[k],)
+        assert np.array_equal(features, expected) or k == 3
+        np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_identical_images_are_stored_once(extract, ensemble, digits):

@@ -215,7 +215,7 @@ BAD_MEMBERS = {
     ),
     "folder with a broken config": (
         lambda t, _: [broken_folder(t, "f", "{")],
-        r"config\.json is not JSON.*save the model again",
+        r"config\.json is not a model's config.*save the model again",
     ),
     "folder of another library": (
         lambda t, _: [broken_folder(t, "f", '{"model_type": "bert"}')],

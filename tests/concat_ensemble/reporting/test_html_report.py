@@ -79,7 +79,7 @@ def test_the_page_has_every_row_and_what_members_add_and_predict(two, tmp_path):
     (heading, *digits), (alone, *flowers) = rows[:7], rows[7:11]
     assert heading[:4] == alone[:4] == ["", "top-1", "95% interval", "ensemble minus it, paired"]
     assert {tuple(row[:2]) for row in digits} == {
-        (f"{folder}: {name}", top1)
+        (f"{folder.name}: {name}", top1)
         for folder in two
         for name, top1 in (("pair", "90.0"), ("cat1", "80.0"), ("raw pixels", "12.3"))
     }

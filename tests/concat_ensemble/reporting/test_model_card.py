@@ -11,7 +11,7 @@ from PIL import Image
 
 from concat_ensemble import ConcatEnsembleConfig, assemble
 from concat_ensemble.reporting.model_card import check_card, write_card
-from concat_ensemble.reporting.verdicts import against, describe_compute, notes, verdict
+from concat_ensemble.reporting.verdicts import against, describe_compute, doubts, notes, verdict
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.results import Cost
 
@@ -34,6 +34,10 @@ def card(folder, study):
         return (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
 
     return write
+
+
+def conclusions(results) -> str:
+    return " ".join([verdict(results), *doubts(results)])
 
 
 def tables(text):
@@ -206,15 +210,15 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
         ({"pair": [0.9], "one": [0.5]}, "40.0 points above one."),
         ({"pair": [0.9], "raw pixels": [0.86]}, "Raw pixels do about as well, so this dataset does not show"),
         ({"pair": [0.9], "untrained members": [0.95], "raw pixels": [0.2]}, "Untrained members do about as well"),
-        ({"pair": [0.8, 0.81], "raw pixels": [0.9001, 0.9099]}, "**Raw pixels do better, so this dataset"),
-        ({"pair": [0.5], "untrained members": [0.9]}, "**Untrained members do better, so"),
-        ({"pair": [0.9, 0.9001], "raw pixels": [0.88, 0.8802]}, "**Raw pixels come within 2.0 points, so"),
-        ({"pair": [0.9], "majority class": [0.9]}, "**Always guessing the largest class does about as well.**"),
-        ({"pair": [0.5], "majority class": [0.9]}, "**Always guessing the largest class does better.**"),
+        ({"pair": [0.8, 0.81], "raw pixels": [0.9001, 0.9099]}, "Raw pixels do better, so this dataset"),
+        ({"pair": [0.5], "untrained members": [0.9]}, "Untrained members do better, so"),
+        ({"pair": [0.9, 0.9001], "raw pixels": [0.88, 0.8802]}, "Raw pixels come within 2.0 points, so"),
+        ({"pair": [0.9], "majority class": [0.9]}, "Always guessing the largest class does about as well."),
+        ({"pair": [0.5], "majority class": [0.9]}, "Always guessing the largest class does better."),
     ],
 )
 def test_the_verdict_speaks_for_and_against(rows, text, study):
-    assert text in verdict(study(**rows))
+    assert text in conclusions(study(**rows))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,7 @@ def test_controls_that_were_left_out_are_named_and_nothing_is_claimed_of_them(co
     results.controls = controls
     (note,) = notes(results)
     assert note == f"{left_out} left out, so nothing here shows that a gain comes from what the members learned."
-    assert "ntrained" not in verdict(results) and ("pixels" in verdict(results)) == ("raw pixels" in rows)
+    assert "ntrained" not in conclusions(results) and ("pixels" in conclusions(results)) == ("raw pixels" in rows)
     assert against(results) == f"{left_out} not measured."
 
 
@@ -261,14 +265,14 @@ def test_about_as_well_is_never_said_where_the_paired_test_tells_them_apart(stud
     results = study(pair=[n / 100 for n in pair], **{name: [n / 100 for n in control]})
     difference, (low, high), p = results.difference("pair", name)
     for words in ("about as well", "do better", "come within"):
-        if words in verdict(results):
+        if words in conclusions(results):
             assert (words == "do better") == (high < 0 or (difference < 0 and p < 0.05))
             assert (words == "come within") == (low > 0 or (difference > 0 and p < 0.05))
 
 
 def test_the_verdict_leaves_out_warnings_that_do_not_hold(study):
-    assert "about as well" not in verdict(study(**{"pair": [0.9], "raw pixels": [0.5], "majority class": [0.3]}))
-    assert verdict(study(pair=[0.9])) == ""
+    assert "about as well" not in conclusions(study(**{"pair": [0.9], "raw pixels": [0.5], "majority class": [0.3]}))
+    assert conclusions(study(pair=[0.9])) == ""
 
 
 def test_a_title_may_hold_what_yaml_reserves(card):
@@ -332,7 +336,6 @@ def test_check_names_the_first_line_that_differs_from_the_results(card, folder, 
 
 def test_names_from_strangers_are_shown_as_text(card):
     bad = "<script>alert(1)</script> ![x](javascript:1) `code` [l](http://a.b)"
-    card({}, [{"license": ["mit"], "recipe": "x", "command": {}, "ensemble_recipe": [], "hub_id": 3}, {"steps": {}}])
     provenance = {"source": bad, "license": bad, "hub_id": bad, "command": "```\n<script>"}
     rows = {bad: [0.5, 0.6], "one": [0.4, 0.5]}
     text, data = card({"digits": rows}, [provenance, provenance], dataset={"name": bad}, title=bad)
