@@ -61,6 +61,7 @@ class FineTuning(Settings):
     stages: Literal["one", "two"] = "two"
     head: Literal["probe", "zero"] = "probe"  # initial head: that of a linear probe, or zeros
     layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = 0.75  # timm's, of the learning rate towards the input
+    test_split: str | None = None  # such as validation, where the labels of a split named test are hidden
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,7 +122,7 @@ def fine_tune(
     cpu: bool = False,
 ) -> None:
     """Train one classifier from an ensemble and save it with its results to `folder`, unless it is finished."""
-    images = Images(settings, read_pixels(model.config), shard, max_images)
+    images = Images(settings, read_pixels(model.config), shard, max_images, test_split=settings.test_split)
     accelerator = create_accelerator(settings, cpu)
     sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
     identity = settings.identity | sources

@@ -28,12 +28,14 @@ from concat_ensemble.training.streams import read_stream
 
 Shard = tuple[int, int]  # rank, number of processes
 CPU = torch.device("cpu")
+TEST_SIZE = 0.3  # share of the images to test on, where they are needed and the dataset has no test split
 
 
 class Images:
     """The images of a training run. This process gets its part of every batch: `shard` is its rank in its team, and
     the number of processes there. `max_images` is a further limit for each split, for a trial. `with_test` says
-    whether the test images are needed too.
+    whether the test images are needed too, of the split `test_split` if it is named; else the test split is not looked
+    at, and the images of a validation split are never trained on.
 
     Raises:
         ValueError: if a batch cannot be shared evenly.
@@ -47,6 +49,7 @@ class Images:
         max_images: int | None = None,
         *,
         with_test: bool = True,
+        test_split: str | None = None,
     ):
         self.settings, self.pixels, self.shard = settings, pixels, shard
         if settings.batch_size % (shard[1] * settings.gradient_accumulation):
@@ -62,15 +65,18 @@ class Images:
             settings.dataset,
             **source,
             train_split=settings.train_split,
+            validation_split=settings.validation_split,
+            test_split=test_split,
             classes=settings.classes,
             limit=min(filter(None, (settings.limit, max_images)), default=None),
-            test_size=settings.test_size,
+            test_size=settings.test_size or (TEST_SIZE if with_test else None),
             validation_size=settings.validation_size,
             seed=settings.seed,
             for_training=not with_test,
+            hold_out=with_test or settings.evaluate_every > 0,
         )
         self.split = self.data["train"]
-        if not settings.evaluate_every:  # then the validation images are training images too
+        if with_test and not settings.evaluate_every:  # then the validation images are training images too
             self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
         self.class_names, self.size = class_names(self.split), len(self.split)
         self.train_labels = torch.as_tensor(read_labels(self.split))

@@ -42,10 +42,11 @@ class Settings:
     image_column: str | None = None
     label_column: str | None = None
     train_split: str | None = None
+    validation_split: str | None = None  # to evaluate on, with evaluate_every
     classes: list[int] | None = None  # train on these classes only
     limit: PositiveInt | None = None  # maximum number of images of each split
-    test_size: SplitShare = 0.3  # share of the images to hold out if the dataset has no test split
-    validation_size: SplitShare = 0.01  # share of the remaining images to evaluate on, with evaluate_every
+    test_size: SplitShare | None = None  # share to leave out if there is no test split; default: 0.3 to fine-tune, else 0
+    validation_size: SplitShare = 0.01  # share of the others to evaluate on if it has no validation split
     streaming: bool = False  # read the training split from the Hub while training; shuffled in a buffer only
 
     augmentation: Literal["timm", "scatter", "none"] = "timm"  # "scatter" places each image anew on a noisy canvas
