@@ -1,4 +1,4 @@
-"""Small datasets with the structure of those that the recipes name: their splits, columns, classes and kinds of images.
+"""Small datasets with the structure of those that the recipes name: splits, columns, classes and kinds of images.
 
 Images are a few pixels, and there are as few of each class as the structure allows.
 """
@@ -23,16 +23,14 @@ def encode(number: int, *, mode: str = "RGB", size: tuple[int, int] = (12, 10), 
 
 
 def imagenet_images(count: int, first: int) -> list[dict]:
-    """Among the images are those that ImageNet has: gray and CMYK JPEGs, a PNG under the name of a JPEG, images that are
-    rotated by EXIF, and tiny ones."""
+    """Among them are such as ImageNet has: gray and CMYK JPEGs, PNGs under the name of a JPEG, one that is rotated by
+    EXIF, and tiny ones."""
     exif = PILImage.Exif()
     exif[0x0112] = ROTATED
     special = [{"mode": "L", "kind": "JPEG"}, {"mode": "CMYK", "kind": "JPEG"}, {"mode": "P"}]
     special += [{"kind": "JPEG", "exif": exif}, {"size": (1, 3)}, {"size": (60, 9), "kind": "JPEG"}]
     options = special + [{}] * max(count - len(special), 0)
-    return [
-        {"bytes": encode(first + k, **options[k]), "path": f"n{first + k:08}.JPEG"} for k in range(count)
-    ]
+    return [{"bytes": encode(first + k, **options[k]), "path": f"n{first + k:08}.JPEG"} for k in range(count)]
 
 
 def write_imagenet(folder: Path, *, per_class: int = 1) -> str:

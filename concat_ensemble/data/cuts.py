@@ -29,7 +29,7 @@ class Sampling:
         if self.shots is not None and self.shots < 2:
             raise ValueError(f"shots={self.shots} must be at least 2: some are for validation.")
         if self.test_size is None and not self.for_training:
-            raise ValueError("test_size=None must be a fraction between 0 and 1; only for training there may be no test.")
+            raise ValueError("test_size=None must be a fraction between 0 and 1, except for_training.")
 
 
 def complete_splits(splits: dict[str, Dataset], sampling: Sampling, *, has_test: bool) -> dict[str, Dataset]:

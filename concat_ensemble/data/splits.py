@@ -36,8 +36,8 @@ def pick_split(
 ) -> Dataset | IterableDataset | None:
     """Pick a split by name, as in `train[:80%]`, or by the common names of its kind if `name` is None.
 
-    A dataset's only split is its training split, whatever its name, and so is the only one whose name begins with
-    train, such as `train_mini`. Names in `exclude` do not count as common names, which may be capitalized.
+    A dataset's only split is its training split, whatever its name, and so is the only one whose name speaks of it,
+    such as `train_mini`. Names in `exclude` do not count as common names, which may be capitalized.
     Raises ValueError for a split that does not exist, or a malformed slice.
     """
     if name is None:

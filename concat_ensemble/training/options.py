@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from concat_ensemble.console import errors
+from concat_ensemble.errors import one_line
 from concat_ensemble.files import without_folders
 from concat_ensemble.training.recipe import Settings
 
@@ -68,7 +69,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+        errors.print(f"error: {one_line(error)}", soft_wrap=True)
         sys.exit(2)
 
 

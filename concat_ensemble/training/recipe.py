@@ -45,7 +45,7 @@ class Settings:
     validation_split: str | None = None  # to evaluate on, with evaluate_every
     classes: list[int] | None = None  # train on these classes only
     limit: PositiveInt | None = None  # maximum number of images of each split
-    test_size: SplitShare | None = None  # share to leave out if there is no test split; default: 0.3 to fine-tune, else 0
+    test_size: SplitShare | None = None  # to leave out if there is no test split; default: 0.3 to fine-tune, else none
     validation_size: SplitShare = 0.01  # share of the others to evaluate on if it has no validation split
     streaming: bool = False  # read the training split from the Hub while training; shuffled in a buffer only
 

@@ -91,7 +91,10 @@ class _Parts(TorchStream):
             for (row, _), number in zip(rows, numbers, strict=True)
         ]
         draws = [(worker, number) for number in numbers]
-        labels = torch.tensor([row["label"] for row, _ in rows])
+        labels = torch.tensor([-1 if row["label"] is None else row["label"] for row, _ in rows])
+        if (labels < 0).any():
+            number = numbers[int((labels < 0).nonzero()[0])]
+            raise ValueError(f"the label of image {number} of the stream is hidden; name another train_split.")
         return Part(draws[0], numbers, self.augmentation(images, draws), labels, (worker, rows[-1][1]))
 
     def _rows(self, worker: int) -> Iterator[tuple[dict[str, Any], Position]]:
