@@ -119,10 +119,11 @@ def _find_splits(folder: Path, images: list[Parts]) -> dict[str, tuple[list[Part
     for top in sorted(tops):
         if kinds[top] or top in with_classes:
             root = (*outer, top)
-            is_part = kinds[top] and (split_kind(top) or kinds[top] not in whole)
-            if kinds[top] and not is_part:
-                logger.warning("%s: %s is a split of its own, no part of %s", folder, top, kinds[top])
-            roots, paths = splits.setdefault(kinds[top] if is_part else top, ([], []))
+            kind = kinds[top] or top
+            if kind in whole and not split_kind(top):
+                logger.warning("%s: %s is a split of its own, no part of %s", folder, top, kind)
+                kind = top
+            roots, paths = splits.setdefault(kind, ([], []))
             roots.append(root)
             paths += [(root, path[1:]) for path in inner if path[0] == top and len(path) > 1]
     return splits

@@ -219,7 +219,7 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
     specs = [config.members[k] for k in config.built_members]
     provenances = read_provenances(config)
     members = [_describe_member(spec, provenance) for spec, provenance in zip(specs, provenances, strict=True)]
-    recipes = {provenance.ensemble_recipe or "" for provenance in provenances}
+    recipes = {"" if each.fine_tuned else each.ensemble_recipe or "" for each in provenances}
     commands = [item.command for item in provenances] + [study.command for study in studies.values()]
     architectures = [spec["architecture"] for spec in specs]
     return {
@@ -276,6 +276,9 @@ def _describe_member(spec: dict[str, Any], provenance: Provenance) -> dict[str, 
     hub_id, revision = provenance.hub_id, provenance.revision or "main"
     if is_hub_id(hub_id) and re.fullmatch(r"\w[\w./-]*", revision):
         source = Markdown(f"[{escape_text(hub_id)}](https://huggingface.co/{escape_url(f'{hub_id}/tree/{revision}')})")
+    if provenance.fine_tuned:  # then the weights are no longer those of the source
+        dataset = escape_text(provenance.fine_tuned.dataset or "a dataset that is not stated")
+        source = Markdown(f"{escape_text(source)}, fine-tuned on {dataset}")
     return described | {
         "source": source,
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),

@@ -37,7 +37,7 @@ from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
-from concat_ensemble.training.saving import matches_identity, save_network
+from concat_ensemble.training.saving import matches_identity, public_dataset, save_network
 
 STATISTICS_BATCHES = 20  # for the mean and scale of the teachers' features
 
@@ -80,10 +80,13 @@ class Teachers(nn.Module):
         if self.predicts:
             self.networks = nn.ModuleList(map(load_with_head, settings.teachers))
             self.hashes = [weights_sha256(network.state_dict()) for network in self.networks]
+            self.origins = [{"source": Path(source).name} for source in settings.teachers]
         else:
             ensemble = assemble(settings.teachers)
             self.networks = nn.ModuleList(ensemble.members.values())
             self.hashes = members_sha256(ensemble.config)
+            stated = [spec["provenance"] for spec in ensemble.config.members]
+            self.origins = [{key: each[key] for key in ("source", "license") if key in each} for each in stated]
         self.requires_grad_(False).eval()
         self.mean, self.scale = 0.0, 1.0
 
@@ -192,6 +195,11 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
         "source": "distilled by training/distill.py",
         "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
         "pretraining_data": f"{without_folders(settings.dataset)}, classes {', '.join(images.class_names)}",
+        "dataset": public_dataset(settings),
+        "teachers": [
+            origin | {"weights_sha256": digest}
+            for origin, digest in zip(teachers.origins, teachers.hashes, strict=True)
+        ],
         "seed": settings.seed,
         "steps": settings.steps,
         "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},

@@ -48,7 +48,7 @@ from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
-from concat_ensemble.training.saving import matches_identity, replace_result
+from concat_ensemble.training.saving import matches_identity, public_dataset, replace_result
 from concat_ensemble.training.teams import Team
 
 
@@ -207,7 +207,11 @@ def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images
         spec = config.members[int(k)]
         provenance = spec["provenance"]
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
-        dataset = without_folders(settings.dataset)
+        # What is made of weights is under their licence, too; the settings' own is for those that state none.
+        provenance |= {"license": settings.license} if settings.license and not stated.license else {}
+        provenance.pop("weights", None)
+        provenance |= {"weights": "EMA"} if settings.ema_decay else {}
+        dataset = public_dataset(settings)
         provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
         if stated.steps is not None:  # else the cost of pretraining is not known
             provenance["steps"] = stated.steps + settings.steps

@@ -40,7 +40,7 @@ from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Siz
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
-from concat_ensemble.training.saving import matches_identity, save_network
+from concat_ensemble.training.saving import matches_identity, public_dataset, save_network
 from concat_ensemble.training.teams import Team
 
 SEEDS_PER_RUN = 1_000
@@ -196,8 +196,8 @@ def describe_training(network: Network, recipe: Recipe, images: Images) -> dict:
         "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
         "pretraining_data": f"{without_folders(recipe.dataset)}, classes {classes}{scattered}",
         "seed": network.seed,
-        "recipe": recipe.identity | {"dataset": without_folders(recipe.dataset)},
-    }
+        "recipe": recipe.identity | {"dataset": public_dataset(recipe)},
+    } | ({"weights": "EMA"} if recipe.ema_decay else {})
 
 
 def job_identity(job: list[Network], recipe: Recipe, images: Images) -> dict:

@@ -15,6 +15,7 @@ SCHEDULE_FREE = "schedulefree_adamw"  # Defazio et al. 2024, the paper's optimiz
 OPTIMIZERS = (SCHEDULE_FREE, *map(str, timm.optim.list_optimizers()))
 # Fields that may differ between a run and its continuation: they say where and how fast, not what is trained.
 PLACE = ("output", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_with", "compile")
+PLACE += ("license",)
 SMOKE_STEPS, SMOKE_BATCH = 16, 16
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -80,6 +81,7 @@ class Settings:
     evaluate_every: NonNegativeInt = 0  # steps; 0: never, and the validation images are training images too
     log_with: str | None = None  # one of accelerate's trackers, such as tensorboard or wandb
     seed: NonNegativeInt = 0
+    license: str | None = None  # of the weights, such as mit; by default none is stated
     output: str = "runs/members"
 
     def __post_init__(self):

@@ -15,8 +15,10 @@ from torch import nn
 
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import replace_folder, without_folders, write_json
+from concat_ensemble.members.origins import remove_origin
 from concat_ensemble.schema import Amount, Count, check_type, decode_json
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.recipe import Settings
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
 
@@ -32,18 +34,28 @@ def save_network(
     identity: dict,
 ) -> None:
     """Save a network in timm's own layout, with or without its head, and with the preprocessing and class names of
-    `images`, which it was trained on. It replaces `folder` in one step.
+    `images`, which it was trained on. Its licence is the one that the settings name, if any. It replaces `folder` in
+    one step.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
-    pretrained_cfg = {**pixels, "license": "apache-2.0"}
-    config = {"pretrained_cfg": pretrained_cfg, "provenance": provenance, "label_names": images.class_names}
+    license = {"license": images.settings.license} if images.settings.license else {}
+    config = {"pretrained_cfg": pixels | license, "provenance": provenance | license}
+    config["label_names"] = images.class_names
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with torch.device("meta"):
         plain = timm.create_model(architecture, num_classes=model.num_classes, **model_args)
     plain.load_state_dict(weights, assign=True)
+    remove_origin(plain)
     layout = {"model_config": config, "model_args": model_args, "data_config": pixels}
     with replace_result(folder, identity) as aside:
         save_for_hf(plain, str(aside), safe_serialization=True, **layout)
+
+
+def public_dataset(settings: Settings) -> str:
+    """The name of a training's dataset as its provenance has it: of a path on this machine only the last part, which
+    cannot be taken for an id on the Hub."""
+    name = without_folders(settings.dataset)
+    return Path(name).name if Path(settings.dataset).exists() else name
 
 
 @contextmanager
