@@ -81,7 +81,7 @@ def our_steps(
     from accelerate.state import AcceleratorState
     from torch.nn.functional import cross_entropy
 
-    from concat_ensemble.training.images import Batch
+    from concat_ensemble.training.batches import Batch
     from concat_ensemble.training.loop import Loop, create_accelerator
     from concat_ensemble.training.recipe import Recipe
 
@@ -103,10 +103,10 @@ def our_steps(
         loop = Loop(
             accelerator, recipe, networks, steps=2 * steps, folder=Path(folder) / "state", identity={}, name="gpu"
         )
-        batch = Batch(list(range(len(labels))), [(view, labels) for view in pixels])
+        batch = Batch(list(range(len(labels))), [(view, labels) for view in pixels], share=1.0)
         ends = []
         for _ in loop.run(
-            lambda first: itertools.repeat(batch),
+            lambda *_: itertools.repeat(batch),
             lambda network, images, classes: cross_entropy(network(images), classes),
             stops=[steps],
         ):
