@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_sleep(monkeypatch):
     """`datasets` waits 5 s each time a stream of parquet files ends."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 @pytest.fixture(scope="module")
