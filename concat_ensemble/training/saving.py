@@ -17,7 +17,7 @@ from concat_ensemble.errors import first_line
 from concat_ensemble.files import replace_folder, without_folders, write_json
 from concat_ensemble.members.origins import remove_origin
 from concat_ensemble.schema import Amount, Count, check_type, decode_json
-from concat_ensemble.training.images import Images
+from concat_ensemble.training.images import TEST_SIZE, Images
 from concat_ensemble.training.recipe import Settings
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
@@ -34,11 +34,12 @@ def save_network(
     identity: dict,
 ) -> None:
     """Save a network in timm's own layout, with or without its head, and with the preprocessing and class names of
-    `images`, which it was trained on. Its licence is the one that the settings name, if any. It replaces `folder` in
-    one step.
+    `images`, which it was trained on. Its licence is that of its provenance, where it starts from other weights, else
+    the one that the settings name, if any. It replaces `folder` in one step.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
-    license = {"license": images.settings.license} if images.settings.license else {}
+    named = provenance.get("license") or images.settings.license
+    license = {"license": named} if named else {}
     config = {"pretrained_cfg": pixels | license, "provenance": provenance | license}
     config["label_names"] = images.class_names
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
@@ -75,6 +76,8 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     if not folder.exists():
         return False
     there, here = _public_values(read_state(folder).identity), _public_values(identity)
+    if there.get("test_size") == TEST_SIZE and here.get("test_size") is None:
+        there["test_size"] = None  # the default of older versions; `data` says whether that makes a difference
     for key in sorted(here.keys() | there.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(

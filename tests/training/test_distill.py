@@ -68,6 +68,9 @@ def test_a_student_comes_out_as_an_ensemble_of_one(target, distilled):
     provenance = model.config.members[0]["provenance"]
     assert provenance["steps"] == 6 and provenance["objective"] == f"distillation of 2 networks' {target}"
     assert provenance["compute"]["images"] == 96
+    assert "license" not in provenance and provenance["dataset"] == "digits"
+    assert len({teacher["weights_sha256"] for teacher in provenance["teachers"]}) == 2
+    assert all("license" not in teacher and teacher["source"] for teacher in provenance["teachers"])
 
 
 @pytest.mark.parametrize("target", ["features", "predictions"])
