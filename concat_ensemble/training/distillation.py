@@ -35,11 +35,13 @@ from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
 from concat_ensemble.training.saving import matches_identity, save_network
 
 STATISTICS_BATCHES = 20  # for the mean and scale of the teachers' features
+WITH_LABELS = ("turned", "label_smoothing", "bce_loss", "bce_target_thresh", "evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,12 @@ class Distillation(NetworkSettings):
     steps: PositiveInt
     target: Literal["features", "predictions"] = "features"
     temperature: PositiveFloat = 2.0  # of the predictions
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.refuse("in distillation, which learns the teachers' outputs and no labels", *WITH_LABELS)
+        if self.target != "predictions":
+            self.refuse("without target=predictions", "temperature")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -122,6 +130,11 @@ def load_with_head(source: str) -> nn.Module:
     return network
 
 
+def parameter_groups(student: Student, settings: Distillation) -> list[dict]:
+    """The optimizer's parameter groups with `layer_decay`."""
+    return group_by_layers([student.backbone], student.head, settings)
+
+
 def create_student(settings: Distillation, images: Images, teachers: Teachers) -> Student:
     """Standardize the teachers' features if they are the target, and create a student of as many outputs."""
     device = next(teachers.parameters()).device
@@ -145,7 +158,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     images = Images(settings, Pixels.from_settings(settings), shard, max_images, with_test=False)
     teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
     identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
-    if matches_identity(folder, identity):
+    if matches_identity(folder, identity, settings):
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
@@ -153,10 +166,17 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     set_seed(settings.seed, device_specific=True)
     checkpoints = output / "checkpoints" / "distilled"
     loop = Loop(
-        accelerator, settings, [student], steps=settings.steps, folder=checkpoints, identity=identity, name="distilled"
+        accelerator,
+        settings,
+        [student],
+        steps=settings.steps,
+        folder=checkpoints,
+        identity=identity,
+        name="distilled",
+        param_groups=None if settings.layer_decay is None else partial(parameter_groups, settings=settings),
     )
     steps = loop.run(
-        partial(images.batches, [settings.seed]),
+        partial(images.batches, [settings.seed], steps=settings.steps),
         lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
     )
     for _ in steps:

@@ -15,14 +15,12 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from msgspec import Meta
-from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from concat_ensemble.console import out
@@ -46,8 +44,10 @@ from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.objective import Objective
+from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
-from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
+from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings, ShareAboveZero
 from concat_ensemble.training.saving import matches_identity, replace_result
 from concat_ensemble.training.teams import Team
 
@@ -60,13 +60,14 @@ class FineTuning(Settings):
     steps: PositiveInt  # of the whole ensemble, or of each member
     stages: Literal["one", "two"] = "two"
     head: Literal["probe", "zero"] = "probe"  # initial head: that of a linear probe, or zeros
-    layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = 0.75  # timm's, of the learning rate towards the input
+    layer_decay: ShareAboveZero | None = 0.75
 
     def __post_init__(self):
         super().__post_init__()
         if self.streaming:
             reason = "fine-tuning starts from a linear probe, which reads images repeatedly"
             raise ValueError(f"streaming=True must be false: {reason}.")
+        self.refuse("in fine-tuning, which learns the labels", "turned")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -92,10 +93,7 @@ def parameter_groups(model: Classifier, settings: FineTuning) -> list[dict]:
     weight_decay = settings.weight_decay
     if settings.layer_decay is None:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-    groups = []
-    for member in model.members.values():
-        groups += param_groups_layer_decay(member, weight_decay=weight_decay, layer_decay=settings.layer_decay)
-    return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
+    return group_by_layers(model.members.values(), model.classifier, settings)
 
 
 def create_classifier(model: ConcatEnsemblePreTrainedModel, images: Images, settings: FineTuning) -> Classifier:
@@ -125,7 +123,7 @@ def fine_tune(
     accelerator = create_accelerator(settings, cpu)
     sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
     identity = settings.identity | sources
-    if matches_identity(folder, identity):
+    if matches_identity(folder, identity, settings):
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
@@ -142,10 +140,9 @@ def fine_tune(
         name=folder.name,
         param_groups=partial(parameter_groups, settings=settings),
     )
-    loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps = loop.run(
-        partial(images.batches, [settings.seed]),
-        lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
+        partial(images.batches, [settings.seed], steps=settings.steps),
+        Objective(settings),
         evaluate=lambda network: compute_top1(network, images, accelerator),
     )
     for _ in steps:

@@ -24,8 +24,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from concat_ensemble.console import out
@@ -38,6 +36,7 @@ from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
 from concat_ensemble.training.saving import matches_identity, save_network
@@ -93,22 +92,6 @@ def plan_jobs(recipe: Recipe) -> list[list[Network]]:
     return [networks[start : start + size] for networks in ensembles for start in range(0, len(networks), size)]
 
 
-class Objective:
-    """Cross-entropy with the recipe's label smoothing, mixup and cutmix, all timm's."""
-
-    def __init__(self, recipe: Recipe, num_classes: int):
-        self.mixup = None
-        if recipe.mixup or recipe.cutmix:
-            smoothing = recipe.label_smoothing
-            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes)
-        self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(recipe.label_smoothing)
-
-    def __call__(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.mixup:
-            images, labels = self.mixup(images, labels)
-        return self.loss(network(images), labels)
-
-
 def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: Path, cpu: bool) -> Loop:
     """Create a job's networks, each from its own seed, and the loop that trains them."""
     accelerator, networks, num_classes = create_accelerator(recipe, cpu), [], len(images.class_names)
@@ -135,8 +118,8 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
     loop = create_loop(job, recipe, images, folder=checkpoints, cpu=cpu)
     seeds, size = [network.seed for network in job], measure_size(job[0], recipe, images)
     steps = loop.run(
-        partial(images.batches, seeds),
-        Objective(recipe, len(images.class_names)),
+        partial(images.batches, seeds, steps=loop.steps),
+        Objective(recipe),
         stops=loop.cycle_ends,
         evaluate=lambda network: compute_top1(network, images, loop.accelerator),
     )
@@ -240,8 +223,7 @@ def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -
     """Seconds of a training step."""
     short = dataclasses.replace(network, steps=MEASURED_STEPS, snapshots=1)
     loop = create_loop([short], recipe, images, folder=Path(recipe.output) / "checkpoints" / "none", cpu=cpu)
-    objective = Objective(recipe, len(images.class_names))
-    steps = loop.run(partial(images.batches, [short.seed]), objective, stops=range(1, short.steps))
+    steps = loop.run(partial(images.batches, [short.seed]), Objective(recipe), stops=range(1, short.steps))
     return seconds_per_step(steps)
 
 
@@ -287,7 +269,8 @@ def run(
         job = jobs[number]
         folders = [output / folder for network in job for folder in network.folders]
         identity = job_identity(job, recipe, images)
-        finished = [matches_identity(folder, identity) for folder in folders]  # raises for any folder of another run
+        # Raises for any folder of another run.
+        finished = [matches_identity(folder, identity, recipe) for folder in folders]
         if not all(finished):
             train(job, recipe, images, cpu=cpu)
         elif team.rank == 0:

@@ -17,6 +17,7 @@ from concat_ensemble.errors import first_line
 from concat_ensemble.files import replace_folder, without_folders, write_json
 from concat_ensemble.schema import Amount, Count, check_type, decode_json
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.recipe import Settings
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
 
@@ -54,8 +55,9 @@ def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
         write_json(aside / STATE_FILE, {"identity": _public_values(identity)})
 
 
-def matches_identity(folder: Path, identity: dict) -> bool:
-    """Whether a checkpoint or a result exists. It must be from the training with this identity.
+def matches_identity(folder: Path, identity: dict, settings: Settings) -> bool:
+    """Whether a checkpoint or a result exists. It must be from the training with this identity. A field of the
+    settings that its own identity lacks was added later: it had the value that is now the default.
 
     Raises:
         ValueError: if it is from another training, or from none.
@@ -63,6 +65,7 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     if not folder.exists():
         return False
     there, here = _public_values(read_state(folder).identity), _public_values(identity)
+    there = {key: value for key, value in _public_values(settings.defaults()).items() if key in here} | there
     for key in sorted(here.keys() | there.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(
