@@ -33,8 +33,10 @@ from concat_ensemble.studies.ensemble_folders import replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
 from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
@@ -144,7 +146,7 @@ def create_student(settings: Distillation, images: Images, teachers: Teachers) -
         teachers.standardize(pixels)
     num_outputs = sum(outputs.shape[1] for outputs in teachers(pixels[0][:1]))
     set_seed(settings.seed)
-    backbone = timm.create_model(settings.architecture, num_classes=0, **settings.model_args)
+    backbone = create_network(settings, 0, settings.model_args)
     num_features = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
     return Student(backbone, num_features, num_outputs)
 
@@ -153,11 +155,15 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     """Distill the teachers and save the student, unless it is finished."""
     output = Path(settings.output)
     folder = output / "members" / "distilled-0"
+    check_buildable(settings, settings.model_args)
     accelerator = create_accelerator(settings, cpu)
     shard = (accelerator.process_index, accelerator.num_processes)
-    images = Images(settings, Pixels.from_settings(settings), shard, max_images, with_test=False)
-    teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
-    identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
+    with local_main_process_first():
+        images = Images(settings, Pixels.from_settings(settings), shard, max_images, with_test=False)
+        teachers = Teachers(settings)
+        initial = read_initial_weights(settings).identity
+    teachers = teachers.to(accelerator.device).to(memory_format=torch.channels_last)
+    identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity} | initial
     if matches_identity(folder, identity, settings):
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
@@ -208,7 +214,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
     device = next(teachers.parameters()).device
     teacher_flops = count_flops(teachers, torch.zeros(1, *settings.input_size, device=device))
     flops = size.training_flops(num_images) + teacher_flops * num_images
-    return {
+    provenance = {
         "source": "distilled by training/distill.py",
         "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
         "pretraining_data": f"{without_folders(settings.dataset)}, classes {', '.join(images.class_names)}",
@@ -217,6 +223,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
         "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},
         "command": launch_command(),
     }
+    return read_initial_weights(settings).describe(provenance)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -42,6 +42,7 @@ from concat_ensemble.studies.provenance import members_sha256, training_cost, ve
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.objective import Objective
@@ -114,12 +115,10 @@ def fine_tune(
     folder: Path,
     settings: FineTuning,
     *,
-    shard: tuple[int, int] = (0, 1),
-    max_images: int | None = None,
+    images: Images,
     cpu: bool = False,
 ) -> None:
     """Train one classifier from an ensemble and save it with its results to `folder`, unless it is finished."""
-    images = Images(settings, read_pixels(model.config), shard, max_images)
     accelerator = create_accelerator(settings, cpu)
     sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
     identity = settings.identity | sources
@@ -249,15 +248,19 @@ def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images
 def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, max_images: int | None = None) -> None:
     """Fine-tune the whole ensemble, or each member and then assemble them."""
     output = Path(settings.output)
-    model = assemble(settings.model)
-    parts = {"whole": model}
-    if settings.stages == "two":
-        parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
+    with local_main_process_first():
+        model = assemble(settings.model)
+        parts = {"whole": model}
+        if settings.stages == "two":
+            parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
+        pixels = {name: read_pixels(part.config) for name, part in parts.items()}
+        images = {each: Images(settings, each, max_images=max_images) for each in dict.fromkeys(pixels.values())}
     team = Team(parallelism, len(parts), cpu)
     names = list(parts)
     for number in team.jobs():
-        part, folder = parts[names[number]], output / names[number]
-        fine_tune(part, folder, settings, shard=team.shard, max_images=max_images, cpu=cpu)
+        name = names[number]
+        images[pixels[name]].shard = team.shard
+        fine_tune(parts[name], output / name, settings, images=images[pixels[name]], cpu=cpu)
     team.wait_for_all()
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"

@@ -33,9 +33,9 @@ CPU = torch.device("cpu")
 
 
 class Images:
-    """The images of a training run. This process gets its part of every batch: `shard` is its rank in its team, and
-    the number of processes there. `max_images` is a further limit for each split, for a trial. `with_test` says
-    whether the test images are needed too.
+    """The images of a training run. This process gets its part of every batch: `shard`, which may be set later, is its
+    rank in its team and the number of processes there. `max_images` is a further limit for each split, for a trial.
+    `with_test` says whether the test images are needed too.
 
     Raises:
         ValueError: if a batch cannot be shared evenly.
@@ -53,15 +53,12 @@ class Images:
         self.settings, self.pixels, self.shard = settings, pixels, shard
         if settings.augmentation == "scatter" and pixels.input_size[1] != pixels.input_size[2]:
             raise ValueError(f"input_size={list(pixels.input_size)} must be a square with augmentation=scatter.")
-        if settings.batch_size % (shard[1] * settings.gradient_accumulation):
-            parts = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
-            raise ValueError(f"batch_size={settings.batch_size} must be a multiple of {parts}; change one of them.")
+        self._check_batches()
         source: dict[str, Any] = {"config": settings.dataset_config, "revision": settings.dataset_revision}
         source |= {"image_column": settings.image_column, "label_column": settings.label_column}
         if settings.streaming:
             self.stream = load_stream(settings.dataset, split=settings.train_split, **source)
             self.class_names, self.data = class_names(self.stream), DatasetDict()
-            self._check_mixing()
             return
         self.data = load_data(
             settings.dataset,
@@ -78,7 +75,6 @@ class Images:
         if not settings.evaluate_every:  # then the validation images are training images too
             self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
         self.class_names, self.size = class_names(self.split), len(self.split)
-        self._check_mixing()
         self.train_labels = torch.as_tensor(read_labels(self.split))
         if settings.augmentation == "scatter":
             self._in_memory = torch.stack([self._read(index) for index in range(self.size)])
@@ -107,9 +103,11 @@ class Images:
         goes on at the `position` of the last part before `first_step`. `steps` of the training are what `mixup_off` is
         a share of.
         """
+        self._check_batches()
         batches = self._plain_batches(seeds, first_step, device, position)
         if not self.settings.mixes:
             return batches
+        self._check_pairs()
         count = self.settings.gradient_accumulation
         own_parts = range(self.shard[0], count * self.shard[1], self.shard[1])
         places = ((step, number) for step in itertools.count(first_step) for number in own_parts)
@@ -170,14 +168,20 @@ class Images:
     def _own_images(self) -> float:
         return self.images_per_step / self.shard[1]
 
-    def _check_mixing(self) -> None:
+    def _check_batches(self) -> None:
+        """Raise ValueError if a batch cannot be shared evenly."""
+        parts = self.shard[1] * self.settings.gradient_accumulation
+        if self.settings.batch_size % parts:
+            counts = f"{self.shard[1]} processes x gradient_accumulation={self.settings.gradient_accumulation}"
+            problem = f"batch_size={self.settings.batch_size} must be a multiple of {counts}"
+            raise ValueError(f"{problem}; change one of them.")
+
+    def _check_pairs(self) -> None:
         """Raise ValueError if timm's Mixup, which mixes pairs, would get an odd number of images."""
-        num_parts = self.shard[1] * self.settings.gradient_accumulation
-        sizes = [self.images_per_step // num_parts, -(-self.images_per_step // num_parts)]
-        if self.settings.mixes and any(size % 2 for size in sizes):
-            parts = f"{self.images_per_step} images of a step in {num_parts} parts"
-            remedy = "change batch_size, or leave mixup and cutmix out"
-            raise ValueError(f"mixup and cutmix need parts of an even number of images, not {parts}; {remedy}.")
+        images, parts = self.images_per_step, self.shard[1] * self.settings.gradient_accumulation
+        if images % (2 * parts):
+            problem = f"mixup and cutmix need an even number of images in a part, not {images} in {parts} parts"
+            raise ValueError(f"{problem}; change batch_size, or leave mixup and cutmix out.")
 
     def labels(self, split: str) -> np.ndarray:
         return read_labels(self.data[split])

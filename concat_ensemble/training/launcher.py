@@ -1,6 +1,12 @@
-"""The options of `accelerate launch`, which come in environment variables, must be what the recipe says."""
+"""What `accelerate launch` tells the processes that it starts, in environment variables."""
 
+import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from torch import distributed
 
 from concat_ensemble.training.recipe import Settings
 
@@ -11,6 +17,31 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
 }
+_turns = itertools.count()  # of `local_main_process_first`, the same in every process
+
+
+@contextmanager
+def local_main_process_first() -> Iterator[None]:
+    """Let one process of each machine go first, so that it downloads and prepares what the others then find in its
+    cache. accelerate's own needs a process group of all processes, which teams must not have; call this before there
+    is a team. Without the store of `accelerate launch`, all go at once.
+    """
+    count, turn = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), next(_turns)
+    if count == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        yield
+        return
+    store, *_ = next(distributed.rendezvous("env://"))
+    store.set_timeout(timedelta(days=1))
+    machine, start = (os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
+    key = f"start {start}, turn {turn}: machine {machine} is prepared"
+    if os.environ.get("LOCAL_RANK") != "0":
+        store.wait([key])
+        yield
+        return
+    try:
+        yield
+    finally:  # the others then fail as this one does
+        store.set(key, "yes")
 
 
 def check_launcher(settings: Settings) -> None:

@@ -20,22 +20,22 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
 from concat_ensemble.console import out
-from concat_ensemble.errors import first_line
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
 from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
@@ -97,7 +97,7 @@ def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: P
     accelerator, networks, num_classes = create_accelerator(recipe, cpu), [], len(images.class_names)
     for network in job:
         set_seed(network.seed)
-        networks.append(timm.create_model(recipe.architecture, num_classes=num_classes, **network.model_args))
+        networks.append(create_network(recipe, num_classes, network.model_args))
     set_seed(job[0].seed, device_specific=True)
     return Loop(
         accelerator,
@@ -174,32 +174,21 @@ def describe_training(network: Network, recipe: Recipe, images: Images) -> dict:
     """Provenance of a network that is known before it is trained."""
     classes = recipe.classes or "all" if recipe.turned else ", ".join(images.class_names)
     scattered = " (scattered)" if recipe.augmentation == "scatter" else ""
-    return {
+    provenance = {
         "source": "trained by training/pretrain_members.py",
         "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
         "pretraining_data": f"{without_folders(recipe.dataset)}, classes {classes}{scattered}",
         "seed": network.seed,
         "recipe": recipe.identity | {"dataset": without_folders(recipe.dataset)},
     }
+    return read_initial_weights(recipe).describe(provenance)
 
 
 def job_identity(job: list[Network], recipe: Recipe, images: Images) -> dict:
     """Identity of a job, which does not depend on the recipe's other ensembles."""
     fields = {key: value for key, value in recipe.identity.items() if key not in OTHER_ENSEMBLES}
+    fields |= read_initial_weights(recipe).identity
     return fields | {"networks": [dataclasses.asdict(network) for network in job], "data": images.identity}
-
-
-def check_buildable(network: Network, recipe: Recipe) -> None:
-    """Raise ValueError if timm cannot create a network, or the network cannot take an image."""
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(recipe.architecture, num_classes=2, **network.model_args)
-            model(torch.zeros(2, *recipe.input_size))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"architecture={recipe.architecture} with model_args={network.model_args} must be a network for images of "
-            f"input_size={recipe.input_size}; timm says: {first_line(error)}."
-        ) from error
 
 
 def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
@@ -257,11 +246,14 @@ def run(
     if output.is_file():
         raise ValueError(f"output={recipe.output} is a file; name a folder.")
     for networks in plan_ensembles(recipe).values():
-        check_buildable(networks[0], recipe)
+        check_buildable(recipe, networks[0].model_args)
+    with local_main_process_first():
+        images = Images(recipe, Pixels.from_settings(recipe), max_images=max_images, with_test=False)
+        read_initial_weights(recipe)
     team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
+    images.shard = team.shard
     if team.is_main_process:
         out.print(f"{team}, parallelism={parallelism}", soft_wrap=True)
-    images = Images(recipe, Pixels.from_settings(recipe), team.shard, max_images, with_test=False)
     if only_plan:
         print_costs(recipe, images, team.num_processes, cpu)
         return
