@@ -50,9 +50,12 @@ def load_source(
         return {"train": name}
     if isinstance(name, DatasetDict | IterableDatasetDict):
         return {str(kind): split for kind, split in name.items()}
-    if name == DIGITS:
+    builder, location = (DIGITS, "") if name == DIGITS else identify_source(str(name))
+    for option, value in (("config", config), ("revision", revision)):
+        if value is not None and builder != "hub":
+            raise ValueError(f"{option}={value!r} must be left out: {name} is not from the Hub.")
+    if builder == DIGITS:
         return {"train": load_digits()}
-    builder, location = identify_source(str(name))
     try:
         if builder == "webdataset":
             return load_tars(_find_data_files(location, builder), stream=streaming or limit is not None)

@@ -86,7 +86,7 @@ class Settings:
     learning_rate: PositiveFloat = 2e-3  # peak
     layer_decay: ShareAboveZero | None = None  # timm's, of the learning rate from layer to layer towards the input
     weight_decay: NonNegativeFloat = 0.05
-    betas: Annotated[list[ShareBelowOne], Meta(min_length=2, max_length=2)] | None = None  # default: the optimizer's
+    betas: Annotated[list[ShareBelowOne], Meta(min_length=2, max_length=3)] | None = None  # default: the optimizer's
     clip_norm: PositiveFloat | None = None
     ema_decay: ShareBelowOne = 0.0  # of a moving average of the weights, which is then what is saved; 0: none
 
@@ -170,17 +170,19 @@ class Settings:
         if self.optimizer not in OPTIMIZERS:
             expected = f"{SCHEDULE_FREE} or one of timm.optim.list_optimizers()"
             raise ValueError(f"optimizer={self.optimizer!r} must be {expected}{suggest(self.optimizer, OPTIMIZERS)}")
-        if self.optimizer == SCHEDULE_FREE:
+        info = None if self.optimizer == SCHEDULE_FREE else timm.optim.get_optimizer_info(self.optimizer)
+        count = 2 if info is None else info.num_betas * info.has_betas
+        if self.betas is not None and len(self.betas) != count:
+            expected = f"{count} numbers" if count else "left out"
+            raise ValueError(f"betas={self.betas} must be {expected} with optimizer={self.optimizer}.")
+        if info is None:
             self.refuse(f"with {SCHEDULE_FREE}, which saves its own average of the weights", "ema_decay")
             return
-        betas: dict[str, Any] = {} if self.betas is None else {"betas": tuple(self.betas)}
         try:
-            timm.optim.create_optimizer_v2(nn.Linear(1, 1), self.optimizer, lr=self.learning_rate, **betas)
-        except (AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            given = "" if self.betas is None else f" with betas={self.betas}"
-            expected = "one that timm can create here"
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(f"optimizer={self.optimizer!r}{given} must be {expected} ({reason}).") from error
+            timm.optim.create_optimizer_v2(nn.Linear(1, 1), self.optimizer, lr=self.learning_rate)
+        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+            expected = f"one that timm can create here ({first_line(error)})"
+            raise ValueError(f"optimizer={self.optimizer!r} must be {expected}.") from error
 
     def _check_schedule(self) -> None:
         if self.optimizer == SCHEDULE_FREE:

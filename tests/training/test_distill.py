@@ -108,8 +108,8 @@ def test_a_second_run_skips_and_another_distillation_is_refused(distilled, capsy
     distilled()
     distilled()
     assert "is finished, skipped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"is of another training: its temperature is 2.0, here 3.0"):
-        distilled(temperature=3.0)
+    with pytest.raises(ValueError, match=r"is of another training: its learning_rate is 0.002, here 0.003"):
+        distilled(learning_rate=0.003)
 
 
 def test_a_student_has_one_output_for_each_of_the_teachers():
