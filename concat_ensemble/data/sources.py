@@ -51,9 +51,7 @@ def load_source(
     if isinstance(name, DatasetDict | IterableDatasetDict):
         return {str(kind): split for kind, split in name.items()}
     builder, location = (DIGITS, "") if name == DIGITS else identify_source(str(name))
-    for option, value in (("config", config), ("revision", revision)):
-        if value is not None and builder != "hub":
-            raise ValueError(f"{option}={value!r} must be left out: {name} is not from the Hub.")
+    _check_options(name, builder, config=config, revision=revision)
     if builder == DIGITS:
         return {"train": load_digits()}
     try:
@@ -74,6 +72,13 @@ def load_source(
     if isinstance(loaded, Dataset | IterableDataset):
         return {"train": loaded}
     return {str(kind): split for kind, split in loaded.items()}
+
+
+def _check_options(name: str | Path, builder: str, **options: str | None) -> None:
+    """Raise ValueError for options that only a dataset on the Hub has."""
+    for option, value in options.items():
+        if value is not None and builder != "hub":
+            raise ValueError(f"{option}={value!r} must be left out: {name} is not on the Hub.")
 
 
 def identify_source(name: str) -> tuple[str, str]:

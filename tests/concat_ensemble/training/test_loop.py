@@ -35,9 +35,9 @@ VARIANTS = {
     "plain": {},
     "schedule-free": {"optimizer": "schedulefree_adamw"},
     "moving average": {"ema_decay": 0.9},
-    "mixup": {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1},
+    "mixup": {"mixup": 0.5, "cutmix": 0.5, "mixup_prob": 0.9, "mixup_off": 0.6, "bce_loss": True},
     "drop path": {"model_args": BASE["model_args"] | {"drop_path_rate": 0.3}},
-    "accumulation": {"gradient_accumulation": 2, "clip_norm": 1.0},
+    "accumulation": {"gradient_accumulation": 2, "clip_norm": 1.0, "aug_repeats": 3},
     "two together": {"members_per_process": 2, "members": [2]},
     "timm's augmentation, workers": {
         "augmentation": "timm",
@@ -89,7 +89,7 @@ def trained(tmp_path):
         )
 
         def batches(step, *place):
-            for number, part in enumerate(images.batches(range(count), step, *place)):
+            for number, part in enumerate(images.batches(range(count), step, *place, steps=recipe.total_steps)):
                 if number == cut_at:
                     by()
                 yield part
