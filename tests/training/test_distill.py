@@ -123,3 +123,14 @@ def test_the_command_line_does_the_same(teachers, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2 and "lacks teachers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_mixed_images_and_slower_layers_reach_the_student(distilled):
+    def weights(name: str, **changes) -> dict:
+        return AutoModel.from_pretrained(distilled(output=name, steps=2, **changes) / "distilled").state_dict()
+
+    plain = weights("plain")
+    for name, changes in {"mixed": {"mixup": 0.8}, "slower": {"layer_decay": 0.5}}.items():
+        changed = weights(name, **changes)
+        assert any(not torch.equal(changed[key], plain[key]) for key in plain), name
