@@ -50,10 +50,9 @@ def load_source(
         return {"train": name}
     if isinstance(name, DatasetDict | IterableDatasetDict):
         return {str(kind): split for kind, split in name.items()}
-    builder, location = (DIGITS, "") if name == DIGITS else identify_source(str(name))
-    _check_options(name, builder, config=config, revision=revision)
-    if builder == DIGITS:
+    if name == DIGITS:
         return {"train": load_digits()}
+    builder, location = identify_source(str(name))
     try:
         if builder == "webdataset":
             return load_tars(_find_data_files(location, builder), stream=streaming or limit is not None)
@@ -72,13 +71,6 @@ def load_source(
     if isinstance(loaded, Dataset | IterableDataset):
         return {"train": loaded}
     return {str(kind): split for kind, split in loaded.items()}
-
-
-def _check_options(name: str | Path, builder: str, **options: str | None) -> None:
-    """Raise ValueError for options that only a dataset on the Hub has."""
-    for option, value in options.items():
-        if value is not None and builder != "hub":
-            raise ValueError(f"{option}={value!r} must be left out: {name} is not on the Hub.")
 
 
 def identify_source(name: str) -> tuple[str, str]:

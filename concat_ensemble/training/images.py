@@ -19,8 +19,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from concat_ensemble.data.images import decode_image, describe_encoded, read_image
 from concat_ensemble.data.labels import class_names, read_labels
-from concat_ensemble.data.loading import load_data, load_stream
+from concat_ensemble.data.loading import SCATTERED, load_data, load_stream
 from concat_ensemble.data.scattered import Scatter
+from concat_ensemble.data.sources import DIGITS, identify_source
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.training.batches import Augmentation, Batch, Finish, Part, Pixels, Position, derive_seed, prefetch
 from concat_ensemble.training.objective import Mixing
@@ -54,6 +55,9 @@ class Images:
         if settings.augmentation == "scatter" and pixels.input_size[1] != pixels.input_size[2]:
             raise ValueError(f"input_size={list(pixels.input_size)} must be a square with augmentation=scatter.")
         self._check_batches()
+        name = settings.dataset.removeprefix(SCATTERED)
+        if name == DIGITS or identify_source(name)[0] != "hub":
+            settings.refuse(f"with dataset={name}, which is not on the Hub", "dataset_config", "dataset_revision")
         source: dict[str, Any] = {"config": settings.dataset_config, "revision": settings.dataset_revision}
         source |= {"image_column": settings.image_column, "label_column": settings.label_column}
         if settings.streaming:

@@ -92,6 +92,13 @@ def test_repeated_views_of_an_image_are_augmented_apart():
     assert all(not torch.equal(one, other) for one, other in zip(images[::2], images[1::2], strict=True))
 
 
+@pytest.mark.parametrize("field", ["dataset_config", "dataset_revision"])
+def test_what_only_a_dataset_on_the_hub_has_is_refused(field, tmp_path):
+    for name in ("digits", "scattered:digits", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"{field}='x' must be left out.*which is not on the Hub"):
+            Images(Settings(**{"dataset": name, field: "x"}), GREY)
+
+
 def test_a_canvas_that_is_no_square_is_refused():
     with pytest.raises(ValueError, match=r"input_size=\[1, 32, 48\] must be a square with augmentation=scatter"):
         Images(Settings(**CROPPED | {"augmentation": "scatter"}), Pixels((1, 32, 48), (0.5,), (0.5,)))
