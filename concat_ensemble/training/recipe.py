@@ -129,7 +129,7 @@ class Settings:
         for name in names:
             value, default = getattr(self, name), defaults[name]
             if value != default:
-                raise ValueError(f"{name}={value!r} must be left out, which is {default!r}, {reason}.")
+                raise ValueError(f"{name}={value!r} must be left out {reason}; its default is {default!r}.")
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Settings:
         if self.augmentation != "timm":
             self.refuse(f"with augmentation={self.augmentation}; augmentation=timm uses it", *TIMM_AUGMENTATION)
         if self.auto_augment is not None and self.color_jitter:
-            self.refuse("or 0, with auto_augment, in place of which timm has it", "color_jitter")
+            self.refuse("or 0 with auto_augment, which timm uses instead", "color_jitter")
 
     @property
     def mixes(self) -> bool:
@@ -157,7 +157,7 @@ class Settings:
 
     def _check_mixing(self) -> None:
         if not self.mixes:
-            self.refuse("without mixup or cutmix; set one of them", *MIXING)
+            self.refuse("without mixup or cutmix", *MIXING)
         if not (self.mixup and self.cutmix):
             self.refuse("unless there are both mixup and cutmix", "mixup_switch_prob")
         if self.mixes and not self.mixup_prob:
@@ -247,7 +247,7 @@ class NetworkSettings(Settings):
             raise ValueError(f"architecture: {describe_unknown_architecture(self.architecture)}")
         validate_model_args(self.model_args)
         if self.pretrained:
-            self.refuse("with pretrained=True; name one source of the weights", "initial_checkpoint")
+            self.refuse("with pretrained=True, which is another source of weights", "initial_checkpoint")
         if len(self.input_size) != 3 or self.input_size[0] not in (1, 3):
             raise ValueError(f"input_size={self.input_size} must be [C, H, W] with 1 or 3 channels.")
         channels = self.input_size[0]
@@ -292,7 +292,7 @@ class Recipe(NetworkSettings):
         if self.wide_steps:
             self.refuse("with wide_steps, because W2 is of another width", "pretrained", "initial_checkpoint")
         if 1 not in self.members and self.baseline_extra:
-            self.refuse("or 0, unless there is 1 in members", "baseline_extra")
+            self.refuse("or 0 unless there is 1 in members", "baseline_extra")
         if self.seeds is not None:
             has_others = len(self.members) != 1 or self.wide_steps or self.snapshots
             if has_others or len(self.seeds) != self.members[0]:
