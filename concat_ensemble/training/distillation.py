@@ -33,13 +33,17 @@ from concat_ensemble.studies.ensemble_folders import replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
+from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
 from concat_ensemble.training.saving import matches_identity, public_dataset, save_network
 
 STATISTICS_BATCHES = 20  # for the mean and scale of the teachers' features
+WITH_LABELS = ("turned", "label_smoothing", "bce_loss", "bce_target_thresh", "evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,12 @@ class Distillation(NetworkSettings):
     steps: PositiveInt
     target: Literal["features", "predictions"] = "features"
     temperature: PositiveFloat = 2.0  # of the predictions
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.refuse("in distillation, which learns the teachers' outputs and no labels", *WITH_LABELS)
+        if self.target != "predictions":
+            self.refuse("without target=predictions", "temperature")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -125,6 +135,11 @@ def load_with_head(source: str) -> nn.Module:
     return network
 
 
+def parameter_groups(student: Student, settings: Distillation) -> list[dict]:
+    """The optimizer's parameter groups with `layer_decay`."""
+    return group_by_layers([student.backbone], student.head, settings)
+
+
 def create_student(settings: Distillation, images: Images, teachers: Teachers) -> Student:
     """Standardize the teachers' features if they are the target, and create a student of as many outputs."""
     device = next(teachers.parameters()).device
@@ -134,7 +149,7 @@ def create_student(settings: Distillation, images: Images, teachers: Teachers) -
         teachers.standardize(pixels)
     num_outputs = sum(outputs.shape[1] for outputs in teachers(pixels[0][:1]))
     set_seed(settings.seed)
-    backbone = timm.create_model(settings.architecture, num_classes=0, **settings.model_args)
+    backbone = create_network(settings, 0, settings.model_args)
     num_features = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
     return Student(backbone, num_features, num_outputs)
 
@@ -143,12 +158,16 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     """Distill the teachers and save the student, unless it is finished."""
     output = Path(settings.output)
     folder = output / "members" / "distilled-0"
+    check_buildable(settings, settings.model_args)
     accelerator = create_accelerator(settings, cpu)
     shard = (accelerator.process_index, accelerator.num_processes)
-    images = Images(settings, Pixels.from_settings(settings), shard, max_images, with_test=False)
-    teachers = Teachers(settings).to(accelerator.device).to(memory_format=torch.channels_last)
-    identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity}
-    if matches_identity(folder, identity):
+    with local_main_process_first():
+        images = Images(settings, Pixels.from_settings(settings), shard, max_images, with_test=False)
+        teachers = Teachers(settings)
+        initial = read_initial_weights(settings).identity
+    teachers = teachers.to(accelerator.device).to(memory_format=torch.channels_last)
+    identity = settings.identity | {"teachers": teachers.hashes, "data": images.identity} | initial
+    if matches_identity(folder, identity, settings):
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
@@ -156,10 +175,17 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     set_seed(settings.seed, device_specific=True)
     checkpoints = output / "checkpoints" / "distilled"
     loop = Loop(
-        accelerator, settings, [student], steps=settings.steps, folder=checkpoints, identity=identity, name="distilled"
+        accelerator,
+        settings,
+        [student],
+        steps=settings.steps,
+        folder=checkpoints,
+        identity=identity,
+        name="distilled",
+        param_groups=None if settings.layer_decay is None else partial(parameter_groups, settings=settings),
     )
     steps = loop.run(
-        partial(images.batches, [settings.seed]),
+        partial(images.batches, [settings.seed], steps=settings.steps),
         lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
     )
     for _ in steps:
@@ -191,7 +217,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
     device = next(teachers.parameters()).device
     teacher_flops = count_flops(teachers, torch.zeros(1, *settings.input_size, device=device))
     flops = size.training_flops(num_images) + teacher_flops * num_images
-    return {
+    provenance = {
         "source": "distilled by training/distill.py",
         "objective": f"distillation of {len(teachers.networks)} networks' {settings.target}",
         "pretraining_data": f"{without_folders(settings.dataset)}, classes {', '.join(images.class_names)}",
@@ -205,6 +231,7 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
         "compute": {"images": num_images, "gflops": round(flops / 1e9, 3)},
         "command": launch_command(),
     }
+    return read_initial_weights(settings).describe(provenance)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

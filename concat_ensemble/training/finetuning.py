@@ -15,14 +15,12 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from msgspec import Meta
-from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from concat_ensemble.console import out
@@ -44,10 +42,13 @@ from concat_ensemble.studies.provenance import members_sha256, training_cost, ve
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.objective import Objective
+from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
-from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
+from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings, ShareAboveZero
 from concat_ensemble.training.saving import matches_identity, public_dataset, replace_result
 from concat_ensemble.training.teams import Team
 
@@ -60,7 +61,7 @@ class FineTuning(Settings):
     steps: PositiveInt  # of the whole ensemble, or of each member
     stages: Literal["one", "two"] = "two"
     head: Literal["probe", "zero"] = "probe"  # initial head: that of a linear probe, or zeros
-    layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = 0.75  # timm's, of the learning rate towards the input
+    layer_decay: ShareAboveZero | None = 0.75
     test_split: str | None = None  # such as validation, where the labels of a split named test are hidden
 
     def __post_init__(self):
@@ -68,6 +69,7 @@ class FineTuning(Settings):
         if self.streaming:
             reason = "fine-tuning starts from a linear probe, which reads images repeatedly"
             raise ValueError(f"streaming=True must be false: {reason}.")
+        self.refuse("in fine-tuning, which learns the labels", "turned")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -93,10 +95,7 @@ def parameter_groups(model: Classifier, settings: FineTuning) -> list[dict]:
     weight_decay = settings.weight_decay
     if settings.layer_decay is None:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-    groups = []
-    for member in model.members.values():
-        groups += param_groups_layer_decay(member, weight_decay=weight_decay, layer_decay=settings.layer_decay)
-    return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
+    return group_by_layers(model.members.values(), model.classifier, settings)
 
 
 def create_classifier(model: ConcatEnsemblePreTrainedModel, images: Images, settings: FineTuning) -> Classifier:
@@ -117,16 +116,14 @@ def fine_tune(
     folder: Path,
     settings: FineTuning,
     *,
-    shard: tuple[int, int] = (0, 1),
-    max_images: int | None = None,
+    images: Images,
     cpu: bool = False,
 ) -> None:
     """Train one classifier from an ensemble and save it with its results to `folder`, unless it is finished."""
-    images = Images(settings, read_pixels(model.config), shard, max_images, test_split=settings.test_split)
     accelerator = create_accelerator(settings, cpu)
     sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
     identity = settings.identity | sources
-    if matches_identity(folder, identity):
+    if matches_identity(folder, identity, settings):
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
@@ -143,10 +140,9 @@ def fine_tune(
         name=folder.name,
         param_groups=partial(parameter_groups, settings=settings),
     )
-    loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps = loop.run(
-        partial(images.batches, [settings.seed]),
-        lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
+        partial(images.batches, [settings.seed], steps=settings.steps),
+        Objective(settings),
         evaluate=lambda network: compute_top1(network, images, accelerator),
     )
     for _ in steps:
@@ -257,15 +253,22 @@ def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images
 def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, max_images: int | None = None) -> None:
     """Fine-tune the whole ensemble, or each member and then assemble them."""
     output = Path(settings.output)
-    model = assemble(settings.model)
-    parts = {"whole": model}
-    if settings.stages == "two":
-        parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
+    with local_main_process_first():
+        model = assemble(settings.model)
+        parts = {"whole": model}
+        if settings.stages == "two":
+            parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
+        pixels = {name: read_pixels(part.config) for name, part in parts.items()}
+        split = settings.test_split
+        images = {
+            each: Images(settings, each, max_images=max_images, test_split=split) for each in dict.fromkeys(pixels.values())
+        }
     team = Team(parallelism, len(parts), cpu)
     names = list(parts)
     for number in team.jobs():
-        part, folder = parts[names[number]], output / names[number]
-        fine_tune(part, folder, settings, shard=team.shard, max_images=max_images, cpu=cpu)
+        name = names[number]
+        images[pixels[name]].shard = team.shard
+        fine_tune(parts[name], output / name, settings, images=images[pixels[name]], cpu=cpu)
     team.wait_for_all()
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"

@@ -19,23 +19,26 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from concat_ensemble.data.images import decode_image, describe_encoded, read_image
 from concat_ensemble.data.labels import class_names, read_labels
-from concat_ensemble.data.loading import load_data, load_stream
+from concat_ensemble.data.loading import SCATTERED, load_data, load_stream
 from concat_ensemble.data.scattered import Scatter
+from concat_ensemble.data.sources import DIGITS, identify_source
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.training.batches import Augmentation, Batch, Finish, Part, Pixels, Position, derive_seed, prefetch
+from concat_ensemble.training.objective import Mixing
 from concat_ensemble.training.recipe import Settings
 from concat_ensemble.training.streams import read_stream
 
 Shard = tuple[int, int]  # rank, number of processes
+Place = tuple[int, ...]  # epoch, index of an image and, with aug_repeats, number of its view: the seed of its draws
 CPU = torch.device("cpu")
 TEST_SIZE = 0.3  # share of the images to test on, where they are needed and the dataset has no test split
 
 
 class Images:
-    """The images of a training run. This process gets its part of every batch: `shard` is its rank in its team, and
-    the number of processes there. `max_images` is a further limit for each split, for a trial. `with_test` says
-    whether the test images are needed too, of the split `test_split` if it is named; else the test split is not looked
-    at, and the images of a validation split are never trained on.
+    """The images of a training run. This process gets its part of every batch: `shard`, which may be set later, is its
+    rank in its team and the number of processes there. `max_images` is a further limit for each split, for a trial.
+    `with_test` says whether the test images are needed too, of the split `test_split` if it is named; else the test
+    split is not looked at, and the images of a validation split are never trained on.
 
     Raises:
         ValueError: if a batch cannot be shared evenly.
@@ -52,9 +55,12 @@ class Images:
         test_split: str | None = None,
     ):
         self.settings, self.pixels, self.shard = settings, pixels, shard
-        if settings.batch_size % (shard[1] * settings.gradient_accumulation):
-            parts = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
-            raise ValueError(f"batch_size={settings.batch_size} must be a multiple of {parts}; change one of them.")
+        if settings.augmentation == "scatter" and pixels.input_size[1] != pixels.input_size[2]:
+            raise ValueError(f"input_size={list(pixels.input_size)} must be a square with augmentation=scatter.")
+        self._check_batches()
+        name = settings.dataset.removeprefix(SCATTERED)
+        if name == DIGITS or identify_source(name)[0] != "hub":
+            settings.refuse(f"with dataset={name}, which is not on the Hub", "dataset_config", "dataset_revision")
         source: dict[str, Any] = {"config": settings.dataset_config, "revision": settings.dataset_revision}
         source |= {"image_column": settings.image_column, "label_column": settings.label_column}
         if settings.streaming:
@@ -99,11 +105,28 @@ class Images:
         first_step: int = 0,
         device: torch.device = CPU,
         position: Position | None = None,
+        *,
+        steps: int | None = None,
     ) -> Iterator[Batch]:
         """Parts of batches without end, from step `first_step` on: `gradient_accumulation` parts for each step. There
         is one seed for each network's augmentation; the first one also determines the order of the images. A stream
-        goes on at the `position` of the last part before `first_step`.
+        goes on at the `position` of the last part before `first_step`. `steps` of the training are what `mixup_off` is
+        a share of.
         """
+        self._check_batches()
+        batches = self._plain_batches(seeds, first_step, device, position)
+        if not self.settings.mixes:
+            return batches
+        self._check_pairs()
+        count = self.settings.gradient_accumulation
+        own_parts = range(self.shard[0], count * self.shard[1], self.shard[1])
+        places = ((step, number) for step in itertools.count(first_step) for number in own_parts)
+        return Mixing(self.settings, seeds, len(self.class_names), steps)(batches, places)
+
+    def _plain_batches(
+        self, seeds: Sequence[int], first_step: int, device: torch.device, position: Position | None
+    ) -> Iterator[Batch]:
+        """Parts of batches whose images are not mixed with each other."""
         if self.settings.augmentation == "scatter":
             order = self._order(seeds, first_step)
             return prefetch((self._scatter(places, seeds) for places in order), device, Batch.to)
@@ -155,6 +178,21 @@ class Images:
     def _own_images(self) -> float:
         return self.images_per_step / self.shard[1]
 
+    def _check_batches(self) -> None:
+        """Raise ValueError if a batch cannot be shared evenly."""
+        parts = self.shard[1] * self.settings.gradient_accumulation
+        if self.settings.batch_size % parts:
+            counts = f"{self.shard[1]} processes x gradient_accumulation={self.settings.gradient_accumulation}"
+            problem = f"batch_size={self.settings.batch_size} must be a multiple of {counts}"
+            raise ValueError(f"{problem}; change one of them.")
+
+    def _check_pairs(self) -> None:
+        """Raise ValueError if timm's Mixup, which mixes pairs, would get an odd number of images."""
+        images, parts = self.images_per_step, self.shard[1] * self.settings.gradient_accumulation
+        if images % (2 * parts):
+            problem = f"mixup and cutmix need an even number of images in a part, not {images} in {parts} parts"
+            raise ValueError(f"{problem}; change batch_size, or leave mixup and cutmix out.")
+
     def labels(self, split: str) -> np.ndarray:
         return read_labels(self.data[split])
 
@@ -162,8 +200,8 @@ class Images:
         """A training image with values in [0, 1]."""
         return pil_to_tensor(convert_image(read_image(self.split, index), self.pixels.mode)).float() / 255
 
-    def _scatter(self, part: list[tuple[int, int]], seeds: Sequence[int]) -> Batch:
-        indices = [index for _, index in part]
+    def _scatter(self, part: list[Place], seeds: Sequence[int]) -> Batch:
+        indices = [place[1] for place in part]
         generator, views = torch.Generator(), []
         for seed in seeds:
             generator.manual_seed(derive_seed(seed, *part[0]))
@@ -173,7 +211,8 @@ class Images:
                 turned = [image.rot90(k, (1, 2)) for image, k in zip(images, labels.tolist(), strict=True)]
                 images = torch.stack(turned)
             placed = Scatter(size=self.pixels.input_size[1], generator=generator)(images)
-            views.append(((placed - self.pixels.mean[0]) / self.pixels.std[0], labels))
+            mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.pixels.mean, self.pixels.std))
+            views.append(((placed - mean) / std, labels))
         return Batch(indices, views, len(indices) / self._own_images)
 
     def _order(self, seeds: Sequence[int], first_step: int) -> _BatchOrder:
@@ -181,30 +220,44 @@ class Images:
 
 
 class _BatchOrder:
-    """Lists of (epoch, image): this process's parts of every batch, from step `first_step` on. Each epoch is another
-    permutation; the images at its end that do not fill a batch are left out.
+    """Lists of places: this process's parts of every batch, from step `first_step` on. Each epoch is another
+    permutation; the images at its end that do not fill a batch are left out. With `aug_repeats`, each image is there
+    so many times in a row, the parts take turns, and an epoch has as many views as it has without (as timm's
+    RepeatAugSampler, arXiv:1901.09335).
     """
 
     def __init__(self, size: int, settings: Settings, *, shard: Shard, seed: int, first_step: int):
         self.size, self.batch, self.seed, self.first_step = size, min(settings.batch_size, size), seed, first_step
+        self.repeats = settings.aug_repeats
         self.parts = settings.gradient_accumulation * shard[1]
         self.own_parts = range(shard[0], self.parts, shard[1])
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         per_epoch = self.size // self.batch
         epoch = -1
         for step in itertools.count(self.first_step):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+                order = self._order_epoch(epoch)
             start = step % per_epoch * self.batch
-            parts = np.array_split(order[start : start + self.batch], self.parts)
+            batch = order[start : start + self.batch]
+            parts = [batch[number :: self.parts] for number in range(self.parts)]
+            if self.repeats == 1:
+                parts = np.array_split(batch, self.parts)
             for number in self.own_parts:
-                yield [(epoch, int(index)) for index in parts[number]]
+                yield [(epoch, *map(int, place)) for place in parts[number]]
+
+    def _order_epoch(self, epoch: int) -> np.ndarray:
+        """(size, 1) images, or (size, 2) images and the number of each one's view."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        if self.repeats == 1:
+            return order[:, None]
+        images, views = order.repeat(self.repeats), np.tile(np.arange(self.repeats), self.size)
+        return np.stack([images, views], 1)[: self.size]
 
 
 class _Views(TorchDataset):
-    """Parts of batches from a split, by the (epoch, index) of their images. Each image is read and decoded once."""
+    """Parts of batches from a split, by the places of their images. Each image is read and decoded once."""
 
     def __init__(self, split: Dataset, labels: torch.Tensor, augmentation: Augmentation):
         self.split, self.labels, self.augmentation = split.select_columns("image"), labels, augmentation
@@ -212,8 +265,8 @@ class _Views(TorchDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> Part:
-        indices = [index for _, index in places]
+    def __getitems__(self, places: Sequence[Place]) -> Part:
+        indices = [place[1] for place in places]
         rows = self.split[indices]["image"]
         images = [decode_image(row, describe_encoded(row, index)) for row, index in zip(rows, indices, strict=True)]
         return Part(places[0], indices, self.augmentation(images, places), self.labels[indices])

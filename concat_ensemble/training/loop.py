@@ -12,27 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import schedulefree
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from safetensors import SafetensorError
-from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.console import out, printable
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import give_usual_access, write_json
 from concat_ensemble.training.batches import Batch, Position
+from concat_ensemble.training.launcher import check_launcher
+from concat_ensemble.training.optimizers import ParameterGroups, count_warmup_steps, create_optimizer, create_schedule
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
 from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
 
@@ -47,7 +43,12 @@ Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
-    """Create a new accelerator; each training gets its own, so that it keeps no state of the one before."""
+    """Create a new accelerator; each training gets its own, so that it keeps no state of the one before.
+
+    Raises:
+        ValueError: if the launcher was asked for something else than the settings.
+    """
+    check_launcher(settings)
     return Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
@@ -83,12 +84,12 @@ class Loop(Generic[Network]):
         identity: dict,
         name: str,
         cycles: int = 1,
-        param_groups: Callable[[Network], list[dict]] | None = None,
+        param_groups: ParameterGroups | None = None,
     ):
         self.accelerator, self.settings, self.steps = accelerator, settings, steps
         self.folder, self.identity, self.name = folder, identity, name
         checkpoint = self._last_checkpoint()
-        length = (steps - round(settings.warmup * steps)) // cycles
+        length = (steps - count_warmup_steps(settings, steps)) // cycles
         warmup = steps - cycles * length  # with the remainder of the division
         self.cycle_ends = [warmup + (k + 1) * length for k in range(cycles)]
         self.networks: list[Any] = []  # as accelerate wraps them
@@ -98,9 +99,9 @@ class Loop(Generic[Network]):
         for network in networks:
             if settings.gradient_checkpointing:
                 _checkpoint_gradients(network)
-            optimizer = _create_optimizer(network, settings, warmup, param_groups)
+            optimizer = create_optimizer(network, settings, warmup, param_groups)
             if settings.optimizer != SCHEDULE_FREE:
-                self._schedules.append(_create_schedule(optimizer, settings, warmup, length, cycles))
+                self._schedules.append(create_schedule(optimizer, settings, warmup, length, cycles))
             network = network.to(accelerator.device).to(memory_format=torch.channels_last)
             if settings.ema_decay:
                 self._averages.append(ModelEmaV3(network, decay=settings.ema_decay, use_warmup=True))
@@ -314,8 +315,8 @@ class Loop(Generic[Network]):
         return sorted(self.folder.glob("step-*"))
 
     def _last_checkpoint(self) -> Path | None:
-        checkpoints = self._checkpoints()
-        return checkpoints[-1] if checkpoints and matches_identity(checkpoints[-1], self.identity) else None
+        *_, last = [None, *self._checkpoints()]
+        return last if last and matches_identity(last, self.identity, self.settings) else None
 
 
 @contextmanager
@@ -339,25 +340,3 @@ def _record_signals() -> Iterator[list[int]]:
 def _checkpoint_gradients(network: Any) -> None:
     """The method has one name in transformers and another in timm."""
     (getattr(network, "gradient_checkpointing_enable", None) or network.set_grad_checkpointing)()
-
-
-def _create_optimizer(
-    network: nn.Module, settings: Settings, warmup: int, param_groups: Callable[..., list[dict]] | None
-) -> Optimizer:
-    betas: dict[str, Any] = {} if settings.betas is None else {"betas": tuple(settings.betas)}
-    if settings.optimizer == SCHEDULE_FREE:
-        groups = (param_groups or partial(param_groups_weight_decay, weight_decay=settings.weight_decay))(network)
-        groups = [{"lr": settings.learning_rate * group.pop("lr_scale", 1.0)} | group for group in groups]
-        return schedulefree.AdamWScheduleFree(groups, lr=settings.learning_rate, warmup_steps=warmup, **betas)
-    # One fused call for all tensors, if torch has it, saves a tenth of a small network's step on a CPU.
-    kind = get_optimizer_class(settings.optimizer, bind_defaults=False)
-    fused: dict[str, Any] = {"fused": True} if "fused" in signature(kind).parameters else {}
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    return create_optimizer_v2(network, settings.optimizer, param_group_fn=param_groups, **rates, **betas, **fused)
-
-
-def _create_schedule(optimizer: Optimizer, settings: Settings, warmup: int, length: int, cycles: int) -> Any:
-    """timm's schedule, by steps: `warmup` steps, then `cycles` of `length` steps each."""
-    steps = {"num_epochs": length, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
-    steps |= {"warmup_lr": settings.learning_rate / max(warmup, 1), "warmup_prefix": True}
-    return create_scheduler_v2(optimizer, settings.schedule, cycle_limit=cycles, cycle_decay=1.0, **steps)[0]

@@ -20,24 +20,23 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from concat_ensemble.console import out
-from concat_ensemble.errors import first_line
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
+from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
 from concat_ensemble.training.saving import matches_identity, public_dataset, save_network
@@ -93,28 +92,12 @@ def plan_jobs(recipe: Recipe) -> list[list[Network]]:
     return [networks[start : start + size] for networks in ensembles for start in range(0, len(networks), size)]
 
 
-class Objective:
-    """Cross-entropy with the recipe's label smoothing, mixup and cutmix, all timm's."""
-
-    def __init__(self, recipe: Recipe, num_classes: int):
-        self.mixup = None
-        if recipe.mixup or recipe.cutmix:
-            smoothing = recipe.label_smoothing
-            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes)
-        self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(recipe.label_smoothing)
-
-    def __call__(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.mixup:
-            images, labels = self.mixup(images, labels)
-        return self.loss(network(images), labels)
-
-
 def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: Path, cpu: bool) -> Loop:
     """Create a job's networks, each from its own seed, and the loop that trains them."""
     accelerator, networks, num_classes = create_accelerator(recipe, cpu), [], len(images.class_names)
     for network in job:
         set_seed(network.seed)
-        networks.append(timm.create_model(recipe.architecture, num_classes=num_classes, **network.model_args))
+        networks.append(create_network(recipe, num_classes, network.model_args))
     set_seed(job[0].seed, device_specific=True)
     return Loop(
         accelerator,
@@ -135,8 +118,8 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
     loop = create_loop(job, recipe, images, folder=checkpoints, cpu=cpu)
     seeds, size = [network.seed for network in job], measure_size(job[0], recipe, images)
     steps = loop.run(
-        partial(images.batches, seeds),
-        Objective(recipe, len(images.class_names)),
+        partial(images.batches, seeds, steps=loop.steps),
+        Objective(recipe),
         stops=loop.cycle_ends,
         evaluate=lambda network: compute_top1(network, images, loop.accelerator),
     )
@@ -191,32 +174,21 @@ def describe_training(network: Network, recipe: Recipe, images: Images) -> dict:
     """Provenance of a network that is known before it is trained."""
     classes = recipe.classes or "all" if recipe.turned else ", ".join(images.class_names)
     scattered = " (scattered)" if recipe.augmentation == "scatter" else ""
-    return {
+    provenance = {
         "source": "trained by training/pretrain_members.py",
         "objective": "which quarter turn, without labels" if recipe.turned else "supervised classification",
         "pretraining_data": f"{without_folders(recipe.dataset)}, classes {classes}{scattered}",
         "seed": network.seed,
         "recipe": recipe.identity | {"dataset": public_dataset(recipe)},
     } | ({"weights": "EMA"} if recipe.ema_decay else {})
+    return read_initial_weights(recipe).describe(provenance)
 
 
 def job_identity(job: list[Network], recipe: Recipe, images: Images) -> dict:
     """Identity of a job, which does not depend on the recipe's other ensembles."""
     fields = {key: value for key, value in recipe.identity.items() if key not in OTHER_ENSEMBLES}
+    fields |= read_initial_weights(recipe).identity
     return fields | {"networks": [dataclasses.asdict(network) for network in job], "data": images.identity}
-
-
-def check_buildable(network: Network, recipe: Recipe) -> None:
-    """Raise ValueError if timm cannot create a network, or the network cannot take an image."""
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(recipe.architecture, num_classes=2, **network.model_args)
-            model(torch.zeros(2, *recipe.input_size))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"architecture={recipe.architecture} with model_args={network.model_args} must be a network for images of "
-            f"input_size={recipe.input_size}; timm says: {first_line(error)}."
-        ) from error
 
 
 def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
@@ -240,8 +212,7 @@ def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -
     """Seconds of a training step."""
     short = dataclasses.replace(network, steps=MEASURED_STEPS, snapshots=1)
     loop = create_loop([short], recipe, images, folder=Path(recipe.output) / "checkpoints" / "none", cpu=cpu)
-    objective = Objective(recipe, len(images.class_names))
-    steps = loop.run(partial(images.batches, [short.seed]), objective, stops=range(1, short.steps))
+    steps = loop.run(partial(images.batches, [short.seed]), Objective(recipe), stops=range(1, short.steps))
     return seconds_per_step(steps)
 
 
@@ -275,11 +246,14 @@ def run(
     if output.is_file():
         raise ValueError(f"output={recipe.output} is a file; name a folder.")
     for networks in plan_ensembles(recipe).values():
-        check_buildable(networks[0], recipe)
+        check_buildable(recipe, networks[0].model_args)
+    with local_main_process_first():
+        images = Images(recipe, Pixels.from_settings(recipe), max_images=max_images, with_test=False)
+        read_initial_weights(recipe)
     team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
+    images.shard = team.shard
     if team.is_main_process:
         out.print(f"{team}, parallelism={parallelism}", soft_wrap=True)
-    images = Images(recipe, Pixels.from_settings(recipe), team.shard, max_images, with_test=False)
     if only_plan:
         print_costs(recipe, images, team.num_processes, cpu)
         return
@@ -287,7 +261,8 @@ def run(
         job = jobs[number]
         folders = [output / folder for network in job for folder in network.folders]
         identity = job_identity(job, recipe, images)
-        finished = [matches_identity(folder, identity) for folder in folders]  # raises for any folder of another run
+        # Raises for any folder of another run.
+        finished = [matches_identity(folder, identity, recipe) for folder in folders]
         if not all(finished):
             train(job, recipe, images, cpu=cpu)
         elif team.rank == 0:

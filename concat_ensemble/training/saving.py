@@ -67,8 +67,9 @@ def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
         write_json(aside / STATE_FILE, {"identity": _public_values(identity)})
 
 
-def matches_identity(folder: Path, identity: dict) -> bool:
-    """Whether a checkpoint or a result exists. It must be from the training with this identity.
+def matches_identity(folder: Path, identity: dict, settings: Settings) -> bool:
+    """Whether a checkpoint or a result exists. It must be from the training with this identity. A field of the
+    settings that its own identity lacks was added later: it had the value that is now the default.
 
     Raises:
         ValueError: if it is from another training, or from none.
@@ -76,6 +77,7 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     if not folder.exists():
         return False
     there, here = _public_values(read_state(folder).identity), _public_values(identity)
+    there = {key: value for key, value in _public_values(settings.defaults()).items() if key in here} | there
     if there.get("test_size") == TEST_SIZE and here.get("test_size") is None:
         there["test_size"] = None  # the default of older versions; `data` says whether that makes a difference
     for key in sorted(here.keys() | there.keys()):

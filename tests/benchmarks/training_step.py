@@ -29,7 +29,8 @@ from torch import nn
 
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
-from concat_ensemble.training.pretraining import Network, Objective, compute_top1, create_loop
+from concat_ensemble.training.objective import Objective
+from concat_ensemble.training.pretraining import Network, compute_top1, create_loop
 from concat_ensemble.training.recipe import Recipe
 
 WARMUP = 3  # steps
@@ -126,7 +127,7 @@ class Ours:
         return self.images.batches([0])
 
     def steps(self):
-        objective = Objective(self.recipe, CLASSES)
+        objective = Objective(self.recipe)
         return self.loop.run(partial(self.images.batches, [0]), objective, stops=range(self.loop.steps))
 
     def top1(self) -> float:

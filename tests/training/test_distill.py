@@ -111,8 +111,8 @@ def test_a_second_run_skips_and_another_distillation_is_refused(distilled, capsy
     distilled()
     distilled()
     assert "is finished, skipped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"is of another training: its temperature is 2.0, here 3.0"):
-        distilled(temperature=3.0)
+    with pytest.raises(ValueError, match=r"is of another training: its learning_rate is 0.002, here 0.003"):
+        distilled(learning_rate=0.003)
 
 
 def test_a_student_has_one_output_for_each_of_the_teachers():
@@ -126,3 +126,14 @@ def test_the_command_line_does_the_same(teachers, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2 and "lacks teachers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_mixed_images_and_slower_layers_reach_the_student(distilled):
+    def weights(name: str, **changes) -> dict:
+        return AutoModel.from_pretrained(distilled(output=name, steps=2, **changes) / "distilled").state_dict()
+
+    plain = weights("plain")
+    for name, changes in {"mixed": {"mixup": 0.8}, "slower": {"layer_decay": 0.5}}.items():
+        changed = weights(name, **changes)
+        assert any(not torch.equal(changed[key], plain[key]) for key in plain), name

@@ -226,3 +226,21 @@ def test_members_that_name_their_channels_are_refused():
     model = assemble("random:resnet10t", channels=[2, 1, 0])
     with pytest.raises(ValueError, match=r"a member sees channels \[2, 1, 0\]; fine-tuning takes gray or RGB images"):
         read_pixels(model.config)
+
+
+@pytest.mark.slow
+def test_mixed_images_repeated_views_and_each_loss_reach_the_training(tuned):
+    def weights(name: str, **changes) -> dict:
+        folder = tuned(output=name, stages="one", steps=2, warmup=0.5, **changes)
+        return AutoModelForImageClassification.from_pretrained(folder / "whole").state_dict()
+
+    plain = weights("plain")
+    for name, changes in {
+        "mixed": {"cutmix": 1.0, "mixup_mode": "elem"},
+        "repeated": {"aug_repeats": 2},
+        "binary": {"bce_loss": True},
+        "smoothed": {"label_smoothing": 0.3},
+        "first rate": {"warmup_lr": 1e-4},
+    }.items():
+        changed = weights(name, **changes)
+        assert not torch.equal(changed["classifier.weight"], plain["classifier.weight"]), name

@@ -58,6 +58,52 @@ def test_the_order_depends_on_seed_and_step_alone(size, batch, accumulation, pro
     assert later == first(orders[0], (start + 1) * accumulation)[start * accumulation :]
 
 
+@given(
+    size=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    repeats=st.integers(2, 4),
+    processes=st.integers(1, 3),
+    start=st.integers(0, 30),
+)
+def test_repeated_views_go_to_different_processes(size, batch, repeats, processes, start):
+    settings = Settings(dataset="digits", batch_size=batch, aug_repeats=repeats)
+
+    def order(shard, first_step=0):
+        return _BatchOrder(size, settings, shard=shard, seed=3, first_step=first_step)
+
+    per_epoch = size // min(batch, size)
+    shares = [first(order((rank, processes)), per_epoch) for rank in range(processes)]
+    whole = [place for part in first(order((0, 1)), per_epoch) for place in part]
+    assert sorted(place for mine in shares for part in mine for place in part) == sorted(whole)
+    assert len(whole) == len(set(whole)) == per_epoch * min(batch, size), "as many views in an epoch as without"
+    images = [index for _, index, _ in whole]
+    assert len(set(images)) == -(-len(whole) // repeats) and images == sorted(images, key=images.index)
+    if processes == repeats and size >= batch and batch % repeats == 0:
+        owners = {place[2] for part in shares[0] for place in part}
+        assert owners == {0}, "each process has one view of every image"
+    later = first(order((0, processes), start), 1)
+    assert later == first(order((0, processes)), start + 1)[start:]
+
+
+def test_repeated_views_of_an_image_are_augmented_apart():
+    batch = next(Images(Settings(**CROPPED, aug_repeats=2), GREY).batches([1]))
+    images, labels = batch.views[0]
+    assert batch.indices[::2] == batch.indices[1::2] and torch.equal(labels[::2], labels[1::2])
+    assert all(not torch.equal(one, other) for one, other in zip(images[::2], images[1::2], strict=True))
+
+
+@pytest.mark.parametrize("field", ["dataset_config", "dataset_revision"])
+def test_what_only_a_dataset_on_the_hub_has_is_refused(field, tmp_path):
+    for name in ("digits", "scattered:digits", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"{field}='x' must be left out.*which is not on the Hub"):
+            Images(Settings(**{"dataset": name, field: "x"}), GREY)
+
+
+def test_a_canvas_that_is_no_square_is_refused():
+    with pytest.raises(ValueError, match=r"input_size=\[1, 32, 48\] must be a square with augmentation=scatter"):
+        Images(Settings(**CROPPED | {"augmentation": "scatter"}), Pixels((1, 32, 48), (0.5,), (0.5,)))
+
+
 @pytest.mark.parametrize("settings", [CROPPED, CROPPED | {"num_workers": 2}, CROPPED | {"augmentation": "scatter"}])
 def test_images_and_crops_depend_on_seed_and_step_alone(settings):
     images = Images(Settings(**settings), GREY)

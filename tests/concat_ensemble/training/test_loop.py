@@ -14,7 +14,7 @@ from torch import nn
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.loop import Loop, create_accelerator
-from concat_ensemble.training.pretraining import Objective
+from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.recipe import Recipe
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
@@ -35,9 +35,9 @@ VARIANTS = {
     "plain": {},
     "schedule-free": {"optimizer": "schedulefree_adamw"},
     "moving average": {"ema_decay": 0.9},
-    "mixup": {"mixup": 0.5, "cutmix": 0.5, "label_smoothing": 0.1},
+    "mixup": {"mixup": 0.5, "cutmix": 0.5, "mixup_prob": 0.9, "mixup_off": 0.6, "bce_loss": True},
     "drop path": {"model_args": BASE["model_args"] | {"drop_path_rate": 0.3}},
-    "accumulation": {"gradient_accumulation": 2, "clip_norm": 1.0},
+    "accumulation": {"gradient_accumulation": 2, "clip_norm": 1.0, "aug_repeats": 3},
     "two together": {"members_per_process": 2, "members": [2]},
     "timm's augmentation, workers": {
         "augmentation": "timm",
@@ -89,13 +89,13 @@ def trained(tmp_path):
         )
 
         def batches(step, *place):
-            for number, part in enumerate(images.batches(range(count), step, *place)):
+            for number, part in enumerate(images.batches(range(count), step, *place, steps=recipe.total_steps)):
                 if number == cut_at:
                     by()
                 yield part
 
         weights = []
-        for _ in loop.run(batches, Objective(recipe, 10), stops=loop.cycle_ends):
+        for _ in loop.run(batches, Objective(recipe), stops=loop.cycle_ends):
             weights += [
                 {k: v.detach().clone() for k, v in network.state_dict().items()} for network in loop.networks_to_save()
             ]
@@ -139,7 +139,7 @@ def test_a_schedule_free_network_is_saved_with_averaged_weights_and_their_statis
     images = Images(recipe, GREY)
     set_seed(0)
     network, loop = loop_of_one(recipe, tmp_path / "run", steps=12)
-    for _ in loop.run(partial(images.batches, [0]), Objective(recipe, 10)):
+    for _ in loop.run(partial(images.batches, [0]), Objective(recipe)):
         trained = {key: value.detach().clone() for key, value in network.named_parameters()}
         moving = network.bn1.running_mean.clone()
         (saved,) = loop.networks_to_save()
@@ -167,7 +167,7 @@ def test_cycles_start_at_the_peak_and_end_near_zero(tmp_path):
     images, rates = Images(recipe, GREY), []
     _, loop = loop_of_one(recipe, tmp_path / "run", steps=27, cycles=4)
     assert loop.cycle_ends == [9, 15, 21, 27]
-    for step in loop.run(partial(images.batches, [0]), Objective(recipe, 10), stops=range(1, 27)):
+    for step in loop.run(partial(images.batches, [0]), Objective(recipe), stops=range(1, 27)):
         rates.append(loop.optimizers[0].param_groups[0]["lr"])  # of the step after this one
         assert step == len(rates)
     peak = recipe.learning_rate
