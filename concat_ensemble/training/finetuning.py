@@ -261,7 +261,8 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
         pixels = {name: read_pixels(part.config) for name, part in parts.items()}
         split = settings.test_split
         images = {
-            each: Images(settings, each, max_images=max_images, test_split=split) for each in dict.fromkeys(pixels.values())
+            each: Images(settings, each, max_images=max_images, test_split=split)
+            for each in dict.fromkeys(pixels.values())
         }
     team = Team(parallelism, len(parts), cpu)
     names = list(parts)

@@ -29,7 +29,15 @@ PLACE += ("license",)
 # Fields that only some trainings use.
 TIMM_AUGMENTATION = ("auto_augment", "crop_scale", "flip", "color_jitter", "random_erasing")
 MIXING = ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off")
-NOT_STREAMED = ("classes", "limit", "test_size", "validation_split", "validation_size", "evaluate_every", "aug_repeats")
+NOT_STREAMED = (
+    "classes",
+    "limit",
+    "test_size",
+    "validation_split",
+    "validation_size",
+    "evaluate_every",
+    "aug_repeats",
+)
 SMOKE_STEPS, SMOKE_BATCH = 16, 16
 
 PositiveInt = Annotated[int, Meta(ge=1)]
