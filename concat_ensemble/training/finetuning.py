@@ -49,7 +49,8 @@ from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
 from concat_ensemble.training.saving import matches_identity, replace_result
-from concat_ensemble.training.teams import Team
+from concat_ensemble.training.sharing import finish_first, share_networks
+from concat_ensemble.training.teams import Team, count_processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,12 +257,16 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
     parts = {"whole": model}
     if settings.stages == "two":
         parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
-    team = Team(parallelism, len(parts), cpu)
-    names = list(parts)
-    for number in team.jobs():
+    batch = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation}
+    names, costs = list(parts), [1.0] * len(parts)
+    plans = share_networks(parallelism, costs, count_processes(), **batch)
+    team = Team(finish_first(plans, costs), cpu)
+
+    def tune(number: int) -> None:
         part, folder = parts[names[number]], output / names[number]
         fine_tune(part, folder, settings, shard=team.shard, max_images=max_images, cpu=cpu)
-    team.wait_for_all()
+
+    team.run(tune)
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"
         assemble([output / name for name in names]).save_pretrained(folder)
