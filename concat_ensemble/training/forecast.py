@@ -205,7 +205,7 @@ def _describe_dataset(recipe: Recipe, max_images: int | None) -> tuple[int, int]
 
 def _seconds_per_image(recipe: Recipe, num_classes: int, teraflops: float | None, cpu: bool) -> dict[str, float]:
     """Seconds of a training step on one device for each image, by kind of network."""
-    kinds = {_kind(network): network for network in plan_networks(recipe)}
+    kinds = {_kind(network): network for network in reversed(plan_networks(recipe))}  # the first one of each kind
     if teraflops is None:
         return {kind: _measure(recipe, network, num_classes, cpu) for kind, network in kinds.items()}
     out.print(f"Assumed: {teraflops:g} TFLOP in each second of a device.")

@@ -53,9 +53,9 @@ class PlannedEnsemble:
 
     def to_cells(self) -> list[str]:
         """The table row, under `HEADINGS`."""
-        counts = [self.name, str(self.networks), f"{self.steps:,}", f"{self.images:,}", f"{self.flops / 1e15:,.3f}"]
+        counts = [self.name, str(self.networks), f"{self.steps:,}", f"{self.images:,}", _format(self.flops / 1e15)]
         weights = self.parameters / 1e6
-        return [*counts, f"{weights:.2f}", f"{4 * weights:,.1f}", f"{self.hours:.3f}"]
+        return [*counts, f"{weights:.2f}", f"{4 * weights:,.1f}", _format(self.hours)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PlannedSharing:
         """The table row, under `SHARING_HEADINGS`."""
         fits = limit is None or self.memory <= limit
         memory = f"{self.memory / GIB:,.1f}" + ("" if fits else " (too much)")
-        return [str(self.devices), self.parallelism, self.networks, f"{self.hours:,.3f}", f"{self.part:,}", memory]
+        return [str(self.devices), self.parallelism, self.networks, _format(self.hours), f"{self.part:,}", memory]
 
 
 HEADINGS = ("", "networks", "steps", "images", "PFLOP", "million parameters", "disk, MB", "hours")
@@ -85,13 +85,13 @@ def print_plan(ensembles: Sequence[PlannedEnsemble]) -> None:
     _print_table("Hours on one device", HEADINGS, [ensemble.to_cells() for ensemble in ensembles])
     hours = sum(ensemble.hours for ensemble in ensembles)
     out.print(
-        f"Together {hours:,.3f} hours on one device; while a network trains, its checkpoints take about three times "
-        "its disk space.",
+        f"Together {_format(hours)} hours on one device; while a network trains, its checkpoints take about three "
+        "times its disk space.",
         soft_wrap=True,
     )
     for a, b in itertools.combinations(ensembles, 2):
         if abs(a.flops - b.flops) <= 0.01 * max(a.flops, b.flops):
-            petaflops = f"{a.flops / 1e15:,.3f} and {b.flops / 1e15:,.3f} PFLOP"
+            petaflops = f"{_format(a.flops / 1e15)} and {_format(b.flops / 1e15)} PFLOP"
             out.print(f"Equal compute: {a.name} and {b.name} ({petaflops}).", soft_wrap=True)
 
 
@@ -100,6 +100,10 @@ def print_sharings(sharings: Sequence[PlannedSharing], limit: float | None) -> N
     memory = f" of {limit / GIB:,.0f} GiB" if limit else ""
     rows = [sharing.to_cells(limit) for sharing in sharings]
     _print_table(f"Until all is trained, on devices{memory}", SHARING_HEADINGS, rows)
+
+
+def _format(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

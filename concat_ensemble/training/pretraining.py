@@ -4,15 +4,15 @@
 
 writes `members/NAME-K` (timm's own layout) for each network and `cat1`, `cat2`, ..., `w2`, `cat4-s` (ensembles that
 `AutoModel.from_pretrained` loads). The same command continues a run that was stopped and skips finished networks.
-`--plan` prints what the run would cost, and stops;
-`--plan --devices 1 4 8 --memory 80` plans for other machines. Without a clone, start the installed module:
+`--plan` prints what the run would cost, and stops; `--plan --devices 1 4 8 --memory 80` plans for other machines.
+Without a clone, start the installed module:
 
     accelerate launch -m concat_ensemble.training.pretraining RECIPE.yaml
 
 With several processes, `--parallelism data` trains each network on all of them; `--parallelism members` trains as many
-networks at a time as there are processes, which exchange nothing; `--parallelism auto` takes what ends first, and as
-many networks apart as that allows. Several processes on the CPU need `accelerate launch
---multi_gpu --num_processes N` with this script's own `--cpu`, because accelerate's `--cpu` starts one process.
+networks at a time as there are processes, which exchange nothing; `--parallelism auto` does what is finished first.
+Several processes on the CPU need `accelerate launch --multi_gpu --num_processes N` with this script's own `--cpu`,
+because accelerate's `--cpu` starts one process.
 """
 
 import argparse
@@ -56,7 +56,7 @@ PLAN_OPTIONS: dict[str, dict[str, Any]] = {
     "teraflops": {
         "type": float,
         "metavar": "SPEED",
-        "help": "plan for devices that do so many 10^12 operations per second",
+        "help": "plan for devices of this speed",
     },
     "efficiency": {
         "type": float,
