@@ -63,7 +63,7 @@ def job_flops(job: list[Network], recipe: Recipe) -> float:
     """What a job costs compared with others: its floating-point operations, up to a factor. It does not depend on the
     machine, so that a run that is continued shares its jobs among the processes as before.
     """
-    return sum(network.steps * network_size(recipe, network, num_classes=2).flops for network in job)
+    return sum(network.steps * network_size(recipe, network, num_classes=1_000).flops for network in job)
 
 
 def network_size(recipe: Recipe, network: Network, num_classes: int) -> Size:

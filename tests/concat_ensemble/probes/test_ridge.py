@@ -129,15 +129,3 @@ def test_fewer_float32_rows_than_features_keep_small_eigenvalues():
     X = X.astype(np.float32)
     probe = RidgeProbe(l2_strengths=[1e-6], standardize=False).fit(X, y)
     np.testing.assert_allclose(probe.logits(X), naive(X.astype(float), y, 1e-6, standardize=False)(X), atol=1e-5)
-
-
-@parametrize_with_checks(
-    [RidgeProbe(), RidgeProbe((0.1,), class_weight="balanced")],
-    expected_failed_checks=lambda probe: (
-        {"check_sample_weight_equivalence_on_dense_data": "leaving a row out is not leaving out one of its copies"}
-        if len(probe.l2_strengths) > 1
-        else {}
-    ),
-)
-def test_keeps_scikit_learns_contract(estimator, check):
-    check(estimator)

@@ -54,16 +54,16 @@ def test_auto_takes_only_what_fits():
     assert str(choose_sharing(recipe, "auto", Devices(4, 80 * GIB))) == "4 on teams of 4 x 1"
     assert str(choose_sharing(recipe, "auto", Devices(4, 20 * GIB))) == "4 on all"
     for parallelism in ("data", "members", "auto"):
-        with pytest.raises(ValueError, match="gradient_accumulation=.* or gradient_checkpointing=true"):
+        with pytest.raises(ValueError, match=r"gradient_accumulation=.* or gradient_checkpointing=true"):
             choose_sharing(recipe, parallelism, Devices(4, 8 * GIB))
 
 
 def test_a_machine_is_measured_on_random_images(capsys, tmp_path):
-    words = ["--devices", "2", "--smoke", "--members", "[1, 2]", "--wide-steps", "0"]
+    words = ["--devices", "2", "--smoke", "--members", "[2, 4]", "--wide-steps", "0"]
     words += ["--snapshots", "0", "--output", str(tmp_path / "no")]
     printed = plan(capsys, "scattered_digits_timecat", *words)
     assert re.search(
-        r"Measured: cat1, [0-9,.]+ images per second, [0-9.e-]+ TFLOP in each, on the CPU with 16", printed
+        r"Measured: cat2, [0-9,.]+ images per second, .* on the CPU with 16", printed
     )
     assert "Equal compute" in printed
     assert "Assumed" not in printed, "the digits are here"

@@ -123,7 +123,7 @@ def test_the_main_process_does_not_wait_for_a_team_that_has_failed():
     _wait_for_teams(store, ["job 0 is done"])
     store.set(FAILED, "the loss is nan at step 7.")
     with pytest.raises(
-        OSError, match="another team has failed: the loss is nan at step 7. The same command continues"
+        OSError, match="another team has failed: the loss is nan at step 7"
     ):
         _wait_for_teams(store, ["job 0 is done", "job 1 is done"])
 
@@ -188,7 +188,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
     """Else each would train everything and write into the same folders."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ValueError, match="srun started 4 processes without a launcher.*slurm.sh"):
+    with pytest.raises(ValueError, match=r"srun started 4 processes without a launcher.*slurm.sh"):
         count_processes()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert count_processes() == 4
@@ -200,7 +200,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(
-        ValueError, match="process 1 of this machine has no GPU of its own, there are 1; launch as many"
+        ValueError, match="process 1 of this machine has no GPU of its own, there are 1"
     ):
         Team(alone_with(1), cpu=False)
     Team(alone_with(1), cpu=True)
