@@ -31,7 +31,7 @@ from concat_ensemble.training.ledger import (
     seconds_per_step,
 )
 from concat_ensemble.training.loop import Loop, create_accelerator
-from concat_ensemble.training.memory import training_memory
+from concat_ensemble.training.memory import memory_of_device, training_memory
 from concat_ensemble.training.planning import (
     Network,
     job_flops,
@@ -64,7 +64,7 @@ class Devices:
         return f"{self.count} device{'s' if self.count > 1 else ''}"
 
     def has_room(self, needed: float) -> bool:
-        return self.memory is None or needed <= self.memory
+        return self.memory is None or not needed > self.memory  # what is not known (NaN) is not refused
 
 
 def choose_sharing(recipe: Recipe, parallelism: str, devices: Devices, num_classes: int = ASSUMED_CLASSES) -> Sharing:
@@ -220,9 +220,14 @@ def _measure(recipe: Recipe, network: Network, num_classes: int, cpu: bool) -> f
     accelerator = create_accelerator(settings, cpu)
     device = accelerator.device
     flops = network_size(recipe, network, num_classes).training_flops(1)
-    affordable = max(2, int(MEASURED_FLOPS.get(device.type, MEASURED_FLOPS["cpu"]) / flops))
-    count = min(affordable, _images_in_a_pass(recipe, 1))
+    count = min(int(MEASURED_FLOPS.get(device.type, MEASURED_FLOPS["cpu"]) / flops), _images_in_a_pass(recipe, 1))
+    kind, limit = {"model_args": network.model_args, "num_classes": num_classes}, memory_of_device(cpu)
+    while limit and training_memory(settings, **kind, num_images=count) > limit:
+        count //= 2
+    count = max(count, 2)  # BatchNorm needs two
     set_seed(network.seed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     images = torch.randn(count, *recipe.input_size, device=device).to(memory_format=torch.channels_last)
     batch = Batch([], [(images, torch.randint(num_classes, (count,), device=device))], 1.0)
     model = timm.create_model(recipe.architecture, num_classes=num_classes, **network.model_args)
@@ -232,8 +237,10 @@ def _measure(recipe: Recipe, network: Network, num_classes: int, cpu: bool) -> f
         )
         steps = loop.run(lambda *_: itertools.repeat(batch), _loss, stops=range(1, MEASURED_STEPS))
         seconds = seconds_per_step(_synchronized(steps, device)) / count
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    peak = f", {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB" if device.type == "cuda" else ""
+    name, peak = "the CPU", ""
+    if device.type == "cuda":
+        name, computed = torch.cuda.get_device_name(device), training_memory(settings, **kind, num_images=count)
+        peak = f", {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB (computed: {computed / GIB:.1f})"
     speed = f"{1 / seconds:,.1f} images per second, {flops / seconds / 1e12:.3g} TFLOP in each{peak}"
     out.print(f"Measured: {network.name}, {speed}, on {name} with {count} random images a step.", soft_wrap=True)
     return seconds

@@ -7,7 +7,9 @@ what lives at the same time is added up. So it takes a second on a laptop, for a
 from __future__ import annotations
 
 import json
+import math
 import weakref
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -92,14 +94,15 @@ def _measure_pass(
     num_images: int,
     precise: bool,
     checkpoints: bool,
-) -> tuple[int, int]:
+) -> tuple[float, float]:
     """Bytes of the weights, and of what a forward and backward pass needs beside them: the images, what it keeps for
-    the backward pass, and the gradients."""
+    the backward pass, and the gradients. NaN for a network whose computation depends on values.
+    """
     with torch.device("meta"):
-        network = timm.create_model(architecture, num_classes=num_classes, **json.loads(model_args))
+        network: Any = timm.create_model(architecture, num_classes=num_classes, **json.loads(model_args))
     if checkpoints:
         network.set_grad_checkpointing()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with suppress(RuntimeError), FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu").train()
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         with PeakMemory() as memory:
@@ -108,13 +111,14 @@ def _measure_pass(
             with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
                 outputs = network(images)
             cross_entropy(outputs.float(), labels).backward()
-    return weights, memory.peak
+        return weights, memory.peak
+    return math.nan, math.nan
 
 
 def _optimizer_copies(settings: Settings) -> float:
     """How many times the memory of the weights the state of the optimizer takes, seen on a small layer."""
     layer = nn.Linear(64, 64, bias=False)
-    optimizer = _create_optimizer(layer, settings, 1, None)
+    optimizer: Any = _create_optimizer(layer, settings, 1, None)
     if hasattr(optimizer, "train"):
         optimizer.train()
     layer(torch.zeros(1, 64)).sum().backward()

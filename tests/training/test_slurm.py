@@ -75,7 +75,7 @@ class Cluster:
                 continue
             (commands / name).write_text(f"#!/bin/bash\n{text}")
             (commands / name).chmod(0o755)
-        (commands / "python").symlink_to(shutil.which("false") if not real else sys.executable)
+        (commands / "python").symlink_to(sys.executable if real else "/bin/false")
         self.log, self.ready = folder / "log", folder / "ready"
         places = {"LOG": self.log, "STEP": folder / "step", "WORDS": folder / "words", "READY": self.ready}
         path = os.pathsep.join(map(str, (commands, Path(sys.executable).parent, os.environ["PATH"])))

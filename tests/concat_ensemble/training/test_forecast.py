@@ -62,9 +62,7 @@ def test_a_machine_is_measured_on_random_images(capsys, tmp_path):
     words = ["--devices", "2", "--smoke", "--members", "[2, 4]", "--wide-steps", "0"]
     words += ["--snapshots", "0", "--output", str(tmp_path / "no")]
     printed = plan(capsys, "scattered_digits_timecat", *words)
-    assert re.search(
-        r"Measured: cat2, [0-9,.]+ images per second, .* on the CPU with 16", printed
-    )
+    assert re.search(r"Measured: cat2, [0-9,.]+ images per second, .* on the CPU with 16", printed)
     assert "Equal compute" in printed
     assert "Assumed" not in printed, "the digits are here"
     assert not (tmp_path / "no").exists(), "a plan writes nothing"

@@ -72,9 +72,7 @@ def test_one_device_keeps_the_order_of_the_recipe():
 
 
 def test_batches_that_cannot_be_divided_are_refused_before_any_team_begins():
-    with pytest.raises(
-        ValueError, match="batch_size=1024 must be a multiple of 6 processes x"
-    ):
+    with pytest.raises(ValueError, match="batch_size=1024 must be a multiple of 6 processes x"):
         share("data", [1.0] * 5, 6)
     assert share("members", [1.0] * 5, 6).sizes == [1, 2]
     assert share("auto", [1.0] * 5, 6).sizes == [1, 2], "what remains is possible"

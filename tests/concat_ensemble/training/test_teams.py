@@ -122,9 +122,7 @@ def test_the_main_process_does_not_wait_for_a_team_that_has_failed():
     store.set("job 0 is done", "yes")
     _wait_for_teams(store, ["job 0 is done"])
     store.set(FAILED, "the loss is nan at step 7.")
-    with pytest.raises(
-        OSError, match="another team has failed: the loss is nan at step 7"
-    ):
+    with pytest.raises(OSError, match="another team has failed: the loss is nan at step 7"):
         _wait_for_teams(store, ["job 0 is done", "job 1 is done"])
 
 
@@ -199,9 +197,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(
-        ValueError, match="process 1 of this machine has no GPU of its own, there are 1"
-    ):
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU of its own, there are 1"):
         Team(alone_with(1), cpu=False)
     Team(alone_with(1), cpu=True)
 
