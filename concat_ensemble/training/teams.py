@@ -56,7 +56,7 @@ class Team:
             )
         self.is_main_process = self._rank_of_all == 0
         self.number, self.rank, self.size = 0, self._rank_of_all, sharing.num_devices
-        self._store = _open_store() if sharing.apart and sharing.num_devices > 1 else None
+        self._store = open_store() if sharing.apart and sharing.num_devices > 1 else None
 
     def __str__(self) -> str:
         count = self.sharing.num_devices
@@ -150,7 +150,8 @@ def _warn_if_single() -> None:
         )
 
 
-def _open_store() -> distributed.Store:
+def open_store() -> distributed.Store:
+    """The store that all processes of a start share."""
     store, *_ = next(distributed.rendezvous("env://"))
     store.set_timeout(timedelta(days=365))  # a team waits as long as another one trains
     return distributed.PrefixStore(f"teams, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 
 from concat_ensemble.training import pretraining
+from concat_ensemble.training.saving import check_processes
 from concat_ensemble.training.sharing import Sharing, share_networks
 from concat_ensemble.training.teams import FAILED, Team, _wait_for_teams, count_processes
 
@@ -180,6 +181,16 @@ def test_a_single_process_has_all_jobs_and_no_process_group(monkeypatch):
     team.run(trained.append)
     assert trained == [0, 1, 2] and team.is_main_process and str(team) == "one process, 3 networks"
     assert not distributed.is_initialized() and count_processes() == 1
+
+
+def test_a_network_is_continued_on_as_many_processes_as_it_began_on(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "cat5-0" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    for rank in range(2):
+        (checkpoint / f"random_states_{rank}.pkl").touch()
+    check_processes(checkpoint, 2)
+    with pytest.raises(ValueError, match=r"step-00000100 was saved by 2 processes, and now there would be 1\. Launch"):
+        check_processes(checkpoint, 1)
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
