@@ -50,7 +50,8 @@ from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings, ShareAboveZero
 from concat_ensemble.training.saving import matches_identity, public_dataset, replace_result
-from concat_ensemble.training.teams import Team
+from concat_ensemble.training.sharing import finish_first, share_networks
+from concat_ensemble.training.teams import Team, count_processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,13 +265,17 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
             each: Images(settings, each, max_images=max_images, test_split=split)
             for each in dict.fromkeys(pixels.values())
         }
-    team = Team(parallelism, len(parts), cpu)
-    names = list(parts)
-    for number in team.jobs():
+    batch = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation}
+    names, costs = list(parts), [1.0] * len(parts)
+    plans = share_networks(parallelism, costs, count_processes(), **batch)
+    team = Team(finish_first(plans, costs), cpu)
+
+    def tune(number: int) -> None:
         name = names[number]
         images[pixels[name]].shard = team.shard
         fine_tune(parts[name], output / name, settings, images=images[pixels[name]], cpu=cpu)
-    team.wait_for_all()
+
+    team.run(tune)
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"
         assemble([output / name for name in names]).save_pretrained(folder)

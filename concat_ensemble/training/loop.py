@@ -30,7 +30,7 @@ from concat_ensemble.training.batches import Batch, Position
 from concat_ensemble.training.launcher import check_launcher
 from concat_ensemble.training.optimizers import ParameterGroups, count_warmup_steps, create_optimizer, create_schedule
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
-from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
+from concat_ensemble.training.saving import STATE_FILE, check_processes, matches_identity, read_state
 
 CHECK_EVERY = 10  # steps; reading a loss waits for the device
 STATISTICS_BATCHES = 50  # for BatchNorm under averaged weights
@@ -113,6 +113,7 @@ class Loop(Generic[Network]):
         self._position: Position | None = None
         self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
         if checkpoint is not None:
+            check_processes(checkpoint, accelerator.num_processes)
             accelerator.load_state(str(checkpoint))
             state = read_state(checkpoint)
             self.step, self.seconds = state.step, state.seconds

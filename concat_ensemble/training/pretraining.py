@@ -4,21 +4,23 @@
 
 writes `members/NAME-K` (timm's own layout) for each network and `cat1`, `cat2`, ..., `w2`, `cat4-s` (ensembles that
 `AutoModel.from_pretrained` loads). The same command continues a run that was stopped and skips finished networks.
-`--plan` prints what the run would cost, and stops. Without a clone, start the installed module:
+`--plan` prints what the run would cost, and stops; `--plan --devices 1 4 8 --memory 80` plans for other machines.
+Without a clone, start the installed module:
 
     accelerate launch -m concat_ensemble.training.pretraining RECIPE.yaml
 
 With several processes, `--parallelism data` trains each network on all of them; `--parallelism members` trains as many
-networks at a time as there are processes, which exchange nothing. Several processes on the CPU need `accelerate launch
---multi_gpu --num_processes N` with this script's own `--cpu`, because accelerate's `--cpu` starts one process.
+networks at a time as there are processes, which exchange nothing; `--parallelism auto` does what is finished first.
+Several processes on the CPU need `accelerate launch --multi_gpu --num_processes N` with this script's own `--cpu`,
+because accelerate's `--cpu` starts one process.
 """
 
+import argparse
 import dataclasses
-import itertools
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,65 +33,37 @@ from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.forecast import Devices, choose_sharing, print_forecast
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
-from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
+from concat_ensemble.training.ledger import GIB, Size
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.memory import memory_of_device
 from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
 from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
+from concat_ensemble.training.planning import Network, network_size, plan_ensembles, plan_jobs
 from concat_ensemble.training.recipe import Recipe
 from concat_ensemble.training.saving import matches_identity, public_dataset, save_network
-from concat_ensemble.training.teams import Team
+from concat_ensemble.training.sharing import share_networks
+from concat_ensemble.training.teams import Team, count_processes
 
-SEEDS_PER_RUN = 1_000
+PLAN_OPTIONS: dict[str, dict[str, Any]] = {
+    "plan": {"action": "store_true", "help": "print hours and memory for each parallelism, and stop"},
+    "devices": {"type": int, "nargs": "+", "metavar": "N", "help": "plan for these numbers of devices"},
+    "memory": {"type": float, "metavar": "GIB", "help": "plan for devices with this much memory"},
+    "teraflops": {
+        "type": float,
+        "metavar": "SPEED",
+        "help": "plan for devices of this speed",
+    },
+    "efficiency": {
+        "type": float,
+        "default": 1.0,
+        "help": "of several devices that train one network, for auto: 1 if two are twice as fast as one (default)",
+    },
+}
 OTHER_ENSEMBLES = ("members", "wide_steps", "wide_model_args", "snapshots")  # fields that other networks depend on
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """One training: of a member of the ensemble `name`, or of all its members if they are snapshots."""
-
-    name: str
-    number: int
-    steps: int
-    seed: int
-    model_args: dict
-    snapshots: int = 1
-
-    @property
-    def folders(self) -> list[str]:
-        """Folders of the members that the training gives."""
-        return [f"members/{self.name}-{self.number + k}" for k in range(self.snapshots)]
-
-
-def plan_networks(recipe: Recipe) -> list[Network]:
-    """All networks of a recipe. Seeds do not depend on which other ensembles the recipe has."""
-    networks, first = [], recipe.seed * SEEDS_PER_RUN
-    for count in sorted(recipe.members):
-        steps = recipe.total_steps // count if count > 1 else round(recipe.total_steps * (1 + recipe.baseline_extra))
-        seeds = recipe.seeds or [first + count * (count - 1) // 2 + k for k in range(count)]
-        networks += [Network(f"cat{count}", k, steps, seed, recipe.model_args) for k, seed in enumerate(seeds)]
-    last = first + SEEDS_PER_RUN - 1
-    if recipe.wide_steps:
-        networks.append(Network("w2", 0, recipe.wide_steps, last, recipe.model_args | recipe.wide_model_args))
-    if recipe.snapshots:
-        name = f"cat{recipe.snapshots}-s"
-        networks.append(Network(name, 0, recipe.total_steps, last - 1, recipe.model_args, recipe.snapshots))
-    return networks
-
-
-def plan_ensembles(recipe: Recipe) -> dict[str, list[Network]]:
-    """The networks of each ensemble."""
-    groups = itertools.groupby(plan_networks(recipe), key=lambda network: network.name)
-    return {name: list(networks) for name, networks in groups}
-
-
-def plan_jobs(recipe: Recipe) -> list[list[Network]]:
-    """Groups of networks that are trained in one pass over the images."""
-    size = recipe.members_per_process
-    ensembles = plan_ensembles(recipe).values()
-    return [networks[start : start + size] for networks in ensembles for start in range(0, len(networks), size)]
 
 
 def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: Path, cpu: bool) -> Loop:
@@ -116,7 +90,7 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
     output = Path(recipe.output)
     checkpoints = output / "checkpoints" / f"{job[0].name}-{job[0].number}"
     loop = create_loop(job, recipe, images, folder=checkpoints, cpu=cpu)
-    seeds, size = [network.seed for network in job], measure_size(job[0], recipe, images)
+    seeds, size = [network.seed for network in job], network_size(recipe, job[0], len(images.class_names))
     steps = loop.run(
         partial(images.batches, seeds, steps=loop.steps),
         Objective(recipe),
@@ -153,10 +127,6 @@ def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -
     return torch.cat(correct).float().mean().item()
 
 
-def measure_size(network: Network, recipe: Recipe, images: Images) -> Size:
-    return Size.measure(recipe.architecture, network.model_args, recipe.input_size, len(images.class_names))
-
-
 def describe_compute(job: list[Network], size: Size, num_images: int, loop: Loop) -> dict:
     """Cost of each network of a job."""
     accelerator = loop.accelerator
@@ -191,29 +161,10 @@ def job_identity(job: list[Network], recipe: Recipe, images: Images) -> dict:
     return fields | {"networks": [dataclasses.asdict(network) for network in job], "data": images.identity}
 
 
-def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
-    """Print the cost of each ensemble, estimated from a few steps of each kind of network."""
-    ensembles, speeds = [], {}
-    recipe = dataclasses.replace(recipe, checkpoint_every=MEASURED_STEPS, evaluate_every=0, log_with=None)
-    for name, networks in plan_ensembles(recipe).items():
-        kind = json.dumps(networks[0].model_args)
-        if kind not in speeds:
-            speeds[kind] = measure_speed(networks[0], recipe, images, cpu)
-        steps = sum(network.steps for network in networks)
-        count = sum(network.snapshots for network in networks)
-        size = measure_size(networks[0], recipe, images)
-        num_images = steps * images.images_per_step
-        hours, flops = steps * speeds[kind] / 3600, size.training_flops(num_images)
-        ensembles.append(PlannedEnsemble(name, count, steps, num_images, flops, count * size.parameters, hours))
-    print_plan(ensembles, processes, create_accelerator(recipe, cpu).device)
-
-
-def measure_speed(network: Network, recipe: Recipe, images: Images, cpu: bool) -> float:
-    """Seconds of a training step."""
-    short = dataclasses.replace(network, steps=MEASURED_STEPS, snapshots=1)
-    loop = create_loop([short], recipe, images, folder=Path(recipe.output) / "checkpoints" / "none", cpu=cpu)
-    steps = loop.run(partial(images.batches, [short.seed]), Objective(recipe), stops=range(1, short.steps))
-    return seconds_per_step(steps)
+def check_networks(recipe: Recipe) -> None:
+    """Raise ValueError if a network of the recipe cannot be created."""
+    for networks in plan_ensembles(recipe).values():
+        check_buildable(recipe, networks[0].model_args)
 
 
 def assemble_all(recipe: Recipe, output: Path) -> None:
@@ -237,28 +188,25 @@ def run(
     recipe: Recipe,
     *,
     parallelism: str = "data",
+    efficiency: float = 1.0,
     cpu: bool = False,
     max_images: int | None = None,
-    only_plan: bool = False,
 ) -> None:
     """Train all networks of a recipe that are not finished, and assemble them."""
     output, jobs = Path(recipe.output), plan_jobs(recipe)
     if output.is_file():
         raise ValueError(f"output={recipe.output} is a file; name a folder.")
-    for networks in plan_ensembles(recipe).values():
-        check_buildable(recipe, networks[0].model_args)
+    check_networks(recipe)
     with local_main_process_first():
         images = Images(recipe, Pixels.from_settings(recipe), max_images=max_images, with_test=False)
         read_initial_weights(recipe)
-    team = Team(parallelism, 1 if only_plan else len(jobs), cpu)
-    images.shard = team.shard
+    memory = None if recipe.compile else memory_of_device(cpu)
+    team = Team(choose_sharing(recipe, parallelism, Devices(count_processes(), memory, efficiency)), cpu)
     if team.is_main_process:
         out.print(f"{team}, parallelism={parallelism}", soft_wrap=True)
-    if only_plan:
-        print_costs(recipe, images, team.num_processes, cpu)
-        return
-    for number in team.jobs():
-        job = jobs[number]
+
+    def train_job(number: int) -> None:
+        job, images.shard = jobs[number], team.shard
         folders = [output / folder for network in job for folder in network.folders]
         identity = job_identity(job, recipe, images)
         # Raises for any folder of another run.
@@ -268,17 +216,54 @@ def run(
         elif team.rank == 0:
             for folder in folders:
                 out.print(f"{folder} is finished, skipped", soft_wrap=True)
-    team.wait_for_all()
+
+    team.run(train_job)
     if team.is_main_process:
         assemble_all(recipe, output)
 
 
+def check_plan_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for a value that is not positive, and for options of a plan without `--plan`."""
+    for name in ("devices", "memory", "teraflops", "efficiency"):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if not options.plan and name != "efficiency":
+            raise ValueError(f"{name}={value} describes a plan; add --plan.")
+        if not all(0 < each < float("inf") for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name}={value} must be above 0.")
+
+
+def plan(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Print what a recipe costs. Of several processes, the first one does."""
+    check_networks(recipe)
+    count = count_processes()
+    memory = memory_of_device(options.cpu) if options.memory is None else options.memory * GIB
+    devices = [Devices(number, memory, options.efficiency) for number in options.devices or [count]]
+
+    def print_once(number: int) -> None:
+        if number == 0:
+            machine = {"teraflops": options.teraflops, "cpu": options.cpu}
+            print_forecast(recipe, devices, max_images=options.max_images, **machine)
+
+    each_alone = share_networks("members", [1.0] * count, count, batch_size=1)[0]
+    Team(each_alone, options.cpu).run(print_once)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
-        flags = {"parallelism": PARALLELISM, "plan": {"action": "store_true", "help": "print the costs, and stop"}}
-        recipe, options = read_options(Recipe, __doc__, arguments, **flags)
-        machine = {"parallelism": options.parallelism, "cpu": options.cpu}
-        run(recipe, max_images=options.max_images, only_plan=options.plan, **machine)
+        recipe, options = read_options(Recipe, __doc__, arguments, parallelism=PARALLELISM, **PLAN_OPTIONS)
+        check_plan_options(options)
+        if options.plan:
+            plan(recipe, options)
+            return
+        run(
+            recipe,
+            parallelism=options.parallelism,
+            efficiency=options.efficiency,
+            cpu=options.cpu,
+            max_images=options.max_images,
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import RNG_STATE_NAME
 from timm.models import save_for_hf
 from torch import nn
 
@@ -87,6 +88,19 @@ def matches_identity(folder: Path, identity: dict, settings: Settings) -> bool:
                 f"{_shorten(here.get(key))}. Continue that training, name another output=, or delete the folder."
             )
     return True
+
+
+def check_processes(checkpoint: Path, num_processes: int) -> None:
+    """Raise ValueError if a checkpoint was saved by another number of processes: how batches are divided and which
+    random numbers are used would be those of neither training.
+    """
+    before = len(list(checkpoint.glob(f"{RNG_STATE_NAME}_*.pkl")))  # one for each process
+    if before != num_processes:
+        raise ValueError(
+            f"{checkpoint} was saved by {before} process{'es' if before > 1 else ''}, and now there would be "
+            f"{num_processes}. Launch as many as before with the same --parallelism, or delete {checkpoint.parent} to "
+            "train this network anew."
+        )
 
 
 @dataclass

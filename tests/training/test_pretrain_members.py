@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from concat_ensemble import ConcatEnsembleForImageClassification
-from concat_ensemble.training.pretraining import main, plan_jobs, plan_networks
+from concat_ensemble.training.planning import plan_jobs, plan_networks
+from concat_ensemble.training.pretraining import main
 from concat_ensemble.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
