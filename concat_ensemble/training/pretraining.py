@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
+from concat_ensemble.training.locking import lock_output
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
@@ -303,7 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = {"parallelism": PARALLELISM, "plan": {"action": "store_true", "help": "print the costs, and stop"}}
         recipe, options = read_options(Recipe, __doc__, arguments, **flags)
         machine = {"parallelism": options.parallelism, "cpu": options.cpu}
-        run(recipe, max_images=options.max_images, only_plan=options.plan, **machine)
+        with nullcontext() if options.plan else lock_output(Path(recipe.output)):
+            run(recipe, max_images=options.max_images, only_plan=options.plan, **machine)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Team:
         self.is_main_process = rank == 0
         self._store = None
         if self.num_teams > 1:
-            self._store = _open_store()
+            self._store = open_store()
             self._form_group(self._store, cpu)
 
     def __str__(self) -> str:
@@ -107,7 +107,8 @@ def _warn_if_single() -> None:
         )
 
 
-def _open_store() -> distributed.Store:
+def open_store() -> distributed.Store:
+    """The store that all processes of a start share."""
     store, *_ = next(distributed.rendezvous("env://"))
     store.set_timeout(timedelta(days=365))  # a team waits as long as another one trains
     return distributed.PrefixStore(f"teams, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
