@@ -17,8 +17,11 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from datasets import ClassLabel, Features
+from datasets import Image as ImageFeature
 from timm.models import save_for_hf
 
+from concat_ensemble import load_data
 from concat_ensemble.training import distillation
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.distillation import Distillation, Teachers, create_student
@@ -210,3 +213,29 @@ def test_teachers_statistics_are_those_of_one_process(monkeypatch, tmp_path):
     for alone in (measure(0, 1), measure(0, 1, gradient_accumulation=2)):
         for a, b in zip(first, alone, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_processes_continue_their_streams(workers, tmp_path):
+    """Each reads its own two of four files, in several epochs."""
+    split = load_data("digits", limit=40)["train"].cast(
+        Features(image=ImageFeature(), label=ClassLabel(names=list("0123456789")))
+    )
+    for number in range(4):
+        split.select(range(10 * number, 10 * number + 10)).to_parquet(tmp_path / f"train-{number}.parquet")
+    changes = {"dataset": f"parquet:{tmp_path}", "streaming": True, "limit": None, "num_workers": workers}
+    changes |= {"total_steps": 7, "gradient_accumulation": 2, "batch_size": 16}
+
+    def send(rank: int, step: int) -> None:
+        if (rank, step) == (0, 3):
+            signal.raise_signal(signal.SIGTERM)
+
+    def interrupt(rank: int) -> tuple:
+        whole, _ = train(tmp_path / "whole", (rank, 2), **changes)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "cut", (rank, 2), at_step=partial(send, rank), **changes)
+        return whole, train(tmp_path / "cut", (rank, 2), **changes)[0]
+
+    for whole, again in in_processes(2, interrupt, tmp_path):
+        assert all(torch.equal(whole[key], again[key]) for key in whole)
