@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,28 @@ def test_processes_of_one_start_share_the_lock(monkeypatch, tmp_path):
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end_and_the_same_command_continues(tmp_path):
+    """In the meantime another start is told; and the two processes of one start share the lock."""
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", 2]
+    launch += ["--num_machines", 1, "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    train = ["training/pretrain_members.py", RECIPE, "--cpu", "--members", "[1]", "--wide-steps", 0, "--snapshots", 0]
+    command = [*map(str, [*launch, *train, "--total-steps", 300, "--checkpoint-every", 20, "--output", tmp_path])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "printed").open("w") as printed:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match=r"in use by process \d+ and 1 more on"), lock_output(tmp_path):
+            pass
+        launcher.kill()
+        launcher.wait()
+        while (tmp_path / ".lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    text = (tmp_path / "printed").read_text()
+    assert "ended by SIGHUP after step" in text and list(tmp_path.glob("checkpoints/*/step-*")), text
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "cat1").is_dir() and not (tmp_path / ".lock").exists()
