@@ -12,8 +12,9 @@ from torch import nn
 class Exchange:
     """The losses, whether a process was told to end, and BatchNorm's running statistics, unless rank 0's are used.
 
-    The statistics are averaged in each step rather than before each evaluation, as timm's `dist-bn` does: it takes no
-    longer than DDP's own broadcast of them, and a checkpoint and a moving average hold those of all processes.
+    The statistics are averaged in each step rather than before each evaluation, as timm's `dist-bn` does: checkpoints
+    and moving averages need those of all processes, and DDP replaces them by the first process's in the next step,
+    when they are equal by now.
     """
 
     def __init__(self, accelerator: Accelerator, networks: Sequence[nn.Module], *, averages_statistics: bool):

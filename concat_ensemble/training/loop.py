@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import schedulefree
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, tqdm
+from accelerate.utils import GradientAccumulationPlugin, tqdm
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -58,7 +58,6 @@ def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
         project_dir=settings.output if settings.log_with else None,
         step_scheduler_with_optimizer=False,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop weights and adds up the parts
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=settings.dist_bn == "broadcast")],
     )
     device = accelerator.device.type
     if device == "cpu" and settings.mixed_precision == "fp16":  # accelerate would train in float32

@@ -95,11 +95,11 @@ def test_processes_whose_launcher_is_killed_save_and_end_and_the_same_command_co
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", 2]
     launch += ["--num_machines", 1, "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no"]
     train = ["training/pretrain_members.py", RECIPE, "--cpu", "--members", "[1]", "--wide-steps", 0, "--snapshots", 0]
-    command = [*map(str, [*launch, *train, "--total-steps", 300, "--checkpoint-every", 20, "--output", tmp_path])]
+    command = [*map(str, [*launch, *train, "--total-steps", 100, "--checkpoint-every", 5, "--output", tmp_path])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "printed").open("w") as printed:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while not list(tmp_path.glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         with pytest.raises(ValueError, match=r"in use by process \d+ and 1 more on"), lock_output(tmp_path):

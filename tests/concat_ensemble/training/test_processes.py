@@ -174,6 +174,7 @@ def test_batchnorms_statistics_are_the_mean_over_processes(tmp_path):
     assert not all(torch.equal(first[1][name], second[1][name]) for name in names)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_ends_both_in_the_next_step_and_they_continue(tmp_path):
     changes = BATCH_NORM | {"total_steps": 5, "ema_decay": 0.9, "learning_rate": 0.1, "gradient_accumulation": 2}
     changes |= {"augmentation": "timm", "random_erasing": 0.5}
@@ -194,6 +195,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_in_the_next_step_and_they_co
         assert all(torch.equal(whole[key], again[key]) for key in whole), "bit for bit"
 
 
+@pytest.mark.slow
 def test_teachers_statistics_are_those_of_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(distillation, "STATISTICS_BATCHES", 2)
     fields = {key: value for key, value in BASE.items() if key not in ("total_steps", "members")}
