@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from msgspec import Meta
 from torch import nn
@@ -35,6 +36,7 @@ from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.locking import lock_output
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
 from concat_ensemble.training.optimizers import group_by_layers
@@ -105,10 +107,13 @@ class Teachers(nn.Module):
         """Outputs (B, D) of each teacher."""
         return [network(pixels) for network in self.networks]
 
-    def standardize(self, batches: Iterable[torch.Tensor]) -> None:
-        """Compute the features' mean and scale on some images."""
-        features = torch.cat([torch.cat(self(batch), 1) for batch in batches])
-        self.mean, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
+    def standardize(self, batches: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
+        """Compute the features' mean and scale on some images, those of all processes together."""
+        features = torch.cat([torch.cat(self(batch), 1) for batch in batches]).double()
+        count = accelerator.reduce(torch.tensor(float(len(features)), device=features.device))
+        mean = accelerator.reduce(features.sum(0)) / count
+        variance = accelerator.reduce((features - mean).square().sum(0)) / (count - 1).clamp_min(1)
+        self.mean, self.scale = mean.float(), variance.sqrt().float().clamp_min(1e-6)
 
     def loss(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
         """Loss of the student's outputs on images."""
@@ -140,14 +145,15 @@ def parameter_groups(student: Student, settings: Distillation) -> list[dict]:
     return group_by_layers([student.backbone], student.head, settings)
 
 
-def create_student(settings: Distillation, images: Images, teachers: Teachers) -> Student:
+def create_student(settings: Distillation, images: Images, teachers: Teachers, accelerator: Accelerator) -> Student:
     """Standardize the teachers' features if they are the target, and create a student of as many outputs."""
-    device = next(teachers.parameters()).device
-    batches = itertools.islice(images.batches([settings.seed], device=device), STATISTICS_BATCHES)
-    pixels = [batch.views[0][0] for batch in batches]
     if settings.target == "features":
-        teachers.standardize(pixels)
-    num_outputs = sum(outputs.shape[1] for outputs in teachers(pixels[0][:1]))
+        parts = images.batches([settings.seed], device=accelerator.device)
+        count = STATISTICS_BATCHES * settings.gradient_accumulation
+        teachers.standardize((part.views[0][0] for part in itertools.islice(parts, count)), accelerator)
+    num_outputs = sum(
+        outputs.shape[1] for outputs in teachers(torch.zeros(1, *settings.input_size, device=accelerator.device))
+    )
     set_seed(settings.seed)
     backbone = create_network(settings, 0, settings.model_args)
     num_features = backbone.eval()(torch.zeros(1, *settings.input_size)).shape[1]
@@ -171,7 +177,7 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
-    student = create_student(settings, images, teachers)
+    student = create_student(settings, images, teachers, accelerator)
     set_seed(settings.seed, device_specific=True)
     checkpoints = output / "checkpoints" / "distilled"
     loop = Loop(
@@ -237,7 +243,8 @@ def describe_distillation(settings: Distillation, images: Images, teachers: Teac
 def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         settings, options = read_options(Distillation, __doc__, arguments)
-        run(settings, cpu=options.cpu, max_images=options.max_images)
+        with lock_output(Path(settings.output)):
+            run(settings, cpu=options.cpu, max_images=options.max_images)
 
 
 if __name__ == "__main__":

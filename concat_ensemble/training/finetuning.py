@@ -44,6 +44,7 @@ from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.locking import lock_output
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.optimizers import group_by_layers
@@ -286,7 +287,8 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
 def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         settings, options = read_options(FineTuning, __doc__, arguments, parallelism=PARALLELISM)
-        run(settings, parallelism=options.parallelism, cpu=options.cpu, max_images=options.max_images)
+        with lock_output(Path(settings.output)):
+            run(settings, parallelism=options.parallelism, cpu=options.cpu, max_images=options.max_images)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from concat_ensemble.modeling.image_processing_concat_ensemble import convert_im
 from concat_ensemble.training.batches import Augmentation, Batch, Finish, Part, Pixels, Position, derive_seed, prefetch
 from concat_ensemble.training.objective import Mixing
 from concat_ensemble.training.recipe import Settings
+from concat_ensemble.training.signals import outlive_signals
 from concat_ensemble.training.streams import read_stream
 
 Shard = tuple[int, int]  # rank, number of processes
@@ -85,6 +86,9 @@ class Images:
         if with_test and not settings.evaluate_every:  # then the validation images are training images too
             self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
         self.class_names, self.size = class_names(self.split), len(self.split)
+        if (parts := shard[1] * settings.gradient_accumulation) > self.images_per_step:
+            source = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
+            raise ValueError(f"{self.size} training images cannot be shared by {source}, {parts} parts; use fewer.")
         self.train_labels = torch.as_tensor(read_labels(self.split))
         if settings.augmentation == "scatter":
             self._in_memory = torch.stack([self._read(index) for index in range(self.size)])
@@ -151,6 +155,7 @@ class Images:
                 collate_fn=_as_it_is,
                 pin_memory=pinned,
                 persistent_workers=self.settings.num_workers > 0,
+                worker_init_fn=outlive_signals,
                 generator=torch.Generator(),  # the global generator is for the networks
             )
         return prefetch(parts, device, Finish(self.pixels, self.settings, seeds, self._own_images))
@@ -166,6 +171,7 @@ class Images:
             batch_sampler=BatchSampler(places, batch_size, drop_last=False),
             num_workers=self.settings.num_workers,
             collate_fn=operator.attrgetter("views", "labels"),
+            worker_init_fn=outlive_signals,
         )
 
     @property
@@ -173,6 +179,13 @@ class Images:
         """Images of a step on all processes: fewer than a batch if there are not as many."""
         batch = self.settings.batch_size
         return batch if self.settings.streaming else min(batch, self.size)
+
+    @property
+    def part_sizes(self) -> set[int]:
+        """Numbers of images in the parts of a batch, which differ by one where the images are fewer than a batch."""
+        parts = self.shard[1] * self.settings.gradient_accumulation
+        smaller, rest = divmod(self.images_per_step, parts)
+        return {smaller, smaller + 1} if rest else {smaller}
 
     @property
     def _own_images(self) -> float:

@@ -5,32 +5,30 @@ loss that is not finite.
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
-from safetensors import SafetensorError
+from accelerate.utils import GradientAccumulationPlugin, tqdm
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from concat_ensemble.console import out, printable
-from concat_ensemble.errors import first_line
-from concat_ensemble.files import give_usual_access, write_json
 from concat_ensemble.training.batches import Batch, Position
+from concat_ensemble.training.checkpoints import Checkpoints
+from concat_ensemble.training.exchange import Exchange
 from concat_ensemble.training.launcher import check_launcher
 from concat_ensemble.training.optimizers import ParameterGroups, count_warmup_steps, create_optimizer, create_schedule
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
-from concat_ensemble.training.saving import STATE_FILE, check_processes, matches_identity, read_state
+from concat_ensemble.training.signals import Signals
 
 CHECK_EVERY = 10  # steps; reading a loss waits for the device
 STATISTICS_BATCHES = 50  # for BatchNorm under averaged weights
@@ -46,17 +44,25 @@ def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
     """Create a new accelerator; each training gets its own, so that it keeps no state of the one before.
 
     Raises:
-        ValueError: if the launcher was asked for something else than the settings.
+        ValueError: if the launcher was asked for something else than the settings, or if the device lacks what a
+            setting needs.
     """
     check_launcher(settings)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
         dynamo_backend="inductor" if settings.compile else "no",
         log_with=settings.log_with,
         project_dir=settings.output if settings.log_with else None,
         step_scheduler_with_optimizer=False,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop weights and adds up the parts
     )
+    device = accelerator.device.type
+    if device == "cpu" and settings.mixed_precision == "fp16":  # accelerate would train in float32
+        raise ValueError("mixed_precision=fp16 needs a GPU; use bf16 or no.")
+    if device == "cpu" and settings.sync_bn:
+        raise ValueError("sync_bn=True needs GPUs; use dist_bn=reduce, which averages the statistics for evaluation.")
+    return accelerator
 
 
 class Loop(Generic[Network]):
@@ -87,8 +93,8 @@ class Loop(Generic[Network]):
         param_groups: ParameterGroups | None = None,
     ):
         self.accelerator, self.settings, self.steps = accelerator, settings, steps
-        self.folder, self.identity, self.name = folder, identity, name
-        checkpoint = self._last_checkpoint()
+        self.identity, self.name = identity, name
+        self._checkpoints = Checkpoints(folder, accelerator, settings, identity)
         length = (steps - count_warmup_steps(settings, steps)) // cycles
         warmup = steps - cycles * length  # with the remainder of the division
         self.cycle_ends = [warmup + (k + 1) * length for k in range(cycles)]
@@ -102,6 +108,8 @@ class Loop(Generic[Network]):
             optimizer = create_optimizer(network, settings, warmup, param_groups)
             if settings.optimizer != SCHEDULE_FREE:
                 self._schedules.append(create_schedule(optimizer, settings, warmup, length, cycles))
+            if settings.sync_bn and accelerator.num_processes > 1:
+                network = convert_sync_batchnorm(network)
             network = network.to(accelerator.device).to(memory_format=torch.channels_last)
             if settings.ema_decay:
                 self._averages.append(ModelEmaV3(network, decay=settings.ema_decay, use_warmup=True))
@@ -109,16 +117,14 @@ class Loop(Generic[Network]):
             self.networks.append(wrapped)
             self.optimizers.append(optimizer)
         accelerator.register_for_checkpointing(*self._averages)
+        self._exchange = Exchange(accelerator, self._plain(), averages_statistics=settings.dist_bn == "reduce")
+        self._signals = Signals()
         self.step, self.seconds = 0, 0.0
         self._position: Position | None = None
         self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
-        if checkpoint is not None:
-            check_processes(checkpoint, accelerator.num_processes)
-            accelerator.load_state(str(checkpoint))
-            state = read_state(checkpoint)
+        if loaded := self._checkpoints.load():
+            state, self._position = loaded
             self.step, self.seconds = state.step, state.seconds
-            position = self._position_file(checkpoint)
-            self._position = json.loads(position.read_text()) if position.is_file() else None
             for schedule in self._schedules:
                 schedule.step_update(self.step)
 
@@ -145,27 +151,34 @@ class Loop(Generic[Network]):
         bar = tqdm(total=self.steps, initial=self.step, desc=printable(title), disable=not sys.stderr.isatty())
         if self.settings.log_with:
             self.accelerator.init_trackers(self.name.replace("/", "-"))
-        with _record_signals() as signals, bar:
+        self._signals.start()
+        try:
             self._train_mode(True)
             while self.step < self.steps:
-                self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
+                ends = self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 is_last = self.step == self.steps
-                terminates = self._any_process(bool(signals)) and not is_last
+                terminates = ends and not is_last
                 saves = terminates or (self._is_due(self.settings.checkpoint_every) and not is_last)
                 if saves or is_last or self._is_due(CHECK_EVERY):
                     bar.set_postfix(loss=f"{self._log_losses():.3f}")
-                if evaluate and interval and (is_last or self._is_due(interval)):
+                if evaluate and interval and not terminates and (is_last or self._is_due(interval)):
                     self._evaluate(evaluate)
                 if saves:
-                    self._save()
+                    self._train_mode(True)
+                    self._checkpoints.save(self.step, self.seconds, self._position)
                 if terminates:
-                    self._terminate(signals)
+                    self._terminate(f"step {self.step:,}, which is saved")
                 if is_last or self.step in stops:
                     yield self.step
                     if not is_last:  # at the end the networks stay as they were saved
                         self._train_mode(True)
+        except BaseException:
+            self._signals.stop()
+            raise
+        finally:
+            bar.close()
 
     def networks_to_save(self) -> list[Network]:
         """The networks in evaluation mode, as they would be saved now: the moving averages of their weights if there
@@ -173,28 +186,31 @@ class Loop(Generic[Network]):
         computed again (Defazio et al. 2024, section on BatchNorm).
         """
         self._train_mode(False)
-        plain = [self.accelerator.unwrap_model(network, keep_torch_compile=False) for network in self.networks]
+        plain = self._plain()
         if self._averages:
             return [average.module for average in self._averages]
         if self.settings.optimizer == SCHEDULE_FREE:
             for k, network in enumerate(plain):
                 update_bn((part.views[k][0] for part in itertools.islice(self._read(), STATISTICS_BATCHES)), network)
                 network.eval()
+            self._exchange.average_statistics()
         return plain
 
     def finish(self) -> None:
-        """Delete the checkpoints. Call it when the networks are saved."""
-        self.accelerator.wait_for_everyone()
+        """Delete the checkpoints. Call it when the networks are saved.
+
+        Raises:
+            SystemExit: if a signal came after the last step.
+        """
         if self.settings.log_with:
             self.accelerator.end_training()
-        if self.accelerator.is_main_process:
-            for folder in (*self._checkpoints(), self.folder / ".aside"):
-                shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # it is not there, or holds something of a user
-                self.folder.rmdir()
+        self._checkpoints.delete()
+        self._signals.stop()
+        if self._exchange.ends(bool(self._signals)):
+            self._terminate("the last step; the networks are saved")
 
-    def _update(self, parts: list[Batch], loss: Loss) -> None:
-        """One step of each network, its schedule and its moving average."""
+    def _update(self, parts: list[Batch], loss: Loss) -> bool:
+        """One step of each network, its schedule and its moving average. Return whether the training is to end."""
         self.step += 1
         total = torch.zeros(len(self.networks), device=self.accelerator.device)
         for number, part in enumerate(parts):
@@ -205,17 +221,36 @@ class Loop(Generic[Network]):
                     value = loss(network, images, labels) * part.share
                     self.accelerator.backward(value)
                 total[k] += value.detach()
-        for network, optimizer in zip(self.networks, self.optimizers, strict=True):
-            if self.settings.clip_norm is not None:
-                self.accelerator.clip_grad_norm_(network.parameters(), self.settings.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        self._step_optimizers()
         for schedule in self._schedules:
             schedule.step_update(self.step)
-        for average, network in zip(self._averages, self.networks, strict=bool(self._averages)):
-            average.update(self.accelerator.unwrap_model(network), step=self.step)
+        self._mean_losses, ends = self._exchange(total, bool(self._signals))
+        for average, network in zip(self._averages, self._plain() if self._averages else [], strict=True):
+            average.update(network, step=self.step)
         self._position = parts[-1].position
         self._unchecked.append((self.step, [index for part in parts for index in part.indices], total))
+        return ends
+
+    def _step_optimizers(self) -> None:
+        """Step all optimizers. In fp16 they share one scale, which changes only when all have stepped; accelerate's
+        optimizers would each change it, and its clipping unscale the gradients of all for each."""
+        scaler, clip = self.accelerator.scaler, self.accelerator.clip_grad_norm_
+        if scaler is not None:
+            for optimizer in self.optimizers:
+                scaler.unscale_(optimizer.optimizer)
+            clip = nn.utils.clip_grad_norm_
+        if self.settings.clip_norm is not None:
+            for network in self.networks:
+                clip(network.parameters(), self.settings.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step() if scaler is None else scaler.step(optimizer.optimizer)
+            optimizer.zero_grad()
+        if scaler is not None:
+            scaler.update()
+
+    def _plain(self) -> list[Any]:
+        """The networks as they were before accelerate wrapped them."""
+        return [self.accelerator.unwrap_model(network, keep_torch_compile=False) for network in self.networks]
 
     def _read(self) -> Iterator[Batch]:
         """Parts of batches from the present step on."""
@@ -228,14 +263,6 @@ class Loop(Generic[Network]):
 
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0
-
-    def _any_process(self, signaled: bool) -> bool:
-        """Whether any process got a signal. Several processes compare every `CHECK_EVERY` steps."""
-        if self.accelerator.num_processes == 1:
-            return signaled
-        if not self._is_due(CHECK_EVERY):
-            return False
-        return bool(self.accelerator.reduce(torch.tensor(float(signaled), device=self.accelerator.device)))
 
     def _log_losses(self) -> float:
         """Check the losses since the last call, and log and return the mean of the last step's over the networks.
@@ -254,7 +281,7 @@ class Loop(Generic[Network]):
                 "clip_norm. The checkpoints before it are intact."
             )
         self._unchecked = []
-        mean = values[-1].mean().item()
+        mean = self._mean_losses.mean().item()
         rate = self.optimizers[0].param_groups[0]["lr"]
         self.accelerator.log({"loss": mean, "learning_rate": rate}, step=self.step)
         return mean
@@ -271,71 +298,11 @@ class Loop(Generic[Network]):
         if self.accelerator.is_main_process:
             out.print(line, soft_wrap=True)
 
-    def _terminate(self, signals: list[int]) -> None:
-        sender = signal.Signals(signals[0]).name if signals else "another process"
-        reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
-        self._print(f"{self.name}: {reason}.")
-        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
-
-    def _save(self) -> None:
-        """Write a checkpoint aside and rename it, then delete old ones."""
-        self._train_mode(True)
-        folder, aside = self.folder / f"step-{self.step:08d}", self.folder / ".aside"
-        is_main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
-        if folder.is_dir():
-            return
-        if is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        wait()
-        try:
-            self.accelerator.save_state(str(aside))
-            if self._position is not None:
-                write_json(self._position_file(aside), self._position)
-            if is_main:
-                state = {"step": self.step, "seconds": self.seconds, "identity": self.identity}
-                write_json(aside / STATE_FILE, state)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
-            if is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            last = self._last_checkpoint()
-            rest = f"{last.name} is there and intact." if last else "none was written before it."
-            raise OSError(f"cannot write a checkpoint into {self.folder}: {first_line(error)}; {rest}") from error
-        wait()
-        if is_main:
-            give_usual_access(aside)
-            aside.rename(folder)
-            for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
-                shutil.rmtree(older)
-        wait()
-
-    def _position_file(self, checkpoint: Path) -> Path:
-        """Where this process keeps the position of its stream."""
-        return checkpoint / f"stream-{self.accelerator.process_index}.json"
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
-
-    def _last_checkpoint(self) -> Path | None:
-        *_, last = [None, *self._checkpoints()]
-        return last if last and matches_identity(last, self.identity, self.settings) else None
-
-
-@contextmanager
-def _record_signals() -> Iterator[list[int]]:
-    """Record SIGTERM and SIGINT in the list instead of exiting at once. A second Ctrl-C exits at once."""
-    signals: list[int] = []
-
-    def record(number, _frame):
-        if signals and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    handlers = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def _terminate(self, when: str) -> None:
+        received = self._signals.received
+        sender = signal.Signals(received[0]).name if received else "another process"
+        self._print(f"{self.name}: ended by {sender} after {when}; the same command continues.")
+        raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
 
 
 def _checkpoint_gradients(network: Any) -> None:

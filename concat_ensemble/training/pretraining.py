@@ -37,6 +37,7 @@ from concat_ensemble.training.forecast import Devices, choose_sharing, print_for
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import GIB, Size
+from concat_ensemble.training.locking import lock_output
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.memory import memory_of_device
 from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
@@ -257,13 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.plan:
             plan(recipe, options)
             return
-        run(
-            recipe,
-            parallelism=options.parallelism,
-            efficiency=options.efficiency,
-            cpu=options.cpu,
-            max_images=options.max_images,
-        )
+        with lock_output(Path(recipe.output)):
+            run(
+                recipe,
+                parallelism=options.parallelism,
+                efficiency=options.efficiency,
+                cpu=options.cpu,
+                max_images=options.max_images,
+            )
 
 
 if __name__ == "__main__":

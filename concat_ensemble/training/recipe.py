@@ -110,6 +110,8 @@ class Settings:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False  # with torch.compile
+    dist_bn: Literal["reduce", "broadcast"] = "reduce"  # BatchNorm's statistics: all processes' mean, or the first's
+    sync_bn: bool = False  # BatchNorm over the images of all processes, on GPUs
 
     num_workers: NonNegativeInt = 0  # processes that read images
     checkpoint_every: PositiveInt = 1_000  # steps

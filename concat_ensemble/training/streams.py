@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset as TorchStream
 
 from concat_ensemble.data.images import decode_image
 from concat_ensemble.training.batches import Augmentation, Part, Position
+from concat_ensemble.training.signals import outlive_signals
 
 BLOCK = 10_000  # images of a process that are shuffled among each other
 START: Position = {"epoch": 0, "block": 0, "used": 0, "number": 0, "stream": None}
@@ -44,15 +45,32 @@ def read_stream(
     if stream.num_shards < count:
         files = f"{stream.num_shards}, the number of files that this process streams"
         raise ValueError(f"num_workers={workers} must be at most {files}.")
-    positions = positions or {}
-    expected = min(done, count)
-    if len(positions) != expected:
-        raise ValueError(f"num_workers={workers} must be {len(positions)}, as when the stream was stopped.")
+    readers, positions = [shard[1], count], positions or {}
+    before = next((position["readers"] for position in positions.values() if "readers" in position), readers)
+    if before != readers or len(positions) != min(done, count):
+        there = f", which had {before[0]} processes of {before[1]} workers" if before != readers else ""
+        raise ValueError(
+            f"num_workers={workers} in {shard[1]} processes cannot continue the stream that was stopped{there}: each "
+            "worker reads its own files. Use as many as then."
+        )
     # The loader takes a part from each worker in turn, beginning with the first one.
     ahead = done % count
-    parts = _Parts(stream, augmentation, size=size, block=max(BLOCK // count, size), positions=positions, ahead=ahead)
+    parts = _Parts(
+        stream,
+        augmentation,
+        size=size,
+        block=max(BLOCK // count, size),
+        positions=positions,
+        readers=readers,
+        ahead=ahead,
+    )
     loader = DataLoader(
-        parts, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator()
+        parts,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),
     )
     return itertools.islice(loader, ahead, None)
 
@@ -69,10 +87,12 @@ class _Parts(TorchStream):
         size: int,
         block: int,
         positions: Position,
+        readers: list[int],
         ahead: int,
     ):
         self.stream, self.augmentation = stream, augmentation
-        self.size, self.block, self.positions, self.ahead = size, block, positions, ahead
+        self.size, self.block, self.positions = size, block, positions
+        self.readers, self.ahead = readers, ahead
 
     def __iter__(self) -> Iterator[Part | None]:
         worker = get_worker_info()  # datasets gives each worker its own files
@@ -95,7 +115,8 @@ class _Parts(TorchStream):
         if (labels < 0).any():
             number = numbers[int((labels < 0).nonzero()[0])]
             raise ValueError(f"the label of image {number} of the stream is hidden; name another train_split.")
-        return Part(draws[0], numbers, self.augmentation(images, draws), labels, (worker, rows[-1][1]))
+        position = rows[-1][1] | {"readers": self.readers}
+        return Part(draws[0], numbers, self.augmentation(images, draws), labels, (worker, position))
 
     def _rows(self, worker: int) -> Iterator[tuple[dict[str, Any], Position]]:
         """Rows, each with the position after it."""

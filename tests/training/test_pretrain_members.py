@@ -9,21 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from datasets import ClassLabel, Features, Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from concat_ensemble import ConcatEnsembleForImageClassification
+from concat_ensemble import ConcatEnsembleForImageClassification, load_data
 from concat_ensemble.training.planning import plan_jobs, plan_networks
 from concat_ensemble.training.pretraining import main
 from concat_ensemble.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
+KILLS = 20
 SCRIPT = "training/pretrain_members.py"
 RECIPE = "training/recipes/scattered_digits_timecat.yaml"
 SMOKE = [SCRIPT, RECIPE, "--smoke", "--cpu", "--members", "[1, 2]", "--snapshots", "2"]
@@ -189,12 +192,14 @@ def members_in(folder: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("members/*/model.safetensors"))}
 
 
-def killed_until_done(folder: Path, seed: int, kills: int, within: float = 6) -> list[int]:
+def killed_until_done(
+    folder: Path, seed: int, kills: int, within: float = 6, command: Sequence[str] = tuple(KILLED)
+) -> list[int]:
     """Run until it is done, killed `kills` times after up to `within` seconds; the signals that arrived in time."""
     rng, hits, started = random.Random(seed), [], 0
     while True:
         process = subprocess.Popen(
-            [sys.executable, *KILLED, "--output", str(folder)],
+            [sys.executable, *command, "--output", str(folder)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -233,6 +238,36 @@ def test_twenty_kills_end_in_the_same_weights(undisturbed, tmp_path):
         if len(hits) >= 20:
             break
     assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= set(hits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twenty_kills_of_a_stream_end_in_the_same_weights(workers, tmp_path):
+    """From two files, over several epochs, in two parts a step."""
+    columns = Features(image=Image(), label=ClassLabel(names=list("0123456789")))
+    split = load_data("digits", limit=200)["train"].cast(columns)
+    for number in range(2):
+        split.select(range(90 * number, 90 * number + 90)).to_parquet(tmp_path / f"train-{number}.parquet")
+    stream = ["--dataset", f"parquet:{tmp_path}", "--streaming", "true", "--classes", "null", "--augmentation", "timm"]
+    stream += [
+        "--num-workers",
+        str(workers),
+        "--gradient-accumulation",
+        "2",
+        "--total-steps",
+        "160",
+        "--snapshots",
+        "0",
+    ]
+    command = [*KILLED, *stream]
+    run(*command, "--output", tmp_path / "whole")
+    whole, hits = members_in(tmp_path / "whole"), []
+    for seed in itertools.count():
+        folder = tmp_path / str(seed)
+        hits += killed_until_done(folder, seed, kills=KILLS // 4, within=2, command=command)
+        assert members_in(folder) == whole and not list(folder.rglob("*step-*"))
+        if len(hits) >= KILLS:
+            break
 
 
 def test_a_killed_run_continues_and_ends_in_the_same_weights(undisturbed, tmp_path):

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concat_ensemble import load_data
+from concat_ensemble.data.images import decode_image
+from concat_ensemble.training import streams
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.images import Images, _BatchOrder
 from concat_ensemble.training.recipe import Settings
+from concat_ensemble.training.streams import _Parts
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
 CROPPED = {"dataset": "digits", "augmentation": "timm", "batch_size": 8, "limit": 40}
@@ -179,6 +182,33 @@ def test_the_error_for_a_stream_of_fewer_files_than_workers_names_both(parquet):
     settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": 3}
     with pytest.raises(ValueError, match=r"num_workers=3 must be at most 2"):
         next(Images(Settings(**settings), GREY).batches([1]))
+
+
+@pytest.mark.parametrize(("step", "before", "now"), [(1, (1, 1), (2, 1)), (3, (2, 1), (1, 1)), (2, (1, 2), (1, 1))])
+def test_a_stream_is_continued_by_as_many_workers_and_processes(parquet, step, before, now):
+    """Workers and processes then and now. After one step, the position of one worker looks like that of another."""
+    settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None}
+
+    def open_stream(workers, processes):
+        return Images(Settings(**settings, num_workers=workers), GREY, (0, processes))
+
+    position = first(open_stream(*before).batches([1]), step)[-1].position
+    text = f"num_workers={now[0]} in {now[1]} processes cannot continue.*had {before[1]} processes of {before[0]} work"
+    with pytest.raises(ValueError, match=text):
+        next(open_stream(*now).batches([1], step, position=position))
+
+
+def test_a_stream_reads_on_without_what_it_has_read(parquet, monkeypatch):
+    """The time to the first part does not grow with the step: of the images before it, none is read again."""
+    monkeypatch.setattr(streams, "BLOCK", 8)
+    settings = Settings(**CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "gradient_accumulation": 2})
+    whole = first(Images(settings, GREY).batches([1]), 14)
+    images, decoded = Images(settings, GREY), []
+    monkeypatch.setattr(streams, "decode_image", lambda row, name: decoded.append(name) or decode_image(row, name))
+    read, rows = [], _Parts._rows
+    monkeypatch.setattr(_Parts, "_rows", lambda self, worker: (read.append(r) or r for r in rows(self, worker)))
+    again = images.batches([1], 6, position=whole[11].position)
+    assert same(first(again, 2), whole[12:]) and len(decoded) == len(read) == 8
 
 
 def test_labels_are_the_turns_which_differ_between_networks():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import signal
 from functools import partial
 
@@ -16,6 +18,7 @@ from concat_ensemble.training.images import Images
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.recipe import Recipe
+from concat_ensemble.training.signals import Signals, outlive_signals
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
 BASE = {
@@ -223,3 +226,92 @@ def test_every_setting_belongs_to_the_identity_or_to_the_place():
         one, output="elsewhere", num_workers=3, checkpoint_every=7, keep_checkpoints=1, log_with=None
     )
     assert one.identity == other.identity != dataclasses.replace(one, seed=1).identity
+
+
+def test_networks_in_one_pass_share_one_scale_of_fp16_and_train_as_alone(tmp_path):
+    """accelerate has no scale on the CPU; this one grows in every second step, between no two optimizers of a step."""
+
+    def train(seeds: list[int], scale: float | None, clip_norm: float | None) -> list[dict[str, torch.Tensor]]:
+        recipe = Recipe(**BASE | {"total_steps": 6, "clip_norm": clip_norm})
+        images, networks = Images(recipe, GREY), []
+        for seed in seeds:
+            set_seed(seed)
+            networks.append(timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args))
+        accelerator = create_accelerator(recipe, cpu=True)
+        if scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        loop = Loop(accelerator, recipe, networks, steps=6, folder=tmp_path, identity={}, name="run")
+        for _ in loop.run(lambda *place: images.batches([0] * len(seeds), *place), Objective(recipe, 10)):
+            weights = [network.state_dict() for network in loop.networks_to_save()]
+        loop.finish()
+        if scale is not None:
+            assert accelerator.scaler.get_scale() == 8 * scale, "it grew with the steps, not with the networks"
+        return weights
+
+    for clip_norm in (0.1, None):  # without one, the second network took its step in another scale
+        together = train([0, 1], 1024.0, clip_norm)
+        assert equal(together, train([0], None, clip_norm) + train([1], None, clip_norm)), "powers of two are exact"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"mixed_precision": "fp16"}, "bf16"), ({"sync_bn": True}, "dist_bn")]
+)
+def test_what_needs_a_gpu_is_refused_without_one(change, message):
+    with pytest.raises(ValueError, match=rf"{next(iter(change))}=\w+ needs .*GPU.*{message}"):
+        create_accelerator(Recipe(**BASE | change), cpu=True)
+
+
+def test_a_number_of_parts_that_the_launcher_sets_changes_nothing(monkeypatch):
+    """accelerate would divide each loss by it."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert create_accelerator(Recipe(**BASE), cpu=True).gradient_accumulation_steps == 1
+
+
+def test_a_signal_after_the_last_step_ends_when_the_networks_are_saved(tmp_path, capsys):
+    recipe, handler = Recipe(**BASE | {"total_steps": 2}), signal.getsignal(signal.SIGTERM)
+    images = Images(recipe, GREY)
+    _, loop = loop_of_one(recipe, tmp_path / "run", steps=2)
+    for _ in loop.run(partial(images.batches, [0]), Objective(recipe, 10)):
+        signal.raise_signal(signal.SIGTERM)
+        loop.networks_to_save()
+    signal.raise_signal(signal.SIGTERM)  # while results are computed
+    with pytest.raises(SystemExit) as ended:
+        loop.finish()
+    assert ended.value.code == 128 + signal.SIGTERM and not (tmp_path / "run").exists()
+    assert "ended by SIGTERM after the last step; the networks are saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_workers_outlive_a_signal_to_all_processes(trained, tmp_path):
+    """As Ctrl-C and scancel send it; only their training ends them."""
+    changes = {"augmentation": "timm", "num_workers": 2, "total_steps": 6}
+
+    def signal_all() -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        trained(cut_at=2, by=signal_all, **changes)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    worker = multiprocessing.get_context("fork").Process(target=_work, daemon=True)
+    worker.start()
+    worker.terminate()  # as at the end of a training
+    worker.join(10)
+    assert worker.exitcode is not None
+
+
+def _work() -> None:
+    outlive_signals(0)
+    signal.pause()
+
+
+def test_processes_whose_launcher_is_dead_end_as_after_a_signal(monkeypatch):
+    assert not Signals(), "without a launcher"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    signals = Signals()
+    assert not signals
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert signals and signals.received == [signal.SIGHUP]
