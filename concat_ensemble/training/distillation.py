@@ -32,8 +32,10 @@ from concat_ensemble.studies.cost import count_flops
 from concat_ensemble.studies.ensemble_folders import replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.logbook import LOGS
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
@@ -50,6 +52,11 @@ class Distillation(NetworkSettings):
     steps: PositiveInt
     target: Literal["features", "predictions"] = "features"
     temperature: PositiveFloat = 2.0  # of the predictions
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.save_best == "top1":
+            raise ValueError("save_best=top1 must be loss or null: distillation uses no labels.")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -99,14 +106,20 @@ class Teachers(nn.Module):
 
     def loss(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
         """Loss of the student's outputs on images."""
+        return self.losses(outputs, pixels, temperature).mean()
+
+    def losses(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
+        """(B,) losses of the student's outputs on images."""
         targets = self(pixels)
         if not self.predicts:
-            return nn.functional.mse_loss(outputs, (torch.cat(targets, 1) - self.mean) / self.scale)
+            targets = (torch.cat(targets, 1) - self.mean) / self.scale
+            return nn.functional.mse_loss(outputs, targets, reduction="none").mean(1)
         parts = outputs.split([logits.shape[1] for logits in targets], dim=1)
         losses = []
         for part, logits in zip(parts, targets, strict=True):
-            losses.append(nn.functional.cross_entropy(part / temperature, (logits / temperature).softmax(1)))
-        return torch.stack(losses).mean()
+            targets = (logits / temperature).softmax(1)
+            losses.append(nn.functional.cross_entropy(part / temperature, targets, reduction="none"))
+        return torch.stack(losses).mean(0)
 
 
 def load_with_head(source: str) -> nn.Module:
@@ -153,17 +166,30 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
     set_seed(settings.seed, device_specific=True)
     checkpoints = output / "checkpoints" / "distilled"
     loop = Loop(
-        accelerator, settings, [student], steps=settings.steps, folder=checkpoints, identity=identity, name="distilled"
+        accelerator,
+        settings,
+        [student],
+        steps=settings.steps,
+        folder=checkpoints,
+        identity=identity,
+        name="distilled",
+        logs=[output / LOGS / "distilled.csv"],
     )
+
+    def measure(network: nn.Module, pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return teachers.losses(network(pixels), pixels, settings.temperature)[:, None]
+
     steps = loop.run(
         partial(images.batches, [settings.seed]),
         lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
+        evaluate=lambda network: evaluate(network, images, accelerator, measure),
     )
     for _ in steps:
         (trained,) = loop.networks_to_save()
     if accelerator.is_main_process:
         provenance = describe_distillation(settings, images, teachers)
         provenance["compute"]["seconds"] = round(loop.seconds, 1)
+        provenance |= loop.best.describe(0)
         save_network(
             trained.backbone,
             folder,

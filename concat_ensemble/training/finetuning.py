@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from msgspec import Meta
 from timm.optim import param_groups_layer_decay
@@ -43,8 +41,10 @@ from concat_ensemble.studies.probing import with_head
 from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate, predict_logits
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.logbook import LOGS
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
@@ -140,38 +140,23 @@ def fine_tune(
         folder=folder.parent / "checkpoints" / folder.name,
         identity=identity,
         name=folder.name,
+        logs=[folder.parent / LOGS / f"{folder.name}.csv"],
         param_groups=partial(parameter_groups, settings=settings),
     )
     loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps = loop.run(
         partial(images.batches, [settings.seed]),
         lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
-        evaluate=lambda network: compute_top1(network, images, accelerator),
+        evaluate=lambda network: evaluate(network, images, accelerator),
     )
     for _ in steps:
         (tuned,) = loop.networks_to_save()
     logits = predict_logits(tuned, images, "test", accelerator)
     if accelerator.is_main_process:
         tuned.float()
-        save_classifier(tuned, folder, logits, settings, images=images, identity=identity, seconds=loop.seconds)
+        results = {"identity": identity, "seconds": loop.seconds, "selected": loop.best.describe(0)}
+        save_classifier(tuned, folder, logits, settings, images=images, **results)
     loop.finish()
-
-
-def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Top-1 accuracy on the held-out images."""
-    predictions = predict_logits(network, images, "validation", accelerator).argmax(1)
-    return float((predictions == images.labels("validation")).mean())
-
-
-@torch.no_grad()
-def predict_logits(network: nn.Module, images: Images, split: str, accelerator: Accelerator) -> np.ndarray:
-    """(N, classes) logits of a split's images. Each process predicts its part."""
-    network.eval()
-    logits = []
-    for (pixels,), _ in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size, split)):
-        output = network(pixel_values=images.pixels.normalize(pixels))
-        logits.append(accelerator.gather_for_metrics(output.logits.float()))
-    return torch.cat(logits).cpu().numpy()
 
 
 def save_classifier(
@@ -183,12 +168,13 @@ def save_classifier(
     images: Images,
     identity: dict,
     seconds: float,
+    selected: dict,
 ) -> None:
     """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
     replaces `folder` as a whole; the model does not change.
     """
     saved = copy.copy(model)  # the same weights under another config
-    saved.config = describe_fine_tuning(model, settings, images)
+    saved.config = describe_fine_tuning(model, settings, images, selected)
     results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
     with replace_result(folder, identity) as aside:
         saved.save_pretrained(aside)
@@ -199,7 +185,9 @@ def save_classifier(
     out.print(f"{folder}: {counts}", soft_wrap=True)
 
 
-def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images) -> ConcatEnsembleConfig:
+def describe_fine_tuning(
+    model: Classifier, settings: FineTuning, images: Images, selected: dict
+) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * images.images_per_step
     for (k, member), stated in zip(model.members.items(), read_provenances(config), strict=True):
@@ -208,6 +196,7 @@ def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
         dataset = without_folders(settings.dataset)
         provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
+        provenance["fine_tuned"] |= selected
         if stated.steps is not None:  # else the cost of pretraining is not known
             provenance["steps"] = stated.steps + settings.steps
         if stated.compute and stated.compute.gflops is not None:

@@ -8,7 +8,6 @@ import itertools
 import json
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +19,6 @@ from typing import Any, Generic, TypeVar
 import schedulefree
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -29,10 +27,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from concat_ensemble.console import out, printable
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import give_usual_access, write_json
 from concat_ensemble.training.batches import Batch, Position
+from concat_ensemble.training.best import BestWeights
+from concat_ensemble.training.evaluation import Evaluation
+from concat_ensemble.training.logbook import Logbook
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
 from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
 
@@ -65,6 +65,7 @@ class Loop(Generic[Network]):
         steps: Updates of each network.
         folder: Where to keep checkpoints; `finish` deletes it.
         identity: Plain JSON values that a checkpoint must have been saved with to be continued.
+        logs: The CSV file in which each network's training is logged, named like the network; none when left out.
         cycles: Number of learning-rate cycles. The last one ends with the last step.
         param_groups: Makes the optimizer's parameter groups of a network; timm's own when left out.
 
@@ -82,11 +83,14 @@ class Loop(Generic[Network]):
         folder: Path,
         identity: dict,
         name: str,
+        logs: Sequence[Path] = (),
         cycles: int = 1,
         param_groups: Callable[[Network], list[dict]] | None = None,
     ):
         self.accelerator, self.settings, self.steps = accelerator, settings, steps
         self.folder, self.identity, self.name = folder, identity, name
+        self.logbook = Logbook(accelerator, settings, files=logs, name=name, steps=steps, count=len(networks))
+        self.best = BestWeights(accelerator, folder / "best", settings.save_best, len(networks))
         checkpoint = self._last_checkpoint()
         length = (steps - round(settings.warmup * steps)) // cycles
         warmup = steps - cycles * length  # with the remainder of the division
@@ -115,6 +119,8 @@ class Loop(Generic[Network]):
             accelerator.load_state(str(checkpoint))
             state = read_state(checkpoint)
             self.step, self.seconds = state.step, state.seconds
+            self.logbook.load_state_dict({"since": state.seconds} | state.log)
+            self.best.load_state_dict(state.best)
             position = self._position_file(checkpoint)
             self._position = json.loads(position.read_text()) if position.is_file() else None
             for schedule in self._schedules:
@@ -126,10 +132,10 @@ class Loop(Generic[Network]):
         loss: Loss,
         *,
         stops: Sequence[int] = (),
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Evaluation] | None = None,
     ) -> Iterator[int]:
         """Train to the end. Yield each step in `stops` and the last step, when it is reached. `batches` gives parts of
-        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the top-1 accuracy of a network.
+        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the evaluation of a network.
 
         Raises:
             ValueError: naming the step and the images, if a loss is not finite.
@@ -139,23 +145,23 @@ class Loop(Generic[Network]):
         self._batches = batches
         parts, started = self._read(), time.perf_counter() - self.seconds
         interval = self.settings.evaluate_every
-        title = f"{self.name} ({self.steps} steps)"
-        bar = tqdm(total=self.steps, initial=self.step, desc=printable(title), disable=not sys.stderr.isatty())
-        if self.settings.log_with:
-            self.accelerator.init_trackers(self.name.replace("/", "-"))
-        with _record_signals() as signals, bar:
+        with _record_signals() as signals, self.logbook.open(self.step) as bar:
             self._train_mode(True)
             while self.step < self.steps:
+                rate = max(group["lr"] for group in self.optimizers[0].param_groups)  # layers may have lower ones
                 self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 is_last = self.step == self.steps
                 terminates = self._any_process(bool(signals)) and not is_last
                 saves = terminates or (self._is_due(self.settings.checkpoint_every) and not is_last)
-                if saves or is_last or self._is_due(CHECK_EVERY):
-                    bar.set_postfix(loss=f"{self._log_losses():.3f}")
-                if evaluate and interval and (is_last or self._is_due(interval)):
-                    self._evaluate(evaluate)
+                evaluates = bool(evaluate and interval) and (is_last or self._is_due(interval))
+                logs = evaluates or self.logbook.is_due(self.step)
+                if saves or is_last or logs or self._is_due(CHECK_EVERY):
+                    self._check_losses()
+                if logs:
+                    self.logbook.record(self.step, self.seconds, rate)
+                    self.logbook.write(self.step, *(self._evaluate(evaluate) if evaluate and evaluates else ()))
                 if saves:
                     self._save()
                 if terminates:
@@ -166,9 +172,18 @@ class Loop(Generic[Network]):
                         self._train_mode(True)
 
     def networks_to_save(self) -> list[Network]:
-        """The networks in evaluation mode, as they would be saved now: the moving averages of their weights if there
-        are any, and with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are
-        computed again (Defazio et al. 2024, section on BatchNorm).
+        """The networks in evaluation mode, as they are to be saved: at the end with `save_best`, those of their best
+        evaluation, else those of now.
+        """
+        networks = self._current_networks()
+        if self.step == self.steps:
+            self.best.load_into(networks)
+        return networks
+
+    def _current_networks(self) -> list[Network]:
+        """The networks in evaluation mode as they are now: the moving averages of their weights if there are any, and
+        with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are computed again
+        (Defazio et al. 2024, section on BatchNorm).
         """
         self._train_mode(False)
         plain = [self.accelerator.unwrap_model(network, keep_torch_compile=False) for network in self.networks]
@@ -183,10 +198,10 @@ class Loop(Generic[Network]):
     def finish(self) -> None:
         """Delete the checkpoints. Call it when the networks are saved."""
         self.accelerator.wait_for_everyone()
-        if self.settings.log_with:
+        if self.accelerator.log_with:
             self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            for folder in (*self._checkpoints(), self.folder / ".aside"):
+            for folder in (*self._checkpoints(), self.folder / ".aside", self.best.folder):
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # it is not there, or holds something of a user
                 self.folder.rmdir()
@@ -235,13 +250,16 @@ class Loop(Generic[Network]):
             return False
         return bool(self.accelerator.reduce(torch.tensor(float(signaled), device=self.accelerator.device)))
 
-    def _log_losses(self) -> float:
-        """Check the losses since the last call, and log and return the mean of the last step's over the networks.
+    def _check_losses(self) -> None:
+        """Check the losses since the last call, and give the logbook their means over the processes.
 
         Raises:
             ValueError: naming the step and the images of a loss that is not finite.
         """
-        values = torch.stack([losses for *_, losses in self._unchecked]).cpu()
+        if not self._unchecked:
+            return
+        losses = torch.stack([losses for *_, losses in self._unchecked])
+        values = losses.cpu()
         bad = torch.nonzero(~torch.isfinite(values)).tolist()
         if bad:
             row, k = bad[0]
@@ -251,28 +269,23 @@ class Loop(Generic[Network]):
                 f"{', '.join(map(str, indices))}; lower learning_rate={self.settings.learning_rate:g}, or set "
                 "clip_norm. The checkpoints before it are intact."
             )
+        images = losses.new_tensor(float(sum(len(indices) for _, indices, _ in self._unchecked)))
+        means, images = self.accelerator.reduce((losses, images), "mean")  # pyright: ignore
+        self.logbook.add(means.tolist(), images.item() * self.accelerator.num_processes)
         self._unchecked = []
-        mean = values[-1].mean().item()
-        rate = self.optimizers[0].param_groups[0]["lr"]
-        self.accelerator.log({"loss": mean, "learning_rate": rate}, step=self.step)
-        return mean
 
-    def _evaluate(self, evaluate: Callable[[nn.Module], float]) -> None:
-        """Log and print each network's top-1 accuracy on the held-out images."""
-        top1 = [evaluate(network) for network in self.networks_to_save()]
-        self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
-        percent = ", ".join(f"{100 * value:.1f}" for value in top1)
-        self._print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}")
+    def _evaluate(self, evaluate: Callable[[nn.Module], Evaluation]) -> tuple[list[Evaluation], float]:
+        """Evaluations of the networks, and how many seconds they took."""
+        started, networks = time.perf_counter(), self._current_networks()
+        evaluations = [evaluate(network) for network in networks]
+        self.best.update(self.step, networks, evaluations)
         self._train_mode(True)
-
-    def _print(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            out.print(line, soft_wrap=True)
+        return evaluations, time.perf_counter() - started
 
     def _terminate(self, signals: list[int]) -> None:
         sender = signal.Signals(signals[0]).name if signals else "another process"
         reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
-        self._print(f"{self.name}: {reason}.")
+        self.logbook.print(f"{self.name}: {reason}.")
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
 
     def _save(self) -> None:
@@ -291,6 +304,7 @@ class Loop(Generic[Network]):
                 write_json(self._position_file(aside), self._position)
             if is_main:
                 state = {"step": self.step, "seconds": self.seconds, "identity": self.identity}
+                state |= {"log": self.logbook.state_dict(), "best": self.best.state_dict()}
                 write_json(aside / STATE_FILE, state)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
             if is_main:
@@ -304,6 +318,7 @@ class Loop(Generic[Network]):
             aside.rename(folder)
             for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(older)
+            self.best.delete_others()
         wait()
 
     def _position_file(self, checkpoint: Path) -> Path:

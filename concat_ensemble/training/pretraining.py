@@ -19,10 +19,10 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -35,8 +35,10 @@ from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
+from concat_ensemble.training.logbook import LOGS
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
@@ -45,6 +47,7 @@ from concat_ensemble.training.teams import Team
 
 SEEDS_PER_RUN = 1_000
 OTHER_ENSEMBLES = ("members", "wide_steps", "wide_model_args", "snapshots")  # fields that other networks depend on
+UNWATCHED: dict[str, Any] = {"evaluate_every": 0, "save_best": None, "log_every": 0, "log_with": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +127,13 @@ def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: P
         folder=folder,
         identity=job_identity(job, recipe, images),
         name=f"{job[0].name}-{job[0].number}" + (f" to {job[-1].number}" if len(job) > 1 else ""),
+        logs=[log_file(recipe, network) for network in job],
         cycles=job[0].snapshots,
     )
+
+
+def log_file(recipe: Recipe, network: Network) -> Path:
+    return Path(recipe.output) / LOGS / f"{network.name}-{network.number}.csv"
 
 
 def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> None:
@@ -138,7 +146,7 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
         partial(images.batches, seeds),
         Objective(recipe, len(images.class_names)),
         stops=loop.cycle_ends,
-        evaluate=lambda network: compute_top1(network, images, loop.accelerator),
+        evaluate=lambda network: evaluate(network, images, loop.accelerator),
     )
     for step in steps:
         models, cycle = loop.networks_to_save(), loop.cycle_ends.index(step)
@@ -147,27 +155,18 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
         cycle_steps = step - (loop.cycle_ends[cycle - 1] if cycle else 0)
         compute = describe_compute(job, size, cycle_steps * images.images_per_step, loop)
         cost = {"steps": cycle_steps, "compute": compute}
-        for network, model in zip(job, models, strict=True):
+        for k, (network, model) in enumerate(zip(job, models, strict=True)):
+            provenance = describe_training(network, recipe, images) | cost | loop.best.describe(k)
             save_network(
                 model,
                 output / network.folders[cycle],
                 architecture=recipe.architecture,
                 model_args=network.model_args,
                 images=images,
-                provenance=describe_training(network, recipe, images) | cost | {"command": launch_command()},
+                provenance=provenance | {"command": launch_command()},
                 identity=loop.identity,
             )
     loop.finish()
-
-
-@torch.no_grad()
-def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Top-1 accuracy on the held-out images. Each process predicts its part."""
-    correct = []
-    for (view,), labels in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size)):
-        predicted = network(images.pixels.normalize(view)).argmax(1)
-        correct.append(accelerator.gather_for_metrics(predicted == labels))
-    return torch.cat(correct).float().mean().item()
 
 
 def measure_size(network: Network, recipe: Recipe, images: Images) -> Size:
@@ -222,7 +221,9 @@ def check_buildable(network: Network, recipe: Recipe) -> None:
 def print_costs(recipe: Recipe, images: Images, processes: int, cpu: bool) -> None:
     """Print the cost of each ensemble, estimated from a few steps of each kind of network."""
     ensembles, speeds = [], {}
-    recipe = dataclasses.replace(recipe, checkpoint_every=MEASURED_STEPS, evaluate_every=0, log_with=None)
+    recipe = dataclasses.replace(
+        recipe, checkpoint_every=MEASURED_STEPS, evaluate_every=0, save_best=False, log_with=None, log_every=0
+    )
     for name, networks in plan_ensembles(recipe).items():
         kind = json.dumps(networks[0].model_args)
         if kind not in speeds:
