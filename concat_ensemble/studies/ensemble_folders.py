@@ -16,6 +16,7 @@ from concat_ensemble.studies.results import RESULTS, Results
 
 WRITTEN_BY = "<!-- Written by `concat-ensemble card`"  # marks a card and a LICENSE.md of ours
 MODEL_FILES = {"config.json", "preprocessor_config.json", INDEX_NAME, *PAYLOAD_FILES}
+TRAINING_FIGURE = "figures/training.png"  # the members' training curves
 MEASURED = ("results/*.json", "selection/*.json", "selection/*.png", "overlap/*.json")  # with an ensemble's members
 
 
@@ -88,6 +89,11 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
         _copy(file, new / moved[name])
         if room == RESULTS:
             stale |= set(card_files(file.stem))
+    figure = old / TRAINING_FIGURE
+    if same and _is_plain(figure) and not (new / TRAINING_FIGURE).exists():
+        _copy(figure, new / TRAINING_FIGURE)
+    elif not same:
+        stale.add(TRAINING_FIGURE)
     license = old / "LICENSE.md"
     if _is_plain(license):
         if WRITTEN_BY in license.read_text(errors="replace"):

@@ -27,15 +27,14 @@ from concat_ensemble.console import out
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
-from concat_ensemble.reporting.model_card import renew_card
 from concat_ensemble.studies.cost import count_flops
-from concat_ensemble.studies.ensemble_folders import replace_ensemble
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE, replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
-from concat_ensemble.training.logbook import LOGS
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, PositiveFloat, PositiveInt
@@ -199,12 +198,22 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
             provenance=provenance,
             identity=identity,
         )
-        path = output / "distilled"
-        replace_ensemble(path, assemble(folder).save_pretrained, lambda new: renew_card(new, path))
+        save_student(folder, output / "distilled", output / LOGS / "distilled.csv")
         num_features = trained.head.in_features
         counts = f"{len(teachers.networks)} networks in one, {num_features:,} features"
         out.print(f"{output / 'distilled'}: {counts}", soft_wrap=True)
     loop.finish()
+
+
+def save_student(member: Path, path: Path, log: Path) -> None:
+    """Save the ensemble of the student alone, with its training curves and its card."""
+    from concat_ensemble.reporting.model_card import renew_card  # matplotlib loads after the training
+
+    def save(folder: Path) -> None:
+        assemble(member).save_pretrained(folder)
+        draw_curves([log], log.with_suffix(".png"), folder / TRAINING_FIGURE)
+
+    replace_ensemble(path, save, lambda new: renew_card(new, path))
 
 
 def describe_distillation(settings: Distillation, images: Images, teachers: Teachers) -> dict:

@@ -36,7 +36,7 @@ from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreT
 from concat_ensemble.probes.intervals import central_interval, resampled_metrics
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
-from concat_ensemble.reporting.model_card import write_card
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE
 from concat_ensemble.studies.probing import with_head
 from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
@@ -44,7 +44,7 @@ from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.evaluation import evaluate, predict_logits
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import Size
-from concat_ensemble.training.logbook import LOGS
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
@@ -168,17 +168,21 @@ def save_classifier(
     images: Images,
     identity: dict,
     seconds: float,
-    selected: dict,
+    selected: dict | None = None,
 ) -> None:
     """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
     replaces `folder` as a whole; the model does not change.
     """
+    from concat_ensemble.reporting.model_card import write_card  # matplotlib loads after the training
+
     saved = copy.copy(model)  # the same weights under another config
     saved.config = describe_fine_tuning(model, settings, images, selected)
     results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
     with replace_result(folder, identity) as aside:
         saved.save_pretrained(aside)
         results.save(aside / RESULTS / "fine-tuned.json")
+        log = folder.parent / LOGS / f"{folder.name}.csv"
+        draw_curves([log], log.with_suffix(".png"), aside / TRAINING_FIGURE)
         write_card(aside, title=folder.name)
     top1 = 100 * results.rows[0].mean
     counts = f"top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps"
@@ -186,7 +190,7 @@ def save_classifier(
 
 
 def describe_fine_tuning(
-    model: Classifier, settings: FineTuning, images: Images, selected: dict
+    model: Classifier, settings: FineTuning, images: Images, selected: dict | None = None
 ) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * images.images_per_step
@@ -196,7 +200,7 @@ def describe_fine_tuning(
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
         dataset = without_folders(settings.dataset)
         provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
-        provenance["fine_tuned"] |= selected
+        provenance["fine_tuned"] |= selected or {}
         if stated.steps is not None:  # else the cost of pretraining is not known
             provenance["steps"] = stated.steps + settings.steps
         if stated.compute and stated.compute.gflops is not None:
@@ -254,6 +258,7 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"
         assemble([output / name for name in names]).save_pretrained(folder)
+        draw_curves([output / LOGS / f"{name}.csv" for name in names], folder / TRAINING_FIGURE)
         advice = f"probe it with concat-ensemble probe {folder} --dataset ..."
         out.print(f"{folder}: {len(names)} members; {advice}", soft_wrap=True)
 

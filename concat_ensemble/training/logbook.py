@@ -173,6 +173,17 @@ def read_log(file: Path) -> list[dict[str, float]]:
     return rows
 
 
+def draw_curves(files: Sequence[Path], *paths: Path) -> None:
+    """Draw the training curves of the networks that have logs, the same figure at each path; none without any log."""
+    logs = {file.stem: rows for file in files if (rows := read_log(file))}
+    if not logs:
+        return
+    from concat_ensemble.reporting.training_curves import plot_training  # matplotlib loads after the training
+
+    for path in paths:
+        plot_training(logs, path)
+
+
 def cut_log(file: Path, step: int) -> None:
     """Keep the rows of a log up to a step, letter for letter; a training that starts anew starts a new log."""
     if not file.exists():

@@ -33,12 +33,13 @@ from concat_ensemble.errors import first_line
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.ledger import MEASURED_STEPS, PlannedEnsemble, Size, print_plan, seconds_per_step
-from concat_ensemble.training.logbook import LOGS
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
 from concat_ensemble.training.recipe import Recipe
@@ -253,6 +254,8 @@ def assemble_all(recipe: Recipe, output: Path) -> None:
         ensemble = assemble(folders)
         if read_hashes(output / name) != members_sha256(ensemble.config):
             ensemble.save_pretrained(output / name)
+        figures = output / LOGS / f"{name}.png", output / name / TRAINING_FIGURE
+        draw_curves([log_file(recipe, network) for network in networks], *figures)
         out.print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}", soft_wrap=True)
 
 
