@@ -94,9 +94,7 @@ class Settings:
             raise ValueError(f"crop_scale={self.crop_scale} must be {expected}.")
         self._check_auto_augment()
         if self.save_best and not self.evaluate_every:
-            raise ValueError(
-                f"save_best={self.save_best} needs evaluate_every, the steps between two evaluations; set it."
-            )
+            raise ValueError(f"save_best={self.save_best} needs evaluate_every=N, steps between evaluations; set it.")
         if self.turned and (self.augmentation != "scatter" or self.evaluate_every):
             reason = "held-out images keep their labels"
             raise ValueError(f"turned=True needs augmentation=scatter and evaluate_every=0: {reason}.")
