@@ -44,7 +44,7 @@ from concat_ensemble.reporting.tables import (
     row_texts,
 )
 from concat_ensemble.reporting.verdicts import against, describe_compute, doubts, notes, verdict
-from concat_ensemble.studies.ensemble_folders import WRITTEN_BY, free_name
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE, WRITTEN_BY, free_name
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
@@ -201,6 +201,7 @@ def _render_files(
         heading = re.search(r"^# (.+)$", body, re.MULTILINE)
         title = re.sub(r"\\(.)", r"\1", heading[1]) if heading else folder.resolve().name
     content, environment = _card_content(title, config, studies), make_markdown_environment()
+    content["training_figure"] = TRAINING_FIGURE if (folder / TRAINING_FIGURE).is_file() else None
     metadata = card_metadata(title, config, studies, earlier_metadata)
     text = environment.get_template("card.md.jinja").render(**content)
     template = files("concat_ensemble.reporting").joinpath("templates/card.md.jinja").read_text()

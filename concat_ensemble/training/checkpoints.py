@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -43,8 +44,8 @@ class Checkpoints:
         position = self._position_file(checkpoint)
         return read_state(checkpoint), json.loads(position.read_text()) if position.is_file() else None
 
-    def save(self, step: int, seconds: float, position: Position | None) -> None:
-        """Write a checkpoint aside and rename it, then delete old ones.
+    def save(self, step: int, position: Position | None, state: dict[str, Any]) -> None:
+        """Write a checkpoint aside and rename it, then delete old ones. `state` is JSON for the state file.
 
         Raises:
             OSError: if it cannot be written; the one before it is intact.
@@ -59,7 +60,7 @@ class Checkpoints:
             if position is not None:
                 write_json(self._position_file(aside), position)
             if is_main:
-                write_json(aside / STATE_FILE, {"step": step, "seconds": seconds, "identity": self.identity})
+                write_json(aside / STATE_FILE, {"step": step, "identity": self.identity} | state)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
             if is_main:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -74,10 +75,11 @@ class Checkpoints:
                 shutil.rmtree(older)
         wait()
 
-    def delete(self) -> None:
+    def delete(self, *others: Path) -> None:
+        """Delete all checkpoints, and other folders beside them."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for folder in (*self._all(), self.folder / ".aside"):
+            for folder in (*self._all(), self.folder / ".aside", *others):
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # it is not there, or holds something of a user
                 self.folder.rmdir()

@@ -28,15 +28,16 @@ from concat_ensemble.console import out
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.members.checkpoints import weights_sha256
-from concat_ensemble.reporting.model_card import renew_card
 from concat_ensemble.studies.cost import count_flops
-from concat_ensemble.studies.ensemble_folders import replace_ensemble
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE, replace_ensemble
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.locking import lock_output
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
 from concat_ensemble.training.optimizers import group_by_layers
@@ -45,7 +46,7 @@ from concat_ensemble.training.recipe import SMOKE_STEPS, NetworkSettings, Positi
 from concat_ensemble.training.saving import matches_identity, public_dataset, save_network
 
 STATISTICS_BATCHES = 20  # for the mean and scale of the teachers' features
-WITH_LABELS = ("turned", "label_smoothing", "bce_loss", "bce_target_thresh", "evaluate_every")
+WITH_LABELS = ("turned", "label_smoothing", "bce_loss", "bce_target_thresh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class Distillation(NetworkSettings):
         self.refuse("in distillation, which learns the teachers' outputs and no labels", *WITH_LABELS)
         if self.target != "predictions":
             self.refuse("without target=predictions", "temperature")
+        if self.save_best == "top1":
+            raise ValueError("save_best=top1 must be loss or null: distillation uses no labels.")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -110,21 +113,28 @@ class Teachers(nn.Module):
     def standardize(self, batches: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
         """Compute the features' mean and scale on some images, those of all processes together."""
         features = torch.cat([torch.cat(self(batch), 1) for batch in batches]).double()
-        count = accelerator.reduce(torch.tensor(float(len(features)), device=features.device))
-        mean = accelerator.reduce(features.sum(0)) / count
-        variance = accelerator.reduce((features - mean).square().sum(0)) / (count - 1).clamp_min(1)
+        add: Any = accelerator.reduce  # over the processes
+        count = add(torch.tensor(float(len(features)), device=features.device))
+        mean = add(features.sum(0)) / count
+        variance = add((features - mean).square().sum(0)) / (count - 1).clamp_min(1)
         self.mean, self.scale = mean.float(), variance.sqrt().float().clamp_min(1e-6)
 
     def loss(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
         """Loss of the student's outputs on images."""
+        return self.losses(outputs, pixels, temperature).mean()
+
+    def losses(self, outputs: torch.Tensor, pixels: torch.Tensor, temperature: float) -> torch.Tensor:
+        """(B,) losses of the student's outputs on images."""
         targets = self(pixels)
         if not self.predicts:
-            return nn.functional.mse_loss(outputs, (torch.cat(targets, 1) - self.mean) / self.scale)
+            targets = (torch.cat(targets, 1) - self.mean) / self.scale
+            return nn.functional.mse_loss(outputs, targets, reduction="none").mean(1)
         parts = outputs.split([logits.shape[1] for logits in targets], dim=1)
         losses = []
         for part, logits in zip(parts, targets, strict=True):
-            losses.append(nn.functional.cross_entropy(part / temperature, (logits / temperature).softmax(1)))
-        return torch.stack(losses).mean()
+            targets = (logits / temperature).softmax(1)
+            losses.append(nn.functional.cross_entropy(part / temperature, targets, reduction="none"))
+        return torch.stack(losses).mean(0)
 
 
 def load_with_head(source: str) -> nn.Module:
@@ -188,17 +198,24 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
         folder=checkpoints,
         identity=identity,
         name="distilled",
+        logs=[output / LOGS / "distilled.csv"],
         param_groups=None if settings.layer_decay is None else partial(parameter_groups, settings=settings),
     )
+
+    def measure(network: nn.Module, pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return teachers.losses(network(pixels), pixels, settings.temperature)[:, None]
+
     steps = loop.run(
         partial(images.batches, [settings.seed], steps=settings.steps),
         lambda network, pixels, _: teachers.loss(network(pixels), pixels, settings.temperature),
+        evaluate=lambda network: evaluate(network, images, accelerator, measure),
     )
     for _ in steps:
         (trained,) = loop.networks_to_save()
     if accelerator.is_main_process:
         provenance = describe_distillation(settings, images, teachers)
         provenance["compute"]["seconds"] = round(loop.seconds, 1)
+        provenance |= loop.best.describe(0)
         save_network(
             trained.backbone,
             folder,
@@ -208,12 +225,22 @@ def run(settings: Distillation, *, cpu: bool = False, max_images: int | None = N
             provenance=provenance,
             identity=identity,
         )
-        path = output / "distilled"
-        replace_ensemble(path, assemble(folder).save_pretrained, lambda new: renew_card(new, path))
+        save_student(folder, output / "distilled", output / LOGS / "distilled.csv")
         num_features = trained.head.in_features
         counts = f"{len(teachers.networks)} networks in one, {num_features:,} features"
         out.print(f"{output / 'distilled'}: {counts}", soft_wrap=True)
     loop.finish()
+
+
+def save_student(member: Path, path: Path, log: Path) -> None:
+    """Save the ensemble of the student alone, with its training curves and its card."""
+    from concat_ensemble.reporting.model_card import renew_card  # matplotlib loads after the training
+
+    def save(folder: Path) -> None:
+        assemble(member).save_pretrained(folder)
+        draw_curves([log], log.with_suffix(".png"), folder / TRAINING_FIGURE)
+
+    replace_ensemble(path, save, lambda new: renew_card(new, path))
 
 
 def describe_distillation(settings: Distillation, images: Images, teachers: Teachers) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +52,7 @@ class Exchange:
 
     def _average(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Means over the processes."""
-        flat = self.accelerator.reduce(torch.cat([tensor.float().flatten() for tensor in tensors]), "mean")
+        flat: Any = self.accelerator.reduce(torch.cat([tensor.float().flatten() for tensor in tensors]), "mean")
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -36,15 +34,17 @@ from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreT
 from concat_ensemble.probes.intervals import central_interval, resampled_metrics
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
-from concat_ensemble.reporting.model_card import write_card
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE
 from concat_ensemble.studies.probing import with_head
 from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate, predict_logits
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
 from concat_ensemble.training.locking import lock_output
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.optimizers import group_by_layers
@@ -140,37 +140,22 @@ def fine_tune(
         folder=folder.parent / "checkpoints" / folder.name,
         identity=identity,
         name=folder.name,
+        logs=[folder.parent / LOGS / f"{folder.name}.csv"],
         param_groups=partial(parameter_groups, settings=settings),
     )
     steps = loop.run(
         partial(images.batches, [settings.seed], steps=settings.steps),
         Objective(settings),
-        evaluate=lambda network: compute_top1(network, images, accelerator),
+        evaluate=lambda network: evaluate(network, images, accelerator),
     )
     for _ in steps:
         (tuned,) = loop.networks_to_save()
     logits = predict_logits(tuned, images, "test", accelerator)
     if accelerator.is_main_process:
         tuned.float()
-        save_classifier(tuned, folder, logits, settings, images=images, identity=identity, seconds=loop.seconds)
+        results = {"identity": identity, "seconds": loop.seconds, "selected": loop.best.describe(0)}
+        save_classifier(tuned, folder, logits, settings, images=images, **results)
     loop.finish()
-
-
-def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Top-1 accuracy on the held-out images."""
-    predictions = predict_logits(network, images, "validation", accelerator).argmax(1)
-    return float((predictions == images.labels("validation")).mean())
-
-
-@torch.no_grad()
-def predict_logits(network: nn.Module, images: Images, split: str, accelerator: Accelerator) -> np.ndarray:
-    """(N, classes) logits of a split's images. Each process predicts its part."""
-    network.eval()
-    logits = []
-    for (pixels,), _ in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size, split)):
-        output = network(pixel_values=images.pixels.normalize(pixels))
-        logits.append(accelerator.gather_for_metrics(output.logits.float()))
-    return torch.cat(logits).cpu().numpy()
 
 
 def save_classifier(
@@ -182,23 +167,30 @@ def save_classifier(
     images: Images,
     identity: dict,
     seconds: float,
+    selected: dict | None = None,
 ) -> None:
     """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
     replaces `folder` as a whole; the model does not change.
     """
+    from concat_ensemble.reporting.model_card import write_card  # matplotlib loads after the training
+
     saved = copy.copy(model)  # the same weights under another config
-    saved.config = describe_fine_tuning(model, settings, images)
+    saved.config = describe_fine_tuning(model, settings, images, selected)
     results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
     with replace_result(folder, identity) as aside:
         saved.save_pretrained(aside)
         results.save(aside / RESULTS / "fine-tuned.json")
+        log = folder.parent / LOGS / f"{folder.name}.csv"
+        draw_curves([log], log.with_suffix(".png"), aside / TRAINING_FIGURE)
         write_card(aside, title=folder.name)
     top1 = 100 * results.rows[0].mean
     counts = f"top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps"
     out.print(f"{folder}: {counts}", soft_wrap=True)
 
 
-def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images) -> ConcatEnsembleConfig:
+def describe_fine_tuning(
+    model: Classifier, settings: FineTuning, images: Images, selected: dict | None = None
+) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
     config, num_images = copy.deepcopy(model.config), settings.steps * images.images_per_step
     for (k, member), stated in zip(model.members.items(), read_provenances(config), strict=True):
@@ -211,6 +203,7 @@ def describe_fine_tuning(model: Classifier, settings: FineTuning, images: Images
         provenance |= {"weights": "EMA"} if settings.ema_decay else {}
         dataset = public_dataset(settings)
         provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
+        provenance["fine_tuned"] |= selected or {}
         if stated.steps is not None:  # else the cost of pretraining is not known
             provenance["steps"] = stated.steps + settings.steps
         if stated.compute and stated.compute.gflops is not None:
@@ -280,6 +273,7 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"
         assemble([output / name for name in names]).save_pretrained(folder)
+        draw_curves([output / LOGS / f"{name}.csv" for name in names], folder / TRAINING_FIGURE)
         advice = f"probe it with concat-ensemble probe {folder} --dataset ..."
         out.print(f"{folder}: {len(names)} members; {advice}", soft_wrap=True)
 

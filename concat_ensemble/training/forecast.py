@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,6 +45,8 @@ from concat_ensemble.training.recipe import Recipe
 from concat_ensemble.training.sharing import PARALLELISMS, Sharing, finish_first, share_networks
 
 ASSUMED_CLASSES = 1_000
+UNWATCHED: dict[str, Any] = {"evaluate_every": 0, "save_best": None, "log_every": 0, "log_with": None}
+UNWATCHED |= {"validation_split": None, "validation_size": Recipe.validation_size}
 MEASURED_FLOPS = {"cpu": 1e11, "cuda": 2e13}  # of a step: some seconds of two cores, less than one of a GPU
 
 
@@ -215,9 +218,7 @@ def _seconds_per_image(recipe: Recipe, num_classes: int, teraflops: float | None
 
 def _measure(recipe: Recipe, network: Network, num_classes: int, cpu: bool) -> float:
     """Time a few steps on random images, and print what was measured."""
-    short = {"checkpoint_every": MEASURED_STEPS, "log_with": None, "gradient_accumulation": 1}
-    short |= {"evaluate_every": 0, "validation_split": None, "validation_size": Recipe.validation_size}
-    settings = replace(recipe, **short)
+    settings = replace(recipe, **UNWATCHED, checkpoint_every=MEASURED_STEPS, gradient_accumulation=1)
     accelerator = create_accelerator(settings, cpu)
     device = accelerator.device
     flops = network_size(recipe, network, num_classes).training_flops(1)

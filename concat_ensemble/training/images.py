@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from concat_ensemble.data.images import decode_image, describe_encoded, read_image
 from concat_ensemble.data.labels import class_names, read_labels
 from concat_ensemble.data.loading import SCATTERED, load_data, load_stream
-from concat_ensemble.data.scattered import Scatter
+from concat_ensemble.data.scattered import Scatter, scatter_split
 from concat_ensemble.data.sources import DIGITS, identify_source
 from concat_ensemble.modeling.image_processing_concat_ensemble import convert_image
 from concat_ensemble.training.batches import Augmentation, Batch, Finish, Part, Pixels, Position, derive_seed, prefetch
@@ -87,8 +87,8 @@ class Images:
             self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
         self.class_names, self.size = class_names(self.split), len(self.split)
         if (parts := shard[1] * settings.gradient_accumulation) > self.images_per_step:
-            source = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
-            raise ValueError(f"{self.size} training images cannot be shared by {source}, {parts} parts; use fewer.")
+            shares = f"{shard[1]} processes x gradient_accumulation={settings.gradient_accumulation}"
+            raise ValueError(f"{self.size} training images cannot be shared by {shares}, {parts} parts; use fewer.")
         self.train_labels = torch.as_tensor(read_labels(self.split))
         if settings.augmentation == "scatter":
             self._in_memory = torch.stack([self._read(index) for index in range(self.size)])
@@ -148,7 +148,10 @@ class Images:
                 pin_memory=pinned,
             )
         else:
-            parts = DataLoader(
+            loader: Any = (
+                DataLoader  # a batch is a part, which is collated when it is read, as its types do not have it
+            )
+            parts = loader(
                 _Views(self.split, self.train_labels, augmentation),
                 batch_sampler=self._order(seeds, first_step),
                 num_workers=self.settings.num_workers,
@@ -162,12 +165,16 @@ class Images:
 
     def held_out(self, batch_size: int, split: str = "validation") -> DataLoader:
         """([images], labels) of the validation or test split, with the transform for evaluation. The images are bytes,
-        for `Pixels.normalize`."""
+        for `Pixels.normalize`. Scattered images have one place each, the same in every evaluation."""
+        images = self.data[split]
+        if self.settings.augmentation == "scatter":
+            images = scatter_split(images, split, self.settings.seed, size=self.pixels.input_size[1])
         augmentation = Augmentation(self.pixels, self.settings, [0], training=False)
         labels = torch.as_tensor(self.labels(split))
         places = [(0, index) for index in range(len(labels))]
-        return DataLoader(
-            _Views(self.data[split], labels, augmentation),
+        loader: Any = DataLoader  # the places in a batch are no row numbers, as its types have it
+        return loader(
+            _Views(images, labels, augmentation),
             batch_sampler=BatchSampler(places, batch_size, drop_last=False),
             num_workers=self.settings.num_workers,
             collate_fn=operator.attrgetter("views", "labels"),

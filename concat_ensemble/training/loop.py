@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,17 +14,19 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, tqdm
+from accelerate.utils import GradientAccumulationPlugin
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from concat_ensemble.console import out, printable
 from concat_ensemble.training.batches import Batch, Position
+from concat_ensemble.training.best import BestWeights
 from concat_ensemble.training.checkpoints import Checkpoints
+from concat_ensemble.training.evaluation import Evaluation
 from concat_ensemble.training.exchange import Exchange
 from concat_ensemble.training.launcher import check_launcher
+from concat_ensemble.training.logbook import Logbook
 from concat_ensemble.training.optimizers import ParameterGroups, count_warmup_steps, create_optimizer, create_schedule
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
 from concat_ensemble.training.signals import Signals
@@ -72,6 +73,7 @@ class Loop(Generic[Network]):
         steps: Updates of each network.
         folder: Where to keep checkpoints; `finish` deletes it.
         identity: Plain JSON values that a checkpoint must have been saved with to be continued.
+        logs: The CSV file in which each network's training is logged, named like the network; none when left out.
         cycles: Number of learning-rate cycles. The last one ends with the last step.
         param_groups: Makes the optimizer's parameter groups of a network; timm's own when left out.
 
@@ -89,11 +91,14 @@ class Loop(Generic[Network]):
         folder: Path,
         identity: dict,
         name: str,
+        logs: Sequence[Path] = (),
         cycles: int = 1,
         param_groups: ParameterGroups | None = None,
     ):
         self.accelerator, self.settings, self.steps = accelerator, settings, steps
         self.identity, self.name = identity, name
+        self.logbook = Logbook(accelerator, settings, files=logs, name=name, steps=steps, count=len(networks))
+        self.best = BestWeights(accelerator, folder / "best", settings.save_best, len(networks))
         self._checkpoints = Checkpoints(folder, accelerator, settings, identity)
         length = (steps - count_warmup_steps(settings, steps)) // cycles
         warmup = steps - cycles * length  # with the remainder of the division
@@ -121,10 +126,13 @@ class Loop(Generic[Network]):
         self._signals = Signals()
         self.step, self.seconds = 0, 0.0
         self._position: Position | None = None
-        self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
+        # Step, indices of its images, losses of this process and their means over all.
+        self._unchecked: list[tuple[int, list[int], torch.Tensor, torch.Tensor]] = []
         if loaded := self._checkpoints.load():
             state, self._position = loaded
             self.step, self.seconds = state.step, state.seconds
+            self.logbook.load_state_dict({"since": state.seconds} | state.log)
+            self.best.load_state_dict(state.best)
             for schedule in self._schedules:
                 schedule.step_update(self.step)
 
@@ -134,10 +142,10 @@ class Loop(Generic[Network]):
         loss: Loss,
         *,
         stops: Sequence[int] = (),
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Evaluation] | None = None,
     ) -> Iterator[int]:
         """Train to the end. Yield each step in `stops` and the last step, when it is reached. `batches` gives parts of
-        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the top-1 accuracy of a network.
+        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the evaluation of a network.
 
         Raises:
             ValueError: naming the step and the images, if a loss is not finite.
@@ -147,27 +155,31 @@ class Loop(Generic[Network]):
         self._batches = batches
         parts, started = self._read(), time.perf_counter() - self.seconds
         interval = self.settings.evaluate_every
-        title = f"{self.name} ({self.steps} steps)"
-        bar = tqdm(total=self.steps, initial=self.step, desc=printable(title), disable=not sys.stderr.isatty())
-        if self.settings.log_with:
-            self.accelerator.init_trackers(self.name.replace("/", "-"))
+        bar = self.logbook.open(self.step)
         self._signals.start()
         try:
             self._train_mode(True)
             while self.step < self.steps:
+                rate = max(group["lr"] for group in self.optimizers[0].param_groups)  # layers may have lower ones
                 ends = self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 is_last = self.step == self.steps
                 terminates = ends and not is_last
                 saves = terminates or (self._is_due(self.settings.checkpoint_every) and not is_last)
-                if saves or is_last or self._is_due(CHECK_EVERY):
-                    bar.set_postfix(loss=f"{self._log_losses():.3f}")
-                if evaluate and interval and not terminates and (is_last or self._is_due(interval)):
-                    self._evaluate(evaluate)
+                evaluates = bool(evaluate and interval) and (is_last or self._is_due(interval))
+                logs = evaluates or self.logbook.is_due(self.step)
+                if saves or is_last or logs or self._is_due(CHECK_EVERY):
+                    self._check_losses()
+                if logs:
+                    self.logbook.record(self.step, self.seconds, rate)
+                    evaluations, pause = self._evaluate(evaluate) if evaluate and evaluates else ([], 0.0)
+                    self.logbook.write(self.step, evaluations, pause)
                 if saves:
                     self._train_mode(True)
-                    self._checkpoints.save(self.step, self.seconds, self._position)
+                    state = {"seconds": self.seconds, "log": self.logbook.state_dict(), "best": self.best.state_dict()}
+                    self._checkpoints.save(self.step, self._position, state)
+                    self.best.delete_others()
                 if terminates:
                     self._terminate(f"step {self.step:,}, which is saved")
                 if is_last or self.step in stops:
@@ -181,9 +193,18 @@ class Loop(Generic[Network]):
             bar.close()
 
     def networks_to_save(self) -> list[Network]:
-        """The networks in evaluation mode, as they would be saved now: the moving averages of their weights if there
-        are any, and with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are
-        computed again (Defazio et al. 2024, section on BatchNorm).
+        """The networks in evaluation mode, as they are to be saved: at the end with `save_best`, those of their best
+        evaluation, else those of now.
+        """
+        networks = self._current_networks()
+        if self.step == self.steps:
+            self.best.load_into(networks)
+        return networks
+
+    def _current_networks(self) -> list[Network]:
+        """The networks in evaluation mode as they are now: the moving averages of their weights if there are any, and
+        with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are computed again
+        (Defazio et al. 2024, section on BatchNorm).
         """
         self._train_mode(False)
         plain = self._plain()
@@ -202,9 +223,9 @@ class Loop(Generic[Network]):
         Raises:
             SystemExit: if a signal came after the last step.
         """
-        if self.settings.log_with:
+        if self.accelerator.log_with:
             self.accelerator.end_training()
-        self._checkpoints.delete()
+        self._checkpoints.delete(self.best.folder)
         self._signals.stop()
         if self._exchange.ends(bool(self._signals)):
             self._terminate("the last step; the networks are saved")
@@ -224,11 +245,11 @@ class Loop(Generic[Network]):
         self._step_optimizers()
         for schedule in self._schedules:
             schedule.step_update(self.step)
-        self._mean_losses, ends = self._exchange(total, bool(self._signals))
+        means, ends = self._exchange(total, bool(self._signals))
         for average, network in zip(self._averages, self._plain() if self._averages else [], strict=True):
             average.update(network, step=self.step)
         self._position = parts[-1].position
-        self._unchecked.append((self.step, [index for part in parts for index in part.indices], total))
+        self._unchecked.append((self.step, [index for part in parts for index in part.indices], total, means))
         return ends
 
     def _step_optimizers(self) -> None:
@@ -264,44 +285,40 @@ class Loop(Generic[Network]):
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _log_losses(self) -> float:
-        """Check the losses since the last call, and log and return the mean of the last step's over the networks.
+    def _check_losses(self) -> None:
+        """Check the losses since the last call, and give the logbook their means over the processes.
 
         Raises:
             ValueError: naming the step and the images of a loss that is not finite.
         """
-        values = torch.stack([losses for *_, losses in self._unchecked]).cpu()
+        if not self._unchecked:
+            return
+        values, means = (torch.stack(each).cpu() for each in list(zip(*self._unchecked, strict=True))[2:])
         bad = torch.nonzero(~torch.isfinite(values)).tolist()
         if bad:
             row, k = bad[0]
-            step, indices, _ = self._unchecked[row]
+            step, indices, *_ = self._unchecked[row]
             raise ValueError(
                 f"{self.name}: the loss of network {k} is {values[row, k]:g} at step {step}, images "
                 f"{', '.join(map(str, indices))}; lower learning_rate={self.settings.learning_rate:g}, or set "
                 "clip_norm. The checkpoints before it are intact."
             )
+        images = sum(len(indices) for _, indices, *_ in self._unchecked)
+        self.logbook.add(means.tolist(), images * self.accelerator.num_processes)
         self._unchecked = []
-        mean = self._mean_losses.mean().item()
-        rate = self.optimizers[0].param_groups[0]["lr"]
-        self.accelerator.log({"loss": mean, "learning_rate": rate}, step=self.step)
-        return mean
 
-    def _evaluate(self, evaluate: Callable[[nn.Module], float]) -> None:
-        """Log and print each network's top-1 accuracy on the held-out images."""
-        top1 = [evaluate(network) for network in self.networks_to_save()]
-        self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
-        percent = ", ".join(f"{100 * value:.1f}" for value in top1)
-        self._print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}")
+    def _evaluate(self, evaluate: Callable[[nn.Module], Evaluation]) -> tuple[list[Evaluation], float]:
+        """Evaluations of the networks, and how many seconds they took."""
+        started, networks = time.perf_counter(), self._current_networks()
+        evaluations = [evaluate(network) for network in networks]
+        self.best.update(self.step, networks, evaluations)
         self._train_mode(True)
-
-    def _print(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            out.print(line, soft_wrap=True)
+        return evaluations, time.perf_counter() - started
 
     def _terminate(self, when: str) -> None:
         received = self._signals.received
         sender = signal.Signals(received[0]).name if received else "another process"
-        self._print(f"{self.name}: ended by {sender} after {when}; the same command continues.")
+        self.logbook.print(f"{self.name}: ended by {sender} after {when}; the same command continues.")
         raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
 
 

@@ -22,22 +22,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
 from concat_ensemble.console import out
 from concat_ensemble.files import without_folders
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.forecast import Devices, choose_sharing, print_forecast
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import GIB, Size
 from concat_ensemble.training.locking import lock_output
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.memory import memory_of_device
 from concat_ensemble.training.networks import check_buildable, create_network, read_initial_weights
@@ -82,8 +82,13 @@ def create_loop(job: list[Network], recipe: Recipe, images: Images, *, folder: P
         folder=folder,
         identity=job_identity(job, recipe, images),
         name=f"{job[0].name}-{job[0].number}" + (f" to {job[-1].number}" if len(job) > 1 else ""),
+        logs=[log_file(recipe, network) for network in job],
         cycles=job[0].snapshots,
     )
+
+
+def log_file(recipe: Recipe, network: Network) -> Path:
+    return Path(recipe.output) / LOGS / f"{network.name}-{network.number}.csv"
 
 
 def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> None:
@@ -96,7 +101,7 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
         partial(images.batches, seeds, steps=loop.steps),
         Objective(recipe),
         stops=loop.cycle_ends,
-        evaluate=lambda network: compute_top1(network, images, loop.accelerator),
+        evaluate=lambda network: evaluate(network, images, loop.accelerator),
     )
     for step in steps:
         models, cycle = loop.networks_to_save(), loop.cycle_ends.index(step)
@@ -105,27 +110,18 @@ def train(job: list[Network], recipe: Recipe, images: Images, *, cpu: bool) -> N
         cycle_steps = step - (loop.cycle_ends[cycle - 1] if cycle else 0)
         compute = describe_compute(job, size, cycle_steps * images.images_per_step, loop)
         cost = {"steps": cycle_steps, "compute": compute}
-        for network, model in zip(job, models, strict=True):
+        for k, (network, model) in enumerate(zip(job, models, strict=True)):
+            provenance = describe_training(network, recipe, images) | cost | loop.best.describe(k)
             save_network(
                 model,
                 output / network.folders[cycle],
                 architecture=recipe.architecture,
                 model_args=network.model_args,
                 images=images,
-                provenance=describe_training(network, recipe, images) | cost | {"command": launch_command()},
+                provenance=provenance | {"command": launch_command()},
                 identity=loop.identity,
             )
     loop.finish()
-
-
-@torch.no_grad()
-def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Top-1 accuracy on the held-out images. Each process predicts its part."""
-    correct = []
-    for (view,), labels in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size)):
-        predicted = network(images.pixels.normalize(view)).argmax(1)
-        correct.append(accelerator.gather_for_metrics(predicted == labels))
-    return torch.cat(correct).float().mean().item()
 
 
 def describe_compute(job: list[Network], size: Size, num_images: int, loop: Loop) -> dict:
@@ -175,6 +171,8 @@ def assemble_all(recipe: Recipe, output: Path) -> None:
         ensemble = assemble(folders)
         if read_hashes(output / name) != members_sha256(ensemble.config):
             ensemble.save_pretrained(output / name)
+        figures = output / LOGS / f"{name}.png", output / name / TRAINING_FIGURE
+        draw_curves([log_file(recipe, network) for network in networks], *figures)
         out.print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}", soft_wrap=True)
 
 

@@ -24,8 +24,8 @@ from concat_ensemble.recipe_files import check_fields, read_fields
 SCHEDULE_FREE = "schedulefree_adamw"  # Defazio et al. 2024, the paper's optimizer
 OPTIMIZERS = (SCHEDULE_FREE, *map(str, timm.optim.list_optimizers()))
 # Fields that may differ between a run and its continuation: they say where and how fast, not what is trained.
-PLACE = ("output", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_with", "compile")
-PLACE += ("license",)
+PLACE = ("output", "num_workers", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every", "log_with")
+PLACE += ("compile", "license")
 # Fields that only some trainings use.
 TIMM_AUGMENTATION = ("auto_augment", "crop_scale", "flip", "color_jitter", "random_erasing")
 MIXING = ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off")
@@ -117,6 +117,8 @@ class Settings:
     checkpoint_every: PositiveInt = 1_000  # steps
     keep_checkpoints: PositiveInt = 2
     evaluate_every: NonNegativeInt = 0  # steps; 0: never, and the validation images are training images too
+    save_best: Literal["top1", "loss"] | None = None  # save the weights of the best evaluation, not the last ones
+    log_every: NonNegativeInt = 50  # steps between two lines of the log, and two rows of log.csv; 0: no log
     log_with: str | None = None  # one of accelerate's trackers that is installed, such as tensorboard or wandb
     seed: NonNegativeInt = 0
     license: str | None = None  # of the weights, such as mit; by default none is stated
@@ -128,6 +130,8 @@ class Settings:
             expected = "two shares of the image's area above 0, the smaller one first"
             raise ValueError(f"crop_scale={self.crop_scale} must be {expected}.")
         self._check_auto_augment()
+        if self.save_best and not self.evaluate_every:
+            raise ValueError(f"save_best={self.save_best} needs evaluate_every=N, steps between evaluations; set it.")
         self._check_data()
         self._check_mixing()
         self._check_optimizer()
@@ -298,6 +302,8 @@ class Recipe(NetworkSettings):
             raise ValueError(f"members={self.members} must be numbers of networks from 1 to total_steps={steps}.")
         if self.snapshots and not 2 <= self.snapshots <= steps:
             raise ValueError(f"snapshots={self.snapshots} must be 0, or from 2 to total_steps={steps}.")
+        if self.snapshots and self.save_best:
+            raise ValueError(f"snapshots={self.snapshots} needs save_best=null: each snapshot ends a cycle.")
         if self.snapshots and (self.schedule != "cosine" or self.optimizer == SCHEDULE_FREE):
             optimizer = f"an optimizer with a schedule, which {SCHEDULE_FREE} does not have"
             raise ValueError(f"snapshots={self.snapshots} needs schedule=cosine and {optimizer}.")

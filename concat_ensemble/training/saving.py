@@ -110,6 +110,8 @@ class TrainingState:
     identity: dict[str, Any] = field(default_factory=dict)
     step: Count = 0
     seconds: Amount = 0.0
+    log: dict[str, Any] = field(default_factory=dict)  # of the logbook
+    best: list[dict[str, Any] | None] = field(default_factory=list)  # best evaluation of each network, with its step
 
 
 def read_state(folder: Path) -> TrainingState:

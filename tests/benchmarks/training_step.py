@@ -28,9 +28,11 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate
 from concat_ensemble.training.images import Images
 from concat_ensemble.training.objective import Objective
-from concat_ensemble.training.pretraining import Network, compute_top1, create_loop
+from concat_ensemble.training.planning import Network
+from concat_ensemble.training.pretraining import create_loop
 from concat_ensemble.training.recipe import Recipe
 
 WARMUP = 3  # steps
@@ -131,7 +133,7 @@ class Ours:
         return self.loop.run(partial(self.images.batches, [0]), objective, stops=range(self.loop.steps))
 
     def top1(self) -> float:
-        return compute_top1(self.loop.networks_to_save()[0], self.images, self.loop.accelerator)
+        return evaluate(self.loop.networks_to_save()[0], self.images, self.loop.accelerator).top1
 
 
 def measure(iterator, count: int) -> tuple[float, float]:
