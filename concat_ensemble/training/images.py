@@ -171,9 +171,8 @@ class Images:
             images = scatter_split(images, split, self.settings.seed, size=self.pixels.input_size[1])
         augmentation = Augmentation(self.pixels, self.settings, [0], training=False)
         labels = torch.as_tensor(self.labels(split))
-        places = [(0, index) for index in range(len(labels))]
-        loader: Any = DataLoader  # the places in a batch are no row numbers, as its types have it
-        return loader(
+        places: Any = [(0, index) for index in range(len(labels))]  # types have row numbers in their place
+        return DataLoader(
             _Views(images, labels, augmentation),
             batch_sampler=BatchSampler(places, batch_size, drop_last=False),
             num_workers=self.settings.num_workers,
