@@ -20,7 +20,7 @@ from concat_ensemble.modeling.configuration_concat_ensemble import IMAGE_MODES
 from concat_ensemble.modeling.image_processing_concat_ensemble import check_resizing, convert_image
 from concat_ensemble.training.recipe import NetworkSettings, Settings
 
-Transform = Callable[[PIL.Image.Image], np.ndarray]
+Transform = Callable[[PIL.Image.Image], torch.Tensor]
 Position = dict[str, Any]  # where a stream stands, as JSON
 
 
@@ -52,7 +52,7 @@ class Pixels:
         return images.sub_(mean).div_(std)
 
     def create_transform(self, settings: Settings, training: bool) -> Transform:
-        """timm's transform from a PIL image to a (C, H, W) array of bytes, without what is done on the device."""
+        """timm's transform from a PIL image to a (C, H, W) tensor of bytes, without what is done on the device."""
         options: dict[str, Any] = {"input_size": self.input_size, "interpolation": self.interpolation}
         options |= {"mean": self.mean, "std": self.std, "use_prefetcher": True}
         if training and settings.augmentation == "timm":
@@ -95,18 +95,21 @@ class Augmentation:
         self.mode, self.transform, self.seeds = pixels.mode, pixels.create_transform(settings, training), seeds
         # timm's default, and at least what a random crop takes.
         self.geometry = {"input_size": pixels.input_size, "crop_pct": pixels.crop_pct, "crop_mode": "center"}
+        self.checked_sizes: set[tuple[int, int]] = set()
 
     def __call__(self, images: Iterable[PIL.Image.Image], draws: Iterable[tuple[int, ...]]) -> list[torch.Tensor]:
         """(B, C, H, W) bytes for each seed; `draws` distinguish the random draws of different images."""
-        views: list[list[np.ndarray]] = [[] for _ in self.seeds]
+        views: list[list[torch.Tensor]] = [[] for _ in self.seeds]
         with keep_random_states():
             for image, draw in zip(images, draws, strict=True):
-                check_resizing(image.width, image.height, [self.geometry])
+                if image.size not in self.checked_sizes:
+                    check_resizing(image.width, image.height, [self.geometry])
+                    self.checked_sizes.add(image.size)
                 converted = convert_image(image, self.mode)
                 for seed, view in zip(self.seeds, views, strict=True):
                     seed_all(derive_seed(seed, *draw))
                     view.append(self.transform(converted))
-        return [torch.from_numpy(np.stack(view)) for view in views]
+        return [torch.stack(view) for view in views]
 
 
 class Finish:
@@ -176,4 +179,7 @@ def seed_all(seed: int) -> None:
 
 def derive_seed(*numbers: int) -> int:
     """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    entropy: Any = numbers
+    if max(numbers) < 2**32:  # then NumPy need not split them, which takes as long as the rest
+        entropy = np.array(numbers, np.uint32)
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

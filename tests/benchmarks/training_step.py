@@ -1,12 +1,13 @@
-"""A training step and the loader alone, beside those of timm's `train.py`, on the same files.
+"""A training step, the loader alone and evaluation, beside those of timm's `train.py`, on the same files.
 
     .venv/bin/python tests/benchmarks/training_step.py
 
-Both sides read the same folder of images, with the same augmentation, network, optimizer, batch size and number of
-threads, without worker processes. timm's side is the loop of its `train.py` (`create_dataset`, `create_loader` with
-its prefetcher, `create_optimizer_v2`, `create_scheduler_v2`); ours is `pretrain_members.py`'s. Repeats alternate
-between the two, and each begins with a few steps that are not counted. CPU seconds are those of the whole process. At
-the end, top-1 accuracy of both on held-out images after the same number of steps.
+Both sides read the same folder of images, with the same augmentation, network, optimizer, learning rates, weight
+decay, batch size, threads and number of worker processes. timm's side is the loop of its `train.py` (`create_dataset`,
+`create_loader` with its prefetcher, `create_optimizer_v2`, `create_scheduler_v2`); ours is `pretrain_members.py`'s.
+Repeats alternate between the two, and each begins with a few steps that are not counted. CPU seconds are those of the
+process and its workers. At the end, top-1 accuracy of both on held-out images after the same number of steps; each
+repeat has a seed of its own, which both sides use. `--small` is for a trial: its numbers mean nothing.
 """
 
 import argparse
@@ -14,13 +15,17 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 import timm
 import torch
+from accelerate.utils import set_seed
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
@@ -36,10 +41,26 @@ from concat_ensemble.training.pretraining import create_loop
 from concat_ensemble.training.recipe import Recipe
 
 WARMUP = 3  # steps
+WHATS = ("step", "loader", "evaluation")
 CLASSES, MEAN, STD = 5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-CASES = {  # pixels of the files and of the network, file format, batch size, architecture and arguments, steps
-    "small images": (32, "png", 64, "resnet18", {"channels": (16, 16, 32, 32)}, 40),
-    "224-pixel JPEGs": (224, "jpg", 16, "resnet18", {"channels": (16, 16, 32, 32)}, 12),
+HELD_OUT = 20  # images of each class, a fifth of all
+NETWORK = ("resnet18", {"channels": (16, 16, 32, 32)})
+LEARNING_RATE, WEIGHT_DECAY = 0.05, 2e-5
+
+
+class Case(NamedTuple):
+    pixels: int  # of the files and of the network
+    kind: str  # file format
+    batch: int
+    steps: int
+    workers: int = 0
+
+
+CASES = {
+    "small images": Case(32, "png", 64, 40),
+    "224-pixel JPEGs": Case(224, "jpg", 16, 12),
+    "small images, 2 workers": Case(32, "png", 64, 40, workers=2),
+    "224-pixel JPEGs, 2 workers": Case(224, "jpg", 16, 12, workers=2),
 }
 
 
@@ -51,13 +72,14 @@ def write_images(folder: Path, pixels: int, kind: str, count: int) -> None:
         angle = np.pi * (label + rng.normal(0, 0.15)) / CLASSES
         waves = np.sin(12 * (rows * np.cos(angle) + columns * np.sin(angle))[..., None] + phases)
         noise = rng.normal(0, 0.15, (pixels, pixels, 3))
-        path = folder / ("validation" if number % 5 == 0 else "train") / str(label) / f"{number}.{kind}"
+        split = "test" if number < CLASSES else "train" if number // CLASSES % 5 else "validation"
+        path = folder / split / str(label) / f"{number}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((255 * np.clip(0.5 + 0.3 * waves + noise, 0, 1)).astype(np.uint8)).save(path, quality=90)
 
 
-def make_recipe(folder: Path, case: str, steps: int) -> Recipe:
-    pixels, _, batch, architecture, model_args, _ = CASES[case]
+def make_recipe(folder: Path, case: Case, steps: int) -> Recipe:
+    architecture, model_args = NETWORK
     return Recipe(
         dataset=f"imagefolder:{folder}",
         augmentation="timm",
@@ -65,17 +87,19 @@ def make_recipe(folder: Path, case: str, steps: int) -> Recipe:
         color_jitter=0.4,
         architecture=architecture,
         model_args=model_args,
-        input_size=[3, pixels, pixels],
+        input_size=[3, case.pixels, case.pixels],
         mean=list(MEAN),
         std=list(STD),
-        batch_size=batch,
+        batch_size=case.batch,
         total_steps=steps,
         members=[1],
         optimizer="sgd",
-        learning_rate=0.05,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        warmup=0.0,
         evaluate_every=10**6,
         checkpoint_every=10**6,
-        num_workers=0,
+        num_workers=case.workers,
         output=str(folder / "runs"),
     )
 
@@ -83,25 +107,26 @@ def make_recipe(folder: Path, case: str, steps: int) -> Recipe:
 class Timm:
     """The loader and the step of timm's `train.py`."""
 
-    def __init__(self, folder: Path, case: str, steps: int):
-        pixels, _, batch, architecture, model_args, _ = CASES[case]
-        common = {"input_size": (3, pixels, pixels), "batch_size": batch, "mean": MEAN, "std": STD}
-        common |= {"interpolation": "bicubic", "num_workers": 0, "persistent_workers": False}
+    def __init__(self, folder: Path, case: Case, *, steps: int, seed: int):
+        set_seed(seed)
+        common = {"input_size": (3, case.pixels, case.pixels), "batch_size": case.batch, "mean": MEAN, "std": STD}
+        common |= {"interpolation": "bicubic", "num_workers": case.workers, "persistent_workers": case.workers > 0}
         common |= {"device": torch.device("cpu")}
         train, held_out = (create_dataset("", root=str(folder), split=split) for split in ("train", "validation"))
         self.loader = create_loader(train, is_training=True, hflip=0.5, color_jitter=0.4, **common)
         self.held_out = create_loader(held_out, is_training=False, crop_pct=1.0, **common)
+        architecture, model_args = NETWORK
         self.model = timm.create_model(architecture, num_classes=CLASSES, **model_args)
-        self.optimizer = create_optimizer_v2(self.model, "sgd", lr=0.05, weight_decay=2e-5)
-        by_steps = {"num_epochs": steps, "step_on_epochs": False, "updates_per_epoch": 1}
+        self.optimizer = create_optimizer_v2(self.model, "sgd", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        by_steps = {"num_epochs": steps, "warmup_epochs": 0, "step_on_epochs": False, "updates_per_epoch": 1}
         self.schedule = create_scheduler_v2(self.optimizer, "cosine", **by_steps)[0]
         self.loss = nn.CrossEntropyLoss()
 
-    def batches(self):
+    def batches(self) -> Iterator:
         while True:
             yield from self.loader
 
-    def steps(self):
+    def steps(self) -> Iterator[int]:
         self.model.train()
         for step, (images, labels) in enumerate(self.batches(), 1):
             self.loss(self.model(images), labels).backward()
@@ -118,69 +143,105 @@ class Timm:
 
 
 class Ours:
-    def __init__(self, folder: Path, case: str, steps: int):
+    def __init__(self, folder: Path, case: Case, *, steps: int, seed: int):
         self.recipe = make_recipe(folder, case, steps)
         self.images = Images(self.recipe, Pixels.from_settings(self.recipe), with_test=False)
-        network = Network("cat1", 0, steps, 0, self.recipe.model_args)
-        checkpoints = folder / "checkpoints"
+        self.seed, network = seed, Network("cat1", 0, steps, seed, self.recipe.model_args)
+        checkpoints = folder / f"checkpoints-{seed}"
         self.loop = create_loop([network], self.recipe, self.images, folder=checkpoints, cpu=True)
 
-    def batches(self):
-        return self.images.batches([0])
+    def batches(self) -> Iterator:
+        return self.images.batches([self.seed])
 
-    def steps(self):
+    def steps(self) -> Iterator[int]:
         objective = Objective(self.recipe)
-        return self.loop.run(partial(self.images.batches, [0]), objective, stops=range(self.loop.steps))
+        return self.loop.run(partial(self.images.batches, [self.seed]), objective, stops=range(self.loop.steps))
 
+    @torch.no_grad()
     def top1(self) -> float:
-        return evaluate(self.loop.networks_to_save()[0], self.images, self.loop.accelerator).top1
+        network = self.loop.networks_to_save()[0]
+        return evaluate(network, self.images, self.loop.accelerator).top1 or 0.0
 
 
-def measure(iterator, count: int) -> tuple[float, float]:
-    """CPU and wall seconds of one item, after a few that are not counted."""
+def used_seconds() -> tuple[float, float]:
+    """CPU seconds of this process and its workers so far, and the time."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = [process.cpu_times() for process in processes]
+    return sum(used.user + used.system for used in times), time.perf_counter()
+
+
+def measure(run: Callable[[], object], count: int) -> tuple[float, float]:
+    """CPU and wall seconds of one of `count` items."""
+    before = used_seconds()
+    run()
+    cpu, wall = (after - start for after, start in zip(used_seconds(), before, strict=True))
+    return cpu / count, wall / count
+
+
+def measure_items(iterator: Iterator, count: int) -> tuple[float, float]:
+    """As `measure`, after a few items that are not counted."""
     next(itertools.islice(iterator, WARMUP - 1, None))
-    cpu, wall = time.process_time(), time.perf_counter()
-    next(itertools.islice(iterator, count - 1, None))
-    return (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
+    return measure(lambda: next(itertools.islice(iterator, count - 1, None)), count)
 
 
-def compare(case: str, repeats: int, accuracy_steps: int) -> dict:
-    pixels, kind, batch, *_, count = CASES[case]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_images(folder, pixels, kind, 100 * CLASSES)
-        times = {(side.__name__, what): [] for side in (Timm, Ours) for what in ("step", "loader")}
-        for _ in range(repeats):
-            for side in (Timm, Ours):
-                made = side(folder, case, count + WARMUP + 1)
-                times[side.__name__, "loader"].append(measure(iter(made.batches()), count))
-                times[side.__name__, "step"].append(measure(iter(made.steps()), count))
-        accuracies = {side.__name__: [] for side in (Timm, Ours)}
-        for seed in range(repeats if accuracy_steps else 0):
-            for side in (Timm, Ours):
-                torch.manual_seed(seed)
-                made = side(folder, case, accuracy_steps)
-                next(itertools.islice(made.steps(), accuracy_steps - 1, None))
-                accuracies[side.__name__].append(100 * made.top1())
-    result = {"case": case, "top1": {name: np.round(values, 1).tolist() for name, values in accuracies.items()}}
-    for what in ("step", "loader"):
-        theirs, ours = times["Timm", what], times["Ours", what]
-        ratios = [ours[0] / theirs[0] for theirs, ours in zip(theirs, ours, strict=True)]
-        result[what] = {"ratio": median(ratios), "ratios": np.round(ratios, 2).tolist()}
-        for name, values in (("timm", theirs), ("ours", ours)):
-            result[what] |= {f"{name}_cpu_ms": round(1e3 * median(cpu for cpu, _ in values), 1)}
-            result[what] |= {f"{name}_images_per_s": round(batch / median(wall for _, wall in values), 1)}
+def measure_speeds(folder: Path, case: Case, repeats: int) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """CPU and wall seconds of a batch in each repeat, by side and by what is measured."""
+    speeds = {(side.__name__, what): [] for side in (Timm, Ours) for what in WHATS}
+    for seed in range(repeats):
+        for side in (Timm, Ours):
+            made, name = side(folder, case, steps=case.steps + WARMUP + 1, seed=seed), side.__name__
+            speeds[name, "loader"].append(measure_items(iter(made.batches()), case.steps))
+            speeds[name, "step"].append(measure_items(iter(made.steps()), case.steps))
+            if not case.workers:  # else starting them is most of it
+                held_out = HELD_OUT * CLASSES / case.batch
+                speeds[name, "evaluation"].append(measure(made.top1, held_out))
+    return speeds
+
+
+def measure_accuracies(folder: Path, case: Case, repeats: int, steps: int) -> dict[str, list[float]]:
+    accuracies = {side.__name__: [] for side in (Timm, Ours)}
+    for seed in range(repeats):
+        for side in (Timm, Ours):
+            made = side(folder, case, steps=steps, seed=seed)
+            next(itertools.islice(made.steps(), steps - 1, None))
+            accuracies[side.__name__].append(round(100 * made.top1(), 1))
+    return accuracies
+
+
+def compare(name: str, case: Case, repeats: int, accuracy_steps: int) -> dict:
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        write_images(folder, case.pixels, case.kind, 5 * (HELD_OUT + 1) * CLASSES)
+        speeds = measure_speeds(folder, case, repeats)
+        result: dict = {"case": name}
+        if accuracy_steps:
+            result["top1"] = measure_accuracies(folder, case, repeats, accuracy_steps)
+    for what in WHATS:
+        theirs, ours = speeds["Timm", what], speeds["Ours", what]
+        if not ours:
+            continue
+        ratios = [our / their for (their, _), (our, _) in zip(theirs, ours, strict=True)]
+        result[what] = {"ratio": round(median(ratios), 3), "ratios": np.round(ratios, 2).tolist()}
+        for side, values in (("timm", theirs), ("ours", ours)):
+            result[what] |= {f"{side}_cpu_ms": round(1e3 * median(cpu for cpu, _ in values), 1)}
+            result[what] |= {f"{side}_images_per_s": round(case.batch / median(wall for _, wall in values), 1)}
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--accuracy-steps", type=int, default=150, help="0: leave accuracies out")
+    parser.add_argument("--small", action="store_true", help="one repeat of a few steps, to try it out")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for case in CASES:
-        print(json.dumps(compare(case, options.repeats, options.accuracy_steps)), flush=True)
+    for name in options.cases:
+        case, repeats, accuracy_steps = CASES[name], options.repeats, options.accuracy_steps
+        if options.small:
+            case, repeats, accuracy_steps = case._replace(steps=2), 1, 2
+        # With workers, both sides make the same batches as without.
+        print(json.dumps(compare(name, case, repeats, 0 if case.workers else accuracy_steps)), flush=True)
 
 
 if __name__ == "__main__":
