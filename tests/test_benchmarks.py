@@ -17,6 +17,7 @@ FILES = {path.name for path in FOLDER.glob("*.py")}
 SMALL = {
     "ensemble_forward.py": "--architectures test_resnet --batches 1 --members 2 --repeats 1 --calls 1",
     "extraction.py": "--images 8 --batch-size 4 --repeats 1",
+    "extraction_at_scale.py": "--rows 400 --processes 1 2",
     "feature_storage.py": "--rows 500",
     "half_precision.py": "PAIR --dataset digits --limit 60",
     "larger_than_memory.py": "--rows 2000 --num-features 16 --classes 3",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.conftest import own_accelerator  # noqa: F401
+
 PARTS = ("training", "extraction", "probes", "forward")
 SCRIPT = Path(__file__).parent / "benchmarks" / "gpu.py"
 
@@ -23,6 +25,7 @@ def gpu(monkeypatch):
     return module
 
 
+@pytest.mark.usefixtures("own_accelerator")
 @pytest.mark.parametrize("part", ["training", *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS[1:])])
 def test_every_part_measures(part, gpu, tmp_path):
     gpu.run_part(part, small=True, repeats=1, path=tmp_path / "rows.jsonl")

@@ -125,7 +125,8 @@ def load_data(
     if scattered:
         splits = {kind: scatter_split(split, kind, seed) for kind, split in splits.items()}
     if not hold_out:
-        splits["train"] = concatenate_datasets([splits["train"], splits.pop("validation")])
+        train = concatenate_datasets([splits["train"], splits.pop("validation")])
+        splits["train"] = train if limit is None else train.select(range(min(limit, len(train))))
     order = ["image", "label"] + ["group"] * (group_column is not None)
     return DatasetDict({kind: _order_columns(split, order, keep_hashes) for kind, split in splits.items()})
 

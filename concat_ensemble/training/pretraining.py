@@ -169,10 +169,12 @@ def assemble_all(recipe: Recipe, output: Path) -> None:
     for name, networks in plan_ensembles(recipe).items():
         folders = [output / folder for network in networks for folder in network.folders]
         ensemble = assemble(folders)
-        if read_hashes(output / name) != members_sha256(ensemble.config):
+        is_new = read_hashes(output / name) != members_sha256(ensemble.config)
+        if is_new:
             ensemble.save_pretrained(output / name)
         figures = output / LOGS / f"{name}.png", output / name / TRAINING_FIGURE
-        draw_curves([log_file(recipe, network) for network in networks], *figures)
+        if is_new or not all(figure.exists() for figure in figures):
+            draw_curves([log_file(recipe, network) for network in networks], *figures)
         out.print(f"{output / name}: {len(folders)} network{'s' if len(folders) > 1 else ''}", soft_wrap=True)
 
 

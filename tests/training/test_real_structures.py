@@ -236,3 +236,9 @@ def test_the_recipes_read_the_hub_by_their_own_names(data, tmp_path):
             client(f"pretraining.main({list(map(str, words))!r})")
             assert (tmp_path / str(number) / "cat1" / "config.json").is_file()
         client.process.kill()
+
+
+@pytest.mark.parametrize("limit", [20, 100_000])
+def test_a_limit_is_that_of_the_images_that_are_trained_on(limit):
+    train = load_data("digits", limit=limit, validation_size=0.3, test_size=None, for_training=True, hold_out=False)
+    assert len(train["train"]) == min(limit, 1_797)

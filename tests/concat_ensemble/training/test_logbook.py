@@ -94,7 +94,7 @@ def train(tmp_path):
 
         saved = []
         for _ in loop.run(
-            batches, Objective(recipe, 10), evaluate=lambda network: evaluate(network, images, loop.accelerator)
+            batches, Objective(recipe), evaluate=lambda network: evaluate(network, images, loop.accelerator)
         ):
             saved = loop.networks_to_save()
         loop.finish()
@@ -157,7 +157,7 @@ def test_a_log_is_cut_after_the_step_of_the_checkpoint(rest, tmp_path):
 
 
 def test_no_log_without_log_every(train, tmp_path, capsys):
-    train(log_every=0, evaluate_every=0)
+    train(log_every=0, evaluate_every=0, validation_size=0.01)
     assert not list(tmp_path.rglob("*.csv")) and not capsys.readouterr().out
 
 
@@ -203,7 +203,7 @@ def test_equal_evaluations_count_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluate_every": 0}, "save_best=loss needs evaluate_every=N"),
+        ({"evaluate_every": 0, "validation_size": 0.01}, "save_best=loss needs evaluate_every=N"),
         ({"members": [], "snapshots": 2}, "snapshots=2 needs save_best=null"),
         ({"save_best": "top2"}, "save_best='top2' must be"),
         ({"log_every": -1}, "log_every=-1 must be"),

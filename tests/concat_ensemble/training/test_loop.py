@@ -241,7 +241,7 @@ def test_networks_in_one_pass_share_one_scale_of_fp16_and_train_as_alone(tmp_pat
         if scale is not None:
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
         loop = Loop(accelerator, recipe, networks, steps=6, folder=tmp_path, identity={}, name="run")
-        for _ in loop.run(lambda *place: images.batches([0] * len(seeds), *place), Objective(recipe, 10)):
+        for _ in loop.run(lambda *place: images.batches([0] * len(seeds), *place), Objective(recipe)):
             weights = [network.state_dict() for network in loop.networks_to_save()]
         loop.finish()
         if scale is not None:
@@ -261,17 +261,18 @@ def test_what_needs_a_gpu_is_refused_without_one(change, message):
         create_accelerator(Recipe(**BASE | change), cpu=True)
 
 
-def test_a_number_of_parts_that_the_launcher_sets_changes_nothing(monkeypatch):
+def test_a_number_of_parts_that_the_launcher_sets_is_refused(monkeypatch):
     """accelerate would divide each loss by it."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert create_accelerator(Recipe(**BASE), cpu=True).gradient_accumulation_steps == 1
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4 must be left out"):
+        create_accelerator(Recipe(**BASE), cpu=True)
 
 
 def test_a_signal_after_the_last_step_ends_when_the_networks_are_saved(tmp_path, capsys):
     recipe, handler = Recipe(**BASE | {"total_steps": 2}), signal.getsignal(signal.SIGTERM)
     images = Images(recipe, GREY)
     _, loop = loop_of_one(recipe, tmp_path / "run", steps=2)
-    for _ in loop.run(partial(images.batches, [0]), Objective(recipe, 10)):
+    for _ in loop.run(partial(images.batches, [0]), Objective(recipe)):
         signal.raise_signal(signal.SIGTERM)
         loop.networks_to_save()
     signal.raise_signal(signal.SIGTERM)  # while results are computed
@@ -296,15 +297,19 @@ def test_workers_outlive_a_signal_to_all_processes(trained, tmp_path):
         trained(cut_at=2, by=signal_all, **changes)
     assert ended.value.code == 128 + signal.SIGTERM
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
-    worker = multiprocessing.get_context("fork").Process(target=_work, daemon=True)
+    fork = multiprocessing.get_context("fork")
+    is_ready = fork.Event()
+    worker = fork.Process(target=_work, args=(is_ready,), daemon=True)
     worker.start()
+    assert is_ready.wait(60)
     worker.terminate()  # as at the end of a training
     worker.join(10)
     assert worker.exitcode is not None
 
 
-def _work() -> None:
+def _work(is_ready) -> None:
     outlive_signals(0)
+    is_ready.set()
     signal.pause()
 
 

@@ -26,8 +26,9 @@ from concat_ensemble.training import distillation
 from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.distillation import Distillation, Teachers, create_student
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.logbook import read_log
 from concat_ensemble.training.loop import Loop, create_accelerator
-from concat_ensemble.training.pretraining import Objective
+from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.recipe import Recipe
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
@@ -47,6 +48,7 @@ BASE = {
     "warmup": 0.0,
     "optimizer": "momentum",
     "learning_rate": 0.5,
+    "log_every": 1,
     **NO_BATCH_NORM,
 }
 
@@ -87,15 +89,15 @@ def train(
     set_seed(0)
     network = timm.create_model(recipe.architecture, num_classes=10, **recipe.model_args)
     accelerator = create_accelerator(recipe, cpu=True)
-    options = {"folder": folder / "checkpoints", "identity": {}, "name": "run"}
-    loop, losses = Loop(accelerator, recipe, [network], steps=recipe.total_steps, **options), []
-    for step in loop.run(partial(images.batches, [0]), Objective(recipe, 10), stops=range(1, recipe.total_steps)):
-        losses.append(loop._mean_losses.item())
+    log = folder / "net.csv"
+    options = {"folder": folder / "checkpoints", "identity": {}, "name": "run", "logs": [log]}
+    loop = Loop(accelerator, recipe, [network], steps=recipe.total_steps, **options)
+    for step in loop.run(partial(images.batches, [0]), Objective(recipe), stops=range(1, recipe.total_steps)):
         at_step(step)
     (saved,) = loop.networks_to_save()
     weights = {key: tensor.detach().clone() for key, tensor in saved.state_dict().items()}
     loop.finish()
-    return weights, losses
+    return weights, [row["loss"] for row in read_log(log)]
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -107,7 +109,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Each batch is all images, in one part."""
-    return train(tmp_path_factory.mktemp("whole"), limit=20, batch_size=64)
+    return train(tmp_path_factory.mktemp("whole"), limit=21, batch_size=64)
 
 
 def count_images(**changes) -> int:
@@ -116,15 +118,15 @@ def count_images(**changes) -> int:
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_uneven_parts_give_the_mean_over_the_images_of_a_step(parts, whole, tmp_path):
-    assert count_images(limit=20) % parts, "the parts are of different sizes"
-    weights, losses = train(tmp_path, limit=20, batch_size=64, gradient_accumulation=parts)
+    assert count_images(limit=21) % parts, "the parts are of different sizes"
+    weights, losses = train(tmp_path, limit=21, batch_size=64, gradient_accumulation=parts)
     assert_close(weights, whole[0])
     assert losses == pytest.approx(whole[1], rel=1e-4), "the loss that is logged is the mean over the images, too"
 
 
 def test_uneven_parts_on_two_processes_give_the_mean_over_the_images_of_a_step(whole, tmp_path):
     results = in_processes(
-        2, lambda rank: train(tmp_path, (rank, 2), limit=20, batch_size=64, gradient_accumulation=2), tmp_path
+        2, lambda rank: train(tmp_path, (rank, 2), limit=21, batch_size=64, gradient_accumulation=2), tmp_path
     )
     for weights, losses in results:
         assert_close(weights, whole[0])

@@ -33,11 +33,13 @@ READ_BY = {
     "objective.Mixing": "mixup cutmix mixup_prob mixup_switch_prob mixup_mode mixup_off",
     "objective.Objective": "label_smoothing bce_loss bce_target_thresh",
     "optimizers": "optimizer learning_rate layer_decay weight_decay betas schedule warmup warmup_lr min_lr",
-    "loop": "clip_norm ema_decay gradient_checkpointing mixed_precision compile log_with checkpoint_every "
-    "keep_checkpoints output",
+    "loop": "clip_norm ema_decay gradient_checkpointing mixed_precision compile log_with checkpoint_every output "
+    "dist_bn sync_bn save_best",
+    "checkpoints": "keep_checkpoints",
+    "logbook": "log_every",
     "networks.create_network": "architecture",
     "recipe.NetworkSettings.initial_source": "pretrained initial_checkpoint",
-    "pretraining": "total_steps members baseline_extra wide_model_args wide_steps snapshots seeds members_per_process",
+    "planning": "total_steps members baseline_extra wide_model_args wide_steps snapshots seeds members_per_process",
     "distillation": "model_args teachers steps target temperature",
     "finetuning": "model stages head test_split",
     "saving": "license",
@@ -52,7 +54,6 @@ REFUSED = {
         "label_smoothing": 0.1,
         "bce_loss": True,
         "bce_target_thresh": 0.2,
-        "evaluate_every": 5,
     },
 }
 
