@@ -277,6 +277,7 @@ def test_twenty_kills_of_a_stream_end_in_the_same_weights(workers, tmp_path):
             break
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_in_the_same_weights(undisturbed, tmp_path):
     assert killed_until_done(tmp_path, seed=0, kills=2, within=0.5), (
         "where the machine is free, the run is over in seconds"

@@ -66,6 +66,7 @@ def read_compute(output: Path) -> list[dict]:
     return [json.loads(config.read_text())["provenance"]["compute"] for config in configs(output, 3)]
 
 
+@pytest.mark.slow
 def test_members_in_separate_teams_are_those_of_single_runs(launched, alone):
     output, printed = launched(2, "--parallelism", "members")
     assert "2 processes, 3 networks: 3 on teams of 2 x 1, parallelism=members" in printed
@@ -127,6 +128,7 @@ def test_the_main_process_does_not_wait_for_a_team_that_has_failed():
         _wait_for_teams(store, ["job 0 is done", "job 1 is done"])
 
 
+@pytest.mark.slow
 def test_accelerates_own_cpu_option_gives_a_warning(tmp_path):
     launch = [ACCELERATE, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", *ONE_PROCESS]
     done = subprocess.run(
