@@ -69,7 +69,8 @@ class ImageReader(TorchDataset):
         contents = [self._read(image) for image in images]
         hashes = to_hashes([image_hash for image_hash, _ in contents])
         lacking = np.array([block.find(hashes) < 0 for block in self.blocks])
-        batch = Batch([(image.split, image.row) for image in images], hashes, ~lacking.any(axis=0), {}, {})
+        stored = np.asarray(~lacking.any(axis=0))
+        batch = Batch([(image.split, image.row) for image in images], hashes, stored, {}, {})
         if self.make_processor is None:
             return batch
         decoded: dict[Positions, dict[int, torch.Tensor]] = {}
