@@ -99,6 +99,7 @@ def make_recipe(folder: Path, case: Case, steps: int) -> Recipe:
         warmup=0.0,
         evaluate_every=10**6,
         checkpoint_every=10**6,
+        log_every=0,
         num_workers=case.workers,
         output=str(folder / "runs"),
     )
