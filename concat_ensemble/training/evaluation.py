@@ -10,6 +10,7 @@ from torch import nn
 
 from concat_ensemble.training.batches import keep_random_states
 from concat_ensemble.training.images import Images
+from concat_ensemble.training.objective import read_logits
 
 TOP = 5  # the second accuracy, as usual; with as many classes or fewer it would always be 1
 
@@ -80,8 +81,7 @@ def predict_logits(network: nn.Module, images: Images, split: str, accelerator: 
 
 def compute_logits(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """(B, classes) float32 logits of a network of timm or transformers."""
-    output = network(pixels)
-    return (output if isinstance(output, torch.Tensor) else output.logits).float()
+    return read_logits(network(pixels)).float()
 
 
 def _read(images: Images, split: str, accelerator: Accelerator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -28,8 +29,12 @@ class Objective:
             self.loss = BinaryCrossEntropy(smoothing, target_threshold=settings.bce_target_thresh)
 
     def __call__(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        output = network(images)
-        return self.loss(output if isinstance(output, torch.Tensor) else output.logits, labels)
+        return self.loss(read_logits(network(images)), labels)
+
+
+def read_logits(output: Any) -> torch.Tensor:
+    """The (B, classes) logits in the output of a network of timm or transformers."""
+    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 class Mixing:

@@ -109,12 +109,17 @@ def wait_until(happens, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_at_the_time_limit_it_saves_and_then_requeues_once(cluster):
-    job = cluster.start("recipe.yaml", TRAINING="trains")
+def wait_after_the_limit(cluster, job) -> int:
+    """Send the signal of the time limit, as soon as the training runs. Return the exit code of the job."""
     wait_until(cluster.ready.exists)
     time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 0
+    return job.wait(30)
+
+
+def test_at_the_time_limit_it_saves_and_then_requeues_once(cluster):
+    job = cluster.start("recipe.yaml", TRAINING="trains")
+    assert wait_after_the_limit(cluster, job) == 0
     number = cluster.environment["SLURM_JOB_ID"]
     assert cluster.calls() == [f"scancel --signal=TERM {number}", "saved", "saved", f"scontrol requeue {number}"]
 
@@ -127,10 +132,7 @@ def test_a_job_that_ends_before_the_limit_is_not_requeued(cluster, training, cod
 
 def test_a_job_that_is_finished_at_the_limit_is_not_requeued(cluster):
     job = cluster.start("recipe.yaml", TRAINING="ends-late")
-    wait_until(cluster.ready.exists)
-    time.sleep(0.1)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 0
+    assert wait_after_the_limit(cluster, job) == 0
     assert [call.split()[0] for call in cluster.calls()] == ["scancel"]
 
 

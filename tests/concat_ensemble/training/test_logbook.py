@@ -20,17 +20,11 @@ from concat_ensemble.training.logbook import COLUMNS, cut_log, draw_curves, read
 from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.pretraining import Objective
 from concat_ensemble.training.recipe import Recipe
+from tests.concat_ensemble.training.conftest import SMALL
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
-BASE = {
-    "dataset": "digits",
-    "limit": 64,
-    "augmentation": "scatter",
-    "architecture": "resnet10t",
-    "model_args": {"in_chans": 1, "channels": [4, 4, 8, 8], "stem_width": 4},
-    "input_size": [1, 32, 32],
+BASE = SMALL | {
     "total_steps": 10,
-    "members": [1],
     "batch_size": 8,
     "checkpoint_every": 4,
     "evaluate_every": 5,

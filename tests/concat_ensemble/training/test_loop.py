@@ -19,17 +19,11 @@ from concat_ensemble.training.loop import Loop, create_accelerator
 from concat_ensemble.training.objective import Objective
 from concat_ensemble.training.recipe import Recipe
 from concat_ensemble.training.signals import Signals, outlive_signals
+from tests.concat_ensemble.training.conftest import SMALL
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
-BASE = {
-    "dataset": "digits",
-    "limit": 64,
-    "augmentation": "scatter",
-    "architecture": "resnet10t",
-    "model_args": {"in_chans": 1, "channels": [4, 4, 8, 8], "stem_width": 4},
-    "input_size": [1, 32, 32],
+BASE = SMALL | {
     "total_steps": 12,
-    "members": [1],
     "batch_size": 16,
     "warmup": 0.25,
     "checkpoint_every": 3,
