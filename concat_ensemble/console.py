@@ -64,7 +64,7 @@ LINE_SECONDS = 30.0  # between two lines of one stage where there is no terminal
 
 @contextmanager
 def show_progress(
-    stage: str, total: int, *, unit: str = "images", quiet: bool = False
+    stage: str, total: int | None, *, unit: str = "images", quiet: bool = False
 ) -> Iterator[Callable[..., None]]:
     """Show how far a stage is, on stderr: a bar on a terminal; elsewhere, such as in a log, a line at its start, one
     every 30 seconds and one at its end. Of several processes only the first one shows it.
@@ -76,7 +76,7 @@ def show_progress(
 
     Args:
         stage: What is done, such as "features".
-        total: Number of steps.
+        total: Number of steps, or None where it is not known.
         unit: What a step is, in the plural.
         quiet: Show nothing.
     """
@@ -98,13 +98,15 @@ def show_progress(
         lines.write()
 
 
-def describe_progress(stage: str, done: int, total: int, *, unit: str, seconds: float) -> str:
+def describe_progress(stage: str, done: int, total: int | None, *, unit: str, seconds: float) -> str:
     """One line on a stage of which `done` of `total` steps took so many seconds, with its speed and the time left."""
-    counts = f"{stage}: {done:,} of {total:,} {unit}"
+    counts = f"{stage}: {done:,} {unit}" if total is None else f"{stage}: {done:,} of {total:,} {unit}"
     if not done or seconds <= 0:
         return counts
     if done == total:
         return f"{counts} in {describe_seconds(seconds)}, {_describe_speed(done / seconds, unit)}"
+    if total is None:
+        return f"{counts}, {_describe_speed(done / seconds, unit)}"
     left = describe_seconds((total - done) * seconds / done)
     return f"{counts}, {_describe_speed(done / seconds, unit)}, about {left} left"
 
@@ -126,14 +128,14 @@ def _describe_speed(speed: float, unit: str) -> str:
 class _StageLines:
     """The lines on one stage; the first is written at once."""
 
-    def __init__(self, stage: str, total: int, unit: str):
+    def __init__(self, stage: str, total: int | None, unit: str):
         self._stage, self._total, self._unit, self._done = stage, total, unit, 0
         self._started = self._written = time.monotonic()
-        _write_line(f"{stage}: {total:,} {unit}")
+        _write_line(f"{stage}: {unit} of a stream" if total is None else f"{stage}: {total:,} {unit}")
 
     def advance(self, steps: int = 1) -> None:
         self._done += steps
-        if self._done < self._total and time.monotonic() - self._written >= LINE_SECONDS:
+        if (self._total is None or self._done < self._total) and time.monotonic() - self._written >= LINE_SECONDS:
             self.write()
 
     def write(self) -> None:

@@ -1,12 +1,22 @@
 """Parts of error messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: Exception) -> str:
+    """An error's whole message in one line. Of an error in a worker process of torch's `DataLoader`, which torch gives
+    with its traceback, it is the message alone."""
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process", text):
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split())
 
 
 def suggest(name: object, names: Iterable[str], *, limit: int = 3) -> str:

@@ -23,7 +23,7 @@ from concat_ensemble.console import errors
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME, copy_card
 from concat_ensemble.schema import check_type, decode_json
-from concat_ensemble.studies.ensemble_folders import MODEL_FILES, card_files, is_measured_on
+from concat_ensemble.studies.ensemble_folders import MODEL_FILES, TRAINING_FIGURE, card_files, is_measured_on
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreTrainedModel
 
 ROWS = 1024  # read from the table at a time
-OTHER_FILES = ("README.md", "LICENSE.md", "adapter_config.json", "adapter_model.safetensors")
+OTHER_FILES = ("README.md", "LICENSE.md", TRAINING_FIGURE, "adapter_config.json", "adapter_model.safetensors")
 SECRET_NAME = re.compile(r"id_(rsa|dsa|ecdsa|ed25519).*|.*\.(pem|key|p12|pfx|jks)|.*(token|secret|credential|passw).*")
 TOKEN = rb"\b(hf_|gh[oprsu]_|github_pat_)[A-Za-z0-9_]{30,}|\bAKIA[A-Z0-9]{16}"
 SECRET = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|" + TOKEN)

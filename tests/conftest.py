@@ -12,9 +12,26 @@ from hypothesis import settings
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
-LONGEST_FILES = ("test_docs.py", "test_compare.py", "test_pretrain_members.py", "test_wheel.py")
+# The longest first.
+LONGEST_FILES = [
+    "test_docs.py",
+    "test_pretrain_members.py",
+    "test_app.py",
+    "test_compare.py",
+    "test_store.py",
+    "test_teams.py",
+    "test_wheel.py",
+    "test_dataset_recipes.py",
+    "test_prediction.py",
+    "test_reproduce.py",
+]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would start the files with the most tests first, not the longest
 
 
 def pytest_collection_modifyitems(items):
     """Start the longest files first, so that none of them runs alone at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))

@@ -355,7 +355,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._content(sha256, {"ETag": f'"{sha256}"'})
 
     def _content(self, sha256: str, headers: dict) -> None:
-        self._send((self.hub.folder / "files" / sha256).read_bytes(), headers=headers)
+        content, part = (self.hub.folder / "files" / sha256).read_bytes(), self.headers.get("Range")
+        if part is None:
+            self._send(content, headers=headers)
+            return
+        first, last = part.removeprefix("bytes=").split("-")
+        stop = min(int(last) + 1, len(content)) if last else len(content)
+        span = f"bytes {first}-{stop - 1}/{len(content)}"
+        self._send(content[int(first) : stop], 206, headers | {"Content-Range": span})
 
 
 ROUTES = [

@@ -122,7 +122,7 @@ wrong: str = score
 """
 
 
-@pytest.mark.parametrize("install", ["wheel", "editable"])
+@pytest.mark.parametrize("install", ["wheel", pytest.param("editable", marks=pytest.mark.slow)])
 def test_a_file_outside_the_repository_type_checks(install, site, tmp_path):
     """Type checkers see the package both installed and as an editable install: one error, in the wrong line."""
     (tmp_path / "user.py").write_text(TYPED)

@@ -17,7 +17,7 @@ class Sampling:
     ValueError for a limit or a number of shots that is too small."""
 
     validation_size: float
-    test_size: float
+    test_size: float | None  # None: nothing, for training alone
     limit: int | None
     shots: int | None
     seed: int
@@ -28,6 +28,8 @@ class Sampling:
             raise ValueError(f"limit={self.limit} must be at least 1.")
         if self.shots is not None and self.shots < 2:
             raise ValueError(f"shots={self.shots} must be at least 2: some are for validation.")
+        if self.test_size is None and not self.for_training:
+            raise ValueError("test_size=None must be a fraction between 0 and 1, except for_training.")
 
 
 def complete_splits(splits: dict[str, Dataset], sampling: Sampling, *, has_test: bool) -> dict[str, Dataset]:
@@ -37,12 +39,12 @@ def complete_splits(splits: dict[str, Dataset], sampling: Sampling, *, has_test:
     Copies of an image, which are the rows with the same encoded bytes, stay on one side of a cut, as do the images of
     a group. With a `limit`, only the images that are used are read for that: where one of them is on both sides, it is
     left out of the split that was cut off. For training, the images are not read to cut the validation split.
-    `has_test` says whether there is a test split, which for training is not among `splits`.
+    `has_test` says whether the dataset has images to test on, which for training are not among `splits`.
     """
     splits = dict(splits)
     total, cut = len(splits["train"]), []
     compare_all = sampling.limit is None or sampling.limit >= total
-    if not has_test:
+    if not has_test and sampling.test_size is not None:
         cut.append("test")
         splits["train"], splits["test"] = cut_split(
             splits["train"], "test_size", sampling.test_size, seed=sampling.seed, copies=compare_all

@@ -38,7 +38,8 @@ def load_folder(folder: Path, *, use_folders: bool = False) -> dict[str, Dataset
     which `datasets` reads, unless `use_folders`.
 
     Folders with the name of a split (`train`, `Val`, `TEST`, `test-images`, ...) that hold class folders are splits,
-    and a folder of such a name that holds images themselves has hidden labels. Without these, all images are one
+    and a folder of such a name that holds images themselves has hidden labels. Beside `train`, a folder such as
+    `train_mini` is a split of its own, as it may be a part of it. Without these, all images are one
     split. A class has the name of the folder that its images are in. Hidden files are ignored.
 
     Raises ValueError if that does not give every image one class: images beside the class folders, or at different
@@ -114,10 +115,15 @@ def _find_splits(folder: Path, images: list[Parts]) -> dict[str, tuple[list[Part
             raise ValueError(f"there are {len(images):,} images but no class folders; {EXAMPLE}.")
         return {"train": ([outer], [(outer, path) for path in inner])}
     splits: dict[str, tuple[list[Parts], list[tuple[Parts, Parts]]]] = {}
+    whole = {split_kind(top) for top in tops}
     for top in sorted(tops):
         if kinds[top] or top in with_classes:
             root = (*outer, top)
-            roots, paths = splits.setdefault(kinds[top] or top, ([], []))
+            kind = kinds[top] or top
+            if kind in whole and not split_kind(top):
+                logger.warning("%s: %s is a split of its own, no part of %s", folder, top, kind)
+                kind = top
+            roots, paths = splits.setdefault(kind, ([], []))
             roots.append(root)
             paths += [(root, path[1:]) for path in inner if path[0] == top and len(path) > 1]
     return splits

@@ -22,7 +22,7 @@ HASH_COLUMN = "image_hash"
 def read_image(split: Dataset, index: int) -> PIL.Image.Image:
     """Decode image `index` of a split returned by `load_data`. Raises ValueError naming it if it cannot be read."""
     encoded = split[index]["image"]
-    return decode_image(encoded, _describe_encoded(encoded, index))
+    return decode_image(encoded, describe_encoded(encoded, index))
 
 
 def decode_image(encoded: dict | None, name: str) -> PIL.Image.Image:
@@ -116,10 +116,11 @@ def encode_image(pixels: np.ndarray) -> dict:
 
 def describe_image(split: Dataset, index: int) -> str:
     """Name an image in error messages: its number, and its file if it has one."""
-    return _describe_encoded(split[index]["image"], index)
+    return describe_encoded(split[index]["image"], index)
 
 
-def _describe_encoded(encoded: dict | None, index: int) -> str:
+def describe_encoded(encoded: dict | None, index: int) -> str:
+    """As `describe_image`, for a row that is read already."""
     path = encoded["path"] if encoded else None
     return f"image {index} ({path})" if path else f"image {index}"
 
@@ -130,42 +131,49 @@ def image_hashes(split: Dataset) -> list[bytes]:
     They are taken from the column `image_hash` if the split has it and it agrees with a few of the images. An image
     without bytes, such as a missing file, gets a hash of its own, so that reading it is what fails.
     """
-    if (stored := _stored_hashes(split)) is not None:
+    if (stored := stored_hashes(split)) is not None:
         return stored
     hashes = []
     batch: Any  # a dict of columns
     for batch in split.select_columns("image").with_format(None).iter(batch_size=16):  # photographs of megabytes each
-        hashes += [_hash_image(encoded, len(hashes) + place) for place, encoded in enumerate(batch["image"])]
+        hashes += [hash_image(encoded, len(hashes) + place) for place, encoded in enumerate(batch["image"])]
     return hashes
 
 
 def with_hashes(split: Dataset) -> Dataset:
     """The split with the column `image_hash`, so that its images are read once for all who need their hashes."""
-    if _stored_hashes(split) is not None:
+    if stored_hashes(split) is not None:
         return split
     split = split.select_columns([name for name in split.column_names if name != HASH_COLUMN])
     return add_column(split, HASH_COLUMN, image_hashes(split), Value("binary"))
 
 
-def _stored_hashes(split: Dataset) -> list[bytes] | None:
+def stored_hashes(split: Dataset) -> list[bytes] | None:
     """The column `image_hash`, or None without one. It is stale where the images were replaced since, as by
     `Dataset.map`, so that it is compared with a few of them."""
     if HASH_COLUMN not in split.column_names:
         return None
     hashes, plain = read_column(split, HASH_COLUMN).to_pylist(), split.select_columns("image").with_format(None)
     compared = np.unique(np.linspace(0, len(split) - 1, min(len(split), 8)).astype(int)).tolist()
-    return hashes if all(_hash_image(plain[row]["image"], row) == hashes[row] for row in compared) else None
+    return hashes if all(hash_image(plain[row]["image"], row) == hashes[row] for row in compared) else None
 
 
-def _hash_image(encoded: dict | None, index: int) -> bytes:
+def hash_image(encoded: dict | None, index: int) -> bytes:
+    """The hash of the encoded bytes of image `index` of its split."""
+    return read_encoded(encoded, index)[0]
+
+
+def read_encoded(encoded: dict | None, index: int) -> tuple[bytes, dict | None]:
+    """The hash of an image, and the image with its bytes where it is a file, so that the file is read only once."""
     content = encoded["bytes"] if encoded else None
-    if content is not None:
-        return hashlib.sha256(content).digest()[:HASH_BYTES]
-    try:
-        path = Path((encoded or {})["path"])
-        check_file(path)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()[:HASH_BYTES]
-    except (OSError, KeyError, TypeError, ValueError):
-        digest = hashlib.sha256(f"{index}: {encoded}".encode("utf-8", "backslashreplace")).digest()
-        return (NO_IMAGE + digest)[:HASH_BYTES]
+    if content is None:
+        try:
+            path = Path((encoded or {})["path"])
+            check_file(path)
+            content = path.read_bytes()
+        except (OSError, KeyError, TypeError, ValueError):
+            digest = hashlib.sha256(f"{index}: {encoded}".encode("utf-8", "backslashreplace")).digest()
+            return (NO_IMAGE + digest)[:HASH_BYTES], encoded
+        if not is_array(content):  # which only the package writes, never to a file
+            encoded = {"bytes": content, "path": str(path)}
+    return hashlib.sha256(content).digest()[:HASH_BYTES], encoded

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+)
 
 from concat_ensemble.data.columns import read_features, select_columns
 from concat_ensemble.data.cuts import Sampling, complete_splits
@@ -35,12 +42,13 @@ def load_data(
     validation_split: str | None = None,
     test_split: str | None = None,
     validation_size: float = 0.2,
-    test_size: float = 0.5,
+    test_size: float | None = 0.5,
     limit: int | None = None,
     shots: int | None = None,
     seed: int = 0,
     use_folders: bool = False,
     for_training: bool = False,
+    hold_out: bool = True,
     keep_hashes: bool = False,
 ) -> DatasetDict:
     """Load an image classification dataset with the splits `train`, `validation` and `test`.
@@ -68,8 +76,12 @@ def load_data(
         shots: Draw this many images of each class for training and validation together; at least 2.
         seed: Random seed for the cuts, the limit, the few-shot subset and the placement of scattered images.
         use_folders: Take the classes of a folder of images from its subfolders although it has a metadata file.
-        for_training: Load `train` and `validation` alone, to pretrain on. The labels of a test split may be hidden
-            then, and the images are not read to keep copies together in `validation`.
+        for_training: Load `train` and `validation` alone, to pretrain on. A test split is not looked at; its labels
+            may be hidden. If there is neither a validation nor a test split, `test_size` says how much to leave out,
+            None for nothing. The images are not read to keep copies together in `validation`.
+        hold_out: Without it, the result of `for_training` has all training images in `train`: those that would be cut
+            off for `validation` follow the others. The images of a validation split stay out, as later tests may use
+            them.
         keep_hashes: Leave the column `image_hash` in splits for which a cut had to compute it, for `audit_splits`.
 
     Returns:
@@ -88,26 +100,33 @@ def load_data(
         seed=seed,
         for_training=for_training,
     )
+    hold_out = hold_out or not for_training
     scattered = isinstance(name, str) and name.startswith(SCATTERED)
     plain_name = name.removeprefix(SCATTERED) if isinstance(name, str) else name
     source = load_source(plain_name, config=config, revision=revision, use_folders=use_folders, limit=limit)
-    picked = pick_splits(source, {"train": train_split, "validation": validation_split, "test": test_split})
+    names = {"train": train_split, "validation": validation_split, "test": test_split}
+    picked = pick_splits(source, names, for_training=for_training)
+    has_test = "test" in picked or (for_training and "validation" in picked)
+    unused = [*["test"] * for_training, *["validation"] * (not hold_out)]
     columns = {"image_column": image_column, "label_column": label_column, "group_column": group_column}
     try:
         used = {
             kind: _read_split(split, kind, columns, name=plain_name, limit=limit, seed=seed)
             for kind, split in picked.items()
-            if not (for_training and kind == "test")
+            if kind not in unused
         }
     except ValueError as error:
         raise ValueError(f"{error}{folder_hint(plain_name, use_folders)}") from error
     splits = _match_splits(used, group_column, classes)
-    splits = complete_splits(splits, sampling, has_test="test" in picked)
+    splits = complete_splits(splits, sampling, has_test=has_test)
     _check_splits(splits)
     if for_training:
         splits.pop("test", None)
     if scattered:
         splits = {kind: scatter_split(split, kind, seed) for kind, split in splits.items()}
+    if not hold_out:
+        train = concatenate_datasets([splits["train"], splits.pop("validation")])
+        splits["train"] = train if limit is None else train.select(range(min(limit, len(train))))
     order = ["image", "label"] + ["group"] * (group_column is not None)
     return DatasetDict({kind: _order_columns(split, order, keep_hashes) for kind, split in splits.items()})
 

@@ -54,8 +54,8 @@ class Scatter(v2.Transform):
         return (noisy.clamp(0, 1) * 255).round() / 255
 
 
-def scatter_split(split: Dataset, kind: str, seed: int) -> Dataset:
-    """Put every image of a split on its own canvas of 32x32 pixels.
+def scatter_split(split: Dataset, kind: str, seed: int, size: int = 32) -> Dataset:
+    """Put every image of a split on its own canvas of `size` x `size` pixels.
 
     The canvas depends on the image's encoded bytes and the seed alone, not on the rest of the split; copies of an
     image get the same canvas, so that an audit finds them. Raises ValueError if the images differ in size; `kind`
@@ -71,7 +71,7 @@ def scatter_split(split: Dataset, kind: str, seed: int) -> Dataset:
         digest = hashlib.sha256(split[index]["image"]["bytes"] or image.tobytes()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big") ^ seed)
         pixels = torch.from_numpy(image / np.float32(255))
-        canvas = Scatter(generator=generator)(pixels[None, None])[0, 0]
+        canvas = Scatter(size, generator=generator)(pixels[None, None])[0, 0]
         canvases.append(encode_image((canvas * 255).round().to(torch.uint8).numpy()))
     others = [name for name in split.column_names if name not in ("image", HASH_COLUMN)]
     columns = {"image": canvases} | {name: read_column(split, name).to_pylist() for name in others}

@@ -14,23 +14,20 @@ SPLIT_NAMES = {
 
 
 def pick_splits(
-    source: Mapping[str, Dataset | IterableDataset], names: dict[str, str | None]
+    source: Mapping[str, Dataset | IterableDataset], names: dict[str, str | None], *, for_training: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
     """Pick a split of `source` for each of `train`, `validation` and `test`, by its name in `names` or a common name.
 
-    A validation split without a test split is the test split. Raises ValueError for a split that does not exist or is
-    empty, and without a training split.
+    A validation split without a test split is the test split, except for training. Raises ValueError for a split that
+    does not exist, and without a training split.
     """
     named = {name.partition("[")[0] for name in names.values() if name}
     picked = {kind: pick_split(source, kind, name, exclude=named) for kind, name in names.items()}
     splits = {kind: split for kind, split in picked.items() if split is not None}
     if "train" not in splits:
         raise ValueError(f"no training split among {sorted(source)}; name it with train_split.")
-    if "test" not in splits and "validation" in splits:
+    if not for_training and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-    for kind, split in splits.items():
-        if isinstance(split, Dataset):
-            refuse_empty(split, kind)
     return splits
 
 
@@ -39,15 +36,17 @@ def pick_split(
 ) -> Dataset | IterableDataset | None:
     """Pick a split by name, as in `train[:80%]`, or by the common names of its kind if `name` is None.
 
-    A dataset's only split is its training split, whatever its name. Names in `exclude` do not count as common names,
-    which may be capitalized.
+    A dataset's only split is its training split, whatever its name, and so is the only one whose name speaks of it,
+    such as `train_mini`. Names in `exclude` do not count as common names, which may be capitalized.
     Raises ValueError for a split that does not exist, or a malformed slice.
     """
     if name is None:
         candidates = [split for split in source if split not in exclude]
-        if not (kind == "train" and len(source) == 1):
-            candidates = [split for split in candidates if split_kind(split) == kind]
-        return source[candidates[0]] if candidates else None
+        common = [split for split in candidates if split_kind(split) == kind]
+        if kind == "train" and not common:
+            similar = [split for split in candidates if find_split_kind(split) == kind]
+            common = candidates if len(source) == 1 else similar if len(similar) == 1 else []
+        return source[common[0]] if common else None
     base, bracket, bounds = name.partition("[")
     if base not in source:
         raise ValueError(f"{kind}_split={name!r} does not exist; the dataset has {', '.join(source)}.")

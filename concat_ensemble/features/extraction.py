@@ -3,55 +3,52 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-import PIL.Image
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
-from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from concat_ensemble.console import show_progress
-from concat_ensemble.data.bad_images import BadImages, describe_bad_images, usable_rows
-from concat_ensemble.data.images import describe_read_error, image_hashes, open_image, processor_input
+from concat_ensemble.data.bad_images import BadImages, usable_rows
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.extractor import Extractor, PooledFeatures
+from concat_ensemble.features.index import HashIndex, to_bytes, to_hashes
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.ntk import NTK, NTKFeatures
 from concat_ensemble.features.precision import full_float32
 from concat_ensemble.features.projection import stored_projection
+from concat_ensemble.features.reading import Batch, ImageReader, Positions, read_batches
+from concat_ensemble.features.shares import LoadedShare, Share, StreamedShare, prepare_streams, shared_folder
 from concat_ensemble.features.standardized import default_device
 from concat_ensemble.features.store import Block, block_key, default_store
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble, is_ensemble
-from concat_ensemble.modeling.image_processing_concat_ensemble import (
-    ConcatEnsembleImageProcessor,
-    check_resizing,
-    convert_image,
-)
+from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
+from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
 
 FIRST_SHARD, SHARD_IMAGES = 32, 512  # images in the first files and in later ones; see `shard_sizes`
-OTHER_GEOMETRY = {"input_size": (3, 512, 512), "crop_pct": 1.0, "crop_mode": "center"}
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
-
-Places = dict[bytes, tuple[str, int]]  # image hash -> (split, row) of its first copy, in the order of the dataset
+LACKING = "lacking"  # the file by which a process tells the others that it has met an image to extract
 
 
 def extract_features(
     model: nn.Module,
-    dataset: DatasetDict | Dataset,
+    dataset: DatasetDict | Dataset | IterableDatasetDict | IterableDataset,
     processor: BaseImageProcessor | None = None,
     *,
     ntk: NTK | None = None,
@@ -66,15 +63,19 @@ def extract_features(
 ) -> FeatureTable:
     """Features of a frozen model for all images of a dataset. Only what is not stored yet is extracted.
 
-    The members' own features are stored; a projection is applied when the table is read. All missing members run in
-    one pass over the images. Under `accelerate launch` the processes share the images. Ctrl-C loses the batch that is
-    being computed, and a kill at most half of what was done and never more than `SHARD_IMAGES` images; the same call
-    goes on. A second process that needs the same features waits for the first. Images that cannot be read do not stop
-    the others: all are named in one error at the end, when everything else is stored.
+    The members' own features are stored; a projection is applied when the table is read. Each image is read once, and
+    all members that lack it run on it. Under `accelerate launch` each process reads its share of the images, and all
+    return the whole table; the store has to be a folder that all see. Ctrl-C loses the batch that is being computed,
+    and a kill at most half of what was done and never more than `SHARD_IMAGES` images of each process; the same call
+    reads the images again, and extracts those that are not stored. A second extraction that lacks the same features
+    waits for the first. Images that cannot be read do not stop the others: all are named in one error at the end, when
+    everything else is stored.
 
     Args:
         model: An ensemble; or, for a table of one block, a timm model or a transformers model with a `pooler_output`.
-        dataset: From `load_data`. Any other dataset is passed through `load_data` with its defaults.
+        dataset: From `load_data`. Another `Dataset` or `DatasetDict` is passed through `load_data` with its defaults.
+            Of an `IterableDataset` or `IterableDatasetDict` all images are read, in order; nothing is cut off, and its
+            labels must be a `ClassLabel`. Several processes share its files, so it should have as many of them.
         processor: Makes `pixel_values` from a list of PIL images. Default: the model's own.
         ntk: Store gradients with these settings in place of pooled features.
         device: Where the model runs; afterwards it is back where it was. Default: the GPU if there is one, else the
@@ -88,59 +89,78 @@ def extract_features(
 
     Raises:
         ValueError: naming the images that cannot be read, of all splits (with `skip_bad` only if no image of a split
-            or class is left), or an image for which a member gives NaN, infinite, or (in float16) too large features.
+            or class is left), or an image for which a member gives NaN, infinite, or (in float16) too large features;
+            if the processes do not share the store; for a stream that cannot be read or does not state its classes.
         OSError: if the disk is full; what was extracted before is kept.
     """
     if storage not in STORAGE:
         raise ValueError(f"storage={storage!r} must be {' or '.join(STORAGE)}.")
     if ntk and compute != torch.float32:
         raise ValueError(f"compute={compute}: gradients per image need torch.float32.")
-    if not _is_loaded(dataset):
-        dataset = load_data(dataset)
-    splits = {str(name): rows for name, rows in dataset.items()}
     network = _to_transformers(model)
     extractor = NTKFeatures(ntk, network) if ntk else PooledFeatures()
-    settings = {"compute": str(compute), "storage": str(STORAGE[storage])}
+    folder, settings = store or default_store(), {"compute": str(compute), "storage": str(STORAGE[storage])}
     names = block_names(network, processor, extractor, settings)
-    dims = [extractor.num_features(network, position) for position in range(len(names))]
-    blocks = [
-        Block((store or default_store()) / key, architecture, num_features=dim, dtype=STORAGE[storage])
-        for (key, architecture), dim in zip(names, dims, strict=True)
-    ]
-    hashes = {split: image_hashes(rows) for split, rows in splits.items()}
     run = _Run(
         model=network,
         processor=processor,
         extractor=extractor,
-        blocks=blocks,
-        splits=splits,
-        places=_first_places(hashes),
-        batch_size=batch_size,
+        blocks=[
+            Block(folder / key, architecture, num_features=extractor.num_features(network, k), dtype=STORAGE[storage])
+            for k, (key, architecture) in enumerate(names)
+        ],
+        share=_plan_share(dataset, min(batch_size, SHARD_IMAGES)),
+        batch_size=min(batch_size, SHARD_IMAGES),
         num_workers=num_workers,
         device=_choose_device(device),
         compute=compute,
         storage=STORAGE[storage],
         quiet=quiet,
     )
-    started = time.perf_counter()
-    extracted, unreadable = run.extract_missing()
-    seconds = time.perf_counter() - started
-    bad = _bad_rows(hashes, unreadable)
-    rows = usable_rows(splits, bad, skip_bad=skip_bad)
-    groups = read_groups(splits)
-    table = FeatureTable(
-        {split: [block.rows([hashes[split][row] for row in rows[split]]) for block in blocks] for split in splits},
-        {split: read_labels(images)[rows[split]] for split, images in splits.items()},
-        class_names(next(iter(splits.values()))),
-        tuple(key for key, _ in names),
-        extracted,
-        extracted / seconds if extracted else None,
-        None if groups is None else {split: groups[split][rows[split]] for split in splits},
-        {split: sorted(bad[split]) for split in splits} if unreadable else None,
+    with shared_folder(folder) as exchange:
+        started = time.perf_counter()
+        extracted = run.extract_missing(exchange)
+        seconds = time.perf_counter() - started
+        splits, hashes = run.share.gather(exchange)
+    table = _build_table(run, splits, hashes, keys=tuple(key for key, _ in names), skip_bad=skip_bad)
+    table = dataclasses.replace(
+        table, extracted=extracted, images_per_second=extracted / seconds if extracted else None
     )
     if extractor.uses_projection and is_ensemble(network) and network.projection is not None:
         return stored_projection(network.projection)(table)
     return table
+
+
+def _plan_share(dataset: Any, batch_size: int) -> Share:
+    """What this process reads."""
+    if isinstance(dataset, IterableDataset | IterableDatasetDict):
+        return StreamedShare(prepare_streams(dataset), partial(_endless_shard_sizes, batch_size))
+    splits = dataset if _is_loaded(dataset) else load_data(dataset)
+    total = sum(map(len, splits.values()))
+    return LoadedShare({str(name): rows for name, rows in splits.items()}, shard_sizes(total, 0, batch_size))
+
+
+def _build_table(
+    run: _Run,
+    splits: Mapping[str, Dataset],
+    hashes: Mapping[str, np.ndarray],
+    *,
+    keys: tuple[str, ...],
+    skip_bad: bool,
+) -> FeatureTable:
+    """The table of the rows whose images can be used."""
+    bad = _bad_rows(hashes, run.unreadable)
+    rows = usable_rows(splits, bad, skip_bad=skip_bad)
+    used = {split: hashes[split][rows[split]] if bad[split] else hashes[split] for split in splits}
+    groups = read_groups(splits)
+    return FeatureTable(
+        {split: [block.rows(used[split]) for block in run.blocks] for split in splits},
+        {split: read_labels(images)[rows[split]] for split, images in splits.items()},
+        class_names(next(iter(splits.values()))),
+        keys,
+        groups=None if groups is None else {split: groups[split][rows[split]] for split in splits},
+        skipped={split: sorted(bad[split]) for split in splits} if run.unreadable else None,
+    )
 
 
 def block_names(
@@ -160,49 +180,66 @@ def block_names(
     return names
 
 
-def plan_passes(missing: Sequence[set[bytes]], images: Iterable[bytes]) -> dict[tuple[int, ...], list[bytes]]:
-    """Positions of members -> the images that exactly these members miss, in the order of `images`."""
-    passes: dict[tuple[int, ...], list[bytes]] = {}
-    for image in images:
-        positions = tuple(position for position, own in enumerate(missing) if image in own)
-        if positions:
-            passes.setdefault(positions, []).append(image)
-    return passes
-
-
 def shard_sizes(num_images: int, stored: int, batch_size: int) -> list[int]:
     """Numbers of images in the next files of a block that has `stored` rows of a dataset: as many as are stored, so
     that a kill loses at most half of the work, between `FIRST_SHARD` and `SHARD_IMAGES`, rounded up to whole batches.
     So the batches, and with them the features, are the same whatever the files."""
     sizes = []
-    while num_images > 0:
-        batches = math.ceil(min(max(stored, FIRST_SHARD), SHARD_IMAGES) / batch_size)
-        sizes.append(min(batches * batch_size, num_images))
-        stored, num_images = stored + sizes[-1], num_images - sizes[-1]
+    for size in _endless_shard_sizes(batch_size, stored):
+        if num_images <= 0:
+            break
+        sizes.append(min(size, num_images))
+        num_images -= sizes[-1]
     return sizes
 
 
-@dataclass(frozen=True, kw_only=True)
+def _endless_shard_sizes(batch_size: int, stored: int = 0) -> Iterator[int]:
+    while True:
+        size = math.ceil(min(max(stored, FIRST_SHARD), SHARD_IMAGES) / batch_size) * batch_size
+        yield size
+        stored += size
+
+
+class _Place(NamedTuple):
+    """Where an image was met."""
+
+    split: str
+    row: int
+    image_hash: bytes
+
+
+@dataclass(kw_only=True)
 class _Run:
-    """Runs the members on the images that their blocks miss: plans the passes, then writes shard after shard."""
+    """Reads this process's share of the images, runs the members on those that their blocks lack, and writes shard
+    after shard."""
 
     model: PreTrainedModel
     processor: BaseImageProcessor | None  # None: the model's own
     extractor: Extractor
     blocks: list[Block]  # one per built member
-    splits: Mapping[str, Dataset]
-    places: Places
+    share: Share
     batch_size: int
     num_workers: int
     device: torch.device
     compute: torch.dtype
     storage: torch.dtype
     quiet: bool
+    unreadable: dict[bytes, str] = field(default_factory=dict)  # image hash -> why; in the end, of all processes
+    _bad: BadImages = field(default_factory=dict)  # where this process met them
+    _met: HashIndex = field(default_factory=HashIndex)  # usable images
+    _done: int = 0  # images met that were stored, or that are computed
+    _end: float = 0  # of the file that is filled, as a number of these images
+    _waiting: dict[Positions, list[tuple[list[_Place], torch.Tensor]]] = field(default_factory=dict)  # for a batch
+    _computed: dict[Positions, list[tuple[list[_Place], list[torch.Tensor]]]] = field(default_factory=dict)
+    _parts: dict[Positions, PreTrainedModel] = field(default_factory=dict)
 
-    def extract_missing(self) -> tuple[int, dict[bytes, str]]:
-        """Fill the blocks. Returns the number of images that this process ran, and why images could not be read."""
-        if not any(block.refresh().missing(self.places) for block in self.blocks):
-            return 0, {}
+    def extract_missing(self, folder: Path) -> int:
+        """Fill the blocks. Returns the number of images that this process ran. `folder` is seen by all processes."""
+        for block in self.blocks:
+            block.refresh()
+        start = self._skip_stored(folder)
+        if all(gather_object([start == self.share.total])):
+            return 0
         state = PartialState()
         with ExitStack() as stack:
             stack.callback(self.model.train, self.model.training)
@@ -215,96 +252,172 @@ class _Run:
                 for _, block in sorted({block.folder: block for block in self.blocks}.items()):
                     stack.enter_context(block.lock())
             state.wait_for_everyone()
-            missing = [block.refresh().missing(self.places) for block in self.blocks]
-            stored, passes = [len(self.places) - len(images) for images in missing], plan_passes(missing, self.places)
-            state.wait_for_everyone()  # no process writes before all have planned
-            extracted, unreadable = 0, {}
-            for positions, images in passes.items():
-                rest, first = iter(images), min(stored[position] for position in positions)
-                sizes = shard_sizes(len(images), first, min(self.batch_size, SHARD_IMAGES))
-                pieces = [list(itertools.islice(rest, size)) for size in sizes]
-                own = pieces[state.process_index :: state.num_processes]
-                extracted += self._run_pass(positions, own, unreadable)
-                for position in positions:
-                    stored[position] += len(images)
-            for others in gather_object([unreadable]):  # waits for everyone
-                unreadable |= others
-        self._check_complete(unreadable)
-        return extracted, unreadable
-
-    def _check_complete(self, unreadable: dict[bytes, str]) -> None:
-        """Raise ValueError if a process has given up since it could read none of its images."""
-        for position, block in enumerate(self.blocks):
-            missing = block.refresh().missing(self.places) - unreadable.keys()
-            if missing and len(unreadable) >= SHARD_IMAGES:
-                bad: BadImages = {split: {} for split in self.splits}
-                for image, reason in unreadable.items():
-                    split, row = self.places[image]
-                    bad[split][row] = reason
-                problem = f"none of the first {SHARD_IMAGES} images can be used, so the others were not tried"
-                raise ValueError(f"{problem}; {describe_bad_images(self.splits, bad)}.")
-            if missing:
-                raise RuntimeError(f"member {position} lacks {len(missing)} images after extraction; report this.")
-
-    def _run_pass(self, positions: tuple[int, ...], pieces: list[list[bytes]], unreadable: dict[bytes, str]) -> int:
-        """Run some members on the images of these pieces and store them in shards of as many readable images as the
-        pieces have. Adds the others to `unreadable`. Returns the number of images that were run."""
-        part, processor = self._select_members(positions)
-        size, state = min(self.batch_size, SHARD_IMAGES), PartialState()
-        batches = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
-        loader = DataLoader(
-            _PixelDataset(self.splits, self.places, processor),
-            batch_sampler=batches,
-            collate_fn=_collate,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        loaded = _load_batches(loader)
-        if all(len(self.blocks[position].missing(self.places)) == len(self.places) for position in positions):
-            loaded = _give_up(loaded)
-        share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-        extracted, sizes, computed = 0, [len(piece) for piece in pieces], []
-        with show_progress(f"features{share}", sum(map(len, pieces)), quiet=self.quiet) as advance:
-            try:
-                for images, pixels in _readable_batches(loaded, size, unreadable):
-                    computed.append((images, self._forward(part, positions, pixels)))
-                    extracted += len(images)
-                    advance(len(images))
-                    if sum(len(batch) for batch, _ in computed) >= sizes[0]:
-                        self._write(positions, computed)
-                        computed, sizes = [], sizes[1:]
-            finally:  # also after Ctrl-C
-                self._write(positions, computed)
-            advance(sum(image in unreadable for piece in pieces for image in piece))
+            for block in self.blocks:
+                block.refresh()
+            extracted = self._extract(start)
+            gave_up = gather_object([self.share.describe(self._bad) if self._is_hopeless() else ""])
+            for unreadable in gather_object([self.unreadable]):  # waits for everyone
+                self.unreadable |= unreadable
+        for problem in filter(None, gave_up):
+            head = f"none of the first {SHARD_IMAGES} images can be used, so the others were not tried"
+            raise ValueError(f"{head}; {problem}.")
+        for block in self.blocks:
+            block.refresh()
         return extracted
 
-    def _write(self, positions: Sequence[int], computed: list[tuple[list[bytes], list[torch.Tensor]]]) -> None:
-        """Store a shard of each member. `computed`: for each batch, its images and (B, D_k) of each member."""
-        if not computed:
-            return
-        shard = [image for images, _ in computed for image in images]
-        features = [parts for _, parts in computed]
-        for position, parts in zip(positions, zip(*features, strict=True), strict=True):
-            self.blocks[position].write(shard, self._convert(torch.cat(parts), position, shard))
+    def _skip_stored(self, folder: Path) -> int:
+        """Read images up to the first one that some member lacks for some process, without a lock and without decoding
+        them. Returns how many this process has read."""
+        start = 0
+        if self.share.total is None:  # a stream is read only once
+            return start
+        images = self.share.images()
+        first = list(itertools.islice(images, self.batch_size))
+        # No other process is started to find out that there is work to do.
+        batches = itertools.chain(self._read([first] if first else [], 0), self._read(self._batches(images)))
+        for batch in batches:
+            if (folder / LACKING).exists():
+                break
+            if not batch.stored.all():
+                if PartialState().num_processes > 1:
+                    (folder / LACKING).touch()
+                break
+            self._take(batch)
+            start += len(batch.places)
+        return start
 
-    def _select_members(self, positions: tuple[int, ...]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-        """A model of these members alone, ready to run in float32, and its processor."""
-        model, processor = self.model, self.processor
-        if not is_ensemble(model):
-            if processor is None and not model.name_or_path:
-                raise ValueError(f"{type(model).__name__} was built in memory; pass the processor=... of its pixels.")
-            processor = processor or AutoImageProcessor.from_pretrained(model.name_or_path)
-        else:
-            if processor is not None and len(positions) < len(model.members):
+    def _extract(self, start: int) -> int:
+        """Extract what is missing from image `start` of the share on. Returns the number of images that were run."""
+        state, extracted = PartialState(), 0
+        share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+        self._resolve_processor()
+        batches = self._read(self._batches(self.share.images()), decode=True)
+        with show_progress(f"features{share}", self.share.total, quiet=self.quiet) as advance:
+            advance(start)
+            try:
+                for batch in itertools.chain(batches, [None]):
+                    if batch is not None:
+                        self._take(batch)
+                        advance(len(batch.places))
+                    for positions, places, pixels in self._full_batches(last=batch is None):
+                        self._compute(positions, places, pixels)
+                        extracted += len(places)
+                    if self._is_hopeless():
+                        break
+            finally:  # also after Ctrl-C
+                self._write()
+        return extracted
+
+    def _compute(self, positions: Positions, places: list[_Place], pixels: torch.Tensor) -> None:
+        features = self._forward(self._select_members(positions), positions, pixels)
+        self._computed.setdefault(positions, []).append((places, features))
+        self._count(len(places))
+
+    def _count(self, images: int) -> None:
+        """Count images that are computed or were stored, and end the file that they fill."""
+        self._done += images
+        if self._done >= self._end:
+            self._write()
+            self._end = next((end for end in self.share.shard_ends() if end > self._done), math.inf)
+
+    def _is_hopeless(self) -> bool:
+        """Whether none of the first `SHARD_IMAGES` images can be read: then it is hardly a matter of single images,
+        and the others would take their time to fail as well."""
+        return len(self.unreadable) >= SHARD_IMAGES and not self._done and not any(self._waiting.values())
+
+    def _batches(self, images: Iterator[Any]) -> Iterator[list[Any]]:
+        while batch := list(itertools.islice(images, self.batch_size)):
+            yield batch
+
+    def _read(self, batches: Any, num_workers: int | None = None, *, decode: bool = False) -> Iterator[Batch]:
+        reader = ImageReader(self.share.splits, self.blocks, self._make_processor if decode else None)
+        workers = self.num_workers if num_workers is None else num_workers
+        return read_batches(reader, batches, num_workers=workers, pin_memory=decode and self.device.type == "cuda")
+
+    def _take(self, batch: Batch) -> None:
+        """Note the images of a batch, and put those aside that are to be run. Of copies the first one counts."""
+        self.share.record(batch)
+        for number, why in batch.unreadable.items():
+            split, row = batch.places[number]
+            self._bad.setdefault(split, {})[row] = why
+            self.unreadable[to_bytes(batch.hashes[number : number + 1])[0]] = why
+        self._count(int(self._meet(batch.hashes[batch.stored]).sum()))
+        for positions, (numbers, pixels) in batch.pixels.items():
+            new = self._meet(batch.hashes[numbers])
+            hashes = to_bytes(batch.hashes[numbers])
+            places = [_Place(*batch.places[n], hashes[k]) for k, n in enumerate(numbers) if new[k]]
+            if places:
+                pixels = pixels if new.all() else pixels[torch.from_numpy(new)]
+                self._waiting.setdefault(positions, []).append((places, pixels))
+
+    def _meet(self, hashes: np.ndarray) -> np.ndarray:
+        """(n,) whether an image is met for the first time."""
+        new = self._met.find(hashes) < 0
+        first = np.zeros(len(hashes), bool)
+        first[np.unique(hashes, return_index=True)[1]] = True
+        self._met.add(hashes[new & first], np.zeros((new & first).sum(), np.int64))
+        return new & first
+
+    def _full_batches(self, *, last: bool) -> Iterator[tuple[Positions, list[_Place], torch.Tensor]]:
+        """Batches of `batch_size` readable images for the same members, of those that wait; with `last` also the rest.
+
+        So the batches depend on the readable images alone, and a run that was killed and continued, and meets the
+        others once more, computes the very same numbers.
+        """
+        for positions, waiting in self._waiting.items():
+            count = sum(len(places) for places, _ in waiting)
+            while count >= self.batch_size or (last and count):
+                places = [place for own, _ in waiting for place in own]
+                pixels = waiting[0][1] if len(waiting) == 1 else torch.cat([own for _, own in waiting])
+                size = self.batch_size
+                waiting[:] = [(places[size:], pixels[size:])] if count > size else []
+                count -= min(size, count)
+                yield positions, places[:size], pixels[:size]
+
+    def _write(self) -> None:
+        """Store a shard of each member of what is computed."""
+        for positions, batches in self._computed.items():
+            places = [place for own, _ in batches for place in own]
+            for position, parts in zip(positions, zip(*(own for _, own in batches), strict=True), strict=True):
+                features = self._convert(torch.cat(parts), position, places)
+                self.blocks[position].write([place.image_hash for place in places], features)
+        self._computed.clear()
+
+    def _resolve_processor(self) -> None:
+        """Find the processor of a model that is no ensemble."""
+        if self.processor is None and not is_ensemble(self.model):
+            if not self.model.name_or_path:
+                name = type(self.model).__name__
+                raise ValueError(f"{name} was built in memory; pass the processor=... of its pixels.")
+            self.processor = AutoImageProcessor.from_pretrained(self.model.name_or_path)
+
+    def _make_processor(self, positions: Positions) -> BaseImageProcessor:
+        """The processor of these members. Raises ValueError if there is only one of all members."""
+        if not is_ensemble(self.model):
+            assert self.processor is not None
+            return self.processor
+        if self.processor is not None:
+            if len(positions) < len(self.blocks):
                 raise ValueError("processor=... needs all members at once; extract with another store=...")
-            model = model.export_active([model.config.built_members[position] for position in positions])
-            processor = processor or ConcatEnsembleImageProcessor.from_config(model.config)
-        if next(model.parameters()).dtype != torch.float32:  # half-precision weights compute in float32
-            model = copy.deepcopy(model).float()
-        layout = self.extractor.memory_format
-        # transformers wraps `to` in a function without `self`.
-        model.eval().to(self.device, memory_format=layout)  # pyright: ignore[reportArgumentType]
-        return model, processor
+            return self.processor
+        config = self.model.config
+        members = [config.members[config.built_members[position]] for position in positions]
+        chosen = ConcatEnsembleConfig(members=members, dynamic_img_size=config.dynamic_img_size)
+        return ConcatEnsembleImageProcessor.from_config(chosen)
+
+    def _select_members(self, positions: Positions) -> PreTrainedModel:
+        """A model of these members alone, ready to run in float32."""
+        if positions not in self._parts:
+            model = self.model
+            if is_ensemble(model):
+                model = model.export_active([model.config.built_members[position] for position in positions])
+            if next(model.parameters()).dtype != torch.float32:  # half-precision weights compute in float32
+                model = copy.deepcopy(model).float()
+            layout = self.extractor.memory_format
+            # transformers wraps `to` in a function without `self`.
+            model.eval().to(self.device, memory_format=layout)  # pyright: ignore[reportArgumentType]
+            self._parts[positions] = model
+        return self._parts[positions]
 
     def _forward(self, part: PreTrainedModel, positions: Sequence[int], pixels: torch.Tensor) -> list[torch.Tensor]:
         """(B, D_k) float32 of each member, on the CPU."""
@@ -313,13 +426,13 @@ class _Run:
             pixels = pixels.to(self.device, non_blocking=True)
             return [block.float().cpu() for block in self.extractor.features(part, positions, pixels)]
 
-    def _convert(self, features: torch.Tensor, position: int, shard: list[bytes]) -> torch.Tensor:
+    def _convert(self, features: torch.Tensor, position: int, shard: list[_Place]) -> torch.Tensor:
         """Features in the dtype in which they are stored. Raises ValueError naming the first image for which they are
         not finite."""
         stored = features.to(self.storage)
         rows = torch.nonzero(~torch.isfinite(stored).all(dim=1)).flatten().tolist()
         if rows:
-            split, row = self.places[shard[rows[0]]]
+            split, row, _ = shard[rows[0]]
             problem = "NaN or infinite features"
             if torch.isfinite(features[rows[0]]).all():
                 problem = "features too large for float16 (use storage='float32')"
@@ -328,103 +441,18 @@ class _Run:
         return stored
 
 
-class _PixelDataset(TorchDataset):
-    """`pixel_values` of an image by its hash, or why it cannot be read."""
-
-    def __init__(self, splits: Mapping[str, Dataset], places: Places, processor: BaseImageProcessor):
-        self.splits, self.places, self.processor = splits, places, processor
-
-    def __getitem__(self, image_hash: bytes) -> tuple[bytes, torch.Tensor | str]:
-        split, row = self.places[image_hash]
-        try:
-            encoded = self.splits[split][row]["image"]
-            # Our own processor, also one loaded from a repo, converts to what each member takes; others expect RGB.
-            is_ours = hasattr(self.processor, "geometries")
-            image = processor_input(encoded, self.processor) if is_ours else _open_rgb(encoded)
-            return image_hash, self.processor([image], return_tensors="pt")["pixel_values"][0]
-        except Exception as error:  # of all kinds: a damaged file may only fail in the processor
-            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-            return image_hash, describe_read_error(cause)
-
-
-def _open_rgb(encoded: dict[str, Any]) -> PIL.Image.Image:
-    """An image for a processor of another kind, which may enlarge the shorter side."""
-    image = open_image(encoded)
-    check_resizing(image.width, image.height, [OTHER_GEOMETRY])
-    return convert_image(image, "RGB")
-
-
-class _Loaded(NamedTuple):
-    """A batch as it is loaded."""
-
-    images: list[bytes]  # hashes of the readable ones
-    pixels: torch.Tensor | None  # of these; None if there are none
-    unreadable: dict[bytes, str]  # hashes of the others, and why
-
-
-def _collate(batch: list[tuple[bytes, torch.Tensor | str]]) -> _Loaded:
-    readable = {image: pixels for image, pixels in batch if isinstance(pixels, torch.Tensor)}
-    shapes = sorted({tuple(pixels.shape) for pixels in readable.values()})
-    if len(shapes) > 1:
-        problem = f"processor=... makes pixel_values of several shapes, such as {shapes[0]} and {shapes[-1]}"
-        raise ValueError(f"{problem}; it must make one, by resizing or cropping.")
-    pixels = default_collate(list(readable.values())) if readable else None
-    return _Loaded(list(readable), pixels, {image: why for image, why in batch if isinstance(why, str)})
-
-
-def _readable_batches(
-    batches: Iterable[_Loaded], size: int, unreadable: dict[bytes, str]
-) -> Iterator[tuple[list[bytes], torch.Tensor]]:
-    """Batches of `size` readable images: those that are loaded, if all are readable. Adds the others to `unreadable`.
-
-    So the batches depend on the readable images alone, and a run that was killed and continued, and meets the others
-    once more, computes the very same numbers.
-    """
-    images, waiting = [], []
-    for batch in batches:
-        unreadable |= batch.unreadable
-        if batch.pixels is None:
-            continue
-        images += batch.images
-        waiting.append(batch.pixels)
-        while len(images) >= size:
-            pixels = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
-            yield images[:size], pixels[:size]
-            images, waiting = images[size:], [pixels[size:]] if len(pixels) > size else []
-    if images:
-        yield images, torch.cat(waiting)
-
-
-def _give_up(batches: Iterable[_Loaded]) -> Iterator[_Loaded]:
-    """The batches, or those with the first `SHARD_IMAGES` images if none of these can be read: then it is hardly a
-    matter of single images, and the others would take their time to fail as well."""
-    failed, any_readable = 0, False
-    for batch in batches:
-        yield batch
-        failed, any_readable = failed + len(batch.unreadable), any_readable or batch.pixels is not None
-        if failed >= SHARD_IMAGES and not any_readable:
-            return
-
-
-def _load_batches(loader: DataLoader) -> Iterator[_Loaded]:
-    """The batches. torch wraps an error in a worker into its whole traceback; only its last line is raised."""
-    try:
-        yield from loader
-    except ValueError as error:
-        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def _bad_rows(hashes: Mapping[str, list[bytes]], unreadable: Mapping[bytes, str]) -> BadImages:
+def _bad_rows(hashes: Mapping[str, np.ndarray], unreadable: Mapping[bytes, str]) -> BadImages:
     """Every row whose image is unreadable: copies of an image share its hash."""
-    if not unreadable:
-        return {split: {} for split in hashes}
-    return {
-        split: {row: unreadable[image] for row, image in enumerate(images) if image in unreadable}
-        for split, images in hashes.items()
-    }
+    bad, reasons = HashIndex(), list(unreadable.values())
+    bad.add(to_hashes(unreadable), np.arange(len(unreadable)))
+    rows: BadImages = {}
+    for split, images in hashes.items():
+        numbers = bad.find(images)
+        rows[split] = {int(row): reasons[numbers[row]] for row in np.flatnonzero(numbers >= 0)}
+    return rows
 
 
-def _is_loaded(dataset: DatasetDict | Dataset) -> TypeGuard[DatasetDict]:
+def _is_loaded(dataset: Any) -> TypeGuard[DatasetDict]:
     """Whether `load_data` made it."""
     if not isinstance(dataset, DatasetDict):
         return False
@@ -441,11 +469,3 @@ def _choose_device(device: str | torch.device | None) -> torch.device:
     if device is None and state.num_processes > 1:
         device = state.device
     return torch.device(device or default_device())
-
-
-def _first_places(hashes: dict[str, list[bytes]]) -> Places:
-    places: Places = {}
-    for split, images in hashes.items():
-        for row, image in enumerate(images):
-            places.setdefault(image, (split, row))
-    return places

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from concat_ensemble.data.images import HASH_BYTES
+from concat_ensemble.features.index import HASH, HashIndex, to_bytes, to_hashes
 from concat_ensemble.features.table import Rows
 from concat_ensemble.files import replace_file, write_json
 from concat_ensemble.members.checkpoints import weights_sha256
@@ -40,6 +41,7 @@ from concat_ensemble.members.checkpoints import weights_sha256
 logger = logging.getLogger(__name__)
 
 ABOUT = "about.json"  # names the architecture, for people, and the format
+ROW_BITS = 32  # of the number of a row within its shard
 FORMAT = 1  # of a block; 0.1.0 did not state it
 # What decides the output of PEFT's and quanto's layers and is not among their weights.
 LAYER_SETTINGS = ("active_adapters", "disable_adapters", "scaling", "weight_qtype", "activation_qtype")
@@ -90,7 +92,7 @@ class Block:
         self.folder, self.architecture = folder, architecture
         self._num_features, self._dtype = num_features, dtype
         self._shards: list[np.ndarray] = []
-        self._places: dict[bytes, tuple[int, int]] = {}  # image hash -> (shard, row)
+        self._index = HashIndex()  # image hash -> shard << ROW_BITS | row
         self._opened: set[str] = set()  # file names
 
     @contextmanager
@@ -122,7 +124,7 @@ class Block:
                 raise ValueError(f"{path} has {mismatch}; delete it, and its images are extracted again.")
             self._num_features, self._dtype = features.shape[1], features.dtype
             self._opened.add(path.name)
-            self._places |= {image: (len(self._shards), row) for row, image in enumerate(images)}
+            self._index.add(images, (len(self._shards) << ROW_BITS) + np.arange(len(images)))
             self._shards.append(features.numpy())
         return self
 
@@ -134,9 +136,14 @@ class Block:
         rows = f"rows of {features.shape[1]:,} numbers in {features.dtype}"
         return f"{rows} that must be {num_features:,} in {dtype}"
 
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """(n,) int64: where the row of each image is, -1 where the block has none."""
+        return self._index.find(hashes)
+
     def missing(self, images: Iterable[bytes]) -> set[bytes]:
         """Those of these images that have no row in the block."""
-        return {image for image in images if image not in self._places}
+        hashes = to_hashes(images)
+        return set(to_bytes(hashes[self.find(hashes) < 0]))
 
     def write(self, images: Sequence[bytes], features: torch.Tensor) -> None:
         """Store the rows (n, D) of n images as one shard. The same images give the same file name, so that work done
@@ -155,21 +162,25 @@ class Block:
             remedy = "free some space or set HF_ASSETS_CACHE to a larger disk. Stored features are not touched."
             raise OSError(f"cannot write features to {self.folder} ({error}); {remedy}") from error
 
-    def rows(self, images: Sequence[bytes]) -> StoredRows:
-        """The rows (n, D) of n images in this order, read when they are sliced."""
-        places = np.array([self._places[image] for image in images], dtype=np.int64).reshape(-1, 2)
-        return StoredRows(self._shards, places[:, 0], places[:, 1])
+    def rows(self, images: Sequence[bytes] | np.ndarray) -> StoredRows:
+        """The rows (n, D) of n images in this order, read when they are sliced. Raises KeyError for an image that has
+        none."""
+        places = self.find(to_hashes(images))
+        if len(places) and places.min() < 0:
+            raise KeyError(f"{np.count_nonzero(places < 0):,} images have no row in {self.folder}")
+        return StoredRows(self._shards, places)
 
 
 class StoredRows(Rows):
-    """Rows of a block in the order of a dataset, memory-mapped. Row i is `shards[shard[i]][row[i]]`."""
+    """Rows of a block in the order of a dataset, memory-mapped. Row i is in the shard `places[i] >> ROW_BITS`."""
 
-    def __init__(self, shards: list[np.ndarray], shard: np.ndarray, row: np.ndarray):
-        super().__init__((len(row), shards[0].shape[1]), shards[0].dtype)
-        self._shards, self._shard, self._row = shards, shard, row
+    def __init__(self, shards: list[np.ndarray], places: np.ndarray):
+        super().__init__((len(places), shards[0].shape[1]), shards[0].dtype)
+        self._shards, self._places = shards, places
 
     def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
-        shard, row = self._shard[part], self._row[part]
+        places = self._places[part]
+        shard, row = places >> ROW_BITS, places & ((1 << ROW_BITS) - 1)
         out = np.empty((len(row), self.shape[1]), self.dtype)
         for number in np.unique(shard):
             here = np.flatnonzero(shard == number)
@@ -181,7 +192,7 @@ def stored_blocks(store: Path, *, verify: bool = False) -> list[dict[str, Any]]:
     """What is in a store: for each block its `key`, `architecture`, `images`, `num_features`, `bytes`, `idle_days`
     since it was last read, and `damaged`, the shards that were removed. Only `verify` reads and removes shards."""
     blocks = []
-    for folder in sorted(path for path in store.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in store.glob("[!.]*") if path.is_dir()):
         shards = _shard_paths(folder)
         if verify:
             Block(folder).refresh()
@@ -223,7 +234,7 @@ def _shard_shape(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _open_shard(path: Path) -> tuple[list[bytes], torch.Tensor]:
+def _open_shard(path: Path) -> tuple[np.ndarray, torch.Tensor]:
     """Hashes of the images, and their features (n, D), memory-mapped. Raises SafetensorError for a damaged file, and
     ValueError for one that does not hold these two."""
     with safe_open(path, framework="pt") as file:
@@ -235,8 +246,7 @@ def _open_shard(path: Path) -> tuple[list[bytes], torch.Tensor]:
         checksum = (file.metadata() or {}).get("checksum")
     if checksum != _checksum(images, features):
         raise SafetensorError("its checksum is wrong")
-    content = images.numpy().tobytes()
-    return [content[start : start + HASH_BYTES] for start in range(0, len(content), HASH_BYTES)], features
+    return images.numpy().view(HASH).reshape(-1), features
 
 
 def _is_shard(tensors: dict[str, tuple[str, list[int]]]) -> bool:

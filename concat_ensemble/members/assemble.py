@@ -40,6 +40,7 @@ from concat_ensemble.members.checkpoints import (
     weights_sha256,
 )
 from concat_ensemble.members.converters import convert, load_jax_vit
+from concat_ensemble.members.origins import name_repo, read_license
 from concat_ensemble.members.provenance import Provenance
 from concat_ensemble.members.rebuilding import rebuild, select_model_args, unwrap
 from concat_ensemble.members.training_args import resolve_train_args
@@ -134,7 +135,8 @@ def assemble(
         mean, std: One number for each channel, in place of timm's. For a member of other than 3 channels, timm takes
             the average of an RGB mean and std for all of them.
         seed: Random seed of the untrained members: member k has `seed + k`.
-        license: SPDX-like identifier for members whose source names no license.
+        license: SPDX-like identifier for members whose source names no license. timm's own licence, which timm saves
+            beside any weights, counts for those in its own repos alone.
 
     Returns:
         The model in evaluation mode, on the CPU, in float32. `config.members[k]["provenance"]` holds the source of
@@ -293,8 +295,7 @@ def _find_pretrained(name: str) -> str:
         hint = suggest(name, timm.list_pretrained(f"{architecture}.*"))
         remedy = f"For other weights, give {architecture}=FILE; for untrained ones, random:{architecture}"
         raise ValueError(f"timm has no pretrained weights for {name!r}{hint} {remedy}.")
-    repo = pretrained.hf_hub_id
-    return f"{repo}{pretrained.architecture}.{pretrained.tag}" if repo.endswith("/") else repo
+    return str(name_repo(pretrained))
 
 
 def _make_untrained(name: str, model_args: dict[str, Any], seed: int) -> _Member:
@@ -330,7 +331,7 @@ def _load_from_hub(name: str, model_args: dict[str, Any]) -> list[_Member]:
     _check_weights(repo, commit, pretrained_cfg.get("hf_hub_filename"), own)
     backbone = _create_pretrained(f"{HUB}{repo}@{commit}", own_args, model_args)
     match_state_dict(rebuilt, backbone.state_dict(), name)  # an ensemble is loaded into what its arguments build
-    license = timm_cfg(backbone).get("license")
+    license = read_license(architecture, pretrained_cfg, repo=repo)
     return [_make_member(backbone, {"source": HUB + repo, "hub_id": repo, "revision": commit, "license": license})]
 
 
@@ -410,8 +411,10 @@ def _load_folder(folder: Path, model_args: dict[str, Any], pickled: Path | None 
     backbone = create_backbone(architecture, **model_args)
     backbone.load_state_dict(tensors, strict=False)
     label_names = _select_label_names(config) if config.get("model_type") == TIMM_WRAPPER else None
-    provenance = {"source": folder.name, "license": pretrained_cfg.get("license"), "label_names": label_names}
-    return [_make_member(backbone, provenance | (config.get("provenance") or {}), pretrained_cfg)]
+    own = config.get("provenance") or {}
+    license = read_license(architecture, pretrained_cfg, provenance=own)
+    provenance = {"source": folder.name, "license": license, "label_names": label_names}
+    return [_make_member(backbone, provenance | own, pretrained_cfg)]
 
 
 def _read_weights(folder: Path) -> Tensors:

@@ -20,6 +20,14 @@ class Compute:
 
 
 @dataclass
+class FineTuned:
+    """A further training of the weights that the rest of a provenance is about."""
+
+    dataset: Text | None = None
+    steps: Count | None = None
+
+
+@dataclass
 class Provenance:
     """The keys of a member's provenance that cards and results use; others stay in the config alone."""
 
@@ -38,6 +46,8 @@ class Provenance:
     weights: Text | None = None  # "EMA" or "teacher", if they are such averages
     weights_sha256: Text = ""
     label_names: list[Text] | None = None
+    dataset: Text | None = None  # of a distillation
+    fine_tuned: FineTuned | None = None
 
 
 def read_provenances(config: ConcatEnsembleConfig) -> list[Provenance]:

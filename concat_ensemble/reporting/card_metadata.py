@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from concat_ensemble.data.naming import describe_dataset
-from concat_ensemble.members.provenance import read_provenances
+from concat_ensemble.members.provenance import Provenance, read_provenances
 from concat_ensemble.reporting.licenses import LICENSE, OTHER, joint_license, license_name, member_licenses
 from concat_ensemble.reporting.rendering import one_line
 from concat_ensemble.studies.results import Results
@@ -42,9 +42,10 @@ def card_metadata(
     tags: list[str] = list(dict.fromkeys([*TAGS, *(earlier.get("tags") or [])]))
     provenances = read_provenances(config)
     hub_members = list(dict.fromkeys(str(each.hub_id) for each in provenances if is_hub_id(each.hub_id)))
+    is_tuned = any(each.fine_tuned for each in provenances)
     licenses = member_licenses(config)
     license = joint_license(licenses)
-    trained_on = [str(provenance.recipe.get("dataset")) for provenance in provenances if provenance.recipe]
+    trained_on = [name.removeprefix("scattered:") for each in provenances for name in _training_data(each)]
     probed_on = [_dataset_id(study.dataset) for study in studies.values() if study.dataset.get("on_hub")]
     datasets = [name for name in dict.fromkeys([*trained_on, *probed_on]) if is_hub_id(name) and "/" in name]
     evaluations = [result for study in studies.values() for result in _evaluations(study)]
@@ -56,7 +57,7 @@ def card_metadata(
         license_link=LICENSE if license == OTHER else None,
         tags=tags,
         base_model=hub_members or None,
-        base_model_relation="merge" if hub_members else None,
+        base_model_relation=("finetune" if is_tuned else "merge") if hub_members else None,
         datasets=datasets or None,
         metrics=["accuracy"] if studies else None,
         model_name=one_line(title) if evaluations else None,
@@ -66,6 +67,13 @@ def card_metadata(
         if key not in OWN_KEYS:
             metadata[key] = value
     return metadata
+
+
+def _training_data(provenance: Provenance) -> list[str]:
+    """Names of the datasets that a member was trained on."""
+    pretrained = (provenance.recipe or {}).get("dataset") or provenance.dataset
+    names = [pretrained, provenance.fine_tuned and provenance.fine_tuned.dataset]
+    return [str(name) for name in names if name]
 
 
 def _evaluations(study: Results) -> list[EvalResult]:

@@ -44,7 +44,7 @@ from concat_ensemble.reporting.tables import (
     row_texts,
 )
 from concat_ensemble.reporting.verdicts import against, describe_compute, doubts, notes, verdict
-from concat_ensemble.studies.ensemble_folders import WRITTEN_BY, free_name
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE, WRITTEN_BY, free_name
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
@@ -201,6 +201,7 @@ def _render_files(
         heading = re.search(r"^# (.+)$", body, re.MULTILINE)
         title = re.sub(r"\\(.)", r"\1", heading[1]) if heading else folder.resolve().name
     content, environment = _card_content(title, config, studies), make_markdown_environment()
+    content["training_figure"] = TRAINING_FIGURE if (folder / TRAINING_FIGURE).is_file() else None
     metadata = card_metadata(title, config, studies, earlier_metadata)
     text = environment.get_template("card.md.jinja").render(**content)
     template = files("concat_ensemble.reporting").joinpath("templates/card.md.jinja").read_text()
@@ -219,7 +220,7 @@ def _card_content(title: str, config: ConcatEnsembleConfig, studies: dict[str, R
     specs = [config.members[k] for k in config.built_members]
     provenances = read_provenances(config)
     members = [_describe_member(spec, provenance) for spec, provenance in zip(specs, provenances, strict=True)]
-    recipes = {provenance.ensemble_recipe or "" for provenance in provenances}
+    recipes = {"" if each.fine_tuned else each.ensemble_recipe or "" for each in provenances}
     commands = [item.command for item in provenances] + [study.command for study in studies.values()]
     architectures = [spec["architecture"] for spec in specs]
     return {
@@ -276,6 +277,9 @@ def _describe_member(spec: dict[str, Any], provenance: Provenance) -> dict[str, 
     hub_id, revision = provenance.hub_id, provenance.revision or "main"
     if is_hub_id(hub_id) and re.fullmatch(r"\w[\w./-]*", revision):
         source = Markdown(f"[{escape_text(hub_id)}](https://huggingface.co/{escape_url(f'{hub_id}/tree/{revision}')})")
+    if provenance.fine_tuned:  # then the weights are no longer those of the source
+        dataset = escape_text(provenance.fine_tuned.dataset or "a dataset that is not stated")
+        source = Markdown(f"{escape_text(source)}, fine-tuned on {dataset}")
     return described | {
         "source": source,
         "architecture": spec["architecture"] + (f" {json.dumps(spec['model_args'])}" if spec["model_args"] else ""),

@@ -16,6 +16,7 @@ from concat_ensemble.studies.results import RESULTS, Results
 
 WRITTEN_BY = "<!-- Written by `concat-ensemble card`"  # marks a card and a LICENSE.md of ours
 MODEL_FILES = {"config.json", "preprocessor_config.json", INDEX_NAME, *PAYLOAD_FILES}
+TRAINING_FIGURE = "figures/training.png"  # the members' training curves
 MEASURED = ("results/*.json", "selection/*.json", "selection/*.png", "overlap/*.json")  # with an ensemble's members
 
 
@@ -56,7 +57,7 @@ def replace_ensemble(
         save(folder)
         if path.is_dir():
             moved, figures = _carry_over(path, folder)
-            stale = {*moved, *figures}
+            stale = {*moved, *figures, *_carry_training_figure(path, folder)}
         note = write_card(folder)
     notes = [f"{path / name} was measured with other weights and is now {path / new}" for name, new in moved.items()]
     for line in [*notes, *filter(None, [note])]:
@@ -99,6 +100,16 @@ def _carry_over(old: Path, new: Path) -> tuple[dict[str, str], set[str]]:
         if files and files <= {*moved, *stale}:
             stale.add(room)
     return moved, stale
+
+
+def _carry_training_figure(old: Path, new: Path) -> list[str]:
+    """Copy the members' training curves if the new ensemble has the same members; else return their name, as stale."""
+    figure, target = old / TRAINING_FIGURE, new / TRAINING_FIGURE
+    if _read_hashes(old) != _read_hashes(new):
+        return [TRAINING_FIGURE]
+    if _is_plain(figure) and not figure.parent.is_symlink() and not target.exists():
+        _copy(figure, target)
+    return []
 
 
 def card_files(stem: str) -> list[str]:

@@ -15,14 +15,10 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from msgspec import Meta
-from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from concat_ensemble.console import out
@@ -38,17 +34,25 @@ from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsemblePreT
 from concat_ensemble.probes.intervals import central_interval, resampled_metrics
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.metrics import ProbeMetrics
-from concat_ensemble.reporting.model_card import write_card
+from concat_ensemble.studies.ensemble_folders import TRAINING_FIGURE
 from concat_ensemble.studies.probing import with_head
 from concat_ensemble.studies.provenance import members_sha256, training_cost, versions
 from concat_ensemble.studies.results import RESULTS, Results, Row, Run, pack_bits
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.evaluation import evaluate, predict_logits
+from concat_ensemble.training.images import Images
+from concat_ensemble.training.launcher import local_main_process_first
 from concat_ensemble.training.ledger import Size
+from concat_ensemble.training.locking import lock_output
+from concat_ensemble.training.logbook import LOGS, draw_curves
 from concat_ensemble.training.loop import Loop, create_accelerator
+from concat_ensemble.training.objective import Objective
+from concat_ensemble.training.optimizers import group_by_layers
 from concat_ensemble.training.options import PARALLELISM, exit_on_error, launch_command, read_options
-from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings
-from concat_ensemble.training.saving import matches_identity, replace_result
-from concat_ensemble.training.teams import Team
+from concat_ensemble.training.recipe import SMOKE_STEPS, PositiveInt, Settings, ShareAboveZero
+from concat_ensemble.training.saving import matches_identity, public_dataset, replace_result
+from concat_ensemble.training.sharing import finish_first, share_networks
+from concat_ensemble.training.teams import Team, count_processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,15 @@ class FineTuning(Settings):
     steps: PositiveInt  # of the whole ensemble, or of each member
     stages: Literal["one", "two"] = "two"
     head: Literal["probe", "zero"] = "probe"  # initial head: that of a linear probe, or zeros
-    layer_decay: Annotated[float, Meta(gt=0, le=1)] | None = 0.75  # timm's, of the learning rate towards the input
+    layer_decay: ShareAboveZero | None = 0.75
+    test_split: str | None = None  # such as validation, where the labels of a split named test are hidden
 
     def __post_init__(self):
         super().__post_init__()
         if self.streaming:
             reason = "fine-tuning starts from a linear probe, which reads images repeatedly"
             raise ValueError(f"streaming=True must be false: {reason}.")
+        self.refuse("in fine-tuning, which learns the labels", "turned")
 
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
@@ -91,10 +97,7 @@ def parameter_groups(model: Classifier, settings: FineTuning) -> list[dict]:
     weight_decay = settings.weight_decay
     if settings.layer_decay is None:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-    groups = []
-    for member in model.members.values():
-        groups += param_groups_layer_decay(member, weight_decay=weight_decay, layer_decay=settings.layer_decay)
-    return [*groups, {"params": list(model.classifier.parameters()), "weight_decay": 0.0}]
+    return group_by_layers(model.members.values(), model.classifier, settings)
 
 
 def create_classifier(model: ConcatEnsemblePreTrainedModel, images: Images, settings: FineTuning) -> Classifier:
@@ -115,16 +118,14 @@ def fine_tune(
     folder: Path,
     settings: FineTuning,
     *,
-    shard: tuple[int, int] = (0, 1),
-    max_images: int | None = None,
+    images: Images,
     cpu: bool = False,
 ) -> None:
     """Train one classifier from an ensemble and save it with its results to `folder`, unless it is finished."""
-    images = Images(settings, read_pixels(model.config), shard, max_images)
     accelerator = create_accelerator(settings, cpu)
     sources = {"name": folder.name, "members_sha256": members_sha256(model.config), "data": images.identity}
     identity = settings.identity | sources
-    if matches_identity(folder, identity):
+    if matches_identity(folder, identity, settings):
         if accelerator.is_main_process:
             out.print(f"{folder} is finished, skipped", soft_wrap=True)
         return
@@ -139,37 +140,22 @@ def fine_tune(
         folder=folder.parent / "checkpoints" / folder.name,
         identity=identity,
         name=folder.name,
+        logs=[folder.parent / LOGS / f"{folder.name}.csv"],
         param_groups=partial(parameter_groups, settings=settings),
     )
-    loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps = loop.run(
-        lambda first: images.batches([settings.seed], first),
-        lambda network, pixels, labels: loss(network(pixel_values=pixels).logits, labels),
-        evaluate=lambda network: compute_top1(network, images, accelerator),
+        partial(images.batches, [settings.seed], steps=settings.steps),
+        Objective(settings),
+        evaluate=lambda network: evaluate(network, images, accelerator),
     )
     for _ in steps:
         (tuned,) = loop.networks_to_save()
     logits = predict_logits(tuned, images, "test", accelerator)
     if accelerator.is_main_process:
         tuned.float()
-        save_classifier(tuned, folder, logits, settings, images=images, identity=identity, seconds=loop.seconds)
+        results = {"identity": identity, "seconds": loop.seconds, "selected": loop.best.describe(0)}
+        save_classifier(tuned, folder, logits, settings, images=images, **results)
     loop.finish()
-
-
-def compute_top1(network: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Top-1 accuracy on the held-out images."""
-    predictions = predict_logits(network, images, "validation", accelerator).argmax(1)
-    return float((predictions == images.labels("validation")).mean())
-
-
-@torch.no_grad()
-def predict_logits(network: nn.Module, images: Images, split: str, accelerator: Accelerator) -> np.ndarray:
-    """(N, classes) logits of a split's images. Each process predicts its part."""
-    network.eval()
-    logits = []
-    for (pixels,), _ in accelerator.prepare_data_loader(images.held_out(images.settings.batch_size, split)):
-        logits.append(accelerator.gather_for_metrics(network(pixel_values=pixels).logits.float()))
-    return torch.cat(logits).cpu().numpy()
 
 
 def save_classifier(
@@ -181,35 +167,47 @@ def save_classifier(
     images: Images,
     identity: dict,
     seconds: float,
+    selected: dict | None = None,
 ) -> None:
     """Save a classifier with its results on the test images, from their (N, classes) logits, and its card. The result
     replaces `folder` as a whole; the model does not change.
     """
+    from concat_ensemble.reporting.model_card import write_card  # matplotlib loads after the training
+
     saved = copy.copy(model)  # the same weights under another config
-    saved.config = describe_fine_tuning(model, settings, images.pixels.input_size)
+    saved.config = describe_fine_tuning(model, settings, images, selected)
     results = describe_results(saved, folder.name, logits, images=images, seconds=seconds)
     with replace_result(folder, identity) as aside:
         saved.save_pretrained(aside)
         results.save(aside / RESULTS / "fine-tuned.json")
+        log = folder.parent / LOGS / f"{folder.name}.csv"
+        draw_curves([log], log.with_suffix(".png"), aside / TRAINING_FIGURE)
         write_card(aside, title=folder.name)
     top1 = 100 * results.rows[0].mean
     counts = f"top-1 {top1:.1f} on {len(logits):,} test images, {settings.steps:,} steps"
     out.print(f"{folder}: {counts}", soft_wrap=True)
 
 
-def describe_fine_tuning(model: Classifier, settings: FineTuning, input_size: Sequence[int]) -> ConcatEnsembleConfig:
+def describe_fine_tuning(
+    model: Classifier, settings: FineTuning, images: Images, selected: dict | None = None
+) -> ConcatEnsembleConfig:
     """The config of a fine-tuned ensemble: its members' provenance names the fine-tuning and counts both trainings."""
-    config, num_images = copy.deepcopy(model.config), settings.steps * settings.batch_size
+    config, num_images = copy.deepcopy(model.config), settings.steps * images.images_per_step
     for (k, member), stated in zip(model.members.items(), read_provenances(config), strict=True):
         spec = config.members[int(k)]
         provenance = spec["provenance"]
         provenance["weights_sha256"] = weights_sha256(member.state_dict())
-        dataset = without_folders(settings.dataset)
+        # What is made of weights is under their licence, too; the settings' own is for those that state none.
+        provenance |= {"license": settings.license} if settings.license and not stated.license else {}
+        provenance.pop("weights", None)
+        provenance |= {"weights": "EMA"} if settings.ema_decay else {}
+        dataset = public_dataset(settings)
         provenance["fine_tuned"] = {"dataset": dataset, "steps": settings.steps, "command": launch_command()}
+        provenance["fine_tuned"] |= selected or {}
         if stated.steps is not None:  # else the cost of pretraining is not known
             provenance["steps"] = stated.steps + settings.steps
         if stated.compute and stated.compute.gflops is not None:
-            size = Size.measure(spec["architecture"], spec["model_args"], input_size, 0)
+            size = Size.measure(spec["architecture"], spec["model_args"], images.pixels.input_size, 0)
             gflops = stated.compute.gflops + round(size.training_flops(num_images) / 1e9, 3)
             provenance["compute"] |= {"images": stated.compute.images + num_images, "gflops": gflops}
     return config
@@ -250,19 +248,32 @@ def describe_results(model: Classifier, name: str, logits: np.ndarray, *, images
 def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, max_images: int | None = None) -> None:
     """Fine-tune the whole ensemble, or each member and then assemble them."""
     output = Path(settings.output)
-    model = assemble(settings.model)
-    parts = {"whole": model}
-    if settings.stages == "two":
-        parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
-    team = Team(parallelism, len(parts), cpu)
-    names = list(parts)
-    for number in team.jobs():
-        part, folder = parts[names[number]], output / names[number]
-        fine_tune(part, folder, settings, shard=team.shard, max_images=max_images, cpu=cpu)
-    team.wait_for_all()
+    with local_main_process_first():
+        model = assemble(settings.model)
+        parts = {"whole": model}
+        if settings.stages == "two":
+            parts = {f"member-{k}": model.export_active([k]) for k in model.config.built_members}
+        pixels = {name: read_pixels(part.config) for name, part in parts.items()}
+        split = settings.test_split
+        images = {
+            each: Images(settings, each, max_images=max_images, test_split=split)
+            for each in dict.fromkeys(pixels.values())
+        }
+    batch = {"batch_size": settings.batch_size, "accumulation": settings.gradient_accumulation}
+    names, costs = list(parts), [1.0] * len(parts)
+    plans = share_networks(parallelism, costs, count_processes(), **batch)
+    team = Team(finish_first(plans, costs), cpu)
+
+    def tune(number: int) -> None:
+        name = names[number]
+        images[pixels[name]].shard = team.shard
+        fine_tune(parts[name], output / name, settings, images=images[pixels[name]], cpu=cpu)
+
+    team.run(tune)
     if team.is_main_process and settings.stages == "two":
         folder = output / "two-stage"
         assemble([output / name for name in names]).save_pretrained(folder)
+        draw_curves([output / LOGS / f"{name}.csv" for name in names], folder / TRAINING_FIGURE)
         advice = f"probe it with concat-ensemble probe {folder} --dataset ..."
         out.print(f"{folder}: {len(names)} members; {advice}", soft_wrap=True)
 
@@ -270,7 +281,8 @@ def run(settings: FineTuning, *, parallelism: str = "data", cpu: bool = False, m
 def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         settings, options = read_options(FineTuning, __doc__, arguments, parallelism=PARALLELISM)
-        run(settings, parallelism=options.parallelism, cpu=options.cpu, max_images=options.max_images)
+        with lock_output(Path(settings.output)):
+            run(settings, parallelism=options.parallelism, cpu=options.cpu, max_images=options.max_images)
 
 
 if __name__ == "__main__":

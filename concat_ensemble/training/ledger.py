@@ -1,6 +1,7 @@
 """What a training costs, before it begins and after it has ended."""
 
 import itertools
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ import timm
 import torch
 from rich.table import Table
 
-from concat_ensemble.console import PlainConsole
+from concat_ensemble.console import PlainConsole, out
 from concat_ensemble.studies.cost import count_flops
 
 PASSES = 3  # a training step costs as much as three forward passes, since the backward pass takes about two
-WARM_UP_STEPS, MEASURED_STEPS = 2, 7  # the first two of seven steps are not timed
+WARM_UP_STEPS, MEASURED_STEPS = 2, 5  # the first two of five steps are not timed
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -51,33 +53,66 @@ class PlannedEnsemble:
 
     def to_cells(self) -> list[str]:
         """The table row, under `HEADINGS`."""
-        counts = [self.name, str(self.networks), f"{self.steps:,}", f"{self.images:,}", f"{self.flops / 1e15:,.3f}"]
+        counts = [self.name, str(self.networks), f"{self.steps:,}", f"{self.images:,}", _format(self.flops / 1e15)]
         weights = self.parameters / 1e6
-        return [*counts, f"{weights:.2f}", f"{4 * weights:,.1f}", f"{self.hours:.3f}"]
+        return [*counts, f"{weights:.2f}", f"{4 * weights:,.1f}", _format(self.hours)]
+
+
+@dataclass(frozen=True)
+class PlannedSharing:
+    """What a number of devices would do with one `--parallelism`."""
+
+    devices: int
+    parallelism: str
+    networks: str  # who trains what
+    hours: float
+    part: int  # images of a network that a device trains on in one pass
+    memory: float  # bytes of a device
+
+    def to_cells(self, limit: float | None) -> list[str]:
+        """The table row, under `SHARING_HEADINGS`."""
+        fits = limit is None or self.memory <= limit
+        memory = f"{self.memory / GIB:,.1f}" + ("" if fits else " (too much)")
+        return [str(self.devices), self.parallelism, self.networks, _format(self.hours), f"{self.part:,}", memory]
 
 
 HEADINGS = ("", "networks", "steps", "images", "PFLOP", "million parameters", "disk, MB", "hours")
+SHARING_HEADINGS = ("devices", "parallelism", "networks", "hours", "images in a pass", "GiB per device")
 
 
-def print_plan(ensembles: Sequence[PlannedEnsemble], processes: int, device: torch.device) -> None:
+def print_plan(ensembles: Sequence[PlannedEnsemble]) -> None:
     """Print the cost of each ensemble and of all, and which ensembles cost the same within 1%."""
-    console = PlainConsole()
-    table = Table(title=f"Plan, measured on {device.type}: hours on one device")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading else "left")
-    for ensemble in ensembles:
-        table.add_row(*ensemble.to_cells())
-    console.print(table)
+    _print_table("Hours on one device", HEADINGS, [ensemble.to_cells() for ensemble in ensembles])
     hours = sum(ensemble.hours for ensemble in ensembles)
-    devices = f"{processes} such device{'s' if processes > 1 else ''}"
-    console.print(
-        f"Together {hours:.3f} hours, {hours / processes:.3f} on {devices}; while a network trains, its checkpoints "
-        "take about three times its disk space."
+    out.print(
+        f"Together {_format(hours)} hours on one device; while a network trains, its checkpoints take about three "
+        "times its disk space.",
+        soft_wrap=True,
     )
     for a, b in itertools.combinations(ensembles, 2):
         if abs(a.flops - b.flops) <= 0.01 * max(a.flops, b.flops):
-            petaflops = f"{a.flops / 1e15:,.3f} and {b.flops / 1e15:,.3f} PFLOP"
-            console.print(f"Equal compute: {a.name} and {b.name} ({petaflops}).")
+            petaflops = f"{_format(a.flops / 1e15)} and {_format(b.flops / 1e15)} PFLOP"
+            out.print(f"Equal compute: {a.name} and {b.name} ({petaflops}).", soft_wrap=True)
+
+
+def print_sharings(sharings: Sequence[PlannedSharing], limit: float | None) -> None:
+    """Print how several devices would share the networks. `limit` is the memory of a device, in bytes."""
+    memory = f" of {limit / GIB:,.0f} GiB" if limit else ""
+    rows = [sharing.to_cells(limit) for sharing in sharings]
+    _print_table(f"Until all is trained, on devices{memory}", SHARING_HEADINGS, rows)
+
+
+def _format(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("", "parallelism") else "right")
+    for row in rows:
+        table.add_row(*row)
+    PlainConsole(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def seconds_per_step(steps: Iterable[int]) -> float:

@@ -5,54 +5,65 @@ loss that is not finite.
 from __future__ import annotations
 
 import itertools
-import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
-from inspect import signature
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import schedulefree
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
-from safetensors import SafetensorError
-from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
+from accelerate.utils import GradientAccumulationPlugin
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from concat_ensemble.console import out, printable
-from concat_ensemble.errors import first_line
-from concat_ensemble.files import give_usual_access, write_json
-from concat_ensemble.training.images import Batch
+from concat_ensemble.training.batches import Batch, Position
+from concat_ensemble.training.best import BestWeights
+from concat_ensemble.training.checkpoints import Checkpoints
+from concat_ensemble.training.evaluation import Evaluation
+from concat_ensemble.training.exchange import Exchange
+from concat_ensemble.training.launcher import check_launcher
+from concat_ensemble.training.logbook import Logbook
+from concat_ensemble.training.optimizers import ParameterGroups, count_warmup_steps, create_optimizer, create_schedule
 from concat_ensemble.training.recipe import SCHEDULE_FREE, Settings
-from concat_ensemble.training.saving import STATE_FILE, matches_identity, read_state
+from concat_ensemble.training.signals import Signals
 
 CHECK_EVERY = 10  # steps; reading a loss waits for the device
 STATISTICS_BATCHES = 50  # for BatchNorm under averaged weights
 
 Network = TypeVar("Network", bound=nn.Module)
+# (first step, device, position of a stream) -> parts of batches without end
+Batches = Callable[[int, torch.device, "Position | None"], Iterator[Batch]]
 # (network, images, labels) -> scalar loss of a part of a batch
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def create_accelerator(settings: Settings, cpu: bool) -> Accelerator:
-    """Create a new accelerator; each training gets its own, so that it keeps no state of the one before."""
-    return Accelerator(
+    """Create a new accelerator; each training gets its own, so that it keeps no state of the one before.
+
+    Raises:
+        ValueError: if the launcher was asked for something else than the settings, or if the device lacks what a
+            setting needs.
+    """
+    check_launcher(settings)
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
         dynamo_backend="inductor" if settings.compile else "no",
         log_with=settings.log_with,
         project_dir=settings.output if settings.log_with else None,
         step_scheduler_with_optimizer=False,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop weights and adds up the parts
     )
+    device = accelerator.device.type
+    if device == "cpu" and settings.mixed_precision == "fp16":  # accelerate would train in float32
+        raise ValueError("mixed_precision=fp16 needs a GPU; use bf16 or no.")
+    if device == "cpu" and settings.sync_bn:
+        raise ValueError("sync_bn=True needs GPUs; use dist_bn=reduce, which averages the statistics for evaluation.")
+    return accelerator
 
 
 class Loop(Generic[Network]):
@@ -62,6 +73,7 @@ class Loop(Generic[Network]):
         steps: Updates of each network.
         folder: Where to keep checkpoints; `finish` deletes it.
         identity: Plain JSON values that a checkpoint must have been saved with to be continued.
+        logs: The CSV file in which each network's training is logged, named like the network; none when left out.
         cycles: Number of learning-rate cycles. The last one ends with the last step.
         param_groups: Makes the optimizer's parameter groups of a network; timm's own when left out.
 
@@ -79,13 +91,16 @@ class Loop(Generic[Network]):
         folder: Path,
         identity: dict,
         name: str,
+        logs: Sequence[Path] = (),
         cycles: int = 1,
-        param_groups: Callable[[Network], list[dict]] | None = None,
+        param_groups: ParameterGroups | None = None,
     ):
         self.accelerator, self.settings, self.steps = accelerator, settings, steps
-        self.folder, self.identity, self.name = folder, identity, name
-        checkpoint = self._last_checkpoint()
-        length = (steps - round(settings.warmup * steps)) // cycles
+        self.identity, self.name = identity, name
+        self.logbook = Logbook(accelerator, settings, files=logs, name=name, steps=steps, count=len(networks))
+        self.best = BestWeights(accelerator, folder / "best", settings.save_best, len(networks))
+        self._checkpoints = Checkpoints(folder, accelerator, settings, identity)
+        length = (steps - count_warmup_steps(settings, steps)) // cycles
         warmup = steps - cycles * length  # with the remainder of the division
         self.cycle_ends = [warmup + (k + 1) * length for k in range(cycles)]
         self.networks: list[Any] = []  # as accelerate wraps them
@@ -95,9 +110,11 @@ class Loop(Generic[Network]):
         for network in networks:
             if settings.gradient_checkpointing:
                 _checkpoint_gradients(network)
-            optimizer = _create_optimizer(network, settings, warmup, param_groups)
+            optimizer = create_optimizer(network, settings, warmup, param_groups)
             if settings.optimizer != SCHEDULE_FREE:
-                self._schedules.append(_create_schedule(optimizer, settings, warmup, length, cycles))
+                self._schedules.append(create_schedule(optimizer, settings, warmup, length, cycles))
+            if settings.sync_bn and accelerator.num_processes > 1:
+                network = convert_sync_batchnorm(network)
             network = network.to(accelerator.device).to(memory_format=torch.channels_last)
             if settings.ema_decay:
                 self._averages.append(ModelEmaV3(network, decay=settings.ema_decay, use_warmup=True))
@@ -105,25 +122,30 @@ class Loop(Generic[Network]):
             self.networks.append(wrapped)
             self.optimizers.append(optimizer)
         accelerator.register_for_checkpointing(*self._averages)
+        self._exchange = Exchange(accelerator, self._plain(), averages_statistics=settings.dist_bn == "reduce")
+        self._signals = Signals()
         self.step, self.seconds = 0, 0.0
-        self._unchecked: list[tuple[int, list[int], torch.Tensor]] = []  # step, indices of its images, losses
-        if checkpoint is not None:
-            accelerator.load_state(str(checkpoint))
-            state = read_state(checkpoint)
+        self._position: Position | None = None
+        # Step, indices of its images, losses of this process and their means over all.
+        self._unchecked: list[tuple[int, list[int], torch.Tensor, torch.Tensor]] = []
+        if loaded := self._checkpoints.load():
+            state, self._position = loaded
             self.step, self.seconds = state.step, state.seconds
+            self.logbook.load_state_dict({"since": state.seconds} | state.log)
+            self.best.load_state_dict(state.best)
             for schedule in self._schedules:
                 schedule.step_update(self.step)
 
     def run(
         self,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Batches,
         loss: Loss,
         *,
         stops: Sequence[int] = (),
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Evaluation] | None = None,
     ) -> Iterator[int]:
         """Train to the end. Yield each step in `stops` and the last step, when it is reached. `batches` gives parts of
-        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the top-1 accuracy of a network.
+        batches without end from a step on; `evaluate`, every `evaluate_every` steps, the evaluation of a network.
 
         Raises:
             ValueError: naming the step and the images, if a loss is not finite.
@@ -131,87 +153,129 @@ class Loop(Generic[Network]):
             SystemExit: after SIGTERM or SIGINT, when the state is saved.
         """
         self._batches = batches
-        parts, started = batches(self.step), time.perf_counter() - self.seconds
+        parts, started = self._read(), time.perf_counter() - self.seconds
         interval = self.settings.evaluate_every
-        title = f"{self.name} ({self.steps} steps)"
-        bar = tqdm(total=self.steps, initial=self.step, desc=printable(title), disable=not sys.stderr.isatty())
-        if self.settings.log_with:
-            self.accelerator.init_trackers(self.name.replace("/", "-"))
-        with _record_signals() as signals, bar:
+        bar = self.logbook.open(self.step)
+        self._signals.start()
+        try:
             self._train_mode(True)
             while self.step < self.steps:
-                self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
+                rate = max(group["lr"] for group in self.optimizers[0].param_groups)  # layers may have lower ones
+                ends = self._update(list(itertools.islice(parts, self.settings.gradient_accumulation)), loss)
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 is_last = self.step == self.steps
-                terminates = self._any_process(bool(signals)) and not is_last
+                terminates = ends and not is_last
                 saves = terminates or (self._is_due(self.settings.checkpoint_every) and not is_last)
-                if saves or is_last or self._is_due(CHECK_EVERY):
-                    bar.set_postfix(loss=f"{self._log_losses():.3f}")
-                if evaluate and interval and (is_last or self._is_due(interval)):
-                    self._evaluate(evaluate)
+                evaluates = bool(evaluate and interval) and (is_last or self._is_due(interval))
+                logs = evaluates or self.logbook.is_due(self.step)
+                if saves or is_last or logs or self._is_due(CHECK_EVERY):
+                    self._check_losses()
+                if logs:
+                    self.logbook.record(self.step, self.seconds, rate)
+                    evaluations, pause = self._evaluate(evaluate) if evaluate and evaluates else ([], 0.0)
+                    self.logbook.write(self.step, evaluations, pause)
                 if saves:
-                    self._save()
+                    self._train_mode(True)
+                    state = {"seconds": self.seconds, "log": self.logbook.state_dict(), "best": self.best.state_dict()}
+                    self._checkpoints.save(self.step, self._position, state)
+                    self.best.delete_others()
                 if terminates:
-                    self._terminate(signals)
+                    self._terminate(f"step {self.step:,}, which is saved")
                 if is_last or self.step in stops:
                     yield self.step
                     if not is_last:  # at the end the networks stay as they were saved
                         self._train_mode(True)
+        except BaseException:
+            self._signals.stop()
+            raise
+        finally:
+            bar.close()
 
     def networks_to_save(self) -> list[Network]:
-        """The networks in evaluation mode, as they would be saved now: the moving averages of their weights if there
-        are any, and with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are
-        computed again (Defazio et al. 2024, section on BatchNorm).
+        """The networks in evaluation mode, as they are to be saved: at the end with `save_best`, those of their best
+        evaluation, else those of now.
+        """
+        networks = self._current_networks()
+        if self.step == self.steps:
+            self.best.load_into(networks)
+        return networks
+
+    def _current_networks(self) -> list[Network]:
+        """The networks in evaluation mode as they are now: the moving averages of their weights if there are any, and
+        with a schedule-free optimizer its averaged weights, under which BatchNorm's statistics are computed again
+        (Defazio et al. 2024, section on BatchNorm).
         """
         self._train_mode(False)
-        plain = [self.accelerator.unwrap_model(network, keep_torch_compile=False) for network in self.networks]
+        plain = self._plain()
         if self._averages:
             return [average.module for average in self._averages]
         if self.settings.optimizer == SCHEDULE_FREE:
             for k, network in enumerate(plain):
-                batches = itertools.islice(self._batches(self.step), STATISTICS_BATCHES)
-                update_bn((self._to_device(batch.views[k])[0] for batch in batches), network)
+                update_bn((part.views[k][0] for part in itertools.islice(self._read(), STATISTICS_BATCHES)), network)
                 network.eval()
+            self._exchange.average_statistics()
         return plain
 
     def finish(self) -> None:
-        """Delete the checkpoints. Call it when the networks are saved."""
-        self.accelerator.wait_for_everyone()
-        if self.settings.log_with:
-            self.accelerator.end_training()
-        if self.accelerator.is_main_process:
-            for folder in (*self._checkpoints(), self.folder / ".aside"):
-                shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # it is not there, or holds something of a user
-                self.folder.rmdir()
+        """Delete the checkpoints. Call it when the networks are saved.
 
-    def _update(self, parts: list[Batch], loss: Loss) -> None:
-        """One step of each network, its schedule and its moving average."""
+        Raises:
+            SystemExit: if a signal came after the last step.
+        """
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+        self._checkpoints.delete(self.best.folder)
+        self._signals.stop()
+        if self._exchange.ends(bool(self._signals)):
+            self._terminate("the last step; the networks are saved")
+
+    def _update(self, parts: list[Batch], loss: Loss) -> bool:
+        """One step of each network, its schedule and its moving average. Return whether the training is to end."""
         self.step += 1
         total = torch.zeros(len(self.networks), device=self.accelerator.device)
         for number, part in enumerate(parts):
             synchronizes = number == len(parts) - 1  # processes average their gradients with the last part only
             for k, network in enumerate(self.networks):
-                images, labels = self._to_device(part.views[k])
+                images, labels = part.views[k]
                 with nullcontext() if synchronizes else self.accelerator.no_sync(network):
-                    value = loss(network, images, labels) / len(parts)
+                    value = loss(network, images, labels) * part.share
                     self.accelerator.backward(value)
                 total[k] += value.detach()
-        for network, optimizer in zip(self.networks, self.optimizers, strict=True):
-            if self.settings.clip_norm is not None:
-                self.accelerator.clip_grad_norm_(network.parameters(), self.settings.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        self._step_optimizers()
         for schedule in self._schedules:
             schedule.step_update(self.step)
-        for average, network in zip(self._averages, self.networks, strict=bool(self._averages)):
-            average.update(self.accelerator.unwrap_model(network), step=self.step)
-        self._unchecked.append((self.step, [index for part in parts for index in part.indices], total))
+        means, ends = self._exchange(total, bool(self._signals))
+        for average, network in zip(self._averages, self._plain() if self._averages else [], strict=True):
+            average.update(network, step=self.step)
+        self._position = parts[-1].position
+        self._unchecked.append((self.step, [index for part in parts for index in part.indices], total, means))
+        return ends
 
-    def _to_device(self, view: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in view)
-        return images.contiguous(memory_format=torch.channels_last), labels
+    def _step_optimizers(self) -> None:
+        """Step all optimizers. In fp16 they share one scale, which changes only when all have stepped; accelerate's
+        optimizers would each change it, and its clipping unscale the gradients of all for each."""
+        scaler, clip = self.accelerator.scaler, self.accelerator.clip_grad_norm_
+        if scaler is not None:
+            for optimizer in self.optimizers:
+                scaler.unscale_(optimizer.optimizer)
+            clip = nn.utils.clip_grad_norm_
+        if self.settings.clip_norm is not None:
+            for network in self.networks:
+                clip(network.parameters(), self.settings.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step() if scaler is None else scaler.step(optimizer.optimizer)
+            optimizer.zero_grad()
+        if scaler is not None:
+            scaler.update()
+
+    def _plain(self) -> list[Any]:
+        """The networks as they were before accelerate wrapped them."""
+        return [self.accelerator.unwrap_model(network, keep_torch_compile=False) for network in self.networks]
+
+    def _read(self) -> Iterator[Batch]:
+        """Parts of batches from the present step on."""
+        return self._batches(self.step, self.accelerator.device, self._position)
 
     def _train_mode(self, training: bool) -> None:
         for network, optimizer in zip(self.networks, self.optimizers, strict=True):
@@ -221,131 +285,43 @@ class Loop(Generic[Network]):
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _any_process(self, signaled: bool) -> bool:
-        """Whether any process got a signal. Several processes compare every `CHECK_EVERY` steps."""
-        if self.accelerator.num_processes == 1:
-            return signaled
-        if not self._is_due(CHECK_EVERY):
-            return False
-        return bool(self.accelerator.reduce(torch.tensor(float(signaled), device=self.accelerator.device)))
-
-    def _log_losses(self) -> float:
-        """Check the losses since the last call, and log and return the mean of the last step's over the networks.
+    def _check_losses(self) -> None:
+        """Check the losses since the last call, and give the logbook their means over the processes.
 
         Raises:
             ValueError: naming the step and the images of a loss that is not finite.
         """
-        values = torch.stack([losses for *_, losses in self._unchecked]).cpu()
+        if not self._unchecked:
+            return
+        values, means = (torch.stack(each).cpu() for each in list(zip(*self._unchecked, strict=True))[2:])
         bad = torch.nonzero(~torch.isfinite(values)).tolist()
         if bad:
             row, k = bad[0]
-            step, indices, _ = self._unchecked[row]
+            step, indices, *_ = self._unchecked[row]
             raise ValueError(
                 f"{self.name}: the loss of network {k} is {values[row, k]:g} at step {step}, images "
                 f"{', '.join(map(str, indices))}; lower learning_rate={self.settings.learning_rate:g}, or set "
                 "clip_norm. The checkpoints before it are intact."
             )
+        images = sum(len(indices) for _, indices, *_ in self._unchecked)
+        self.logbook.add(means.tolist(), images * self.accelerator.num_processes)
         self._unchecked = []
-        mean = values[-1].mean().item()
-        rate = self.optimizers[0].param_groups[0]["lr"]
-        self.accelerator.log({"loss": mean, "learning_rate": rate}, step=self.step)
-        return mean
 
-    def _evaluate(self, evaluate: Callable[[nn.Module], float]) -> None:
-        """Log and print each network's top-1 accuracy on the held-out images."""
-        top1 = [evaluate(network) for network in self.networks_to_save()]
-        self.accelerator.log({f"top1/{k}": value for k, value in enumerate(top1)}, step=self.step)
-        percent = ", ".join(f"{100 * value:.1f}" for value in top1)
-        self._print(f"{self.name}, step {self.step:,}: held-out top-1 {percent}")
+    def _evaluate(self, evaluate: Callable[[nn.Module], Evaluation]) -> tuple[list[Evaluation], float]:
+        """Evaluations of the networks, and how many seconds they took."""
+        started, networks = time.perf_counter(), self._current_networks()
+        evaluations = [evaluate(network) for network in networks]
+        self.best.update(self.step, networks, evaluations)
         self._train_mode(True)
+        return evaluations, time.perf_counter() - started
 
-    def _print(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            out.print(line, soft_wrap=True)
-
-    def _terminate(self, signals: list[int]) -> None:
-        sender = signal.Signals(signals[0]).name if signals else "another process"
-        reason = f"ended by {sender} after step {self.step:,}, which is saved; the same command continues"
-        self._print(f"{self.name}: {reason}.")
-        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
-
-    def _save(self) -> None:
-        """Write a checkpoint aside and rename it, then delete old ones."""
-        self._train_mode(True)
-        folder, aside = self.folder / f"step-{self.step:08d}", self.folder / ".aside"
-        is_main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
-        if folder.is_dir():
-            return
-        if is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        wait()
-        try:
-            self.accelerator.save_state(str(aside))
-            if is_main:
-                state = {"step": self.step, "seconds": self.seconds, "identity": self.identity}
-                write_json(aside / STATE_FILE, state)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when a disk is full
-            if is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            last = self._last_checkpoint()
-            rest = f"{last.name} is there and intact." if last else "none was written before it."
-            raise OSError(f"cannot write a checkpoint into {self.folder}: {first_line(error)}; {rest}") from error
-        wait()
-        if is_main:
-            give_usual_access(aside)
-            aside.rename(folder)
-            for older in self._checkpoints()[: -self.settings.keep_checkpoints]:
-                shutil.rmtree(older)
-        wait()
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
-
-    def _last_checkpoint(self) -> Path | None:
-        checkpoints = self._checkpoints()
-        return checkpoints[-1] if checkpoints and matches_identity(checkpoints[-1], self.identity) else None
-
-
-@contextmanager
-def _record_signals() -> Iterator[list[int]]:
-    """Record SIGTERM and SIGINT in the list instead of exiting at once. A second Ctrl-C exits at once."""
-    signals: list[int] = []
-
-    def record(number, _frame):
-        if signals and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    handlers = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def _terminate(self, when: str) -> None:
+        received = self._signals.received
+        sender = signal.Signals(received[0]).name if received else "another process"
+        self.logbook.print(f"{self.name}: ended by {sender} after {when}; the same command continues.")
+        raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
 
 
 def _checkpoint_gradients(network: Any) -> None:
     """The method has one name in transformers and another in timm."""
     (getattr(network, "gradient_checkpointing_enable", None) or network.set_grad_checkpointing)()
-
-
-def _create_optimizer(
-    network: nn.Module, settings: Settings, warmup: int, param_groups: Callable[..., list[dict]] | None
-) -> Optimizer:
-    betas: dict[str, Any] = {} if settings.betas is None else {"betas": tuple(settings.betas)}
-    if settings.optimizer == SCHEDULE_FREE:
-        groups = (param_groups or partial(param_groups_weight_decay, weight_decay=settings.weight_decay))(network)
-        groups = [{"lr": settings.learning_rate * group.pop("lr_scale", 1.0)} | group for group in groups]
-        return schedulefree.AdamWScheduleFree(groups, lr=settings.learning_rate, warmup_steps=warmup, **betas)
-    # One fused call for all tensors, if torch has it, saves a tenth of a small network's step on a CPU.
-    kind = get_optimizer_class(settings.optimizer, bind_defaults=False)
-    fused: dict[str, Any] = {"fused": True} if "fused" in signature(kind).parameters else {}
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    return create_optimizer_v2(network, settings.optimizer, param_group_fn=param_groups, **rates, **betas, **fused)
-
-
-def _create_schedule(optimizer: Optimizer, settings: Settings, warmup: int, length: int, cycles: int) -> Any:
-    """timm's schedule, by steps: `warmup` steps, then `cycles` of `length` steps each."""
-    steps = {"num_epochs": length, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
-    steps |= {"warmup_lr": settings.learning_rate / max(warmup, 1), "warmup_prefix": True}
-    return create_scheduler_v2(optimizer, settings.schedule, cycle_limit=cycles, cycle_decay=1.0, **steps)[0]

@@ -9,17 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 
 from concat_ensemble.console import errors
+from concat_ensemble.errors import first_line, one_line
 from concat_ensemble.files import without_folders
 from concat_ensemble.training.recipe import Settings
+from concat_ensemble.training.sharing import PARALLELISMS
 
 SMOKE_IMAGES = 200
 PARALLELISM = {
-    "choices": ("data", "members"),
+    "choices": PARALLELISMS,
     "default": "data",
-    "help": "what several processes share: the images of each network (data), or the networks (members)",
+    "help": "what several processes share: the images of each network (data), the networks (members), or what ends "
+    "first (auto)",
 }
 S = TypeVar("S", bound=Settings)
 
@@ -64,11 +68,18 @@ def _parse_yaml(text: str) -> Any:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the process with code 2 and one line on stderr after a user's error, which is a ValueError or an OSError."""
+    """End the process with code 2 and one line on stderr after a user's error, which is a ValueError or an OSError, or
+    if a GPU's memory is full."""
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+        errors.print(f"error: {one_line(error)}", soft_wrap=True)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        advice = (
+            "raise gradient_accumulation, set gradient_checkpointing=true or mixed_precision=bf16, or use more GPUs"
+        )
+        errors.print(f"error: the GPU's memory is full ({first_line(error)}); {advice}.", soft_wrap=True)
         sys.exit(2)
 
 

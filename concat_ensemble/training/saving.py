@@ -10,13 +10,16 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import RNG_STATE_NAME
 from timm.models import save_for_hf
 from torch import nn
 
 from concat_ensemble.errors import first_line
 from concat_ensemble.files import replace_folder, without_folders, write_json
+from concat_ensemble.members.origins import remove_origin
 from concat_ensemble.schema import Amount, Count, check_type, decode_json
-from concat_ensemble.training.images import Images
+from concat_ensemble.training.images import TEST_SIZE, Images
+from concat_ensemble.training.recipe import Settings
 
 STATE_FILE = "training.json"  # in each checkpoint and each result
 
@@ -32,18 +35,29 @@ def save_network(
     identity: dict,
 ) -> None:
     """Save a network in timm's own layout, with or without its head, and with the preprocessing and class names of
-    `images`, which it was trained on. It replaces `folder` in one step.
+    `images`, which it was trained on. Its licence is that of its provenance, where it starts from other weights, else
+    the one that the settings name, if any. It replaces `folder` in one step.
     """
     pixels = {**dataclasses.asdict(images.pixels), "crop_mode": "center"}
-    pretrained_cfg = {**pixels, "license": "apache-2.0"}
-    config = {"pretrained_cfg": pretrained_cfg, "provenance": provenance, "label_names": images.class_names}
+    named = provenance.get("license") or images.settings.license
+    license = {"license": named} if named else {}
+    config = {"pretrained_cfg": pixels | license, "provenance": provenance | license}
+    config["label_names"] = images.class_names
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with torch.device("meta"):
         plain = timm.create_model(architecture, num_classes=model.num_classes, **model_args)
     plain.load_state_dict(weights, assign=True)
+    remove_origin(plain)
     layout = {"model_config": config, "model_args": model_args, "data_config": pixels}
     with replace_result(folder, identity) as aside:
         save_for_hf(plain, str(aside), safe_serialization=True, **layout)
+
+
+def public_dataset(settings: Settings) -> str:
+    """The name of a training's dataset as its provenance has it: of a path on this machine only the last part, which
+    cannot be taken for an id on the Hub."""
+    name = without_folders(settings.dataset)
+    return Path(name).name if Path(settings.dataset).exists() else name
 
 
 @contextmanager
@@ -54,8 +68,9 @@ def replace_result(folder: Path, identity: dict) -> Iterator[Path]:
         write_json(aside / STATE_FILE, {"identity": _public_values(identity)})
 
 
-def matches_identity(folder: Path, identity: dict) -> bool:
-    """Whether a checkpoint or a result exists. It must be from the training with this identity.
+def matches_identity(folder: Path, identity: dict, settings: Settings) -> bool:
+    """Whether a checkpoint or a result exists. It must be from the training with this identity. A field of the
+    settings that its own identity lacks was added later: it had the value that is now the default.
 
     Raises:
         ValueError: if it is from another training, or from none.
@@ -63,6 +78,9 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     if not folder.exists():
         return False
     there, here = _public_values(read_state(folder).identity), _public_values(identity)
+    there = {key: value for key, value in _public_values(settings.defaults()).items() if key in here} | there
+    if there.get("test_size") == TEST_SIZE and here.get("test_size") is None:
+        there["test_size"] = None  # the default of older versions; `data` says whether that makes a difference
     for key in sorted(here.keys() | there.keys()):
         if there.get(key) != here.get(key):
             raise ValueError(
@@ -72,6 +90,19 @@ def matches_identity(folder: Path, identity: dict) -> bool:
     return True
 
 
+def check_processes(checkpoint: Path, num_processes: int) -> None:
+    """Raise ValueError if a checkpoint was saved by another number of processes: how batches are divided and which
+    random numbers are used would be those of neither training.
+    """
+    before = len(list(checkpoint.glob(f"{RNG_STATE_NAME}_*.pkl")))  # one for each process
+    if before != num_processes:
+        raise ValueError(
+            f"{checkpoint} was saved by {before} process{'es' if before > 1 else ''}, and now there would be "
+            f"{num_processes}. Launch as many as before with the same --parallelism, or delete {checkpoint.parent} to "
+            "train this network anew."
+        )
+
+
 @dataclass
 class TrainingState:
     """The state file of a training; a result has no step."""
@@ -79,6 +110,8 @@ class TrainingState:
     identity: dict[str, Any] = field(default_factory=dict)
     step: Count = 0
     seconds: Amount = 0.0
+    log: dict[str, Any] = field(default_factory=dict)  # of the logbook
+    best: list[dict[str, Any] | None] = field(default_factory=list)  # best evaluation of each network, with its step
 
 
 def read_state(folder: Path) -> TrainingState:

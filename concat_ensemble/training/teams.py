@@ -1,96 +1,139 @@
-"""How several processes share several trainings.
+"""How several processes train the networks of a run, as a `Sharing` plans it.
 
-With `--parallelism data`, all processes form one team, which runs one training after the other and averages the
-gradients of its processes. With `--parallelism members`, there are as many teams as trainings, or one for each process
-if there are fewer processes; each team takes the next training until none is left. No process group reaches beyond a
-team, so no gradient can. Teams share a key-value store only, that of the launcher's rendezvous.
+While all processes train one network, they form one team, which averages their gradients. When each team trains its
+own network, no process group reaches beyond a team, so no gradient can. Teams share a key-value store only, that of
+the launcher's rendezvous.
 """
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import distributed
+
+from concat_ensemble.errors import first_line
+from concat_ensemble.training.sharing import Sharing
+
+POLL_SECONDS = 0.5
+FAILED = "failed"  # key under which a team says why it has ended
+
+
+def count_processes() -> int:
+    """The number of processes that the launcher started.
+
+    Raises:
+        ValueError: if this process cannot know of the others, or has no GPU of its own.
+    """
+    count, started = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if started > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {started} processes without a launcher, and each would train everything; start one "
+            "accelerate launch on each machine, as training/slurm.sh does."
+        )
+    return count
 
 
 class Team:
-    """The team of this process, for `num_jobs` trainings with a parallelism of "data" or "members". Create it before
-    any `Accelerator`, which then takes the team for all processes.
+    """The team of this process. Create it before any `Accelerator`, which then takes the team for all processes.
+
+    Raises:
+        ValueError: if this process has no GPU of its own.
     """
 
-    def __init__(self, parallelism: str, num_jobs: int, cpu: bool):
+    def __init__(self, sharing: Sharing, cpu: bool):
         _warn_if_single()
-        self.num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        rank = int(os.environ.get("RANK", 0))
-        teams = split_processes(self.num_processes, num_jobs if parallelism == "members" else 1)
-        self.num_teams, self.num_jobs = len(teams), num_jobs
-        self.number = next(number for number, ranks in enumerate(teams) if rank in ranks)
-        self.rank, self.size = teams[self.number].index(rank), len(teams[self.number])
-        self.is_main_process = rank == 0
-        self._store = None
-        if self.num_teams > 1:
-            self._store = _open_store()
-            self._form_group(self._store, cpu)
+        self.sharing, self._use_gpu = sharing, not cpu and torch.cuda.is_available()
+        self._rank_of_all, self._local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        if self._use_gpu and self._local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {self._local_rank} of this machine has no GPU of its own, there are "
+                f"{torch.cuda.device_count()}; launch as many processes as GPUs (--num_processes), or use --cpu."
+            )
+        self.is_main_process = self._rank_of_all == 0
+        self.number, self.rank, self.size = 0, self._rank_of_all, sharing.num_devices
+        self._store = open_store() if sharing.apart and sharing.num_devices > 1 else None
 
     def __str__(self) -> str:
-        if self.num_processes == 1:
-            return "one process"
-        return f"{self.num_processes} processes in {self.num_teams} team{'s' if self.num_teams > 1 else ''}"
+        count = self.sharing.num_devices
+        networks = f"{self.sharing.num_jobs} network{'s' if self.sharing.num_jobs > 1 else ''}"
+        return f"one process, {networks}" if count == 1 else f"{count} processes, {networks}: {self.sharing}"
 
     @property
     def shard(self) -> tuple[int, int]:
         """(rank, number of processes) within the team."""
         return self.rank, self.size
 
-    def jobs(self) -> Iterator[int]:
-        """Numbers of the trainings that this team runs. Its first one is fixed; then it takes whichever is next."""
-        if self._store is None:
-            yield from range(self.num_jobs)
-            return
-        for turn in range(self.num_jobs):
+    def run(self, train: Callable[[int], None]) -> None:
+        """Call `train` with the number of each training that the team of this process runs. The main process waits for
+        all teams.
+
+        Raises:
+            OSError: in the main process, if another team has failed.
+        """
+        try:
+            for number in self.sharing.together:
+                train(number)
+            if self._store is None:
+                return
+            self._form_team(self._store)
+            for number in self._take(self._store):
+                train(number)
+                if self.rank == 0:
+                    self._store.set(f"job {number} is done", "yes")
+        except BaseException as error:
+            if self._store is not None:
+                reason = first_line(error) if isinstance(error, Exception) else "it was ended."
+                with suppress(RuntimeError):  # the machine that has the store may be gone
+                    self._store.set(FAILED, reason)
+            raise
+        if self.is_main_process:
+            _wait_for_teams(self._store, [f"job {number} is done" for number in self.sharing.apart])
+
+    def _take(self, store: distributed.Store) -> Iterator[int]:
+        """The trainings of this team. The first is fixed: else a fast team could leave a larger one without any."""
+        for turn in range(len(self.sharing.apart)):
             key = f"team {self.number}, turn {turn}"
             if self.rank == 0:
-                # Were the first one not fixed, a fast team could leave a larger team without any.
-                number = self.num_teams + self._store.add("taken", 1) - 1 if turn else self.number
-                self._store.set(key, str(number))
-            number = int(self._store.get(key))  # the other processes of the team wait here
-            if number >= self.num_jobs:
+                place = len(self.sharing.teams) + store.add("taken", 1) - 1 if turn else self.number
+                store.set(key, str(place))
+            place = int(store.get(key))  # the other processes of the team wait here
+            if place >= len(self.sharing.apart):
                 return
-            yield number
-            if self.rank == 0:
-                self._store.set(f"job {number} is done", "yes")
+            yield self.sharing.apart[place]
 
-    def wait_for_all(self) -> None:
-        """Wait in the main process until the trainings of all teams are done."""
-        if self._store is not None and self.is_main_process:
-            self._store.wait([f"job {number} is done" for number in range(self.num_jobs)])
-
-    def _form_group(self, store: distributed.Store, cpu: bool) -> None:
+    def _form_team(self, store: distributed.Store) -> None:
         """Make the team all that accelerate sees: by its environment variables, and by a process group if needed."""
-        use_gpu = not cpu and torch.cuda.is_available()
-        if use_gpu:
-            local_rank = os.environ.get("LOCAL_RANK", "0")
-            os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{local_rank}"
-            torch.cuda.set_device(int(local_rank))
+        if distributed.is_initialized():  # for the networks that all processes have trained
+            distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        teams = self.sharing.teams
+        self.number = next(number for number, ranks in enumerate(teams) if self._rank_of_all in ranks)
+        self.rank, self.size = teams[self.number].index(self._rank_of_all), len(teams[self.number])
+        if self._use_gpu:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{self._local_rank}"
+            torch.cuda.set_device(self._local_rank)
         if self.size == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
             return
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size)}
         store = distributed.PrefixStore(f"team {self.number}", store)
-        backend = "nccl" if use_gpu else "gloo"
+        backend = "nccl" if self._use_gpu else "gloo"
         distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
 
-def split_processes(num_processes: int, num_jobs: int) -> list[list[int]]:
-    """Ranks of each team: at most one team for each job, of sizes that differ by one at most."""
-    num_teams = max(min(num_jobs, num_processes), 1)
-    teams: list[list[int]] = [[] for _ in range(num_teams)]
-    for rank in range(num_processes):
-        teams[rank * num_teams // num_processes].append(rank)
-    return teams
+def _wait_for_teams(store: distributed.Store, keys: list[str]) -> None:
+    for key in keys:
+        while not store.check([key]):
+            if store.check([FAILED]):
+                reason = store.get(FAILED).decode()
+                raise OSError(f"another team has failed: {reason} The same command continues.")
+            time.sleep(POLL_SECONDS)
 
 
 def _warn_if_single() -> None:
@@ -107,7 +150,8 @@ def _warn_if_single() -> None:
         )
 
 
-def _open_store() -> distributed.Store:
+def open_store() -> distributed.Store:
+    """The store that all processes of a start share."""
     store, *_ = next(distributed.rendezvous("env://"))
     store.set_timeout(timedelta(days=365))  # a team waits as long as another one trains
     return distributed.PrefixStore(f"teams, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

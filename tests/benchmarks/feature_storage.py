@@ -3,6 +3,7 @@
 .venv/bin/python tests/benchmarks/feature_storage.py
 """
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -15,9 +16,9 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-ROWS, NUM_FEATURES, SHARD = 50_000, 2_048, 4_096
+NUM_FEATURES, SHARD = 2_048, 4_096
 REPEATS = 3
-ACTIONS = ("write", "read all", "read 5,000 at random")
+ACTIONS = ("write", "read all", "read a tenth at random")
 
 
 def arrow_write(block: np.ndarray, folder: Path) -> None:
@@ -26,20 +27,19 @@ def arrow_write(block: np.ndarray, folder: Path) -> None:
     Dataset(pa.table({"block": column})).save_to_disk(folder)
 
 
-def arrow_read(folder: Path, rows=None) -> np.ndarray:
+def arrow_read(folder: Path, rows: np.ndarray) -> np.ndarray:
     dataset = load_from_disk(folder).with_format("numpy")
-    return np.asarray(dataset[:]["block"] if rows is None else dataset[rows]["block"])
+    return np.asarray(dataset[:]["block"] if len(rows) == len(dataset) else dataset[rows]["block"])
 
 
 def safetensors_write(block: np.ndarray, folder: Path) -> None:
     folder.mkdir()
-    for start in range(0, ROWS, SHARD):
+    for start in range(0, len(block), SHARD):
         shard = {"block": torch.from_numpy(block[start : start + SHARD])}
         save_file(shard, folder / f"{start // SHARD:05d}.safetensors")
 
 
-def safetensors_read(folder: Path, rows=None) -> np.ndarray:
-    rows = np.arange(ROWS) if rows is None else rows
+def safetensors_read(folder: Path, rows: np.ndarray) -> np.ndarray:
     out = np.empty((len(rows), NUM_FEATURES), np.float32)
     for number, file in enumerate(sorted(folder.iterdir())):
         shard = safe_open(file, "pt").get_tensor("block").numpy()  # memory-mapped
@@ -49,10 +49,13 @@ def safetensors_read(folder: Path, rows=None) -> np.ndarray:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000)
+    options = parser.parse_args()
     disable_progress_bars()
     rng = np.random.default_rng(0)
-    block = rng.standard_normal((ROWS, NUM_FEATURES), dtype=np.float32)
-    rows = rng.permutation(ROWS)[:5_000]
+    block = rng.standard_normal((options.rows, NUM_FEATURES), dtype=np.float32)
+    rows = rng.permutation(options.rows)[: options.rows // 10]
     formats = {
         "datasets (Arrow)": (arrow_write, arrow_read),
         "safetensors shards": (safetensors_write, safetensors_read),
@@ -65,7 +68,7 @@ def main() -> None:
                 times = [time.perf_counter()]
                 write(block, folder)
                 times.append(time.perf_counter())
-                everything = read(folder)
+                everything = read(folder, np.arange(options.rows))
                 times.append(time.perf_counter())
                 some = read(folder, rows)
                 times.append(time.perf_counter())

@@ -81,7 +81,7 @@ def our_steps(
     from accelerate.state import AcceleratorState
     from torch.nn.functional import cross_entropy
 
-    from concat_ensemble.training.images import Batch
+    from concat_ensemble.training.batches import Batch
     from concat_ensemble.training.loop import Loop, create_accelerator
     from concat_ensemble.training.recipe import Recipe
 
@@ -103,10 +103,10 @@ def our_steps(
         loop = Loop(
             accelerator, recipe, networks, steps=2 * steps, folder=Path(folder) / "state", identity={}, name="gpu"
         )
-        batch = Batch(list(range(len(labels))), [(view, labels) for view in pixels])
+        batch = Batch(list(range(len(labels))), [(view, labels) for view in pixels], share=1.0)
         ends = []
         for _ in loop.run(
-            lambda first: itertools.repeat(batch),
+            lambda *_: itertools.repeat(batch),
             lambda network, images, classes: cross_entropy(network(images), classes),
             stops=[steps],
         ):
@@ -140,7 +140,7 @@ def timm_steps(architecture: str, pixels: torch.Tensor, labels: torch.Tensor, st
 
 
 def training(small: bool, repeats: int) -> Iterator[Row]:
-    architecture, images, size, steps = ("resnet18", 4, 64, 2) if small else ("resnet50", 256, 224, 20)
+    architecture, images, size, steps = ("test_resnet", 4, 32, 2) if small else ("resnet50", 256, 224, 20)
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(images, 3, size, size, generator=generator) for _ in range(2)]
     labels = torch.randint(1000, (images,), generator=generator).to(DEVICE)
@@ -172,7 +172,7 @@ def extraction(small: bool, repeats: int) -> Iterator[Row]:
 
     from concat_ensemble import ConcatEnsembleImageProcessor, assemble, extract_features
 
-    number, batch_size, architecture = (64, 16, "resnet18") if small else (6144, 256, "resnet50")
+    number, batch_size, architecture = (16, 8, "test_resnet") if small else (6144, 256, "resnet50")
     workers = 2 if small else max(2, (os.cpu_count() or 2) - 1)
     model, dataset = assemble(f"random:{architecture}"), photographs(number)
     processor = ConcatEnsembleImageProcessor.from_config(model.config)
@@ -333,7 +333,7 @@ def forward(small: bool, repeats: int) -> Iterator[Row]:
     from concat_ensemble import assemble
 
     architectures, batches = (
-        (("resnet10t", "vit_tiny_patch16_224"), (2,))
+        (("test_resnet", "test_vit"), (2,))
         if small
         else (
             ("vit_small_patch16_224", "resnet50"),

@@ -70,14 +70,16 @@ def unpack(commit: str, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", help="a commit to compare with")
-    before = parser.parse_args().before
+    parser.add_argument("--small", action="store_true", help="a few photographs only, to try it out")
+    options = parser.parse_args()
+    before, points = options.before, [(20, 1)] if options.small else POINTS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = {before: unpack(before, folder / "before")} if before else {}
         sources["now"] = ROOT
         print("| photographs | megapixels | decoded | " + " | ".join(sources) + " |")
         print("|---|---|---|" + "---|" * len(sources))
-        for number, megapixels in POINTS:
+        for number, megapixels in points:
             photographs = folder / f"{number}-of-{megapixels}"
             write_photographs(photographs, number, megapixels)
             peaks = [f"{peak_memory(source, photographs):,.0f}" for source in sources.values()]

@@ -24,7 +24,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.images import Images
 from concat_ensemble.training.recipe import Settings
 
 PIXELS = Pixels((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModel
 
 from concat_ensemble import assemble
 from concat_ensemble.training import pretraining
+from concat_ensemble.training.batches import Pixels
 from concat_ensemble.training.distillation import Distillation, Student, Teachers, main, run
-from concat_ensemble.training.images import Images, Pixels
+from concat_ensemble.training.images import Images
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 RECIPE, TIMECAT = (str(RECIPES / f"scattered_digits_{name}.yaml") for name in ("distill", "timecat"))
@@ -67,6 +69,9 @@ def test_a_student_comes_out_as_an_ensemble_of_one(target, distilled):
     provenance = model.config.members[0]["provenance"]
     assert provenance["steps"] == 6 and provenance["objective"] == f"distillation of 2 networks' {target}"
     assert provenance["compute"]["images"] == 96
+    assert "license" not in provenance and provenance["dataset"] == "digits"
+    assert len({teacher["weights_sha256"] for teacher in provenance["teachers"]}) == 2
+    assert all("license" not in teacher and teacher["source"] for teacher in provenance["teachers"])
 
 
 @pytest.mark.parametrize("target", ["features", "predictions"])
@@ -80,7 +85,7 @@ def test_the_student_learns_the_outputs_of_the_teachers(target, teachers, distil
     held_out = next(images.batches([99])).views[0][0]
     batches = [batch.views[0][0] for batch in itertools.islice(images.batches([98]), 10)]
     if target == "features":
-        teaching.standardize(batches)
+        teaching.standardize(batches, Accelerator(cpu=True))
     targets = torch.cat([torch.cat(teaching(batch), 1) for batch in batches])
     held_out_targets = torch.cat(teaching(held_out), 1)
     unexplained = {}
@@ -107,8 +112,8 @@ def test_a_second_run_skips_and_another_distillation_is_refused(distilled, capsy
     distilled()
     distilled()
     assert "is finished, skipped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"is of another training: its temperature is 2.0, here 3.0"):
-        distilled(temperature=3.0)
+    with pytest.raises(ValueError, match=r"is of another training: its learning_rate is 0.002, here 0.003"):
+        distilled(learning_rate=0.003)
 
 
 def test_a_student_has_one_output_for_each_of_the_teachers():
@@ -122,3 +127,14 @@ def test_the_command_line_does_the_same(teachers, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2 and "lacks teachers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_mixed_images_and_slower_layers_reach_the_student(distilled):
+    def weights(name: str, **changes) -> dict:
+        return AutoModel.from_pretrained(distilled(output=name, steps=2, **changes) / "distilled").state_dict()
+
+    plain = weights("plain")
+    for name, changes in {"mixed": {"mixup": 0.8}, "slower": {"layer_decay": 0.5}}.items():
+        changed = weights(name, **changes)
+        assert any(not torch.equal(changed[key], plain[key]) for key in plain), name

@@ -19,6 +19,7 @@ from concat_ensemble.studies.results import Results
 from concat_ensemble.training.finetuning import (
     FineTuning,
     create_classifier,
+    describe_fine_tuning,
     main,
     parameter_groups,
     read_pixels,
@@ -205,7 +206,41 @@ def test_saving_twice_gives_the_same_files(ensemble, tmp_path):
     assert provenance["steps"] == 16 and provenance["compute"]["images"] == 160 + 6 * 16
 
 
+@pytest.mark.parametrize(
+    ("initial", "license", "expected"),
+    [("cc-by-nc-4.0", "mit", "cc-by-nc-4.0"), (None, "mit", "mit"), (None, None, None)],
+)
+def test_what_is_tuned_is_under_the_licence_of_its_initial_weights(initial, license, expected, ensemble):
+    """The recipe's own is for those that state none. Weights that were an average are another thing now."""
+    settings = FineTuning(**SETTINGS | {"model": str(ensemble), "license": license})
+    model = assemble(ensemble)
+    stated = {"license": initial, "hub_id": "timm/resnet18.a1_in1k", "weights": "EMA"}
+    model.config.members[0]["provenance"] |= {key: value for key, value in stated.items() if value}
+    images = Images(settings, read_pixels(model.config))
+    tuned = describe_fine_tuning(model, settings, images).members[0]["provenance"]
+    assert tuned.get("license") == expected and tuned["fine_tuned"]["dataset"] == "scattered:digits"
+    assert tuned["hub_id"] == "timm/resnet18.a1_in1k" and "weights" not in tuned
+
+
 def test_members_that_name_their_channels_are_refused():
     model = assemble("random:resnet10t", channels=[2, 1, 0])
     with pytest.raises(ValueError, match=r"a member sees channels \[2, 1, 0\]; fine-tuning takes gray or RGB images"):
         read_pixels(model.config)
+
+
+@pytest.mark.slow
+def test_mixed_images_repeated_views_and_each_loss_reach_the_training(tuned):
+    def weights(name: str, **changes) -> dict:
+        folder = tuned(output=name, stages="one", steps=2, warmup=0.5, **changes)
+        return AutoModelForImageClassification.from_pretrained(folder / "whole").state_dict()
+
+    plain = weights("plain")
+    for name, changes in {
+        "mixed": {"cutmix": 1.0, "mixup_mode": "elem"},
+        "repeated": {"aug_repeats": 2},
+        "binary": {"bce_loss": True},
+        "smoothed": {"label_smoothing": 0.3},
+        "first rate": {"warmup_lr": 1e-4},
+    }.items():
+        changed = weights(name, **changes)
+        assert not torch.equal(changed["classifier.weight"], plain["classifier.weight"]), name

@@ -9,20 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Features, Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from concat_ensemble import ConcatEnsembleForImageClassification
-from concat_ensemble.training.pretraining import main, plan_jobs, plan_networks
+from concat_ensemble import ConcatEnsembleForImageClassification, load_data
+from concat_ensemble.training.planning import plan_jobs, plan_networks
+from concat_ensemble.training.pretraining import main
 from concat_ensemble.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
+KILLS = 20
 SCRIPT = "training/pretrain_members.py"
 RECIPE = "training/recipes/scattered_digits_timecat.yaml"
 SMOKE = [SCRIPT, RECIPE, "--smoke", "--cpu", "--members", "[1, 2]", "--snapshots", "2"]
@@ -33,7 +38,9 @@ MEMBERS = {"cat1-0": 18, "cat2-0": 8, "cat2-1": 8, "w2-0": 4, "cat2-s-0": 11, "c
 @pytest.fixture(scope="module")
 def trained(script, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    script(sys.executable, *SMOKE, "--output", folder)
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script(*launch, *SMOKE, "--output", folder)
     return folder
 
 
@@ -108,7 +115,9 @@ def test_a_second_run_trains_what_is_missing_and_leaves_the_rest(copied, capsys)
     config.num_labels = 3
     ConcatEnsembleForImageClassification(config).save_pretrained(copied / "cat1")
     untouched = {
-        name: content for name, content in written(copied).items() if not name.startswith(("members/.cat2-1", "cat2/"))
+        name: content
+        for name, content in written(copied).items()
+        if not name.startswith(("members/.cat2-1", "cat2/", "logs/cat2"))
     }
     run(*SMOKE, "--output", copied)
     printed = capsys.readouterr().out
@@ -172,6 +181,8 @@ KILLED = [
     "0",
     "--total-steps",
     "240",
+    "--batch-size",
+    "16",
     "--checkpoint-every",
     "10",
 ]
@@ -188,12 +199,14 @@ def members_in(folder: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("members/*/model.safetensors"))}
 
 
-def killed_until_done(folder: Path, seed: int, kills: int, within: float = 6) -> list[int]:
+def killed_until_done(
+    folder: Path, seed: int, kills: int, within: float = 3, command: Sequence[str] = tuple(KILLED)
+) -> list[int]:
     """Run until it is done, killed `kills` times after up to `within` seconds; the signals that arrived in time."""
     rng, hits, started = random.Random(seed), [], 0
     while True:
         process = subprocess.Popen(
-            [sys.executable, *KILLED, "--output", str(folder)],
+            [sys.executable, *command, "--output", str(folder)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -234,6 +247,38 @@ def test_twenty_kills_end_in_the_same_weights(undisturbed, tmp_path):
     assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= set(hits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twenty_kills_of_a_stream_end_in_the_same_weights(workers, tmp_path):
+    """From two files, over several epochs, in two parts a step."""
+    columns = Features(image=Image(), label=ClassLabel(names=list("0123456789")))
+    split = load_data("digits")["train"].cast(columns)
+    for number in range(2):
+        split.select(range(440 * number, 440 * number + 440)).to_parquet(tmp_path / f"train-{number}.parquet")
+    stream = ["--dataset", f"parquet:{tmp_path}", "--streaming", "true", "--classes", "null", "--test-size", "null"]
+    stream += ["--augmentation", "timm"]
+    stream += [
+        "--num-workers",
+        str(workers),
+        "--gradient-accumulation",
+        "2",
+        "--total-steps",
+        "160",
+        "--snapshots",
+        "0",
+    ]
+    command = [*KILLED, *stream]
+    run(*command, "--output", tmp_path / "whole")
+    whole, hits = members_in(tmp_path / "whole"), []
+    for seed in itertools.count():
+        folder = tmp_path / str(seed)
+        hits += killed_until_done(folder, seed, kills=KILLS // 4, within=2, command=command)
+        assert members_in(folder) == whole and not list(folder.rglob("*step-*"))
+        if len(hits) >= KILLS:
+            break
+
+
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_in_the_same_weights(undisturbed, tmp_path):
     assert killed_until_done(tmp_path, seed=0, kills=2, within=0.5), (
         "where the machine is free, the run is over in seconds"
@@ -241,7 +286,7 @@ def test_a_killed_run_continues_and_ends_in_the_same_weights(undisturbed, tmp_pa
     assert members_in(tmp_path) == undisturbed
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_intact(undisturbed, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(undisturbed, tmp_path, capsys):
     """On a file system that takes two checkpoints, where one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -249,32 +294,24 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(undisturbed, tmp_path):
     if mounted.returncode:
         pytest.skip("no right to mount a small file system here")
     try:
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the run that it is compared with
-        command = [sys.executable, *KILLED, "--keep-checkpoints", "9", "--output", disk]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=one_thread, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
-            "error: cannot write a checkpoint into"
-        ), done.stderr
-        assert "is there and intact" in done.stderr and not list(disk.rglob(".aside"))
+        command = [*KILLED, "--keep-checkpoints", "9", "--output", disk]
+        with pytest.raises(SystemExit) as stop:
+            run(*command)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.splitlines()[-1].startswith("error: cannot write a checkpoint into"), (
+            error
+        )
+        assert "is there and intact" in error and not list(disk.rglob(".aside"))
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-        subprocess.run(list(map(str, command)), cwd=ROOT, env=one_thread, check=True, capture_output=True)
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+        run(*command)
         assert members_in(disk) == undisturbed
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_accelerate_launch_gives_the_same_weights(script, trained, tmp_path):
-    launch = [
-        Path(sys.executable).with_name("accelerate"),
-        "launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    script(*launch, *SMOKE, "--output", tmp_path / "again")
+def test_accelerate_launch_gives_the_same_weights(trained, tmp_path):
+    run(*SMOKE, "--output", tmp_path / "again")
     assert hashes(tmp_path / "again") == hashes(trained)
 
 

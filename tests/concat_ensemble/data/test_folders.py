@@ -65,6 +65,10 @@ LAYOUTS = {
         {"train": {"cat": 4}, "validation": {"cat": 4}, "test": {"cat": 4}},
     ),
     "parts of a split": (["train_1/cat", "train_2/dog", "test/cat"], {"train": CD, "test": {"cat": 4}}),
+    "a small copy of a split": (
+        ["train/cat", "train/dog", "train_mini/cat", "val/cat"],
+        {"train": CD, "train_mini": {"cat": 4}, "validation": {"cat": 4}},
+    ),
     "a folder around them": (["data/train/cat", "data/train/dog", "data/test/cat"], {"train": CD, "test": {"cat": 4}}),
     "a folder around classes": (["data/cat", "data/dog"], {"train": CD}),
     "a hidden test split": (["train/cat", "train/dog", "test/1.png", "test/2.png"], {"train": CD, "test": {-1: 2}}),

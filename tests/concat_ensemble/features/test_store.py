@@ -407,6 +407,7 @@ def killed_until_done(folder, store, seed: int, kills: int, within: float = 1.5)
     return hits
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_continues_to_the_same_files(undisturbed, model, tmp_path):
     assert killed_until_done(model, tmp_path / "store", seed=0, kills=2, within=0.5) > 0
     assert contents(tmp_path / "store") == undisturbed

@@ -11,6 +11,7 @@ from PIL import Image
 
 from concat_ensemble import ConcatEnsembleConfig, assemble
 from concat_ensemble.reporting.model_card import check_card, write_card
+from concat_ensemble.reporting.training_curves import plot_training
 from concat_ensemble.reporting.verdicts import against, describe_compute, doubts, notes, verdict
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.results import Cost
@@ -406,3 +407,12 @@ def test_without_redraw_figures_newer_than_their_results_stay(card, folder):
     before = drawn()
     card()
     assert {name for name in before if drawn()[name] > before[name]} == {"digits.png", "more.png", "new.png"}
+
+
+def test_the_training_curves_are_shown_where_they_lie_in_the_folder(card, folder):
+    provenance = [{"command": "accelerate launch training/pretrain_members.py recipe.yaml"}] * 2
+    assert "figures/training.png" not in card({}, provenance)[0]
+    plot_training({"net-0": [{"step": 50.0, "loss": 1.5}]}, folder / "figures" / "training.png")
+    text, _ = card({}, provenance)
+    assert text.count("](figures/training.png)") == 1 and str(folder) not in text
+    check_card(folder)

@@ -1,6 +1,7 @@
 """The order of the training images, and what each network sees of them."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concat_ensemble import load_data
-from concat_ensemble.training.images import Images, Pixels, _BatchOrder
+from concat_ensemble.data.images import decode_image
+from concat_ensemble.training import streams
+from concat_ensemble.training.batches import Pixels
+from concat_ensemble.training.images import Images, _BatchOrder
 from concat_ensemble.training.recipe import Settings
+from concat_ensemble.training.streams import _Parts
 
 GREY = Pixels((1, 32, 32), (0.5,), (0.5,))
 CROPPED = {"dataset": "digits", "augmentation": "timm", "batch_size": 8, "limit": 40}
@@ -54,6 +59,52 @@ def test_the_order_depends_on_seed_and_step_alone(size, batch, accumulation, pro
     )
     later = first(order((0, processes), start), accumulation)
     assert later == first(orders[0], (start + 1) * accumulation)[start * accumulation :]
+
+
+@given(
+    size=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    repeats=st.integers(2, 4),
+    processes=st.integers(1, 3),
+    start=st.integers(0, 30),
+)
+def test_repeated_views_go_to_different_processes(size, batch, repeats, processes, start):
+    settings = Settings(dataset="digits", batch_size=batch, aug_repeats=repeats)
+
+    def order(shard, first_step=0):
+        return _BatchOrder(size, settings, shard=shard, seed=3, first_step=first_step)
+
+    per_epoch = size // min(batch, size)
+    shares = [first(order((rank, processes)), per_epoch) for rank in range(processes)]
+    whole = [place for part in first(order((0, 1)), per_epoch) for place in part]
+    assert sorted(place for mine in shares for part in mine for place in part) == sorted(whole)
+    assert len(whole) == len(set(whole)) == per_epoch * min(batch, size), "as many views in an epoch as without"
+    images = [index for _, index, _ in whole]
+    assert len(set(images)) == -(-len(whole) // repeats) and images == sorted(images, key=images.index)
+    if processes == repeats and size >= batch and batch % repeats == 0:
+        owners = {place[2] for part in shares[0] for place in part}
+        assert owners == {0}, "each process has one view of every image"
+    later = first(order((0, processes), start), 1)
+    assert later == first(order((0, processes)), start + 1)[start:]
+
+
+def test_repeated_views_of_an_image_are_augmented_apart():
+    batch = next(Images(Settings(**CROPPED, aug_repeats=2), GREY).batches([1]))
+    images, labels = batch.views[0]
+    assert batch.indices[::2] == batch.indices[1::2] and torch.equal(labels[::2], labels[1::2])
+    assert all(not torch.equal(one, other) for one, other in zip(images[::2], images[1::2], strict=True))
+
+
+@pytest.mark.parametrize("field", ["dataset_config", "dataset_revision"])
+def test_what_only_a_dataset_on_the_hub_has_is_refused(field, tmp_path):
+    for name in ("digits", "scattered:digits", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"{field}='x' must be left out.*which is not on the Hub"):
+            Images(Settings(**{"dataset": name, field: "x"}), GREY)
+
+
+def test_a_canvas_that_is_no_square_is_refused():
+    with pytest.raises(ValueError, match=r"input_size=\[1, 32, 48\] must be a square with augmentation=scatter"):
+        Images(Settings(**CROPPED | {"augmentation": "scatter"}), Pixels((1, 32, 48), (0.5,), (0.5,)))
 
 
 @pytest.mark.parametrize("settings", [CROPPED, CROPPED | {"num_workers": 2}, CROPPED | {"augmentation": "scatter"}])
@@ -120,7 +171,10 @@ def parquet(tmp_path_factory):
 def test_a_stream_continues_where_it_stopped(parquet, workers):
     settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "num_workers": workers}
     whole = first(Images(Settings(**settings), GREY).batches([1, 2]), 9)  # 72 images: into the second epoch
-    assert same(first(Images(Settings(**settings), GREY).batches([1, 2], 5), 4), whole[5:])
+    for step in (1, 2, 5):  # workers give parts in turn, so that one may be ahead of the other
+        position = json.loads(json.dumps(whole[step - 1].position))
+        again = Images(Settings(**settings), GREY).batches([1, 2], step, position=position)
+        assert same(first(again, 9 - step), whole[step:])
     assert len({tuple(batch.indices) for batch in whole}) > 1 and whole[0].views[0][0].shape == (8, 1, 32, 32)
 
 
@@ -130,6 +184,33 @@ def test_the_error_for_a_stream_of_fewer_files_than_workers_names_both(parquet):
         next(Images(Settings(**settings), GREY).batches([1]))
 
 
+@pytest.mark.parametrize(("step", "before", "now"), [(1, (1, 1), (2, 1)), (3, (2, 1), (1, 1)), (2, (1, 2), (1, 1))])
+def test_a_stream_is_continued_by_as_many_workers_and_processes(parquet, step, before, now):
+    """Workers and processes then and now. After one step, the position of one worker looks like that of another."""
+    settings = CROPPED | {"dataset": parquet, "streaming": True, "limit": None}
+
+    def open_stream(workers, processes):
+        return Images(Settings(**settings, num_workers=workers), GREY, (0, processes))
+
+    position = first(open_stream(*before).batches([1]), step)[-1].position
+    text = f"num_workers={now[0]} in {now[1]} processes cannot continue.*had {before[1]} processes of {before[0]} work"
+    with pytest.raises(ValueError, match=text):
+        next(open_stream(*now).batches([1], step, position=position))
+
+
+def test_a_stream_reads_on_without_what_it_has_read(parquet, monkeypatch):
+    """The time to the first part does not grow with the step: of the images before it, none is read again."""
+    monkeypatch.setattr(streams, "BLOCK", 8)
+    settings = Settings(**CROPPED | {"dataset": parquet, "streaming": True, "limit": None, "gradient_accumulation": 2})
+    whole = first(Images(settings, GREY).batches([1]), 14)
+    images, decoded = Images(settings, GREY), []
+    monkeypatch.setattr(streams, "decode_image", lambda row, name: decoded.append(name) or decode_image(row, name))
+    read, rows = [], _Parts._rows
+    monkeypatch.setattr(_Parts, "_rows", lambda self, worker: (read.append(r) or r for r in rows(self, worker)))
+    again = images.batches([1], 6, position=whole[11].position)
+    assert same(first(again, 2), whole[12:]) and len(decoded) == len(read) == 8
+
+
 def test_labels_are_the_turns_which_differ_between_networks():
     images = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80, turned=True), GREY)
     assert len(images.class_names) == 4
@@ -137,7 +218,7 @@ def test_labels_are_the_turns_which_differ_between_networks():
     (one, turns), (_, others) = batch.views
     assert set(turns.tolist()) == {0, 1, 2, 3} and not torch.equal(turns, others)
     plain = Images(Settings(dataset="digits", augmentation="scatter", batch_size=64, limit=80), GREY)
-    grey = plain._images[batch.indices]
+    grey = plain._in_memory[batch.indices]
     for quarters in range(4):  # placed upright again, an image is most like itself as it was
         turned_back = one[turns == quarters].rot90(-quarters, (2, 3)).flatten(1)
         upright = torch.nn.functional.interpolate(grey[turns == quarters], 32).flatten(1)
