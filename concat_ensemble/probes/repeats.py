@@ -8,14 +8,20 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit, logit
 
+ROUNDING = 1e-12  # of means and errors of shares; the differences of equal shares leave that much
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error, and the degrees of freedom of this error."""
+    """A mean with its standard error, and the degrees of freedom of this error. An error of rounding alone is 0."""
 
     mean: float
     error: float
     freedom: float
+
+    def __post_init__(self):
+        if self.error < ROUNDING:
+            object.__setattr__(self, "error", 0.0)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -28,7 +34,7 @@ class Estimate:
         """95% for the mean of shares: `interval`, or on the logit scale where that would leave [0, 1]. With the mean m
         and its error e, the ends are there those of logit(m) +- t e / (m (1 - m)). Of width 0 without any spread."""
         low, high = self.interval if self.error else (self.mean, self.mean)
-        if (low >= 0 and high <= 1) or not 1e-12 < self.mean < 1 - 1e-12:  # up to rounding
+        if (low >= 0 and high <= 1) or not ROUNDING < self.mean < 1 - ROUNDING:
             return max(low, 0.0), min(high, 1.0)
         half = stats.t.ppf(0.975, self.freedom) * self.error / (self.mean * (1 - self.mean))
         return float(expit(logit(self.mean) - half)), float(expit(logit(self.mean) + half))

@@ -114,6 +114,14 @@ def test_no_spread_says_nothing():
     assert estimate.interval == (-np.inf, np.inf) and estimate.p_value() == estimate.equivalence_p_value(0.6) == 1
 
 
+@pytest.mark.parametrize("values", [[0.7 - 0.5, 0.8 - 0.6], [0.1 + 0.2, 0.3], [0.5, 0.5]])
+def test_spread_of_rounding_alone_is_no_spread(values):
+    """0.7 - 0.5 and 0.8 - 0.6 differ in their last digits; an interval of that width would be found beyond chance."""
+    estimate = estimate_over_repeats(values)
+    assert estimate.interval == (-np.inf, np.inf) and estimate.p_value() == 1
+    assert estimate.share_interval == (estimate.mean, estimate.mean)
+
+
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 1), (2, 2, 2)])
 def test_a_wrong_shape_is_named(shape):
     with pytest.raises(ValueError, match="at least two repeats and two images"):
