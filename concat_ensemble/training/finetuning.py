@@ -4,10 +4,10 @@
 
 Without a clone, start the installed module with `accelerate launch -m concat_ensemble.training.finetuning`.
 
-With `stages: two` (best in the paper), each member learns the target alone, and `output/two-stage` is an ensemble of
-the tuned members to probe. With `stages: one`, all members learn at once under a head, and `output/whole` is a
-classifier. Either way, training starts from the head of a linear probe, the test split is used once, at the end, and
-each classifier has its results in `results`.
+With `stages: two` (best in the paper), each member learns the target alone, without the validation images, and
+`output/two-stage` is an ensemble of the tuned members to probe, on splits of the same seed. With `stages: one`, all
+members learn at once under a head, and `output/whole` is a classifier. Either way, training starts from the head of a
+linear probe, the test split is used once, at the end, and each classifier has its results in `results`.
 """
 
 import copy
@@ -73,6 +73,12 @@ class FineTuning(Settings):
             raise ValueError(f"streaming=True must be false: {reason}.")
         self.refuse("in fine-tuning, which learns the labels", "turned")
 
+    @property
+    def learns_validation(self) -> bool:
+        """In two stages the validation images are left for the probe of the tuned members: on images that these have
+        learned, nearly any L2 strength would do."""
+        return super().learns_validation and self.stages == "one"
+
     def shrink(self) -> Self:
         return dataclasses.replace(super().shrink(), steps=min(self.steps, SMOKE_STEPS))
 
@@ -103,8 +109,8 @@ def parameter_groups(model: Classifier, settings: FineTuning) -> list[dict]:
 def create_classifier(model: ConcatEnsemblePreTrainedModel, images: Images, settings: FineTuning) -> Classifier:
     """The ensemble with its initial head."""
     table = extract_features(model, images.data, quiet=True)
-    # While training is evaluated on the validation images, the initial head must not have seen them.
-    validation = None if settings.evaluate_every else table["validation"]
+    # Where the validation images are held out of the training, the initial head must not have seen them either.
+    validation = table["validation"] if settings.learns_validation else None
     probe = LinearProbe(seed=settings.seed).fit(table["train"], validation=validation)
     classifier = with_head(model, probe, images.class_names)
     if settings.head == "zero":

@@ -83,7 +83,7 @@ class Images:
             hold_out=with_test or settings.evaluate_every > 0,
         )
         self.split = self.data["train"]
-        if with_test and not settings.evaluate_every:  # then the validation images are training images too
+        if with_test and settings.learns_validation:
             self.split = concatenate_datasets([self.data["train"], self.data["validation"]])
         self.class_names, self.size = class_names(self.split), len(self.split)
         if (parts := shard[1] * settings.gradient_accumulation) > self.images_per_step:

@@ -116,7 +116,7 @@ class Settings:
     num_workers: NonNegativeInt = 0  # processes that read images
     checkpoint_every: PositiveInt = 1_000  # steps
     keep_checkpoints: PositiveInt = 2
-    evaluate_every: NonNegativeInt = 0  # steps; 0: never, and the validation images are training images too
+    evaluate_every: NonNegativeInt = 0  # steps; 0: never, and see `learns_validation`
     save_best: Literal["top1", "loss"] | None = None  # save the weights of the best evaluation, not the last ones
     log_every: NonNegativeInt = 50  # steps between two lines of the log, and two rows of log.csv; 0: no log
     log_with: str | None = None  # one of accelerate's trackers that is installed, such as tensorboard or wandb
@@ -139,6 +139,11 @@ class Settings:
         if self.log_with is not None and self.log_with not in (trackers := list(map(str, get_available_trackers()))):
             expected = ", ".join(trackers) or "left out, since none is"
             raise ValueError(f"log_with={self.log_with!r} must be a tracker that is installed: {expected}.")
+
+    @property
+    def learns_validation(self) -> bool:
+        """Whether the validation images are trained on too, where there are test images to evaluate on."""
+        return not self.evaluate_every
 
     def refuse(self, reason: str, *names: str) -> None:
         """Raise ValueError if one of these fields is not at its default. `reason` goes on after "must be left out"."""

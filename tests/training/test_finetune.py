@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from torch.optim.swa_utils import update_bn
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel, AutoModelForImageClassification
@@ -16,6 +17,7 @@ from concat_ensemble import LinearProbe, assemble, extract_features, load_data
 from concat_ensemble.data.images import read_image
 from concat_ensemble.members.checkpoints import weights_sha256
 from concat_ensemble.studies.results import Results
+from concat_ensemble.training.evaluation import predict_logits
 from concat_ensemble.training.finetuning import (
     FineTuning,
     create_classifier,
@@ -116,6 +118,37 @@ def test_two_stages_give_an_ensemble_of_the_tuned_members(tuned):
             assert torch.equal(tensor, together.members[str(k)].state_dict()[key])
         spec = together.config.members[k]
         assert spec["provenance"]["weights_sha256"] == weights_sha256(together.members[str(k)].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "learns"),
+    [({"stages": "two"}, False), ({"stages": "one"}, True), ({"stages": "one", "evaluate_every": 2}, False)],
+)
+def test_two_stages_leave_the_images_that_choose_the_l2_strength(changes, learns, ensemble):
+    """Those of `probe` with the same options; else its strength is chosen on images that the members have learned."""
+    settings = FineTuning(**SETTINGS | {"model": str(ensemble)} | changes)
+    images = Images(settings, read_pixels(assemble(ensemble).config))
+    options = {key: SETTINGS[key] for key in ("classes", "test_size", "validation_size", "limit")}
+    probed = load_data("scattered:digits", **options)
+    learned = {read_image(images.split, number).tobytes() for number in range(images.size)}
+    chosen_on, tested_on = (
+        {read_image(probed[name], number).tobytes() for number in range(len(probed[name]))}
+        for name in ("validation", "test")
+    )
+    assert len(chosen_on) > 20 and not learned & tested_on
+    assert chosen_on <= learned if learns else not chosen_on & learned
+
+
+@pytest.mark.parametrize("stages", ["one", "two"])
+def test_the_initial_head_has_seen_what_the_training_learns_and_no_other_image(stages, ensemble):
+    settings = FineTuning(**SETTINGS | {"model": str(ensemble), "stages": stages})
+    model = assemble(ensemble)
+    images = Images(settings, read_pixels(model.config))
+    logits = predict_logits(create_classifier(model, images, settings), images, "test", Accelerator(cpu=True))
+    probe, table = probed(ensemble)
+    if stages == "two":
+        probe = LinearProbe().fit(table["train"])
+    assert np.mean(logits.argmax(1) == probe.predict(table["test"])) > 0.99
 
 
 def test_more_steps_fit_better(tuned):
