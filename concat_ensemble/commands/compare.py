@@ -26,7 +26,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Report which members repeat each other, and what each has that the others lack: CKA, held-out R2 both ways, and
-    a probe of what the others do not predict.
+    a probe of what the others do not predict. The test images are not looked at: members may be chosen by this.
 
     concat-ensemble compare three-backbones --recipe flowers102 --limit 5000 --output overlap
     """

@@ -32,7 +32,8 @@ def run_compare_study(
     overwrite: bool = False,
     command: str = "",
 ) -> CompareStudy:
-    """Compare the members of one ensemble, or several ensembles as wholes, and write a file named after the dataset.
+    """Compare the members of one ensemble, or several ensembles as wholes, on the training and validation images, and
+    write a file named after the dataset.
 
     `models` are folders or Hub ids of ensembles, or any members that `assemble` accepts. The file, in the folder
     `output`, records `command`. Raises ValueError if it exists, and for fewer than two models or members.
@@ -43,5 +44,5 @@ def run_compare_study(
     loaded = {f"{k}: {Path(name).name}": load_ensemble(name, seed + k) for k, name in enumerate(models)}
     audited = dataset.load()
     overlap = compare_models(loaded, audited.data, seed=seed, **dataclasses.asdict(extraction or ExtractionOptions()))
-    overlap.save(path, command=command, dataset=dataset.describe(audited))
+    overlap.save(path, command=command, dataset=dataset.describe(audited) | {"test_images": None})
     return CompareStudy(overlap, path)

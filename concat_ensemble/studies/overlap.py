@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 
 from concat_ensemble.console import show_progress
+from concat_ensemble.data.cuts import cut_split
 from concat_ensemble.data.splits import SPLIT_NAMES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import standardized_projection
@@ -37,6 +38,8 @@ from concat_ensemble.studies.overlap_results import DEAD_SHARE, Overlap, Relatio
 L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 # So weak that the residual of a copy or of a linear map does no better than guessing (test_overlap.py).
 RESIDUAL_L2_STRENGTH = 1e-4
+# Of the images to compare on, and of those that are left to fit on.
+HELD_OUT_SIZE, VALIDATION_SIZE = 0.5, 0.2
 Side = tuple[torch.Tensor, torch.Tensor]  # the numbers of some features, and the squared norms (n,) of their rows
 
 
@@ -48,10 +51,11 @@ def compare_models(
     quiet: bool = False,
     **extraction,
 ) -> Overlap:
-    """Compare one ensemble's members, or several ensembles as wholes, without their projections.
+    """Compare one ensemble's members, or several ensembles as wholes, without their projections, on the training and
+    validation images: who chooses members by this has not yet looked at the test images (see `split_for_choice`).
 
-    `seed` is that of the untrained networks, and `extraction` are further arguments of `extract_features`. Raises
-    ValueError for a single ensemble of one member, and where `measure_overlap` does.
+    `seed` is that of the cut and the untrained networks, and `extraction` are further arguments of `extract_features`.
+    Raises ValueError for a single ensemble of one member, and where `split_for_choice` and `measure_overlap` do.
     """
     whole = assemble([model.export_active(model.config.built_members) for model in models.values()])
     subjects = _name_subjects(models, whole.config.members)
@@ -59,9 +63,21 @@ def compare_models(
         raise ValueError(f"{next(iter(subjects))} is the only member; name another model beside it.")
     # Members called `random:` have `seed` and the seeds after it.
     control = untrained_like(whole, seed + len(whole.config.members))
+    dataset = split_for_choice(dataset, seed)
     table = extract_features(whole, dataset, quiet=quiet, **extraction)
     untrained = extract_features(control, dataset, quiet=quiet, **extraction)
     return measure_overlap(table, untrained, subjects, quiet=quiet)
+
+
+def split_for_choice(dataset: DatasetDict, seed: int = 0) -> DatasetDict:
+    """The images of the splits `train` and `validation` of `load_data`, cut anew: half of them are the split `test` of
+    the result, since a comparison needs as many rows to measure on as to fit on. Raises ValueError where there are too
+    few to cut.
+    """
+    pooled = concatenate_datasets([dataset[name] for name in ("train", "validation") if name in dataset])
+    pooled, held_out = cut_split(pooled, "test_size", HELD_OUT_SIZE, seed=seed, copies=True)
+    train, validation = cut_split(pooled, "validation_size", VALIDATION_SIZE, seed=seed, copies=True)
+    return DatasetDict({"train": train, "validation": validation, "test": held_out})
 
 
 def measure_overlap(
@@ -79,7 +95,8 @@ def measure_overlap(
     validation rows. The residual is what a ridge with next to no penalty does not predict: a stronger penalty would
     leave in it some of what the sources contain, and so would standardizing it again. The test rows have a ridge of
     their own, which no label enters: through the chance errors of a shared one a probe would read what the sources
-    contain. Where rows are few for the features, the residual is too small.
+    contain. Where rows are few for the features, the residual is too small. To choose members, give a table whose test
+    rows are not those that the choice is then reported on.
 
     Args:
         table, untrained: Features of all splits, and those of `controls.untrained_like`, of the same feature_dims.

@@ -36,7 +36,7 @@ class Subject:
     num_features: Count
     dead_share: Share  # share of its features that are dead
     effective_rank: Number  # exp of the entropy of the covariance's eigenvalues (Roy and Vetterli 2007)
-    top1: Share  # of a linear probe, on the test split
+    top1: Share  # of a linear probe, on the held-out images
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Relation:
     r2: Number  # mean over living features; a feature predicted worse than by its mean counts 0
     untrained_r2: Number | None  # the same with untrained networks in place of `sources`; None without such a control
     feature_r2: list[Number | None]  # R2 of each feature; None for dead ones
-    residual_top1: Share  # of a linear probe of the residual, which `sources` do not predict, on the test split
+    residual_top1: Share  # of a linear probe of the residual, which `sources` do not predict, on the held-out images
     residual_interval: tuple[Share, Share]  # 95%, Wilson's
 
 
@@ -62,10 +62,10 @@ class Overlap(ResultsFile):
 
     subjects: Annotated[list[Subject], Meta(min_length=1, max_length=MAX_SUBJECTS)]
     relations: Annotated[list[Relation], Meta(max_length=MAX_SUBJECTS**2)]
-    majority_share: Share  # share of the most frequent class in the test split
+    majority_share: Share  # share of the most frequent class of the held-out images
     n_train: Count
     n_validation: Count
-    n_test: Count
+    n_test: Count  # held-out images; half of the training and validation images, where a command compared
     dataset: dict[str, Any] = field(default_factory=dict)  # see `DatasetSettings`
     command: Text = ""
 

@@ -15,6 +15,7 @@ from concat_ensemble.studies.controls import untrained_like
 from concat_ensemble.studies.measuring import choose_metric
 from concat_ensemble.studies.options import ProbeOptions, SelectOptions
 from concat_ensemble.studies.outputs import check_file
+from concat_ensemble.studies.overlap import split_for_choice
 from concat_ensemble.studies.probe_study import run_probe_studies, run_probe_study
 from concat_ensemble.studies.probing import probe_ensemble
 from concat_ensemble.studies.results import Results
@@ -153,6 +154,29 @@ def test_members_are_compared_and_the_file_is_not_replaced_by_mistake(folder, tm
     assert study.path == tmp_path / "overlap" / f"{DIGITS.file_stem}.json" and len(study.overlap.subjects) == 2
     with pytest.raises(ValueError, match="--overwrite"):
         run_compare_study([str(folder)], DIGITS, QUIET, output=tmp_path / "overlap")
+
+
+def test_a_comparison_looks_at_no_test_image(folder, images, tmp_path):
+    """Members are chosen by it; the test images are left for the probe of what was chosen. Others change nothing."""
+    labels = ["a", "b"] * 40
+    train, overlaps = images(labels), []
+    for seed in (1, 2):
+        name = str(tmp_path / f"tested-on-{seed}")
+        DatasetDict(train=train, test=images(labels, seed=seed)).save_to_disk(name)
+        options = DatasetOptions(name=name)
+        overlaps.append(run_compare_study([str(folder)], options, QUIET, output=tmp_path / "overlap").overlap)
+    assert overlaps[0] == overlaps[1]
+    assert (overlaps[0].n_train, overlaps[0].n_validation, overlaps[0].n_test) == (32, 8, 40)
+
+
+def test_no_group_is_on_two_sides_of_a_comparison(images, tmp_path):
+    train = images(["a", "b"] * 30).add_column("patient", [f"p{n // 4}" for n in range(60)])
+    test = images(["a", "b"] * 4, seed=1).add_column("patient", ["q"] * 8)
+    DatasetDict(train=train, test=test).save_to_disk(tmp_path / "patients")
+    splits = split_for_choice(load_data(str(tmp_path / "patients"), group_column="patient"))
+    groups = [set(splits[name]["group"]) for name in ("train", "validation", "test")]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 15
+    assert sum(map(len, splits.values())) == 60
 
 
 def test_a_path_below_a_file_is_refused(tmp_path):
