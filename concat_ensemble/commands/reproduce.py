@@ -6,21 +6,22 @@ from typing import Annotated
 import typer
 
 from concat_ensemble.commands.options import Repeats, Smoke, one_of, training_processes
-from concat_ensemble.experiments.names import FIGURES
+from concat_ensemble.experiments.names import FIGURES, MINUTES
 
 FIGURE_NAMES = (*FIGURES, "all")
+FIGURE_HELP = f"{', '.join(FIGURES)} or all, which takes about {MINUTES} minutes on 2 cores."
 
 
 def reproduce(
     *,
-    figure: Annotated[str, typer.Argument(help=f"{', '.join(FIGURES)} or all.", **one_of(FIGURE_NAMES))],
+    figure: Annotated[str, typer.Argument(help=FIGURE_HELP, **one_of(FIGURE_NAMES))],
     repeats: Repeats = 4,
     smoke: Smoke = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for figures and numbers; the page is written beside it.")
     ] = Path("runs/reproduction"),
 ) -> None:
-    """Run the paper's figures at desk scale, beside the paper's numbers. All of them take about 45 minutes on 2 cores.
+    """Run the paper's figures at desk scale, beside the paper's numbers.
 
     concat-ensemble reproduce all
     """

@@ -2,8 +2,8 @@
 
     concat-ensemble reproduce all
 
-All figures take about 45 minutes on two cores. What is finished is not run again. Every figure writes a PNG and a JSON
-file to --output, and a page made of all that are there is written beside that folder.
+What is finished is not run again. Every figure writes a PNG and a JSON file to --output, and a page made of all that
+are there is written beside that folder.
 """
 
 import math
@@ -420,7 +420,8 @@ def format_page(output: Path) -> str:
     verdicts = [conclusion.verdict for finding in findings.values() for conclusion in finding.conclusions]
     counts = {"held": verdicts.count(HELD), "undecided": verdicts.count(OPEN), "failed": verdicts.count(FAILED)}
     repeats = " or ".join(map(str, sorted({finding.options["repeats"] for finding in findings.values()})))
-    intro = load_texts()["page"].format(repeats=repeats, conclusions=len(verdicts), **counts)
+    minutes = sum(finding.minutes for finding in findings.values())
+    intro = load_texts()["page"].format(repeats=repeats, minutes=minutes, conclusions=len(verdicts), **counts)
     if any(finding.options["smoke"] for finding in findings.values()):
         intro = f"**Smoke: a few steps only, the numbers mean nothing.**\n\n{intro}"
     sections = [format_section(figure, finding, output.name) for figure, finding in findings.items()]
@@ -452,7 +453,8 @@ def reproduce(figure: str, *, output: Path = OUTPUT, repeats: int = 4, smoke: bo
 
 def main() -> None:
     parser = desk.create_parser(__doc__, repeats=4)
-    parser.add_argument("figure", choices=(*names.FIGURES, "all"))
+    time_needed = f"all of them take about {names.MINUTES} minutes on two cores"
+    parser.add_argument("figure", choices=(*names.FIGURES, "all"), help=time_needed)
     parser.set_defaults(output=OUTPUT)
     reproduce(**vars(parser.parse_args()))
 

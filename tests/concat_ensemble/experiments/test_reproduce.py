@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from concat_ensemble.experiments.desk import Setup
-from concat_ensemble.experiments.names import FIGURES
+from concat_ensemble.experiments.names import FIGURES, MINUTES
 from concat_ensemble.experiments.ntk_gap import format_table, measure_gap
 from concat_ensemble.experiments.reproduce import FAILED, HELD, OPEN, RUNS, format_page, judge_above_zero, reproduce
 
@@ -35,6 +35,12 @@ def test_the_page_in_docs_is_made_of_the_files_beside_it():
         content = json.loads((MEASURED / f"{figure}.json").read_text())
         assert content["asked"] == {"repeats": 4, "smoke": False} and content["conclusions"]
         assert Image.open(MEASURED / f"{figure}.png").size[0] >= 800
+
+
+def test_the_time_that_is_stated_covers_what_was_measured():
+    measured = sum(json.loads(path.read_text())["minutes"] for path in MEASURED.glob("*.json"))
+    assert 0.5 * MINUTES < measured <= MINUTES
+    assert f"about {MINUTES} minutes on 2 cores" in (ROOT / "README.md").read_text()
 
 
 def test_a_figure_is_reproduced_once(script, tmp_path):
