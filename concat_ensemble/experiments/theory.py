@@ -178,21 +178,26 @@ def sample_cancellations(*, seed: int = 0) -> Cancellations:
             exact.append(abs(mixture(parts, zero).covariance(np.asarray)[0]))
     covariances = np.array(sampled)  # (sets, proportions)
     within = np.stack([(covariances < bound).mean(1) for bound in BOUNDS], axis=1)  # (sets, bounds)
-    weights = rng.multinomial(len(within), [1 / len(within)] * len(within), NUM_RESAMPLES) / len(within)
-    resampled = weights @ within
+    resampled = resample_sets(within, rng)
     return Cancellations(
         num_mixtures=covariances.size,
         cancelled=int((covariances <= TOLERANCE).sum()),
         within={f"{bound:g}": float(share) for bound, share in zip(BOUNDS, within.mean(0), strict=True)},
         intervals={f"{bound:g}": central_interval(each) for bound, each in zip(BOUNDS, resampled.T, strict=True)},
-        slope=float(_log_slope(within.mean(0)[None])[0]),
-        slope_interval=central_interval(_log_slope(resampled)),
+        slope=float(log_slope(within.mean(0)[None])[0]),
+        slope_interval=central_interval(log_slope(resampled)),
         exact=len(exact),
         largest_covariance=float(max(exact)),
     )
 
 
-def _log_slope(shares: np.ndarray) -> np.ndarray:
+def resample_sets(within: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(R, bounds): mean shares of bootstrap resamples of the sets, from the share (sets, bounds) of each one."""
+    number = len(within)
+    return rng.multinomial(number, [1 / number] * number, NUM_RESAMPLES) @ within / number
+
+
+def log_slope(shares: np.ndarray) -> np.ndarray:
     """(R,): least-squares slope of log share over log bound, for shares (R, bounds) of the bounds up to 0.01."""
     small = np.array(BOUNDS) <= 0.01
     return np.polyfit(np.log(np.array(BOUNDS)[small]), np.log(shares[:, small]).T, 1)[0]

@@ -8,6 +8,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit, logit
 
+from concat_ensemble.probes.intervals import wilson_interval
+
 ROUNDING = 1e-12  # of means and errors of shares; the differences of equal shares leave that much
 
 
@@ -18,6 +20,7 @@ class Estimate:
     mean: float
     error: float
     freedom: float
+    num_images: int | None = None  # different test images, where the mean is a share of images; else None
 
     def __post_init__(self):
         if self.error < ROUNDING:
@@ -32,7 +35,10 @@ class Estimate:
     @property
     def share_interval(self) -> tuple[float, float]:
         """95% for the mean of shares: `interval`, or on the logit scale where that would leave [0, 1]. With the mean m
-        and its error e, the ends are there those of logit(m) +- t e / (m (1 - m)). Of width 0 without any spread."""
+        and its error e, the ends are there those of logit(m) +- t e / (m (1 - m)). Without any spread, as where all
+        images are correct in all repeats, Wilson's over the images; of width 0 where their number is not known."""
+        if not self.error and self.num_images:
+            return wilson_interval(self.mean, self.num_images)
         low, high = self.interval if self.error else (self.mean, self.mean)
         if (low >= 0 and high <= 1) or not ROUNDING < self.mean < 1 - ROUNDING:
             return max(low, 0.0), min(high, 1.0)
@@ -52,10 +58,10 @@ class Estimate:
         return float(max(stats.t.sf(sides, self.freedom)))
 
 
-def estimate_over_repeats(values: ArrayLike) -> Estimate:
-    """The mean of (R,) values of independent repeats, each with test images of its own."""
+def estimate_over_repeats(values: ArrayLike, num_images: int | None = None) -> Estimate:
+    """The mean of (R,) values of independent repeats, each with test images of its own: `num_images` in all."""
     values = np.asarray(values, float)
-    return Estimate(float(values.mean()), float(stats.sem(values)), len(values) - 1)
+    return Estimate(float(values.mean()), float(stats.sem(values)), len(values) - 1, num_images)
 
 
 def estimate_over_repeats_and_images(values: ArrayLike) -> Estimate:
@@ -76,7 +82,7 @@ def estimate_over_repeats_and_images(values: ArrayLike) -> Estimate:
     of_repeats, of_images, of_rest = mean_squares(values)
     total = of_repeats + max(of_images - of_rest, 0.0)
     freedom = (len(values) - 1) * (total / of_repeats) ** 2 if of_repeats else np.inf
-    return Estimate(float(values.mean()), float(np.sqrt(total / values.size)), float(freedom))
+    return Estimate(float(values.mean()), float(np.sqrt(total / values.size)), float(freedom), values.shape[1])
 
 
 def mean_squares(values: np.ndarray) -> tuple[float, float, float]:

@@ -195,7 +195,9 @@ class Row:
         images in groups.
         """
         if len(self.runs) > 1:
-            return _estimate(self.values, self.correct_images).share_interval
+            is_share = self.metric == "top1" and not any(run.resampled for run in self.runs)
+            num_images = sum(run.n_test for run in self.runs) if is_share else None
+            return _estimate(self.values, self.correct_images, num_images).share_interval
         (run,) = self.runs
         if self.metric == "top1" and not run.resampled:
             return wilson_interval(self.mean, run.n_test)
@@ -218,9 +220,11 @@ class Row:
         return float(np.sqrt(np.mean(variances))) if variances else None
 
 
-def _estimate(values: np.ndarray, by_image: np.ndarray | None) -> Estimate:
+def _estimate(values: np.ndarray, by_image: np.ndarray | None, num_images: int | None = None) -> Estimate:
     """The mean over repeats of values (R,), which are the means of (R, N) values by image where repeats share them."""
-    return estimate_over_repeats(values) if by_image is None else estimate_over_repeats_and_images(by_image)
+    return (
+        estimate_over_repeats(values, num_images) if by_image is None else estimate_over_repeats_and_images(by_image)
+    )
 
 
 class ResultsFile(ABC):

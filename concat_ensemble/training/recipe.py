@@ -324,5 +324,5 @@ class Recipe(NetworkSettings):
                 raise ValueError(f"seeds={self.seeds} needs a single ensemble with as many members, not {planned}.")
 
     def shrink(self) -> Self:
-        steps = max(SMOKE_STEPS, *self.members, self.snapshots)
+        steps = max(min(self.total_steps, SMOKE_STEPS), *self.members, self.snapshots)
         return replace(super().shrink(), total_steps=steps, wide_steps=min(self.wide_steps, 4), num_workers=0)

@@ -13,6 +13,7 @@ from sklearn.linear_model import Ridge
 
 from concat_ensemble.experiments.theory import (
     BATCH,
+    BOUNDS,
     INITIAL,
     LEARNING_RATE,
     RIDGE,
@@ -22,12 +23,14 @@ from concat_ensemble.experiments.theory import (
     covariance_forms,
     figure_2_components,
     hidden_features,
+    log_slope,
     mixture,
     probe_accuracy,
+    resample_sets,
     sample_cancellations,
     train_networks,
 )
-from concat_ensemble.probes.intervals import wilson_interval
+from concat_ensemble.probes.intervals import central_interval, wilson_interval
 
 
 def shares(count):
@@ -165,6 +168,27 @@ def test_the_share_of_mixtures_near_zero_falls_in_proportion_to_the_bound():
         # Over a million independent mixtures it would be narrower: those of the same set are alike.
         independent = np.diff(wilson_interval(share, 1_000_000))[0]
         assert high - low > (2 if float(bound) > 1e-3 else 1) * independent
+
+
+@pytest.mark.slow
+def test_intervals_over_sets_cover_the_share_and_the_slope():
+    """Of as many sets as are sampled, each with a share in proportion to the bound and a constant of its own, so that
+    the slope is 1. Intervals as of a million independent mixtures do not cover the share."""
+    runs, rng, bounds = 400, np.random.default_rng(0), np.array(BOUNDS)
+
+    def draw_shares(count):
+        return np.minimum(np.outer(rng.gamma(2, 1.5, count), bounds), 1)
+
+    truth, covered, independent = draw_shares(1_000_000).mean(0), np.zeros(len(bounds) + 1), np.zeros(len(bounds))
+    for _ in range(runs):
+        shares = rng.binomial(1_000, draw_shares(1_000)) / 1_000
+        resampled = resample_sets(shares, rng)
+        ends = [central_interval(values) for values in (*resampled.T, log_slope(resampled))]
+        covered += [low <= true <= high for (low, high), true in zip(ends, (*truth, 1.0), strict=True)]
+        ends = [wilson_interval(share, 1_000_000) for share in shares.mean(0)]
+        independent += [low <= true <= high for (low, high), true in zip(ends, truth, strict=True)]
+    assert covered.min() >= 0.92 * runs and covered.max() <= 0.98 * runs
+    assert independent[0] < 0.5 * runs
 
 
 # --- Figure 2 --------------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.probes.repeats import (
     adjust_p_values,
     estimate_over_repeats,
     estimate_over_repeats_and_images,
+    mean_squares,
 )
 
 TRUTH, RUNS = 0.05, 400
@@ -48,6 +50,79 @@ def coverage(estimate, repeats, images, **spread):
 @pytest.mark.parametrize(("repeats", "images"), [(8, 450), (4, 200)])
 def test_the_interval_over_repeats_and_images_covers_the_truth(repeats, images, spread):
     assert 0.92 <= coverage(estimate_over_repeats_and_images, repeats, images, **spread) <= 0.98
+
+
+@pytest.mark.parametrize("repeats", [3, 8])
+def test_students_interval_covers_the_mean_of_independent_repeats(repeats):
+    rng, covered = np.random.default_rng(repeats), 0
+    for _ in range(200):
+        low, high = estimate_over_repeats(rng.normal(TRUTH, 0.03, repeats)).interval
+        covered += low <= TRUTH <= high
+    assert 0.92 <= covered / 200 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "repeats"), [(0.9, 270, 4), (0.97, 88, 4), (0.97, 270, 3), (0.99, 270, 4), (0.995, 270, 4)]
+)
+def test_the_interval_of_a_share_near_1_covers_it(share, images, repeats):
+    """Of repeats with networks and test images of their own; some have all images right in all of them."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(RUNS):
+        of_networks = rng.beta(300 * share, 300 * (1 - share), repeats)
+        shares = rng.binomial(images, of_networks) / images
+        low, high = estimate_over_repeats(shares, images * repeats).share_interval
+        covered += low <= share <= high
+    assert 0.92 <= covered / RUNS <= 0.98
+
+
+@pytest.mark.parametrize("share", [0.99, 0.995, 0.998])
+def test_all_images_right_in_all_repeats_is_no_certainty(share):
+    """In up to half of such studies nothing spreads, and an interval of width 0 would be wrong in all of these. The
+    other ones are wide, so that more than 95% cover."""
+    rng, covered, covered_if_of_width_0, without_spread = np.random.default_rng(0), 0, 0, 0
+    for _ in range(200):
+        shares = rng.binomial(88, share, 3) / 88
+        estimate = estimate_over_repeats(shares, 264)
+        low, high = estimate.share_interval
+        covered += low <= share <= high
+        narrow_low, narrow_high = estimate_over_repeats(shares).share_interval
+        covered_if_of_width_0 += narrow_low <= share <= narrow_high
+        without_spread += not estimate.error
+    assert covered / 200 >= 0.92 and covered_if_of_width_0 <= covered - 0.8 * without_spread
+    assert without_spread > 5
+
+
+def test_images_that_are_all_right_in_all_repeats_have_wilsons_interval_over_them():
+    """Crossed repeats have 450 different images, repeats of their own four times as many."""
+    estimate = estimate_over_repeats_and_images(np.ones((4, 450)))
+    assert estimate.share_interval == wilson_interval(1.0, 450)
+    assert estimate_over_repeats(np.ones(4), 1_800).share_interval == wilson_interval(1.0, 1_800)
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.02])
+def test_two_one_sided_tests_at_the_margin_are_wrong_in_5_of_100(difference):
+    """A difference as large as the margin is called parity in 5%; none at all in more where there is the power."""
+    rng, margin, called = np.random.default_rng(0), 0.02, 0
+    for _ in range(1_000):
+        called += estimate_over_repeats(rng.normal(difference, 0.01, 8)).equivalence_p_value(margin) < 0.05
+    assert called / 1_000 == pytest.approx(0.05, abs=0.02) if difference == margin else called > 900
+
+
+def test_holms_adjustment_keeps_the_chance_of_any_false_claim_at_5_of_100():
+    rng, false_claims = np.random.default_rng(0), 0
+    for _ in range(RUNS):
+        p_values = [estimate_over_repeats(rng.normal(mean, 1, 8)).p_value() for mean in (0, 0, 0, 0, 3)]
+        false_claims += min(adjust_p_values(p_values)[:4]) < 0.05
+    assert 0.02 < false_claims / RUNS < 0.08
+
+
+def test_mean_squares_are_those_of_scipys_analyses_of_variance():
+    """Of one factor at a time, where the other is part of the rest."""
+    values = np.random.default_rng(0).normal(size=(5, 40)) + np.linspace(0, 1, 40) + np.arange(5)[:, None] / 4
+    of_repeats, of_images, of_rest = mean_squares(values)
+    rest = 4 * 39 * of_rest
+    assert stats.f_oneway(*values).statistic == pytest.approx(of_repeats / ((39 * of_images + rest) / 195))
+    assert stats.f_oneway(*values.T).statistic == pytest.approx(of_images / ((4 * of_repeats + rest) / 160))
 
 
 def test_students_interval_is_too_narrow_where_images_are_shared():

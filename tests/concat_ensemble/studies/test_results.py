@@ -24,7 +24,11 @@ def test_students_interval_that_would_leave_0_to_1_is_taken_on_the_logit_scale(s
     """0.7, 0.8, 0.9 would reach 1.048. Of logit 0.8 = 1.386294, half 0.248414 / (0.8 * 0.2) = 1.552588: from
     1 / (1 + e^0.166293) to 1 / (1 + e^-2.938882)."""
     assert study(pair=[0.7, 0.8, 0.9])["pair"].interval == pytest.approx((0.458522, 0.949735), abs=1e-5)
-    assert study(pair=[1.0, 1.0, 1.0])["pair"].interval == (1.0, 1.0)
+
+
+def test_all_images_right_in_all_repeats_have_wilsons_interval_over_them(study):
+    """300 images: z^2 = 3.841459, from 1 / (1 + z^2 / 300)."""
+    assert study(pair=[1.0, 1.0, 1.0])["pair"].interval == (pytest.approx(0.987357, abs=1e-6), 1.0)
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
