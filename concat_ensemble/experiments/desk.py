@@ -189,6 +189,13 @@ def mean_and_interval(shares: np.ndarray) -> tuple[float, float, float]:
     return 100 * float(shares.mean()), 100 * low, 100 * high
 
 
+def error_bars(shares: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For matplotlib's `errorbar`: (systems,) means of shares and (2, systems) lengths of the bars below and above, in
+    %. They differ where a share is near 0 or 1."""
+    mean, low, high = np.transpose([mean_and_interval(each) for each in shares])
+    return mean, np.maximum([mean - low, high - mean], 0)  # at 0 and 1 rounding can make a length negative
+
+
 def format_mean(shares: np.ndarray) -> str:
     """Mean of shares of one, as `estimate` takes them, with its 95% interval, in %."""
     mean, low, high = mean_and_interval(shares)

@@ -184,10 +184,10 @@ def plot_table(repeats: list[Top1], path: Path) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots()
     for place, (system, color) in enumerate(COLORS.items()):
-        mean, low, _ = np.transpose([desk.mean_and_interval(top1) for top1 in select_top1(repeats, system).values()])
+        mean, bars = desk.error_bars(select_top1(repeats, system).values())
         style = {"marker": "s" if system == DIRECT else "o", "markersize": 5, "linestyle": "none", "capsize": 2}
         x = np.arange(len(names)) + (place - 3.5) * 0.09
-        axes.errorbar(x, mean, mean - low, color=color, label=system, **style)
+        axes.errorbar(x, mean, bars, color=color, label=system, **style)
     axes.set_xticks(range(len(names)), [name.replace(", ", "\n") if len(name) > 6 else name for name in names])
     for k in range(len(names) - 1):
         axes.axvline(k + 0.5, color="#dddddd", linewidth=1)

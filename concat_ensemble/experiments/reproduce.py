@@ -224,9 +224,9 @@ def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path, subject: 
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, top1) in zip(columns, panels.items(), strict=True):
         for place, system in enumerate(systems):
-            mean, low, high = desk.mean_and_interval(top1[system])
+            mean, bars = desk.error_bars([top1[system]])
             color = ORANGE if system.startswith(("untrained", "raw pixels")) else BLUE if system == subject else GREY
-            axes.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
+            axes.errorbar(mean, [place], xerr=bars, fmt="o", color=color, capsize=3)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("linear probe, top-1 (%)")
         axes.set_yticks(range(len(systems)), systems)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
@@ -42,3 +43,15 @@ def test_ctrl_c_exits_with_130(capsys):
     with pytest.raises(SystemExit) as stop:
         desk.run_script(main)
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.99, 0.88], [0.01, 0.12], [1.0, 1.0, 0.9999999999999999], [1.0, 1.0], [0.5, 0.6, 0.55]]
+)
+def test_error_bars_stay_within_0_and_100_and_none_is_negative(shares):
+    """Two repeats of 88 and 99% have an interval that is far longer below than above."""
+    values = np.array(shares)
+    (mean,), ((below,), (above,)) = desk.error_bars([values])
+    assert mean == pytest.approx(100 * values.mean()) and below >= 0 and above >= 0
+    assert mean - below >= -1e-9 and mean + above <= 100 + 1e-9
+    assert (mean - below, mean + above) == pytest.approx(desk.mean_and_interval(values)[1:])

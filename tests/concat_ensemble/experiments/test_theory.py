@@ -174,7 +174,7 @@ def test_the_share_of_mixtures_near_zero_falls_in_proportion_to_the_bound():
 def test_intervals_over_sets_cover_the_share_and_the_slope():
     """Of as many sets as are sampled, each with a share in proportion to the bound and a constant of its own, so that
     the slope is 1. Intervals as of a million independent mixtures do not cover the share."""
-    runs, rng, bounds = 400, np.random.default_rng(0), np.array(BOUNDS)
+    runs, rng, bounds = 800, np.random.default_rng(0), np.array(BOUNDS)
 
     def draw_shares(count):
         return np.minimum(np.outer(rng.gamma(2, 1.5, count), bounds), 1)
