@@ -383,14 +383,19 @@ def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
     started = time.perf_counter()
     table, conclusions = RUNS[figure](workplace, path.with_suffix(".png"))
     minutes = math.ceil((time.perf_counter() - started) / 60)
-    texts = load_texts()[figure]
-    values: dict = {"steps": mixture.STEPS, "num_features": f"{ntk_gap.NUM_FEATURES:,}", "budget": f"{BUDGETS[-1]:,}"}
-    values["shift_steps"] = {name: experiment.steps for name, experiment in shifts.EXPERIMENTS.items()}
-    setting = texts["setting"].format(initializations=workplace.initializations, **values)
-    limits = texts.get("not_shown", "")
-    finding = Finding(texts["title"], setting, texts["paper"], table, conclusions, options, minutes, limits)
+    texts = describe_figure(figure, workplace)
+    title, setting, paper, limits = (texts.get(key, "") for key in ("title", "setting", "paper", "not_shown"))
+    finding = Finding(title, setting, paper, table, conclusions, options, minutes, limits)
     write_json(path, msgspec.to_builtins(finding))
     return finding
+
+
+def describe_figure(figure: str, workplace: Workplace) -> dict[str, str]:
+    """The texts of a figure with the numbers that it was reproduced with."""
+    values: dict = {"steps": mixture.STEPS, "num_features": f"{ntk_gap.NUM_FEATURES:,}", "budget": f"{BUDGETS[-1]:,}"}
+    values["shift_steps"] = {name: experiment.steps for name, experiment in shifts.EXPERIMENTS.items()}
+    values["initializations"] = workplace.initializations
+    return {key: text.format(**values) for key, text in load_texts()[figure].items()}
 
 
 def load_texts() -> dict:

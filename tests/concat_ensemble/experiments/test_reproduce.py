@@ -12,7 +12,17 @@ from PIL import Image
 from concat_ensemble.experiments.desk import Setup
 from concat_ensemble.experiments.names import FIGURES, MINUTES
 from concat_ensemble.experiments.ntk_gap import format_table, measure_gap
-from concat_ensemble.experiments.reproduce import FAILED, HELD, OPEN, RUNS, format_page, judge_above_zero, reproduce
+from concat_ensemble.experiments.reproduce import (
+    FAILED,
+    HELD,
+    OPEN,
+    RUNS,
+    Workplace,
+    describe_figure,
+    format_page,
+    judge_above_zero,
+    reproduce,
+)
 
 ROOT = Path(__file__).parents[3]
 MEASURED = ROOT / "docs" / "reproduction"
@@ -35,6 +45,15 @@ def test_the_page_in_docs_is_made_of_the_files_beside_it():
         content = json.loads((MEASURED / f"{figure}.json").read_text())
         assert content["asked"] == {"repeats": 4, "smoke": False} and content["conclusions"]
         assert Image.open(MEASURED / f"{figure}.png").size[0] >= 800
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_texts_of_a_figure_have_their_numbers(figure, tmp_path):
+    texts = describe_figure(figure, Workplace(tmp_path, 4, smoke=False))
+    assert {"title", "setting", "paper"} <= set(texts)
+    assert not [text for text in texts.values() if "{" in text or "}" in text]
+    if figure == "domains":
+        assert "600 steps for every system" in texts["setting"] and "With 600 steps shared" in texts["not_shown"]
 
 
 def test_the_time_that_is_stated_covers_what_was_measured():
