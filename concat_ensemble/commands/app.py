@@ -1,6 +1,8 @@
 """`concat-ensemble`: build an ensemble, probe it, write its card."""
 
+import os
 import sys
+import time
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -42,6 +44,8 @@ COMMANDS = [
     mixture,
     reproduce,
 ]
+SHARED = ("probe", "select", "compare")  # whose extraction the processes of `accelerate launch` share
+OTHERS_WAIT = 3  # seconds in which the launcher ends the other processes after an error of the main one
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,11 +69,21 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    number, name = int(os.environ.get("WORLD_SIZE", 1)), context.invoked_subcommand
+    if number > 1 and name not in SHARED:
+        raise ValueError(f"{name} takes one process and was started in {number}; leave accelerate launch out.")
+
+
+def _let_main_process_speak() -> None:
+    """Wait in the other processes of a launch: a mistake that all of them meet is then said once, since the launcher
+    ends them when the main process has."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT)
 
 
 def main() -> None:
@@ -79,10 +93,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
+        _let_main_process_speak()
         error.message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
         rich_format_error(error)
         code = 2
     except (ValueError, OSError) as error:
+        _let_main_process_speak()
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
         code = 2
     if code == 130:
