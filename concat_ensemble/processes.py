@@ -1,25 +1,42 @@
 """The processes that `accelerate launch` or torchrun starts for one command: sharing out rows, and ending together."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 # By which each process knows the others.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
+def count_launched() -> int:
+    """The number of processes that were started together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse_several(name: str) -> None:
+    """Raise ValueError in a launch of several processes, which would all do the same and write the same files."""
+    if (number := count_launched()) > 1:
+        raise ValueError(f"{name} takes one process and was started in {number}; leave accelerate launch out.")
+
+
 def process_state() -> PartialState:
     """What accelerate knows of this process and the others. On a machine without a GPU, accelerate itself takes each
     process for the only one unless it is told that they compute on the CPU."""
-    is_launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=is_launched and not torch.accelerator.is_available())
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=count_launched() > 1 and not torch.accelerator.is_available())
 
 
 def share_rows(count: int, read: Callable[[range], list]) -> list:
     """What `read` returns for the rows 0 to `count`, where each process reads one N-th of them. All must call this."""
+    from accelerate.utils import gather_object
+
     state = process_state()
     start, stop = (count * number // state.num_processes for number in (state.process_index, state.process_index + 1))
     return gather_object(read(range(start, stop)))
@@ -38,6 +55,6 @@ def continue_alone() -> None:
     state.destroy_process_group()
     if not is_main_process:
         raise SystemExit(0)
-    PartialState._reset_state()
+    state._reset_state()
     for name in VARIABLES:
         os.environ.pop(name, None)

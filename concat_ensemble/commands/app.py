@@ -1,8 +1,6 @@
 """`concat-ensemble`: build an ensemble, probe it, write its card."""
 
-import os
 import sys
-import time
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -24,7 +22,8 @@ from concat_ensemble.commands.reproduce import reproduce
 from concat_ensemble.commands.select import select
 from concat_ensemble.commands.theory import theory
 from concat_ensemble.commands.verify import verify
-from concat_ensemble.console import be_quiet, errors, printable
+from concat_ensemble.console import be_quiet, errors, let_main_process_speak, printable
+from concat_ensemble.processes import refuse_several
 
 UsageError: Any = typer.BadParameter.__base__  # click's; recent versions of typer have a copy of click
 # In the order of --help.
@@ -45,7 +44,6 @@ COMMANDS = [
     reproduce,
 ]
 SHARED = ("probe", "select", "compare")  # whose extraction the processes of `accelerate launch` share
-OTHERS_WAIT = 3  # seconds in which the launcher ends the other processes after an error of the main one
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,16 +72,8 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    number, name = int(os.environ.get("WORLD_SIZE", 1)), context.invoked_subcommand
-    if number > 1 and name not in SHARED:
-        raise ValueError(f"{name} takes one process and was started in {number}; leave accelerate launch out.")
-
-
-def _let_main_process_speak() -> None:
-    """Wait in the other processes of a launch: a mistake that all of them meet is then said once, since the launcher
-    ends them when the main process has."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHERS_WAIT)
+    if context.invoked_subcommand not in SHARED:
+        refuse_several(str(context.invoked_subcommand))
 
 
 def main() -> None:
@@ -93,12 +83,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
-        _let_main_process_speak()
+        let_main_process_speak()
         error.message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
         rich_format_error(error)
         code = 2
     except (ValueError, OSError) as error:
-        _let_main_process_speak()
+        let_main_process_speak()
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
         code = 2
     if code == 130:

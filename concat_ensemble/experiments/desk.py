@@ -24,6 +24,7 @@ from concat_ensemble.data.loading import load_data
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.processes import refuse_several
 from concat_ensemble.schema import Share, read_json
 from concat_ensemble.studies.results import t_interval
 
@@ -241,6 +242,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a command line. It exits with 2 after a mistake or a training that fails, and with 130 after Ctrl-C."""
     be_quiet()
     try:
+        refuse_several(Path(sys.argv[0]).stem)
         main()
     except KeyboardInterrupt:
         errors.print()
