@@ -67,7 +67,7 @@ def print_error(error: Exception) -> None:
         errors.print(line, soft_wrap=True)
 
 
-OTHERS_WAIT = 3.0  # seconds
+OTHERS_WAIT = 15.0  # seconds, in which a busy machine too comes to the end of the main process
 LINE_SECONDS = 30.0  # between two lines of one stage where there is no terminal
 
 
