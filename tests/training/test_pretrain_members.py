@@ -262,7 +262,7 @@ def test_twenty_kills_of_a_stream_end_in_the_same_weights(workers, tmp_path, mon
     columns = Features(image=Image(), label=ClassLabel(names=list("0123456789")))
     split = load_data("digits")["train"].cast(columns)
     for number in range(2):
-        split.select(range(440 * number, 440 * number + 440)).to_parquet(tmp_path / f"train-{number}.parquet")
+        split.select(range(350 * number, 350 * number + 350)).to_parquet(tmp_path / f"train-{number}.parquet")
     stream = ["--dataset", f"parquet:{tmp_path}", "--streaming", "true", "--classes", "null", "--test-size", "null"]
     stream += ["--augmentation", "timm", "--num-workers", str(workers), "--gradient-accumulation", "2"]
     stream += ["--total-steps", "160", "--snapshots", "0"]
