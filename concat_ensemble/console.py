@@ -53,12 +53,21 @@ out = PlainConsole()
 errors = PlainConsole(stderr=True)
 
 
+def let_main_process_speak() -> None:
+    """Wait in the other processes of a launch before an error is printed: one that all of them meet is then printed
+    once, since the launcher ends them when the main process has ended."""
+    if _is_other_process():
+        time.sleep(OTHERS_WAIT)
+
+
 def print_error(error: Exception) -> None:
     """Print an error on stderr: one line, or the several lines that a process of ours has ended with."""
+    let_main_process_speak()
     for line in f"error: {error}".splitlines():
         errors.print(line, soft_wrap=True)
 
 
+OTHERS_WAIT = 15.0  # seconds, in which a busy machine too comes to the end of the main process
 LINE_SECONDS = 30.0  # between two lines of one stage where there is no terminal
 
 
@@ -80,7 +89,7 @@ def show_progress(
         unit: What a step is, in the plural.
         quiet: Show nothing.
     """
-    if quiet or os.environ.get("RANK", "0") != "0":  # as accelerate and torchrun number the processes
+    if quiet or _is_other_process():
         yield lambda steps=1: None
     elif sys.stderr.isatty():
         columns = (
@@ -96,6 +105,11 @@ def show_progress(
         lines = _StageLines(stage, total, unit)
         yield lines.advance
         lines.write()
+
+
+def _is_other_process() -> bool:
+    """Whether this is one of several processes, and not the first, as accelerate and torchrun number them."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def describe_progress(stage: str, done: int, total: int | None, *, unit: str, seconds: float) -> str:

@@ -581,9 +581,8 @@ def _deadline(remaining_seconds: Callable[[], float]):
     try:
         yield
     finally:
-        with lock:
+        with lock:  # what has been sent is raised by the next call, so that nothing is to be taken back
             is_over.set()
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # what has not been raised yet
 
 
 def _create_members(config: ConcatEnsembleConfig) -> nn.ModuleDict:

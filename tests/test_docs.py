@@ -8,10 +8,9 @@ trains for long is run in a few steps, or stands in `ELSEWHERE` with the test th
 import io
 import itertools
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -203,4 +202,6 @@ def test_what_training_says_to_type_is_there(line):
 
 
 def test_pages_written_from_docstrings_are_current():
-    subprocess.run([sys.executable, "docs/make_api.py", "--check"], cwd=ROOT, check=True)
+    written = runpy.run_path(str(ROOT / "docs/make_api.py"))
+    assert (ROOT / "docs/api.md").read_text() == written["api_page"]()
+    assert (ROOT / "CONTRIBUTING.md").read_text() == written["contributing_page"]()

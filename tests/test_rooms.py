@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom to the top; rooms on one line do not know each other.
 LAYERS = [
-    {"console", "errors", "files", "schema"},
+    {"console", "errors", "files", "processes", "schema"},
     {"recipe_files"},
     {"modeling"},
     {"members", "data"},

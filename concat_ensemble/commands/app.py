@@ -23,7 +23,8 @@ from concat_ensemble.commands.reproduce import reproduce
 from concat_ensemble.commands.select import select
 from concat_ensemble.commands.theory import theory
 from concat_ensemble.commands.verify import verify
-from concat_ensemble.console import be_quiet, errors, printable
+from concat_ensemble.console import be_quiet, errors, let_main_process_speak, printable
+from concat_ensemble.processes import refuse_several
 
 UsageError: Any = typer.BadParameter.__base__  # click's; recent versions of typer have a copy of click
 # In the order of --help.
@@ -44,6 +45,7 @@ COMMANDS = [
     mixture,
     reproduce,
 ]
+SHARED = ("probe", "select", "compare")  # whose extraction the processes of `accelerate launch` share
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,11 +69,13 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in SHARED:
+        refuse_several(str(context.invoked_subcommand))
 
 
 def main() -> None:
@@ -81,10 +85,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
+        let_main_process_speak()
         error.message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
         rich_format_error(error)
         code = 2
     except (ValueError, OSError) as error:
+        let_main_process_speak()
         errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
         code = 2
     if code == 130:

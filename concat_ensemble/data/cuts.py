@@ -22,6 +22,7 @@ class Sampling:
     shots: int | None
     seed: int
     for_training: bool = False
+    hash_images: bool = False
 
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
@@ -47,7 +48,12 @@ def complete_splits(splits: dict[str, Dataset], sampling: Sampling, *, has_test:
     if not has_test and sampling.test_size is not None:
         cut.append("test")
         splits["train"], splits["test"] = cut_split(
-            splits["train"], "test_size", sampling.test_size, seed=sampling.seed, copies=compare_all
+            splits["train"],
+            "test_size",
+            sampling.test_size,
+            seed=sampling.seed,
+            copies=compare_all,
+            shared=sampling.hash_images,
         )
     if sampling.shots is not None:
         parts = [splits.pop(kind) for kind in ("train", "validation") if kind in splits]
@@ -61,23 +67,26 @@ def complete_splits(splits: dict[str, Dataset], sampling: Sampling, *, has_test:
             sampling.validation_size,
             seed=sampling.seed,
             copies=compare_all and not sampling.for_training,
+            shared=sampling.hash_images,
         )
     splits = {kind: splits[kind] for kind in ("train", "validation", "test") if kind in splits}
     if sampling.limit is not None:
         splits = {kind: limit_split(split, sampling.limit, sampling.seed) for kind, split in splits.items()}
-    return splits if compare_all else _drop_copies(splits, cut)
+    return splits if compare_all else _drop_copies(splits, cut, shared=sampling.hash_images)
 
 
-def cut_split(split: Dataset, name: str, size: float, *, seed: int, copies: bool) -> tuple[Dataset, Dataset]:
+def cut_split(
+    split: Dataset, name: str, size: float, *, seed: int, copies: bool, shared: bool = False
+) -> tuple[Dataset, Dataset]:
     """Cut off a random fraction `size`, stratified by class if each class can be on both sides; `name` is for errors.
 
-    Rows with the same `group` and, with `copies`, the same image stay together. Without any of these the cut is
-    scikit-learn's `train_test_split`; else see `assign_units`.
+    Rows with the same `group` and, with `copies`, the same image stay together; `shared` is that of `with_hashes`.
+    Without any of these the cut is scikit-learn's `train_test_split`; else see `assign_units`.
     """
     if not 0 < size < 1:
         raise ValueError(f"{name}={size} must be a fraction between 0 and 1.")
     if copies:
-        split = with_hashes(split)
+        split = with_hashes(split, shared=shared)
     units, labels = number_units(split, copies=copies), read_labels(split)
     if units is not None:
         side = assign_units(units, labels, size, seed)
@@ -178,11 +187,11 @@ def _draw_shots(split: Dataset, shots: int, seed: int) -> Dataset:
     return split.select(np.sort(order[by_class[place < shots]]))
 
 
-def _drop_copies(splits: dict[str, Dataset], cut: list[str]) -> dict[str, Dataset]:
+def _drop_copies(splits: dict[str, Dataset], cut: list[str], *, shared: bool) -> dict[str, Dataset]:
     """Leave images out of the splits that were cut off if a split before them has a copy."""
     if not cut:
         return splits
-    splits = {kind: with_hashes(split) for kind, split in splits.items()}
+    splits = {kind: with_hashes(split, shared=shared) for kind, split in splits.items()}
     images = number_images(splits)
     for kind in cut:
         earlier = [each for each in ("train", "validation", "test") if each in splits]

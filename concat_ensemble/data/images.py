@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from concat_ensemble.data.arrays import decode_array, is_array
 from concat_ensemble.data.columns import add_column, read_column
 from concat_ensemble.errors import first_line
 from concat_ensemble.modeling.image_processing_concat_ensemble import IMAGE_FORMATS, check_file, open_picture
+from concat_ensemble.processes import share_rows
 
 HASH_BYTES = 16  # of sha256: among 10^12 images, two have the same hash with probability 1e-15
 NO_IMAGE = b"no image"  # that the hash begins with where there are no bytes
@@ -133,19 +135,27 @@ def image_hashes(split: Dataset) -> list[bytes]:
     """
     if (stored := stored_hashes(split)) is not None:
         return stored
+    return _hash_rows(split, range(len(split)))
+
+
+def _hash_rows(split: Dataset, rows: range) -> list[bytes]:
     hashes = []
     batch: Any  # a dict of columns
-    for batch in split.select_columns("image").with_format(None).iter(batch_size=16):  # photographs of megabytes each
-        hashes += [hash_image(encoded, len(hashes) + place) for place, encoded in enumerate(batch["image"])]
+    part = split.select_columns("image").with_format(None).select(rows)
+    for batch in part.iter(batch_size=16):  # photographs of megabytes each
+        first = rows.start + len(hashes)
+        hashes += [hash_image(encoded, first + place) for place, encoded in enumerate(batch["image"])]
     return hashes
 
 
-def with_hashes(split: Dataset) -> Dataset:
-    """The split with the column `image_hash`, so that its images are read once for all who need their hashes."""
+def with_hashes(split: Dataset, *, shared: bool = False) -> Dataset:
+    """The split with the column `image_hash`, so that its images are read once for all who need their hashes. If
+    `shared`, all processes of `accelerate launch` must call this, and each reads its share of the images."""
     if stored_hashes(split) is not None:
         return split
     split = split.select_columns([name for name in split.column_names if name != HASH_COLUMN])
-    return add_column(split, HASH_COLUMN, image_hashes(split), Value("binary"))
+    hashes = share_rows(len(split), partial(_hash_rows, split)) if shared else image_hashes(split)
+    return add_column(split, HASH_COLUMN, hashes, Value("binary"))
 
 
 def stored_hashes(split: Dataset) -> list[bytes] | None:

@@ -18,7 +18,7 @@ from concat_ensemble.data.columns import read_features, select_columns
 from concat_ensemble.data.cuts import Sampling, complete_splits
 from concat_ensemble.data.folders import folder_hint
 from concat_ensemble.data.groups import check_groups
-from concat_ensemble.data.images import HASH_COLUMN
+from concat_ensemble.data.images import HASH_COLUMN, with_hashes
 from concat_ensemble.data.labels import class_names, read_labels, select_classes, to_class_labels, unify_classes
 from concat_ensemble.data.local_files import confine_files
 from concat_ensemble.data.scattered import scatter_split
@@ -49,7 +49,7 @@ def load_data(
     use_folders: bool = False,
     for_training: bool = False,
     hold_out: bool = True,
-    keep_hashes: bool = False,
+    hash_images: bool = False,
 ) -> DatasetDict:
     """Load an image classification dataset with the splits `train`, `validation` and `test`.
 
@@ -82,7 +82,9 @@ def load_data(
         hold_out: Without it, the result of `for_training` has all training images in `train`: those that would be cut
             off for `validation` follow the others. The images of a validation split stay out, as later tests may use
             them.
-        keep_hashes: Leave the column `image_hash` in splits for which a cut had to compute it, for `audit_splits`.
+        hash_images: Add the column `image_hash`, so that neither `audit_splits` nor `extract_features` has to read an
+            image for its hash. Under `accelerate launch` all processes must make this call; each reads and hashes its
+            share of the images. Without it, a process that loads a dataset does not wait for the others.
 
     Returns:
         Splits with the columns `image`, encoded images with unchanged bytes (`convert_image` of the image processor
@@ -99,6 +101,7 @@ def load_data(
         shots=shots,
         seed=seed,
         for_training=for_training,
+        hash_images=hash_images,
     )
     hold_out = hold_out or not for_training
     scattered = isinstance(name, str) and name.startswith(SCATTERED)
@@ -127,8 +130,10 @@ def load_data(
     if not hold_out:
         train = concatenate_datasets([splits["train"], splits.pop("validation")])
         splits["train"] = train if limit is None else train.select(range(min(limit, len(train))))
-    order = ["image", "label"] + ["group"] * (group_column is not None)
-    return DatasetDict({kind: _order_columns(split, order, keep_hashes) for kind, split in splits.items()})
+    if hash_images:
+        splits = {kind: with_hashes(split, shared=True) for kind, split in splits.items()}
+    order = ["image", "label"] + ["group"] * (group_column is not None) + [HASH_COLUMN] * hash_images
+    return DatasetDict({kind: split.select_columns(order) for kind, split in splits.items()})
 
 
 def load_stream(
@@ -197,8 +202,3 @@ def _check_splits(splits: dict[str, Dataset]) -> None:
     if len(numbers) < 2:
         only_class = class_names(splits["train"])[numbers[0]]
         raise ValueError(f"the train split has the one class {only_class!r}; a probe needs two.")
-
-
-def _order_columns(split: Dataset, columns: list[str], keep_hashes: bool) -> Dataset:
-    kept = keep_hashes and HASH_COLUMN in split.column_names
-    return split.select_columns([*columns, HASH_COLUMN] if kept else columns)

@@ -129,13 +129,14 @@ class DatasetOptions:
         return audit_splits(self.load_splits())
 
     def load_splits(self) -> "DatasetDict":
-        """The splits as they are, without an audit; a cut may have left the column `image_hash` in them."""
+        """The splits as they are, without an audit, with the column `image_hash`. Under `accelerate launch` all
+        processes must make this call; each reads its share of the images."""
         from concat_ensemble.data.dataset_recipes import dataset_recipe
         from concat_ensemble.data.loading import load_data
 
         if self.recipe:
-            return dataset_recipe(self.recipe).load(**self._subset, keep_hashes=True)
-        return load_data(**self.record, keep_hashes=True)
+            return dataset_recipe(self.recipe).load(**self._subset, hash_images=True)
+        return load_data(**self.record, hash_images=True)
 
     def describe(self, audited: "AuditedData") -> dict[str, Any]:
         """What results files record: how the dataset is named, without the folders of this machine, the number of test

@@ -4,13 +4,15 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from importlib.resources import files
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
@@ -25,11 +27,15 @@ from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.repeats import Estimate, estimate_over_repeats, estimate_over_repeats_and_images
+from concat_ensemble.processes import refuse_several
 from concat_ensemble.schema import Share, read_json
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
 CONTROLS = ("untrained members", "raw pixels")
 SMOKE_LIMIT = 100  # images of each split
+PRELOADED = [
+    f"concat_ensemble.{name}" for name in ("training.pretraining", "training.finetuning", "studies.probe_study")
+]
 
 
 @dataclass(frozen=True)
@@ -119,20 +125,49 @@ def plan_members(output: Path, label: str, counts: Sequence[int], steps: int, **
 
 
 def run_module(module: str, arguments: list[str], label: str) -> None:
-    """Run `python -m MODULE` on one core, after printing the command.
+    """Run the `main` of a module on one core, as `python -m MODULE` does, after printing that command.
+
+    Its process is a fork of one that has imported the libraries already, which takes seconds.
 
     Raises:
         RuntimeError: when it fails; the message ends with its last lines.
     """
     print_line(label)
     print_line(f"  {shlex.join(['python', '-m', module, *arguments])}", style="dim")
-    # One core each: these networks are too small to share several.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if process.returncode:
-        tail = process.stdout[-2000:]
-        raise RuntimeError(f"{label} failed with exit code {process.returncode}:\n{tail}")
+    with tempfile.TemporaryDirectory() as folder:
+        printed = Path(folder, "printed.txt")
+        command = (module, arguments, environment, printed)
+        process = _warm_start().Process(target=_run_main, args=command, name=label)
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.terminate()  # where Ctrl-C ended the waiting; a training saves its state first
+            process.join()
+        if process.exitcode:
+            tail = printed.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{label} failed with exit code {process.exitcode}:\n{tail}")
+
+
+@cache
+def _warm_start() -> Any:  # a context of multiprocessing, whose types lack Process
+    """Starts processes as forks of one that has imported `PRELOADED`, where the system has such a start."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core each: these networks are too small to share several
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _run_main(module: str, arguments: list[str], environment: dict[str, str], printed: Path) -> None:
+    os.environ.update(environment)
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *arguments]
+    import_module(module).main()
 
 
 def map_two_at_a_time(function: Callable, arguments: Iterable) -> list:
@@ -261,6 +296,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a command line. It exits with 2 after a mistake or a training that fails, and with 130 after Ctrl-C."""
     be_quiet()
     try:
+        refuse_several(Path(sys.argv[0]).stem)
         main()
     except KeyboardInterrupt:
         errors.print()

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from torch import nn
@@ -40,6 +39,7 @@ from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble, is_ensemble
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
+from concat_ensemble.processes import process_state
 
 FIRST_SHARD, SHARD_IMAGES = 32, 512  # images in the first files and in later ones; see `shard_sizes`
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
@@ -240,7 +240,7 @@ class _Run:
         start = self._skip_stored(folder)
         if all(gather_object([start == self.share.total])):
             return 0
-        state = PartialState()
+        state = process_state()
         with ExitStack() as stack:
             stack.callback(self.model.train, self.model.training)
             where = next(self.model.parameters()).device
@@ -279,7 +279,7 @@ class _Run:
             if (folder / LACKING).exists():
                 break
             if not batch.stored.all():
-                if PartialState().num_processes > 1:
+                if process_state().num_processes > 1:
                     (folder / LACKING).touch()
                 break
             self._take(batch)
@@ -288,7 +288,7 @@ class _Run:
 
     def _extract(self, start: int) -> int:
         """Extract what is missing from image `start` of the share on. Returns the number of images that were run."""
-        state, extracted = PartialState(), 0
+        state, extracted = process_state(), 0
         share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
         self._resolve_processor()
         batches = self._read(self._batches(self.share.images()), decode=True)
@@ -465,7 +465,7 @@ def _to_transformers(model: Any) -> PreTrainedModel:
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
-    state = PartialState()
+    state = process_state()
     if device is None and state.num_processes > 1:
         device = state.device
     return torch.device(device or default_device())

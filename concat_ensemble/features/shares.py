@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import ClassLabel, Dataset, DatasetInfo, IterableDataset
 from datasets.exceptions import DatasetsError
@@ -33,6 +32,7 @@ from concat_ensemble.errors import first_line
 from concat_ensemble.features.index import HASH, DiskArray
 from concat_ensemble.features.reading import Batch, Image
 from concat_ensemble.files import replace_file
+from concat_ensemble.processes import process_state
 
 FOLDER = ".rows-"  # begins the name of the folder through which processes tell each other of their rows
 KEPT = 30 * 86_400  # seconds after which such a folder was left by a kill
@@ -42,7 +42,7 @@ class LoadedShare:
     """This process's share of the rows of loaded splits: of pieces of the sizes `sizes`, every N-th."""
 
     def __init__(self, splits: Mapping[str, Dataset], sizes: list[int]):
-        state, stops = PartialState(), itertools.accumulate(sizes)
+        state, stops = process_state(), itertools.accumulate(sizes)
         self.splits = splits
         self._pieces = [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
         self._own = self._pieces[state.process_index :: state.num_processes]
@@ -93,7 +93,7 @@ class StreamedShare:
         return itertools.accumulate(self._make_sizes())
 
     def images(self) -> Iterator[Image]:
-        state = PartialState()
+        state = process_state()
         for name, stream in self.streams.items():
             shares = min(state.num_processes, stream.num_shards)
             if state.process_index >= shares:
@@ -155,7 +155,7 @@ def shared_folder(store: Path) -> Iterator[Path]:
     Raises:
         ValueError: if the store is not the same folder for all processes.
     """
-    state = PartialState()
+    state = process_state()
     if state.num_processes == 1:
         yield store
         return
@@ -180,7 +180,7 @@ def shared_folder(store: Path) -> Iterator[Path]:
 
 def exchange(folder: Path, name: str, values: np.ndarray) -> list[np.ndarray]:
     """The values that each process has, in the order of the processes."""
-    state = PartialState()
+    state = process_state()
     if state.num_processes == 1:
         return [values]
     paths = [folder / f"{name}-{process}" for process in range(state.num_processes)]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.processes import continue_alone
 from concat_ensemble.studies.ensembles import load_ensemble
 from concat_ensemble.studies.outputs import check_file
-from concat_ensemble.studies.overlap import compare_models
+from concat_ensemble.studies.overlap import extract_subjects, measure_overlap
 from concat_ensemble.studies.overlap_results import Overlap
 
 
@@ -36,13 +37,17 @@ def run_compare_study(
     write a file named after the dataset.
 
     `models` are folders or Hub ids of ensembles, or any members that `assemble` accepts. The file, in the folder
-    `output`, records `command`. Raises ValueError if it exists, and for fewer than two models or members.
+    `output`, records `command`. Under `accelerate launch` the processes share the extraction, and then all but the
+    main one end. Raises ValueError if the file exists, and for fewer than two models or members.
     """
     path = output / f"{dataset.file_stem}.json"
     check_file(path, overwrite)
     seed = dataset.seed
     loaded = {f"{k}: {Path(name).name}": load_ensemble(name, seed + k) for k, name in enumerate(models)}
     audited = dataset.load()
-    overlap = compare_models(loaded, audited.data, seed=seed, **dataclasses.asdict(extraction or ExtractionOptions()))
+    extraction = extraction or ExtractionOptions()
+    tables = extract_subjects(loaded, audited.data, seed=seed, **dataclasses.asdict(extraction))
+    continue_alone()
+    overlap = measure_overlap(*tables, quiet=extraction.quiet)
     overlap.save(path, command=command, dataset=dataset.describe(audited) | {"test_images": None})
     return CompareStudy(overlap, path)

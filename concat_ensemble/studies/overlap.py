@@ -57,6 +57,14 @@ def compare_models(
     `seed` is that of the cut and the untrained networks, and `extraction` are further arguments of `extract_features`.
     Raises ValueError for a single ensemble of one member, and where `split_for_choice` and `measure_overlap` do.
     """
+    tables = extract_subjects(models, dataset, seed=seed, quiet=quiet, **extraction)
+    return measure_overlap(*tables, quiet=quiet)
+
+
+def extract_subjects(
+    models: Mapping[str, ConcatEnsemblePreTrainedModel], dataset: DatasetDict, *, seed: int, **extraction
+) -> tuple[FeatureTable, FeatureTable, dict[str, Sequence[int]]]:
+    """The arguments of `measure_overlap` for these models."""
     whole = assemble([model.export_active(model.config.built_members) for model in models.values()])
     subjects = _name_subjects(models, whole.config.members)
     if len(subjects) < 2:  # before the features are extracted
@@ -64,9 +72,8 @@ def compare_models(
     # Members called `random:` have `seed` and the seeds after it.
     control = untrained_like(whole, seed + len(whole.config.members))
     dataset = split_for_choice(dataset, seed)
-    table = extract_features(whole, dataset, quiet=quiet, **extraction)
-    untrained = extract_features(control, dataset, quiet=quiet, **extraction)
-    return measure_overlap(table, untrained, subjects, quiet=quiet)
+    table = extract_features(whole, dataset, **extraction)
+    return table, extract_features(control, dataset, **extraction), subjects
 
 
 def split_for_choice(dataset: DatasetDict, seed: int = 0) -> DatasetDict:

@@ -14,12 +14,16 @@ import numpy as np
 from datasets import DatasetDict
 
 from concat_ensemble.console import errors
+from concat_ensemble.data.audit import audit_splits
 from concat_ensemble.data.bad_images import without_rows
+from concat_ensemble.data.images import image_hashes
 from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.processes import continue_alone, process_state
+from concat_ensemble.studies.controls import untrained_like
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
 from concat_ensemble.studies.measuring import class_scores
 from concat_ensemble.studies.options import CONTROLS, ProbeOptions
@@ -82,16 +86,25 @@ def run_probe_studies(
     `model` is a folder or Hub id of an ensemble, or any member that `assemble` accepts. `on_study` is called after
     each dataset. Raises ValueError for options that do not go together, and the ValueError or OSError of a dataset
     where there is only one; of several, one that fails does not stop the others.
+
+    Under `accelerate launch` the processes share the extraction for all datasets, where the first failure is raised,
+    and then all but the main one end.
     """
     options, extraction = options or ProbeOptions(), extraction or ExtractionOptions()
     _check_options(model, datasets, options)
     for dataset in datasets:
         dataset.record  # noqa: B018 (an unknown recipe is an error before the work)
     ensemble = load_ensemble(model, datasets[0].seed)
+    loaded = {}
+    if process_state().num_processes > 1:
+        new = [dataset for dataset in datasets if not _read_study(ensemble, model, dataset, options)]
+        loaded = {dataset: _extract_all(ensemble, dataset, options, extraction) for dataset in new}
+        continue_alone()
     studies = ProbeStudies()
     for dataset in datasets:
         try:
-            study = _run_study(ensemble, model, dataset, options=options, extraction=extraction)
+            repeats = loaded.get(dataset)
+            study = _run_study(ensemble, model, dataset, options=options, extraction=extraction, repeats=repeats)
             on_study(study)
             studies.finished[dataset.study] = study
         except (ValueError, OSError) as error:
@@ -120,36 +133,74 @@ def _run_study(
     *,
     options: ProbeOptions,
     extraction: ExtractionOptions,
+    repeats: list[DatasetDict] | None,
 ) -> ProbeStudy:
-    folder = Path(model)
-    home = folder if is_local_ensemble(model) else Path()
+    if study := _read_study(ensemble, model, dataset, options):
+        if not extraction.quiet:
+            errors.print(f"{study.path} is there already; --overwrite probes again.", soft_wrap=True)
+        return study
+    path, page = _find_files(model, dataset, options)
+    about = {"baselines": _name_baselines(options), "options": options, "extraction": extraction}
+    first = probe_repeats(ensemble, Path(model).name, dataset, **about, repeats=repeats)
+    first.results.save(path)
+    if options.save_head:
+        with_head(ensemble, first.probe, class_names(first.data["train"])).save_pretrained(Path(model))
+    predictions = _predict(ensemble, first, extraction) if page else None
+    return ProbeStudy(first.results, path, is_new=True, errors_page=page, predictions=predictions)
+
+
+def _find_files(model: str, dataset: DatasetOptions, options: ProbeOptions) -> tuple[Path, Path | None]:
+    """Where the results belong, and the page of errors. Raises ValueError for a folder."""
+    home = Path(model) if is_local_ensemble(model) else Path()
     path = options.output or home / RESULTS / f"{dataset.file_stem}.json"
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
-    page = find_errors_page(model, path) if options.errors else None
-    if path.exists() and not options.overwrite:
-        results = Results.load(path)
-        has_head = not options.save_head or (folder / "head.safetensors").is_file()
-        is_whole = has_head and (page is None or page.is_file())
-        if not is_whole or not _is_same(results, ensemble, dataset, options):
-            problem = f"{path} holds the results of other weights, data or settings, or lacks a repeat, a baseline, "
-            problem += "controls, the head or the page of errors"
-            raise ValueError(f"{problem}; add --overwrite, or name another --output.")
-        if not extraction.quiet:
-            errors.print(f"{path} is there already; --overwrite probes again.", soft_wrap=True)
-        return ProbeStudy(results, path, is_new=False, errors_page=page)
-    if options.output is None and is_local_ensemble(model):
-        check_own_folder(path.parent)
-    check_parent(path)
-    check_repeats(dataset, options.repeats)
-    baselines = {Path(other).name: other for other in options.baselines or []}
-    about = {"baselines": baselines, "options": options, "extraction": extraction}
-    first = probe_repeats(ensemble, folder.name, dataset, **about)
-    first.results.save(path)
-    if options.save_head:
-        with_head(ensemble, first.probe, class_names(first.data["train"])).save_pretrained(folder)
-    predictions = _predict(ensemble, first, extraction) if page else None
-    return ProbeStudy(first.results, path, is_new=True, errors_page=page, predictions=predictions)
+    return path, find_errors_page(model, path) if options.errors else None
+
+
+def _read_study(
+    ensemble: ConcatEnsembleModel, model: str, dataset: DatasetOptions, options: ProbeOptions
+) -> ProbeStudy | None:
+    """The study of an earlier run, or None if there is none. Raises ValueError or OSError where its results are
+    others, or new ones cannot be written."""
+    path, page = _find_files(model, dataset, options)
+    if not path.exists() or options.overwrite:
+        if options.output is None and is_local_ensemble(model):
+            check_own_folder(path.parent)
+        check_parent(path)
+        return None
+    results = Results.load(path)
+    has_head = not options.save_head or (Path(model) / "head.safetensors").is_file()
+    is_whole = has_head and (page is None or page.is_file())
+    if not is_whole or not _is_same(results, ensemble, dataset, options):
+        problem = f"{path} holds the results of other weights, data or settings, or lacks a repeat, a baseline, "
+        problem += "controls, the head or the page of errors"
+        raise ValueError(f"{problem}; add --overwrite, or name another --output.")
+    return ProbeStudy(results, path, is_new=False, errors_page=page)
+
+
+def _extract_all(
+    ensemble: ConcatEnsembleModel, dataset: DatasetOptions, options: ProbeOptions, extraction: ExtractionOptions
+) -> list[DatasetDict]:
+    """Store the features of every network that `probe_repeats` measures. Returns the splits of each repeat."""
+    repeats = load_repeats(dataset, options.repeats)
+    networks = [ensemble, *_load_baselines(_name_baselines(options), dataset.seed).values()]
+    if options.controls == "all":
+        networks.append(untrained_like(ensemble, dataset.seed))
+    for splits in repeats:
+        data = audit_splits(splits).data
+        for network in networks:
+            extract_features(network, data, **dataclasses.asdict(extraction))
+    return repeats
+
+
+def _name_baselines(options: ProbeOptions) -> dict[str, str]:
+    """What `probe_repeats` takes."""
+    return {Path(other).name: other for other in options.baselines or []}
+
+
+def _load_baselines(baselines: Mapping[str, str], seed: int) -> dict[str, ConcatEnsemblePreTrainedModel]:
+    return {row_name: load_ensemble(other, seed) for row_name, other in baselines.items()}
 
 
 def find_errors_page(model: str, results: Path) -> Path:
@@ -187,17 +238,18 @@ def probe_repeats(
     baselines: Mapping[str, str],
     options: ProbeOptions,
     extraction: ExtractionOptions,
+    repeats: list[DatasetDict] | None = None,
 ) -> FirstRepeat:
     """Probe an ensemble, called `name`, once for each repeat, with the dataset's seed and those after it. `baselines`
-    are names of rows and of the ensembles that are loaded for them."""
-    others: dict[str, ConcatEnsemblePreTrainedModel] = {}
-    for row_name, other in baselines.items():
-        others[row_name] = load_ensemble(other, dataset.seed)
-    repeats, firsts, metric = [], [], options.metric
-    for seed in range(dataset.seed, dataset.seed + options.repeats):
+    are names of rows and of the ensembles that are loaded for them. `repeats` are those of `load_repeats`, if they are
+    loaded already."""
+    repeats = load_repeats(dataset, options.repeats) if repeats is None else repeats
+    others = _load_baselines(baselines, dataset.seed)
+    measured, firsts, metric = [], [], options.metric
+    for seed, splits in enumerate(repeats, start=dataset.seed):
         if options.repeats > 1 and not extraction.quiet:
-            errors.print(f"repeat {len(repeats) + 1} of {options.repeats}")
-        audited = dataclasses.replace(dataset, seed=seed).load()
+            errors.print(f"repeat {len(measured) + 1} of {options.repeats}")
+        audited = audit_splits(splits)
         results, probe = probe_ensemble(
             ensemble,
             audited.data,
@@ -212,10 +264,10 @@ def probe_repeats(
             untrained_seed=dataset.seed,  # the same networks in every repeat, which run each image once
             **dataclasses.asdict(extraction),
         )
-        repeats.append(results)
+        measured.append(results)
         metric = results.metric  # of the first repeat, since the audit of another may suggest another
         firsts = firsts or [(audited.data, probe)]
-    merged = Results.merged(repeats)
+    merged = Results.merged(measured)
     merged.command = options.command
     [(data, probe)] = firsts
     return FirstRepeat(merged, data, probe)
@@ -230,13 +282,12 @@ def _predict(ensemble: ConcatEnsembleModel, first: FirstRepeat, extraction: Extr
     return Predictions(images, table["test"].labels, probabilities, table.class_names)
 
 
-def check_repeats(dataset: DatasetOptions, repeats: int) -> None:
-    """Raise ValueError where the seed changes neither the test images nor, for scattered ones, their places."""
-    if repeats == 1 or dataset.shots:
-        return
-    seeds = (dataset.seed, dataset.seed + 1)
-    first, second = (dataclasses.replace(dataset, seed=seed).load_splits()["test"] for seed in seeds)
-    if len(first) == len(second) and all(one == other for one, other in zip(first, second, strict=True)):
+def load_repeats(dataset: DatasetOptions, number: int) -> list[DatasetDict]:
+    """The splits of each repeat. Raises ValueError where the seed changes neither the test images nor, for scattered
+    ones, their places."""
+    repeats = [dataclasses.replace(dataset, seed=dataset.seed + k).load_splits() for k in range(number)]
+    if number > 1 and not dataset.shots and image_hashes(repeats[0]["test"]) == image_hashes(repeats[1]["test"]):
         reason = f"since {dataset.record['name']} has a test split of its own"
         remedy = "draw from it with --limit or --shots, or leave --repeats out."
-        raise ValueError(f"--repeats {repeats} would measure the same images each time, {reason}; {remedy}")
+        raise ValueError(f"--repeats {number} would measure the same images each time, {reason}; {remedy}")
+    return repeats

@@ -15,6 +15,7 @@ from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection, with_projection
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.processes import continue_alone
 from concat_ensemble.studies.cost import member_costs
 from concat_ensemble.studies.ensemble_folders import check_folder, replace_ensemble
 from concat_ensemble.studies.ensembles import is_local_ensemble, load_ensemble
@@ -48,7 +49,8 @@ def run_select_study(
     """Choose members for a dataset, write the selection to a file, and probe and save what was chosen.
 
     `on_selection` is called before what was chosen is probed, and `write_card` with the folder of what was chosen
-    before it takes its place; it may return a sentence for the user. Raises ValueError for options that do not go
+    before it takes its place; it may return a sentence for the user. Under `accelerate launch` the processes share the
+    extraction of the ensemble, and then all but the main one end. Raises ValueError for options that do not go
     together, an ensemble of one member, or a budget that no subset meets.
     """
     options, extraction = options or SelectOptions(), extraction or ExtractionOptions()
@@ -67,7 +69,10 @@ def run_select_study(
     audited = dataset.load()
     data = audited.data
     whole = ensemble.export_active(ensemble.config.built_members)  # without a projection, which needs all members
+    if not options.quick:  # with the test images, which are used last, while there are other processes to help
+        extract_features(whole, data, **dataclasses.asdict(extraction))
     table = extract_features(whole, _selection_images(data, dataset, options), **dataclasses.asdict(extraction))
+    continue_alone()
     metric = choose_metric(options.metric, dataset.record.get("metric"), audited.audit)
     study = SelectStudy(_select(ensemble, table, metric, options, dataset.seed), path)
     study.selection.audit = audited.audit.to_dict()

@@ -18,7 +18,7 @@ from concat_ensemble.errors import first_line
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 from concat_ensemble.studies.claims import Check, compare_results
 from concat_ensemble.studies.options import ProbeOptions
-from concat_ensemble.studies.probe_study import check_repeats, probe_repeats
+from concat_ensemble.studies.probe_study import probe_repeats
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
@@ -86,7 +86,6 @@ def measure_again(
         class_weight=study.probe.get("class_weight"),
         controls=study.controls,
     )
-    check_repeats(dataset, options.repeats)
     about = {"baselines": _find_baselines(study, baselines), "options": options, "extraction": extraction}
     again = probe_repeats(model, study.ensemble, dataset, **about).results
     if dataset.name in datasets:  # by its own name here; its images are compared

@@ -5,7 +5,8 @@
 Makes --rows images of 8 x 8 in Arrow files and extracts them with a network that only averages, so that a million
 rows take minutes. Prints for each number of rows, and each number of processes: the images and bytes that each process
 read, the peak of its own memory above what it had before (RssAnon, which does not count mapped files), and seconds.
-Then: a run that is killed half-way and started again; two nodes on this machine, with one store and with a store each;
+Then: loading and auditing too, as the commands do, where each image is read once for its hash and once more to decode
+it; a run that is killed half-way and started again; two nodes on this machine, with one store and with a store each;
 the same rows as a stream. All of them must give the same features, in the same order, or it exits with 1.
 """
 
@@ -51,13 +52,13 @@ def write_images(folder: Path, rows: int) -> None:
 def extract(options: argparse.Namespace) -> None:
     """One process of an extraction. Writes what it read and used to a file."""
     import torch
-    from accelerate import PartialState
     from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    from concat_ensemble import extract_features
-    from concat_ensemble.features import reading
+    from concat_ensemble import extract_features, load_data
+    from concat_ensemble.data.audit import audit_splits
+    from concat_ensemble.processes import process_state
 
     class Pixels(BaseImageProcessor):
         def preprocess(self, images, **kwargs):
@@ -77,17 +78,7 @@ def extract(options: argparse.Namespace) -> None:
             return BaseModelOutputWithPooling(pooler_output=pooled)
 
     torch.set_num_threads(1)
-    read: dict[str, int] = {"images": 0, "bytes": 0}
-    read_encoded = reading.read_encoded
-
-    def count(encoded, row):
-        read["images"] += 1
-        read["bytes"] += len(encoded["bytes"])
-        if read["images"] == options.kill_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read_encoded(encoded, row)
-
-    reading.read_encoded = count
+    read = count_reads(options)
     files = {split: sorted(map(str, options.data.glob(f"{split}-*.arrow"))) for split in ("train", "test")}
     if options.stream:
         data: Any = load_dataset("arrow", data_files=files, streaming=True)
@@ -95,9 +86,11 @@ def extract(options: argparse.Namespace) -> None:
         data = DatasetDict(
             {name: concatenate_datasets(list(map(Dataset.from_file, own))) for name, own in files.items()}
         )
-    state = PartialState(cpu=True)
+    state = process_state()
     base, started = own_memory(), time.perf_counter()
     with PeakMemory() as memory:
+        if options.audit:
+            data = audit_splits(load_data(data, hash_images=True)).data
         table = extract_features(
             Mean(PreTrainedConfig()), data, Pixels(), store=options.store, batch_size=BATCH, device="cpu", quiet=True
         )
@@ -109,6 +102,27 @@ def extract(options: argparse.Namespace) -> None:
     result = {"read": read, "extracted": table.extracted, "seconds": seconds, "digest": digest.hexdigest()}
     result["megabytes"] = memory.peak - base
     options.result.with_name(f"{options.result.name}-{state.process_index}").write_text(json.dumps(result))
+
+
+def count_reads(options: argparse.Namespace) -> dict[str, int]:
+    """The images and bytes that this process reads, which are counted from now on."""
+    from concat_ensemble.data import images
+    from concat_ensemble.features import reading
+
+    read: dict[str, int] = {"images": 0, "bytes": 0}
+    read_encoded, open_image = images.read_encoded, reading.open_image
+
+    def count(encoded, row):
+        read["images"] += 1
+        read["bytes"] += len(encoded["bytes"])
+        if read["images"] == options.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_encoded(encoded, row)
+
+    images.read_encoded = reading.read_encoded = count
+    if options.audit:  # the hash is known by then, so that an image is read once more to decode it
+        reading.open_image = lambda encoded: open_image(count(encoded, 0)[1])
+    return read
 
 
 def own_memory() -> float:
@@ -187,6 +201,9 @@ def measure(rows: int, processes: list[int], folder: Path) -> dict[str, Any]:
     write_images(folder / "data", rows)
     launcher, result = Launcher(folder), {"rows": rows}
     result["processes"] = {number: launcher.run(f"store-{number}", processes=number) for number in processes}
+    result["audited"] = {
+        number: launcher.run(f"audited-{number}", "--audit", processes=number) for number in processes
+    }
     launcher.run("killed", "--kill-after", str(rows // 2))
     result["restart"] = launcher.run("killed")
     result["again"] = launcher.run("killed")
@@ -199,6 +216,7 @@ def measure(rows: int, processes: list[int], folder: Path) -> dict[str, Any]:
 def describe(result: dict[str, Any]) -> str:
     """A Markdown table."""
     runs = {f"{number} processes": own for number, own in result["processes"].items()}
+    runs |= {f"load, audit and extract, {number} processes": own for number, own in result["audited"].items()}
     runs |= {"after a kill half-way": result["restart"], "once more": result["again"]}
     runs |= {"stream, 2 processes": result["stream"], "2 nodes": result["nodes"]}
     lines = [f"\n{result['rows']:,} rows\n", "| | images read | MB read | extracted | MB of memory | seconds |"]
@@ -215,10 +233,11 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"\nNodes with a disk each: {result['two disks']}"])
 
 
-def find_digests(result: dict[str, Any]) -> set[str]:
-    """Of the features and labels of all runs."""
+def is_same(result: dict[str, Any]) -> bool:
+    """Whether the features and labels of all runs are the same; those with an audit have a validation split."""
     runs = [*result["processes"].values(), result["restart"], result["again"], result["stream"], result["nodes"]]
-    return {each["digest"] for run in runs for each in run}
+    same = [{each["digest"] for run in group for each in run} for group in (runs, result["audited"].values())]
+    return all(len(digests) == 1 for digests in same)
 
 
 def main() -> None:
@@ -228,6 +247,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Write the numbers to this file too.")
     parser.add_argument("--extract", action="store_true", help=argparse.SUPPRESS)  # one process, as started here
     parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--audit", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kill-after", type=int, help=argparse.SUPPRESS)
     for name in ("data", "store", "result"):
         parser.add_argument(f"--{name}", type=Path, help=argparse.SUPPRESS)
@@ -242,7 +262,7 @@ def main() -> None:
         print(describe(results[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
-    if any(len(find_digests(result)) != 1 for result in results):
+    if not all(map(is_same, results)):
         raise SystemExit("the runs give different features")
 
 

@@ -1,9 +1,11 @@
 """Files of a few bytes that name networks of gigabytes, or networks that are built for hours: refused before anything
 takes memory. `world` sees that nothing takes a gigabyte or more than seconds."""
 
+import faulthandler
 import io
 import json
 import struct
+import sys
 import time
 import zipfile
 from functools import partial
@@ -221,6 +223,18 @@ def test_nothing_is_stopped_afterwards(monkeypatch):
     until = time.monotonic() + 0.7
     while time.monotonic() < until:
         pass
+
+
+@pytest.mark.parametrize("watch", [sys.setprofile, sys.settrace], ids=["profiler", "debugger"])
+def test_networks_can_be_built_under(watch):
+    faulthandler.dump_traceback_later(120, exit=True)  # an interpreter that hangs there answers no signal
+    watch(lambda *_: None)
+    try:
+        for _ in range(2):
+            create_backbone("resnet10t", channels=[8, 8, 16, 16])
+    finally:
+        watch(None)
+        faulthandler.cancel_dump_traceback_later()
 
 
 ARGUMENTS = {

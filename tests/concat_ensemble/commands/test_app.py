@@ -30,11 +30,10 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # --- build -----------------------------------------------------------------------------------------------------------
 
 
-def test_build_makes_a_whole_hub_folder(tmp_path):
-    words = [PROGRAM, "build", "random:test_vit", "random:test_resnet", "--output", "deep/two", "--seed", "3"]
-    done = subprocess.run(words, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "160 features" in done.stdout and "test_vit" in done.stdout and "3x160x160" in done.stdout
+def test_build_makes_a_whole_hub_folder(run, tmp_path):
+    code, out, err = run("build", "random:test_vit", "random:test_resnet", "--output", "deep/two", "--seed", "3")
+    assert (code, err) == (0, "")
+    assert "160 features" in out and "test_vit" in out and "3x160x160" in out
     folder = tmp_path / "deep" / "two"
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
@@ -199,13 +198,12 @@ def one(backbone, tmp_path):
     assemble([backbone(5)]).save_pretrained(tmp_path / "one")
 
 
-def test_probe_writes_results_head_and_card(folder, one, tmp_path, digits, ensemble):
-    words = [PROGRAM, "probe", "pair", *DIGITS, "--baseline", "one", "--save-head", "--json"]
-    done = subprocess.run(words, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0 and "probes: 9 of 9 probes" in done.stderr
-    assert {line.partition(":")[0] for line in done.stderr.splitlines()} <= {"features", "raw pixels", "probes"}
+def test_probe_writes_results_head_and_card(run, folder, one, digits, ensemble):
+    code, out, err = run("probe", "pair", *DIGITS, "--baseline", "one", "--save-head", "--json")
+    assert code == 0 and "probes: 9 of 9 probes" in err
+    assert {line.partition(":")[0] for line in err.splitlines()} <= {"features", "raw pixels", "probes"}
     path = folder / "results" / "digits-classes-0-2-limit-30.json"
-    assert done.stdout == path.read_text()
+    assert out == path.read_text()
     results = Results.load(path)
     assert (
         results.command

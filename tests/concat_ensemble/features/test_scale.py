@@ -188,6 +188,9 @@ def test_the_benchmark_shows_what_it_promises(tmp_path):
     for number, run in result["processes"].items():
         assert len(run) == int(number)
         assert all(each["read"]["images"] <= 800 / len(run) + 2 * 64 for each in run)
+    for number, run in result["audited"].items():
+        assert len(run) == int(number)
+        assert all(each["read"]["images"] <= 2 * 800 / len(run) + 200 for each in run), "to hash and to decode"
     assert 800 <= sum(each["read"]["images"] for each in result["nodes"]) <= 800 + 2 * 64
     assert sum(each["read"]["images"] for each in result["stream"]) == 800
     assert 0 < result["restart"][0]["extracted"] <= 600 and result["again"][0]["extracted"] == 0

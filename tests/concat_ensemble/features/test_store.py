@@ -420,6 +420,7 @@ def test_thirty_kills_each_continue_to_the_same_files(undisturbed, model, tmp_pa
     assert contents(tmp_path / "store") == undisturbed
 
 
+@pytest.mark.slow  # what two processes read and give is in test_processes.py and test_scale.py
 def test_two_processes_share_one_extraction(undisturbed, model, tmp_path):
     script = tmp_path / "shared.py"
     head = "from accelerate import PartialState\nstate = PartialState(cpu=True)\nassert state.num_processes == 2\n"
