@@ -56,5 +56,10 @@ def continue_alone() -> None:
     if not is_main_process:
         raise SystemExit(0)
     state._reset_state()
+    forget_launch()
+
+
+def forget_launch() -> None:
+    """Let this process go on as if it had been started alone."""
     for name in VARIABLES:
         os.environ.pop(name, None)

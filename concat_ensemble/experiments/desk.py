@@ -134,7 +134,7 @@ def run_module(module: str, arguments: list[str], label: str) -> None:
     """
     print_line(label)
     print_line(f"  {shlex.join(['python', '-m', module, *arguments])}", style="dim")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         printed = Path(folder, "printed.txt")
         command = (module, arguments, environment, printed)

@@ -19,6 +19,7 @@ from typing import IO
 
 from torch import distributed
 
+from concat_ensemble.processes import count_launched
 from concat_ensemble.training.teams import open_store
 
 try:
@@ -61,7 +62,7 @@ def lock_output(folder: Path) -> Iterator[None]:
 def _share_start() -> tuple[str, distributed.Store | None]:
     """An id that the processes of this start have in common with no others, and the store that shares it."""
     own = uuid.uuid4().hex
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if count_launched() == 1:
         return own, None
     store = open_store()
     return store.compare_set("start", "", own).decode(), store

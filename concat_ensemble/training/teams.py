@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import distributed
 
 from concat_ensemble.errors import first_line
+from concat_ensemble.processes import count_launched, forget_launch
 from concat_ensemble.training.sharing import Sharing
 
 POLL_SECONDS = 0.5
@@ -29,7 +30,7 @@ def count_processes() -> int:
     Raises:
         ValueError: if this process cannot know of the others, or has no GPU of its own.
     """
-    count, started = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    count, started = count_launched(), int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if started > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             f"srun started {started} processes without a launcher, and each would train everything; start one "
@@ -118,8 +119,7 @@ class Team:
             os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{self._local_rank}"
             torch.cuda.set_device(self._local_rank)
         if self.size == 1:
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-                os.environ.pop(name, None)
+            forget_launch()
             return
         os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size)}
         store = distributed.PrefixStore(f"team {self.number}", store)

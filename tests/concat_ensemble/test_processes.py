@@ -232,6 +232,7 @@ def errors(done: subprocess.CompletedProcess) -> list[str]:
 @pytest.mark.slow
 def test_the_launcher_starts_a_probe(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(folder.parent / "assets"))  # without what other tests have extracted
     words = ["probe", "pair", "--dataset", "digits", "--limit", "12", "--classes", "0-1", "--controls", "none"]
     done = launch("-m", "concat_ensemble.commands.app", *words, "--save-head", "--errors", "3")
     assert done.returncode == 0 and not errors(done), done.stderr

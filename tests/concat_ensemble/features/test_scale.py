@@ -179,20 +179,23 @@ def test_a_stream_with_hidden_labels_says_so(ensemble, digits, tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_shows_what_it_promises(tmp_path):
-    """It exits with 1 unless all runs give the same features, the stream and the two nodes among them."""
+    """It exits with 1 unless all runs give the same features, the stream and the two nodes among them. Shares are of
+    whole files, so that one may be larger than another by a file of 512 images.
+    """
+    rows, file, batch = 4000, 512, 64
     root = Path(__file__).parents[3]
-    command = [sys.executable, root / "tests/benchmarks/extraction_at_scale.py", "--rows", "800", "--processes"]
+    command = [sys.executable, root / "tests/benchmarks/extraction_at_scale.py", "--rows", str(rows), "--processes"]
     done = subprocess.run([*command, "1", "2", "--json", tmp_path / "json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "json").read_text())
     for number, run in result["processes"].items():
         assert len(run) == int(number)
-        assert all(each["read"]["images"] <= 800 / len(run) + 2 * 64 for each in run)
+        assert all(each["read"]["images"] <= rows / len(run) + file + batch for each in run)
     for number, run in result["audited"].items():
         assert len(run) == int(number)
-        assert all(each["read"]["images"] <= 2 * 800 / len(run) + 200 for each in run), "to hash and to decode"
-    assert 800 <= sum(each["read"]["images"] for each in result["nodes"]) <= 800 + 2 * 64
-    assert sum(each["read"]["images"] for each in result["stream"]) == 800
-    assert 0 < result["restart"][0]["extracted"] <= 600 and result["again"][0]["extracted"] == 0
+        assert all(each["read"]["images"] <= 2 * rows / len(run) + file + 200 for each in run), "to hash and to decode"
+    assert rows <= sum(each["read"]["images"] for each in result["nodes"]) <= rows + 2 * batch
+    assert sum(each["read"]["images"] for each in result["stream"]) == rows
+    assert 0 < result["restart"][0]["extracted"] <= 3 / 4 * rows and result["again"][0]["extracted"] == 0
     assert "1 of 2 processes do not see the folder" in result["two disks"]
     assert "to a folder that all nodes share" in result["two disks"]
