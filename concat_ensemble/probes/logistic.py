@@ -173,6 +173,13 @@ class Problem:
         loss = sum(self._losses(rows, logits).sum() for rows, [logits] in self.logits(point))
         return loss + self.l2_strength / 2 * point.coefficients.weight.double().square().sum()
 
+    def value_along(self, point: Point, step: Point, length: float) -> torch.Tensor:
+        """f after this length of a step, a float64 scalar."""
+        pieces = self.logits(point, step)
+        loss = sum(self._losses(rows, logits.add(change, alpha=length)).sum() for rows, (logits, change) in pieces)
+        weight = point.coefficients.plus(step.coefficients, length).weight
+        return loss + self.l2_strength / 2 * weight.double().square().sum()
+
     def _losses(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
         """Weighted losses (len(logits),). Where a row fits so well that its loss is 1e-5, it is the small sum of what
         the other classes have: the difference of logsumexp and the label's logit would keep no digit of it."""
@@ -423,15 +430,13 @@ def minimize(problem: Problem, start: Coefficients, eigen: Eigenbasis, *, tol: f
         direction, used = conjugate_gradients(problem, point, gradient, precondition)
         products += used
         step, slope = problem.point(direction), float(gradient.dot(direction))
-        length = line_search(problem, point, step, slope)
-        new_point = point.plus(step, length)
-        new_value = problem.value(new_point)
+        length, new_value = line_search(problem, point, value, step, slope)
         if not new_value < value:  # no progress is possible in this precision, which is the end if little was left
             precision = max(tol, 100 * torch.finfo(problem.X.dtype).eps)
             converged = -slope / 2 <= precision * float(value)
             break
         gain = float(value - new_value)
-        point, value = new_point, new_value
+        point, value = point.plus(step, length), new_value
         # An inexact step leaves SHARE^2 to twice that of what it gained where f is nearly quadratic; else it may leave
         # as much as it gained.
         remaining = (2 * SHARE**2 if length == 1 else 1.0) * gain
@@ -442,22 +447,51 @@ def minimize(problem: Problem, start: Coefficients, eigen: Eigenbasis, *, tol: f
     return Solution(weight, bias, problem.l2_strength, float(value), newton_steps, products, converged)
 
 
-def line_search(problem: Problem, point: Point, step: Point, slope: float) -> float:
-    """The length at which the slope along a step is at most a tenth of `slope` < 0, the one at its beginning. At weak
-    strengths Newton's own length, 1, is several times too long or too short."""
+def line_search(
+    problem: Problem, point: Point, value: torch.Tensor, step: Point, slope: float
+) -> tuple[float, torch.Tensor]:
+    """The length at which the slope along a step is at most a tenth of `slope` < 0, the one at its beginning, and f,
+    which was `value`, is less; and f there. Where rounding leaves no such length, f is not less.
+
+    At weak strengths Newton's own length, 1, can be several times too short. It is many times too long where rows are
+    surely wrong, as new rows can be at a start that was fitted without them: they have no curvature.
+    """
     if not problem.stores_logits:
-        return _interpolated_length(slope, problem.slopes(point, step, LENGTHS))
+        return _search_lengths(problem, point, value, step, slope)
     length, low, low_slope, high, high_slope = 1.0, 0.0, slope, math.inf, math.inf
+    sides: list[bool] = []
     for _ in range(MAX_TRIALS):
         [slope_here] = problem.slopes(point, step, [length])
         if abs(slope_here) <= -slope / 10:
-            break
+            new_value = problem.value_along(point, step, length)
+            if new_value < value or slope_here <= 0:
+                return length, new_value
+        sides.append(slope_here < 0)
         if slope_here < 0:
             low, low_slope = length, slope_here
         else:
             high, high_slope = length, slope_here
-        length = 2 * low if high == math.inf else _false_position(low, low_slope, high, high_slope)
-    return length
+        if high == math.inf:
+            length = 2 * low
+        elif sides[-2:] in ([True, True], [False, False]):  # the slope is far from linear in between
+            length = math.sqrt(max(low, high / 100) * high)
+        else:
+            length = _false_position(low, low_slope, high, high_slope)
+    return low, problem.value_along(point, step, low)
+
+
+def _search_lengths(
+    problem: Problem, point: Point, value: torch.Tensor, step: Point, slope: float
+) -> tuple[float, torch.Tensor]:
+    """`line_search` in few passes over the rows: among `LENGTHS`, and if all are too long among shorter ones."""
+    length, new_value = 0.0, value
+    for unit in (1.0, LENGTHS[0] ** 2, LENGTHS[0] ** 4):
+        slopes = problem.slopes(point, step, [unit * length for length in LENGTHS])
+        length = unit * _interpolated_length(unit * slope, [unit * slope_here for slope_here in slopes])
+        new_value = problem.value_along(point, step, length)
+        if new_value < value:
+            break
+    return length, new_value
 
 
 def _false_position(low: float, low_slope: float, high: float, high_slope: float) -> float:

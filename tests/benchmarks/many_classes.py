@@ -77,14 +77,13 @@ def main() -> None:
                 timed("product with the Hessian", share, lambda: problem.hessian_product(point, direction))[1]
                 for _ in range(options.repeats)
             )
-            step = problem.point(direction)
+            step, value = problem.point(direction), problem.value(point)
             slope = float(gradient.dot(direction))
-            length, search_seconds = timed(
-                "line search", share, lambda: logistic.line_search(problem, point, step, slope)
+            (length, value), search_seconds = timed(
+                "line search", share, lambda: logistic.line_search(problem, point, value, step, slope)
             )
-            value, value_seconds = timed("objective", share, lambda: float(problem.value(point.plus(step, length))))
     hours = options.products * product_seconds / 3600
-    hours += options.steps * (gradient_seconds + search_seconds + value_seconds) / 3600
+    hours += options.steps * (gradient_seconds + search_seconds) / 3600
     if share == 1:
         print(f"  objective {math.log(c):.4f} to {value:.4f} at length {length:.2f}")
     print(f"  {memory.peak:.2f} GB of its own memory")

@@ -224,6 +224,36 @@ def test_a_line_search_of_one_pass_finds_where_the_slope_is_zero():
     assert 0 < logistic._interpolated_length(-1.0, [50.0] * len(lengths)) < lengths[0]
 
 
+@pytest.mark.parametrize("stored", [logistic.STORED_LOGITS, 0])
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("num_features", [20, 400])
+def test_any_start_ends_at_the_minimum(num_features, size, stored, monkeypatch):
+    """Also one that is sure of wrong classes, whose rows have no curvature: Newton's step is then far too long."""
+    monkeypatch.setattr(logistic, "STORED_LOGITS", stored)
+    rng = np.random.default_rng(num_features)
+    X, y = rng.standard_normal((200, num_features)).astype(np.float32), torch.from_numpy(rng.integers(0, 5, 200))
+    X = torch.from_numpy(X - X.mean(0))
+    weight = torch.from_numpy(size * rng.standard_normal((num_features, 5))).float()
+    starts = (None, logistic.Coefficients(weight, torch.zeros(5)))
+    [cold], [warm] = (list(logistic_path(X, y, [1e-4], num_classes=5, start=start)) for start in starts)
+    assert cold.converged and warm.converged
+    assert warm.objective == pytest.approx(cold.objective, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_more_rows_than_the_choice_had_do_not_end_the_solver(seed):
+    """The strength is chosen on the training rows, where the solution is sure of itself; then validation rows join."""
+    rng = np.random.default_rng(seed)
+    means, y = rng.standard_normal((5, 1_000)), rng.integers(0, 5, 448)
+    X = (0.05 * means[y] + rng.standard_normal((448, 1_000))).astype(np.float32)
+    rows = [TableSplit([X[part]], y[part]) for part in (slice(358), slice(358, 448))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = LinearProbe(l2_strengths=[1e-4, 1e-5]).fit(rows[0], validation=rows[1])
+        alone = LinearProbe(l2_strengths=[chosen.l2_strength_]).fit(TableSplit([X], y))
+    np.testing.assert_allclose(chosen.coef_, alone.coef_, atol=0.02 * np.abs(alone.coef_).max())
+
+
 def test_a_solution_says_whether_it_converged():
     rng = np.random.default_rng(0)
     X, y = torch.from_numpy(rng.standard_normal((100, 20))), torch.from_numpy(rng.integers(0, 3, 100))
