@@ -1,19 +1,21 @@
 """Does fine-tuning near the pretrained point, which is probing of tangent features, close the gap to a concatenation?
 
-    python -m concat_ensemble.experiments.compare scattered_digits
-    python -m concat_ensemble.experiments.ntk_gap scattered_digits
+    concat-ensemble reproduce ntk
+    python -m concat_ensemble.experiments.ntk_gap scattered_mnist --repeats 6
 
-Probes the unseen digits on the gradients of the CAT1 network that the first command trained (neural tangent kernel
-features, hashed to 2,048 features), beside the plain features of CAT1 and CAT4. Also probed: these gradients by PCA at
-CAT4's number of features, the gradients of an untrained network, which need no pretraining at all, and those of CAT4.
-Every repeat is measured once and stored in a file. Prints a table.
+Trains CAT1 and CAT4 for as many steps, and probes the unseen digits on gradients (neural tangent kernel features,
+hashed to 2,048 columns) beside plain features: gradients of a random combination of the pooled features, of the logits
+of the probe on these features, summed over the classes (the sum of the kernels), by layer, and by PCA at CAT4's number
+of features. The same gradients of CAT4 have as many columns. Beside them: CAT1 and CAT4 fine-tuned, with labels of the
+same images, and gradients of an untrained network, which need no pretraining at all. Every repeat has other networks
+and other test images, is measured once and stored in a file. Prints a table.
 """
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from datasets import DatasetDict
 
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.desk import SUBJECT
@@ -21,53 +23,93 @@ from concat_ensemble.experiments.names import STUDIES
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.ntk import NTK
 from concat_ensemble.features.projection import principal_projection
+from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.members.assemble import assemble
-from concat_ensemble.studies.controls import untrained_like
+from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
+from concat_ensemble.probes.linear import LinearProbe
+from concat_ensemble.studies.controls import pixel_table, untrained_like
+from concat_ensemble.studies.results import RESULTS, Results
 
-NUM_FEATURES = 2_048  # of each system, so that CAT4's four members get a quarter each
+STEPS = 1_600  # of CAT1, and of CAT4's members together
+NUM_FEATURES = 2_048  # of each system's gradients, so that CAT4's four members get a quarter each
 SINGLE, UNTRAINED = "cat1", "untrained cat1"
-GRADIENTS = ", gradients"
-PROJECTED = f"{SINGLE}{GRADIENTS}, PCA to {SUBJECT}'s width"
-SYSTEMS = (SINGLE, SUBJECT, SINGLE + GRADIENTS, SUBJECT + GRADIENTS, UNTRAINED, UNTRAINED + GRADIENTS)
+RANDOM, OWN, TUNED = ", gradients", ", gradients of the probe's logits", ", fine-tuned"
+PROJECTED = f"{SINGLE}{OWN}, PCA to {SUBJECT}'s features"
+LAYERS = {"the stem": "^(conv1|bn1)", **{f"layer {n}": rf"^layer{n}\." for n in range(1, 5)}}  # regular expressions
 
 
-def measure_repeat(setup: desk.Setup, networks: Path, seed: int) -> dict[str, float]:
+def measure_repeat(setup: desk.Setup, seed: int) -> dict[str, float]:
     """Top-1 by system in one repeat, from its file if it has been measured before."""
-    settings = {"asked": [setup.study, setup.dataset, seed, NUM_FEATURES]}
-    path, folder = setup.output / f"ntk-seed-{seed}.json", networks / f"seed-{seed}"
-    return desk.measure_once(path, settings, lambda: probe_networks(setup, folder, seed))
+    settings = {"asked": [setup.study, setup.dataset, seed, NUM_FEATURES, STEPS]}
+    folder = setup.output / f"seed-{seed}"
+    return desk.measure_once(setup.output / f"ntk-seed-{seed}.json", settings, lambda: run_repeat(setup, folder, seed))
+
+
+def run_repeat(setup: desk.Setup, folder: Path, seed: int) -> dict[str, float]:
+    """Train the networks, fine-tune them and probe them."""
+    setup.train(desk.plan_members(folder, f"CAT1 and CAT4, {STEPS:,} steps each", (1, 4), STEPS), seed)
+    top1 = {}
+    for name in (SINGLE, SUBJECT):
+        tuned = folder / "tuned" / name
+        options = {"dataset": f"scattered:{setup.dataset}", "model": str(folder / name), "stages": "one"}
+        setup.train(desk.Training("finetuning", "finetune", tuned, f"fine-tune {name}", options), seed)
+        (row,) = Results.load(tuned / "whole" / RESULTS / "fine-tuned.json").rows
+        top1[name + TUNED] = float(row.top1.mean())
+    return top1 | probe_networks(setup, folder, seed)
 
 
 def probe_networks(setup: desk.Setup, folder: Path, seed: int) -> dict[str, float]:
-    """Top-1 of all systems on the unseen digits."""
+    """Top-1 of all probes on the unseen digits."""
     models = {name: assemble(folder / name) for name in (SINGLE, SUBJECT)}
     models[UNTRAINED] = untrained_like(models[SINGLE], seed)
     data = setup.load_task("unseen", seed)
-    tables = {}
-    for system in SYSTEMS:
-        model = models[system.removesuffix(GRADIENTS)]
-        ntk = NTK(dim=NUM_FEATURES // len(model.members), seed=seed) if system.endswith(GRADIENTS) else None
-        tables[system] = extract_features(model, data, store=folder / "features", quiet=True, ntk=ntk)
-    gradients = tables[SINGLE + GRADIENTS]
+    extract = partial(extract_features, store=folder / "features", quiet=True)
+    of_logits = partial(logit_gradients, seed=seed, store=folder / "features")
+    tables = {"raw pixels": pixel_table(data, "L", quiet=True)}
+    for name, model in models.items():
+        tables[name] = extract(model, data)
+        tables[name + RANDOM] = extract(model, data, ntk=NTK(_columns(model), seed=seed))
+        tables[name + OWN] = of_logits(model, data, tables[name])
+    for layer, parameters in LAYERS.items():
+        tables[f"{SINGLE}{OWN} by {layer}"] = of_logits(models[SINGLE], data, tables[SINGLE], parameters=parameters)
+    gradients = tables[SINGLE + OWN]
     tables[PROJECTED] = principal_projection(gradients, sum(tables[SUBJECT].feature_dims))(gradients)
     return desk.probe_tables(tables, seed, projected=PROJECTED)
 
 
-def measure_gap(setup: desk.Setup, networks: Path, repeats: int) -> dict[str, np.ndarray]:
-    """(repeats,) top-1 of each system, two repeats at a time.
+def logit_gradients(
+    model: ConcatEnsembleModel,
+    data: DatasetDict,
+    table: FeatureTable,
+    *,
+    parameters: str = "",
+    seed: int,
+    store: Path | None = None,
+) -> FeatureTable:
+    """Gradients of the logits of a linear probe on the pooled features `table`, summed over the classes.
 
-    Args:
-        setup: Its output folder gets the numbers.
-        networks: The output folder of `compare`.
-
-    Raises:
-        ValueError: when a repeat has no networks.
+    Each class is hashed with a matrix of its own. The sum is then a hash of the rows of all classes end to end, so that
+    inner products estimate the sum of the classes' kernels.
     """
-    for seed in range(repeats):
-        if not (networks / f"seed-{seed}" / SUBJECT).is_dir():
-            command = f"python -m concat_ensemble.experiments.compare {setup.study}"
-            raise ValueError(f"{networks} has no networks of seed {seed}; train them with {command}.")
-    measured = desk.map_two_at_a_time(partial(measure_repeat, setup, networks), range(repeats))
+    probe = LinearProbe(seed=seed).fit(table["train"], validation=table["validation"])
+    heads = probe.coef_ / probe.scale_
+    total: dict = dict.fromkeys(table, 0.0)
+    for number, head in enumerate(heads):
+        ntk = NTK(_columns(model), parameters, seed=len(heads) * seed + number, head=head)
+        gradients = extract_features(model, data, ntk=ntk, store=store, quiet=True)
+        total = {split: gradients[split].features + total[split] for split in total}
+    return FeatureTable.from_arrays({split: (rows, table[split].labels) for split, rows in total.items()})
+
+
+def _columns(model: ConcatEnsembleModel) -> int:
+    """Of each member's gradients."""
+    return NUM_FEATURES // len(model.members)
+
+
+def measure_gap(setup: desk.Setup, repeats: int) -> dict[str, np.ndarray]:
+    """(repeats,) top-1 of each system, two repeats at a time."""
+    setup.output.mkdir(parents=True, exist_ok=True)
+    measured = desk.map_two_at_a_time(partial(measure_repeat, setup), range(repeats))
     return {system: np.array([top1[system] for top1 in measured]) for system in measured[0]}
 
 
@@ -82,16 +124,12 @@ def format_table(top1: dict[str, np.ndarray]) -> str:
 
 
 def main() -> None:
-    parser = desk.create_parser(__doc__, repeats=5, studies=STUDIES)
-    parser.add_argument("--networks", type=Path, help="output folder of compare (default: runs/STUDY)")
+    parser = desk.create_parser(__doc__, repeats=6, studies=STUDIES)
     options = parser.parse_args()
     desk.check_at_least("repeats", options.repeats, 2)
-    study, dataset = options.study, options.dataset
-    setup = desk.create_setup(study, dataset, options.networks, name=study, smoke=options.smoke)
-    networks = setup.output
-    if options.output:
-        setup = dataclasses.replace(setup, output=options.output)
-    table = format_table(measure_gap(setup, networks, options.repeats))
+    name = f"{options.study}_ntk"
+    setup = desk.create_setup(options.study, options.dataset, options.output, name=name, smoke=options.smoke)
+    table = format_table(measure_gap(setup, options.repeats))
     (setup.output / "ntk.md").write_text(table)
     desk.print_table(table, options.repeats)
 

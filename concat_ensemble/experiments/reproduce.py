@@ -236,16 +236,24 @@ def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path, subject: 
 
 
 def ntk(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
-    setup = workplace.setup(STUDY, STUDY)
-    if not all((setup.output / f"seed-{seed}" / SUBJECT).is_dir() for seed in range(workplace.repeats)):
-        workplace.compare(STUDY)
-    top1 = ntk_gap.measure_gap(setup, setup.output, workplace.repeats)
+    repeats = 3 * workplace.repeats // 2
+    top1 = ntk_gap.measure_gap(workplace.setup(STUDY, "ntk"), repeats)
     plot_points({"unseen digits 5 to 9": top1}, image)
-    whole, single, gradients = (top1[system] for system in (SUBJECT, "cat1", "cat1" + ntk_gap.GRADIENTS))
+    whole, single = top1[SUBJECT], top1[ntk_gap.SINGLE]
+    gradients, logits, tuned = (top1[ntk_gap.SINGLE + kind] for kind in (ntk_gap.RANDOM, ntk_gap.OWN, ntk_gap.TUNED))
+    tuned_whole, whole_logits = (top1[SUBJECT + kind] for kind in (ntk_gap.TUNED, ntk_gap.OWN))
     return ntk_gap.format_table(top1), [
-        judge_above_zero("CAT4's plain features stay above CAT1's gradients", whole - gradients),
-        judge_above_zero("also at CAT4's width (CAT4 - gradients by PCA)", whole - top1[ntk_gap.PROJECTED]),
-        judge_above_zero("gradients tell more than features of the same network (CAT1)", gradients - single),
+        judge_above_zero(
+            "CAT4's plain features stay above CAT1's gradients of a random combination", whole - gradients
+        ),
+        judge_above_zero("and above CAT1's gradients of the logits, summed over classes", whole - logits),
+        judge_above_zero("also at CAT4's number of features (by PCA)", whole - top1[ntk_gap.PROJECTED]),
+        judge_above_zero("gradients tell more than features of the same network (CAT1, logits)", logits - single),
+        judge_above_zero(
+            "CAT4 stays ahead if its gradients are probed, too, in as many columns", whole_logits - logits
+        ),
+        judge_above_zero("CAT1 fine-tuned is above CAT4 probed", tuned - whole),
+        judge_above_zero("and CAT4 fine-tuned is above CAT1 fine-tuned", tuned_whole - tuned),
     ]
 
 
@@ -392,7 +400,8 @@ def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
 
 def describe_figure(figure: str, workplace: Workplace) -> dict[str, str]:
     """The texts of a figure with the numbers that it was reproduced with."""
-    values: dict = {"steps": mixture.STEPS, "num_features": f"{ntk_gap.NUM_FEATURES:,}", "budget": f"{BUDGETS[-1]:,}"}
+    values: dict = {"steps": mixture.STEPS, "budget": f"{BUDGETS[-1]:,}"}
+    values |= {"num_features": f"{ntk_gap.NUM_FEATURES:,}", "ntk_steps": f"{ntk_gap.STEPS:,}"}
     values["shift_steps"] = {name: experiment.steps for name, experiment in shifts.EXPERIMENTS.items()}
     values["initializations"] = workplace.initializations
     return {key: text.format(**values) for key, text in load_texts()[figure].items()}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_ensemble.experiments.desk import Setup
+from concat_ensemble import LinearProbe, assemble, extract_features
 from concat_ensemble.experiments.names import FIGURES, MINUTES
-from concat_ensemble.experiments.ntk_gap import format_table, measure_gap
+from concat_ensemble.experiments.ntk_gap import NUM_FEATURES, format_table, logit_gradients
 from concat_ensemble.experiments.reproduce import (
     FAILED,
     HELD,
@@ -23,6 +23,7 @@ from concat_ensemble.experiments.reproduce import (
     judge_above_zero,
     reproduce,
 )
+from concat_ensemble.features.ntk import NTK
 
 ROOT = Path(__file__).parents[3]
 MEASURED = ROOT / "docs" / "reproduction"
@@ -73,12 +74,24 @@ def test_a_figure_is_reproduced_once(script, tmp_path):
     assert (output / "proposition-2.1.json").stat().st_mtime_ns == before
 
 
-def test_gradients_need_trained_networks(tmp_path):
-    with pytest.raises(ValueError, match=r"no networks of seed 0; .*experiments.compare scattered_digits"):
-        measure_gap(Setup("scattered_digits", "digits", tmp_path), tmp_path, 2)
+def test_the_table_of_gradients_is_paired_with_both_networks():
     top1 = {"cat1": np.array([0.7, 0.8]), "cat4": np.array([0.8, 0.91])}
     assert format_table(top1).splitlines()[2].startswith("| cat1 | 75.0 [")
     assert "| +10.5 [+4.1, +16.9] |  |" in format_table(top1).splitlines()[3]
+
+
+def test_gradients_of_the_logits_have_the_sum_of_the_kernels(backbone, digits):
+    """Inner products of the summed rows are near those of the gradients of each class, summed over the classes."""
+    model = assemble(backbone(0))
+    table = extract_features(model, digits, quiet=True)
+    estimated = logit_gradients(model, digits, table, seed=0)["test"].features
+    probe = LinearProbe(seed=0).fit(table["train"], validation=table["validation"])
+    kernel = 0.0
+    for head in probe.coef_ / probe.scale_:
+        rows = extract_features(model, digits, ntk=NTK(100_000, head=head), quiet=True)["test"].features
+        kernel = kernel + rows @ rows.T
+    error = np.linalg.norm(estimated @ estimated.T - kernel) / np.linalg.norm(kernel)
+    assert error < 3 * np.sqrt(2 / NUM_FEATURES)
 
 
 def test_every_published_row_names_a_command_that_there_is():
