@@ -88,7 +88,7 @@ def logit_gradients(
 ) -> FeatureTable:
     """Gradients of the logits of a linear probe on the pooled features `table`, summed over the classes.
 
-    Each class is hashed with a matrix of its own. The sum is then a hash of the rows of all classes end to end, so that
+    Each class is hashed with a matrix of its own. The sum is then a hash of all classes' rows end to end, so that
     inner products estimate the sum of the classes' kernels.
     """
     probe = LinearProbe(seed=seed).fit(table["train"], validation=table["validation"])
