@@ -16,6 +16,9 @@ def reproduce(
     *,
     figure: Annotated[str, typer.Argument(help=FIGURE_HELP, **one_of(FIGURE_NAMES))],
     repeats: Repeats = 4,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="Seeds of the repeats are this one and the next ones (Figure 6: 100 more).")
+    ] = 0,
     smoke: Smoke = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for figures and numbers; the page is written beside it.")
@@ -28,4 +31,4 @@ def reproduce(
     from concat_ensemble.experiments.reproduce import reproduce as reproduce_figure
 
     with training_processes():
-        reproduce_figure(figure, output=output, repeats=repeats, smoke=smoke)
+        reproduce_figure(figure, output=output, repeats=repeats, first_seed=first_seed, smoke=smoke)

@@ -108,7 +108,7 @@ def file_stem(task: str) -> str:
 def run_repeats(setup: desk.Setup, repeats: int, *, full: bool) -> dict[str, Results]:
     """All repeats, two at a time, merged by task."""
     with ThreadPoolExecutor(max_workers=2) as pool:
-        measured = list(pool.map(lambda seed: run_repeat(setup, seed, full=full), range(repeats)))
+        measured = list(pool.map(lambda seed: run_repeat(setup, seed, full=full), setup.seeds(repeats)))
     return {task: Results.merged([results[task] for results in measured]) for task in measured[0]}
 
 

@@ -89,6 +89,10 @@ class Setup:
     dataset: str
     output: Path
     smoke: bool = False  # a few steps on a few images, to see that everything runs
+    first_seed: int = 0
+
+    def seeds(self, repeats: int) -> range:
+        return range(self.first_seed, self.first_seed + repeats)
 
     @property
     def limit(self) -> int | None:

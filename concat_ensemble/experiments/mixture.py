@@ -202,7 +202,7 @@ def measure_mixture(mixture: Mixture, repeats: int) -> list[Top1]:
     """Measure all repeats, two at a time, and write the table and the figure to the output folder."""
     output = mixture.setup.output
     output.mkdir(parents=True, exist_ok=True)
-    measured = desk.map_two_at_a_time(mixture.measure_repeat, range(repeats))
+    measured = desk.map_two_at_a_time(mixture.measure_repeat, mixture.setup.seeds(repeats))
     (output / "table.md").write_text(format_table(measured))
     plot_table(measured, output / "mixture.png")
     return measured

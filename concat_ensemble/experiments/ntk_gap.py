@@ -109,7 +109,7 @@ def _columns(model: ConcatEnsembleModel) -> int:
 def measure_gap(setup: desk.Setup, repeats: int) -> dict[str, np.ndarray]:
     """(repeats,) top-1 of each system, two repeats at a time."""
     setup.output.mkdir(parents=True, exist_ok=True)
-    measured = desk.map_two_at_a_time(partial(measure_repeat, setup), range(repeats))
+    measured = desk.map_two_at_a_time(partial(measure_repeat, setup), setup.seeds(repeats))
     return {system: np.array([top1[system] for top1 in measured]) for system in measured[0]}
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TypedDict
 
 import msgspec
 import numpy as np
@@ -52,11 +51,12 @@ class Conclusion(msgspec.Struct):
     verdict: str
 
 
-class Options(TypedDict):
+class Options(msgspec.Struct, frozen=True, omit_defaults=True):
     """The options that a figure was reproduced with."""
 
     repeats: Count
     smoke: bool
+    first_seed: Count = 0
 
 
 class Finding(msgspec.Struct):
@@ -79,13 +79,14 @@ class Workplace:
     folder: Path
     repeats: int
     smoke: bool
+    first_seed: int = 0
 
     @property
     def initializations(self) -> int:
         return 10 if self.smoke else 100
 
     def setup(self, study: str, name: str) -> desk.Setup:
-        return desk.Setup(study, desk.STUDIES[study].dataset, self.folder / name, self.smoke)
+        return desk.Setup(study, desk.STUDIES[study].dataset, self.folder / name, self.smoke, self.first_seed)
 
     def compare(self, study: str) -> dict[str, Results]:
         """Results of CAT1, CAT2, CAT4, W2 and the controls, by task."""
@@ -383,7 +384,7 @@ RUNS: dict[str, Callable[[Workplace, Path], tuple[str, list[Conclusion]]]] = {
 def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
     """A figure from its file in `output`, where it is run and written if it is not there with these options."""
     path = output / f"{figure}.json"
-    options: Options = {"repeats": workplace.repeats, "smoke": workplace.smoke}
+    options = Options(workplace.repeats, workplace.smoke, workplace.first_seed)
     if path.is_file():
         finding = load_finding(path)
         if finding.options == options:
@@ -433,16 +434,22 @@ def format_page(output: Path) -> str:
     findings = {figure: load_finding(path) for figure, path in paths.items() if path.is_file()}
     verdicts = [conclusion.verdict for finding in findings.values() for conclusion in finding.conclusions]
     counts = {"held": verdicts.count(HELD), "undecided": verdicts.count(OPEN), "failed": verdicts.count(FAILED)}
-    repeats = " or ".join(map(str, sorted({finding.options["repeats"] for finding in findings.values()})))
+    repeats = " or ".join(map(str, sorted({finding.options.repeats for finding in findings.values()})))
+    first_seeds = sorted({finding.options.first_seed for finding in findings.values()} - {0})
+    command = " ".join(["concat-ensemble reproduce all", *(f"--first-seed {seed}" for seed in first_seeds)])
     minutes = sum(finding.minutes for finding in findings.values())
-    intro = load_texts()["page"].format(repeats=repeats, minutes=minutes, conclusions=len(verdicts), **counts)
-    if any(finding.options["smoke"] for finding in findings.values()):
+    intro = load_texts()["page"].format(
+        command=command, repeats=repeats, minutes=minutes, conclusions=len(verdicts), **counts
+    )
+    if any(finding.options.smoke for finding in findings.values()):
         intro = f"**Smoke: a few steps only, the numbers mean nothing.**\n\n{intro}"
     sections = [format_section(figure, finding, output.name) for figure, finding in findings.items()]
     return "\n".join([f"# The paper's evidence at desk scale\n\n{intro}\n", *sections])
 
 
-def reproduce(figure: str, *, output: Path = OUTPUT, repeats: int = 4, smoke: bool = False) -> Path:
+def reproduce(
+    figure: str, *, output: Path = OUTPUT, repeats: int = 4, first_seed: int = 0, smoke: bool = False
+) -> Path:
     """Reproduce one of `names.FIGURES`, or "all", and print what came out. What is finished is not run again.
 
     Returns:
@@ -453,9 +460,10 @@ def reproduce(figure: str, *, output: Path = OUTPUT, repeats: int = 4, smoke: bo
         RuntimeError: when a training fails.
     """
     desk.check_at_least("repeats", repeats, 2)
+    desk.check_at_least("first-seed", first_seed, 0)
     output = output / "smoke" if smoke else output
     output.mkdir(parents=True, exist_ok=True)
-    workplace = Workplace(output / "networks", repeats, smoke)
+    workplace = Workplace(output / "networks", repeats, smoke, first_seed)
     for name in names.FIGURES if figure == "all" else [figure]:
         lines = format_section(name, find_figure(name, workplace, output), output.name).splitlines()
         desk.print_wide(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
@@ -469,6 +477,7 @@ def main() -> None:
     parser = desk.create_parser(__doc__, repeats=4)
     time_needed = f"all of them take about {names.MINUTES} minutes on two cores"
     parser.add_argument("figure", choices=(*names.FIGURES, "all"), help=time_needed)
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds of the repeats: this one and the next ones")
     parser.set_defaults(output=OUTPUT)
     reproduce(**vars(parser.parse_args()))
 

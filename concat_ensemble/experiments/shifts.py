@@ -261,11 +261,12 @@ def measure_shift(name: str, setup: desk.Setup, repeats: int) -> Shares:
     """Measure all repeats of one of `EXPERIMENTS`, two at a time, and write the tables to the output folder."""
     setup.output.mkdir(parents=True, exist_ok=True)
     parts = EXPERIMENTS[name].parts
-    points = list(product(range(repeats), parts))
+    points = list(product(setup.seeds(repeats), parts))
     measured = desk.map_two_at_a_time(partial(measure_point, name, setup), points)
-    by_repeat: list[Top1] = [{} for _ in range(repeats)]
+    by_seed: dict[int, Top1] = {seed: {} for seed in setup.seeds(repeats)}
     for (seed, _), top1 in zip(points, measured, strict=True):
-        by_repeat[seed] |= top1
+        by_seed[seed] |= top1
+    by_repeat = list(by_seed.values())
     shares = {
         column: {system: np.array([top1[column][system] for top1 in by_repeat]) for system in SYSTEMS}
         for column in by_repeat[0]

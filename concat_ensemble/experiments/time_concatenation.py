@@ -98,13 +98,18 @@ class Study:
         return list(self.repeats[0].correct["unseen"])
 
 
+def images_folder(setup: desk.Setup) -> Path:
+    """Where the images are, by the seed of their cut."""
+    return setup.output / f"images-{TEST_SEED + setup.first_seed}"
+
+
 def write_images(folder: Path, setup: desk.Setup) -> None:
     """Write the digits 0 to 4 and 5 to 9 with test splits that all repeats share."""
     for name in ("unseen", "in distribution"):
         path, task = folder / name.replace(" ", "-"), desk.TASKS[name]
         if path.is_dir():
             continue
-        options = {"test_size": task.test_size, "limit": setup.limit, "seed": TEST_SEED}
+        options = {"test_size": task.test_size, "limit": setup.limit, "seed": TEST_SEED + setup.first_seed}
         data = load_data(setup.dataset, classes=task.classes, **options)
         new = path.with_name(f".{path.name}")
         shutil.rmtree(new, ignore_errors=True)
@@ -126,7 +131,7 @@ def measure_repeat(setup: desk.Setup, point: tuple[int, int]) -> Outcomes:
     path, settings = setup.output / f"seed-{seed}-steps-{budget}.json", [setup.study, setup.dataset, seed, budget]
     networks = setup.output / "networks" / path.stem
     if not path.is_file():
-        data = f"parquet:{setup.output / 'images' / 'in-distribution'}"
+        data = f"parquet:{images_folder(setup) / 'in-distribution'}"
         options = {"wide_steps": budget // 4, "dataset": data, "classes": None}
         setup.train(desk.plan_members(networks, f"{budget:,} steps", COUNTS, budget, **options), seed)
         write_json(path, msgspec.to_builtins(Outcomes(settings, *probe_networks(setup, networks, seed))))
@@ -143,7 +148,7 @@ def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> tuple[dict[s
     models["untrained members"] = untrained_like(models[LARGEST], seed)
     images, correct = {}, {}
     for task in TASKS:
-        data = load_task(setup.output / "images", task, seed)
+        data = load_task(images_folder(setup), task, seed)
         store = networks / "features"
         tables = {name: extract_features(model, data, store=store, quiet=True) for name, model in models.items()}
         largest = tables[LARGEST]
@@ -160,8 +165,8 @@ def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> tuple[dict[s
 def measure_budgets(setup: desk.Setup, budgets: Sequence[int], repeats: int) -> dict[int, Study]:
     """All repeats of all budgets, two at a time."""
     setup.output.mkdir(parents=True, exist_ok=True)
-    write_images(setup.output / "images", setup)
-    seeds = range(FIRST_SEED, FIRST_SEED + repeats)
+    write_images(images_folder(setup), setup)
+    seeds = [FIRST_SEED + seed for seed in setup.seeds(repeats)]
     points = list(product(sorted(budgets, reverse=True), seeds))  # the longest first
     outcomes = desk.map_two_at_a_time(partial(measure_repeat, setup), points)
     measured = dict(zip(points, outcomes, strict=True))

@@ -72,6 +72,9 @@ def test_a_figure_is_reproduced_once(script, tmp_path):
     before = (output / "proposition-2.1.json").stat().st_mtime_ns
     assert reproduce("proposition-2.1", output=output, repeats=4, smoke=False) == page
     assert (output / "proposition-2.1.json").stat().st_mtime_ns == before
+    reproduce("proposition-2.1", output=output, repeats=4, first_seed=5)
+    assert (output / "proposition-2.1.json").stat().st_mtime_ns > before
+    assert "`concat-ensemble reproduce all --first-seed 5`" in page.read_text()
 
 
 def test_the_table_of_gradients_is_paired_with_both_networks():
