@@ -11,31 +11,41 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from concat_ensemble.experiments import desk
-from concat_ensemble.experiments.reproduce import load_finding
+from concat_ensemble.console import out, print_error
 from concat_ensemble.files import replace_file
 from concat_ensemble.reporting.figures import BLUE, GREY, LIGHT_GREY, ORANGE
+from concat_ensemble.schema import read_json
 from concat_ensemble.studies.overlap_results import Overlap
-from concat_ensemble.studies.results import RESULTS, UNTRAINED, Results, Row, format_points
+from concat_ensemble.studies.results import PIXELS, RESULTS, UNTRAINED, Results, Row, format_points
 
 START, END = "<!-- written by experiments/gains.py -->\n", "<!-- end -->"
 FIGURE = "gains.png"
 NUMBER = r"([-+]?\d+\.\d)"
-ESTIMATE = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")  # of `desk.format_mean` and `desk.format_difference`
+ESTIMATE = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")  # of `format_mean` and `format_difference` in desk.py
 SAME_IMAGES = ("name", "config", "classes", "limit")  # settings of a dataset; overlap does not depend on its labels
 COLORS = {"yes": BLUE, "not beyond chance": GREY, "no, it loses": ORANGE}
 PANELS = {
+    "kappa": "overlap of members' errors: Cohen's kappa",
     "overlap": "overlap: R2 of members' features,\npredicted from the other members'",
     "pretraining": "worth of pretraining on the target: share of\nuntrained networks' errors that it removes",
 }
+
+
+class Reproduced(msgspec.Struct):
+    """What is read of a file of `concat-ensemble reproduce`."""
+
+    table: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Gain:
     gain: float
     interval: tuple[float, float]  # 95%
     pretraining: float  # 1 - errors of the best member / errors of untrained members; below 0: pretraining does harm
+    control: tuple[float, tuple[float, float]]  # the concatenation minus the best of the controls, and its interval
+    kappa: float | None = None  # of members' errors, see `error_consistency`; None: the file has no images
     overlap: float | None = None  # mean R2 of a member's features from all the others'; None: it was not measured
     untrained_overlap: float | None = None  # the same from untrained networks
 
@@ -58,20 +70,20 @@ class Gain:
 
 
 def read_gains(cards: Path, reproduction: Path) -> tuple[list[Gain], list[str]]:
-    """The studies, from the smallest gain on, and a sentence for each file that has no members' numbers."""
+    """The studies, from the smallest gain on, and the files that have no numbers of members."""
     gains, left_out = [], []
     for path in [*sorted(cards.glob(f"*/{RESULTS}/*.json")), *sorted(reproduction.glob("*.json"))]:
         try:
             gains.append(read_table(path) if path.parent == reproduction else read_results(path))
-        except LookupError as error:
-            left_out.append(f"{path.parent.name}/{path.name}: {error.args[0]}")
+        except LookupError:
+            left_out.append(f"{path.parent.name}/{path.name}")
     if not gains:
         raise ValueError(f"no results with members in {cards} or {reproduction}; run this in a clone.")
     return sorted(gains, key=lambda each: each.gain), left_out
 
 
 def read_results(path: Path) -> Gain:
-    """A results file. The best member is that of each repeat on the test images. Raises LookupError without members."""
+    """A results file; the best member is that of each repeat, on the test images. LookupError without members."""
     results = Results.load(path)
     members = [row for row in results.rows if row.kind == "member"]
     if len(members) < 2 or UNTRAINED not in results:
@@ -83,7 +95,25 @@ def read_results(path: Path) -> Gain:
     card = path.parents[1]
     overlap, untrained = read_overlap(card / "overlap", results.dataset)
     pretraining = worth_of_pretraining(best.mean, results[UNTRAINED].mean)
-    return Gain(f"{card.name}, {path.stem}", len(members), best.mean, gain, interval, pretraining, overlap, untrained)
+    controls = [results.difference(whole.name, row.name)[:2] for row in results.rows if row.kind == "control"]
+    least = min(controls, key=lambda difference: difference[0])
+    study, kappa = f"{card.name}, {path.stem}", error_consistency(members)
+    return Gain(study, len(members), best.mean, gain, interval, pretraining, least, kappa, overlap, untrained)
+
+
+def error_consistency(members: Sequence[Row]) -> float | None:
+    """Cohen's kappa of which test images two members predict correctly, the mean over pairs and repeats: 1 if the
+    same, 0 if they agree as by chance, given their accuracies (Geirhos et al. 2020). None where images are not recorded."""
+    kappas = []
+    for first, second in combinations(members, 2):
+        for run, other in zip(first.runs, second.runs, strict=True):
+            a, b = run.correct_images, other.correct_images
+            if a is None or b is None:
+                return None
+            chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
+            if chance < 1:  # members without any errors have no kappa
+                kappas.append(((a == b).mean() - chance) / (1 - chance))
+    return float(np.mean(kappas)) if kappas else None
 
 
 def best_of_each_repeat(members: Sequence[Row]) -> Row:
@@ -114,8 +144,9 @@ def read_overlap(folder: Path, dataset: dict) -> tuple[float | None, float | Non
 def read_table(path: Path) -> Gain:
     """A reproduced figure, whose table has the best member by the mean over its repeats alone. Raises LookupError
     without members."""
-    lines = [line.strip("| \n").split("|") for line in load_finding(path).table.splitlines() if line.startswith("|")]
-    table = [[cell.strip() for cell in line] for line in _first_table(lines)]
+    content = read_json(path, Reproduced, "reproduce it again").table
+    lines = [line.split("|")[1:-1] for line in content.split("\n\n")[0].splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line] for line in lines]
     names = {cells[0]: cells for cells in table}
     members = [cells for cells in table if re.search(r", member \d+ alone$", cells[0])]
     paired = [k for k, text in enumerate(table[0]) if "minus it, paired" in text] if table else []
@@ -126,13 +157,10 @@ def read_table(path: Path) -> Gain:
     gain, low, high = _estimate(best[column])
     top1, untrained = _estimate(best[column - 1])[0], _estimate(names[UNTRAINED][column - 1])[0]
     worth = worth_of_pretraining(top1, untrained)
-    return Gain(f"reproduce {path.stem}, unseen*", len(members), top1, gain, (low, high), worth)
-
-
-def _first_table(lines: list[list[str]]) -> Iterator[list[str]]:
-    """The rows of the first of several tables: its heading is above the first line of dashes."""
-    dashes = [k for k, cells in enumerate(lines) if not "".join(cells).strip(" -:")]
-    return iter(lines[: dashes[1] - 1 if len(dashes) > 1 else len(lines)])
+    controls = [_estimate(names[name][column]) for name in (UNTRAINED, PIXELS) if name in names]
+    least, *interval = min(controls)
+    control = least, (interval[0], interval[1])
+    return Gain(f"reproduce {path.stem}, unseen*", len(members), top1, gain, (low, high), worth, control)
 
 
 def _estimate(cell: str) -> tuple[float, float, float]:
@@ -146,30 +174,52 @@ def _estimate(cell: str) -> tuple[float, float, float]:
 
 def format_table(gains: Sequence[Gain], left_out: Sequence[str]) -> str:
     """The table in Markdown, numbered as in the figure, with what was left out."""
-    heading = ["", "study", "members", "best member", "gain of the concatenation", "does it help?"]
-    heading += ["overlap (from untrained)", "worth of pretraining"]
+    heading = [
+        "",
+        "study",
+        "members",
+        "best member",
+        "gain of the concatenation",
+        "does it help?",
+        "minus the best control",
+    ]
+    heading += ["kappa of errors", "R2 of features (from untrained)", "worth of pretraining"]
     rows = []
     for number, each in enumerate(gains, 1):
         untrained = "" if each.untrained_overlap is None else f" ({each.untrained_overlap:.2f})"
         overlap = "" if each.overlap is None else f"{each.overlap:.2f}{untrained}"
         gain = format_points(each.gain, each.interval)
-        cells = [str(number), each.study, str(each.members), f"{100 * each.best:.1f}", gain, each.helps]
-        rows.append([*cells, overlap, f"{each.pretraining:.2f}"])
+        cells = [
+            str(number),
+            each.study,
+            str(each.members),
+            f"{100 * each.best:.1f}",
+            gain,
+            each.helps,
+            format_points(*each.control),
+        ]
+        kappa = "" if each.kappa is None else f"{each.kappa:.2f}"
+        rows.append([*cells, kappa, overlap, f"{each.pretraining:.2f}"])
     counts = {verdict: sum(each.helps == verdict for each in gains) for verdict in COLORS}
     families = len({each.study.split(",")[0] for each in gains})
-    summary = f"{len(gains)} results of {families} studies, which share networks and images: it helps in {counts['yes']}, "
-    summary += f"in {counts['not beyond chance']} not beyond chance, in {counts['no, it loses']} it loses.\n"
-    skipped = f"\nLeft out: {'; '.join(left_out)}.\n" if left_out else ""
-    return f"{desk.format_markdown(heading, rows)}\n{summary}{skipped}"
+    summary = f"{len(gains)} results of {families} studies, which share networks and images: it helps in "
+    summary += (
+        f"{counts['yes']}, in {counts['not beyond chance']} not beyond chance, in {counts['no, it loses']} it loses.\n"
+    )
+    skipped = f"\nLeft out for want of members' numbers: {', '.join(left_out)}.\n" if left_out else ""
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (heading, ["---"] * len(heading), *rows)]
+    return f"{''.join(lines)}\n{summary}{skipped}"
 
 
 def plot_gains(gains: Sequence[Gain], path: Path) -> None:
     """Plot the gains against both explanations, one panel below the other, for a narrow screen."""
-    figure = Figure(figsize=(5, 7.6), dpi=150, layout="constrained")
-    for axes, (quantity, label) in zip(figure.subplots(2), PANELS.items(), strict=True):
+    shown = {key: text for key, text in PANELS.items() if any(getattr(each, key) is not None for each in gains)}
+    figure = Figure(figsize=(5, 0.6 + 3.5 * len(shown)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(shown), squeeze=False)[:, 0]
+    for axes, (quantity, label) in zip(panels, shown.items(), strict=True):
         _plot_panel(axes, gains, quantity)
         axes.set_xlabel(label, fontsize=11)
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     title = "Does the concatenation help?"
     figure.legend(handles, labels, title=title, fontsize=10, frameon=False, loc="outside upper center", ncols=3)
     with replace_file(path) as aside:
@@ -185,8 +235,11 @@ def _plot_panel(axes: Axes, gains: Sequence[Gain], quantity: str) -> None:
         axes.errorbar(x, y, bars, color=color, marker="o", linestyle="none", capsize=3, label=verdict)
     for number, each in enumerate(gains, 1):
         if (x := getattr(each, quantity)) is not None:
-            offset = {"xytext": (5, 3), "textcoords": "offset points"}
-            axes.annotate(str(number), (x, 100 * each.gain), fontsize=11, **offset)
+            side = (
+                ("left", 5) if number % 2 else ("right", -5)
+            )  # neighbors in the order are often neighbors in the plot
+            where = {"xytext": (side[1], 3), "textcoords": "offset points", "ha": side[0]}
+            axes.annotate(str(number), (x, 100 * each.gain), fontsize=11, **where)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.grid(axis="y", color=LIGHT_GREY)
     axes.set_axisbelow(True)
@@ -220,8 +273,13 @@ def main() -> None:
     parser.add_argument("--reproduction", type=Path, default=Path("docs/reproduction"), help="output of reproduce")
     parser.add_argument("--page", type=Path, default=Path("docs/choosing_members.md"), help="page with the table")
     options = parser.parse_args()
-    desk.print_line(write_page(options.cards, options.reproduction, options.page))
+    try:
+        for line in write_page(options.cards, options.reproduction, options.page).splitlines():
+            out.print(line, soft_wrap=True)
+    except (ValueError, OSError) as error:
+        print_error(error)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    desk.run_script(main)
+    main()
