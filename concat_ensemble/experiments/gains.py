@@ -103,7 +103,7 @@ def read_results(path: Path) -> Gain:
 
 def error_consistency(members: Sequence[Row]) -> float | None:
     """Cohen's kappa of which test images two members predict correctly, the mean over pairs and repeats: 1 if the
-    same, 0 if they agree as by chance, given their accuracies (Geirhos et al. 2020). None where images are not recorded."""
+    same, 0 if they agree as by chance, given their accuracies (Geirhos et al. 2020). None without recorded images."""
     kappas = []
     for first, second in combinations(members, 2):
         for run, other in zip(first.runs, second.runs, strict=True):
