@@ -34,7 +34,7 @@ FIGURE = "gains.png"
 NUMBER = r"([-+]?\d+\.\d)"
 ESTIMATE = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")  # of `format_mean` and `format_difference` in desk.py
 SAME_IMAGES = ("name", "config", "classes", "limit")  # settings of a dataset; overlap does not depend on its labels
-COLORS = {"yes": BLUE, "not beyond chance": GREY, "no, it loses": ORANGE}
+COLORS = {"yes": BLUE, "not beyond chance": GREY, "a control is as good": ORANGE, "no, it loses": "#c0504d"}
 PANELS = {
     "kappa": "overlap of members' errors: Cohen's kappa",
     "overlap": "overlap: R2 of members' features,\npredicted from the other members'",
@@ -65,8 +65,10 @@ class Gain:
 
     @property
     def helps(self) -> str:
-        low, high = self.interval
-        return "yes" if low > 0 else "no, it loses" if high < 0 else "not beyond chance"
+        (low, high), (_, (above_control, _)) = self.interval, self.control
+        if low > 0:
+            return "yes" if above_control > 0 else "a control is as good"
+        return "no, it loses" if high < 0 else "not beyond chance"
 
 
 def read_gains(cards: Path, reproduction: Path) -> tuple[list[Gain], list[str]]:
@@ -174,38 +176,24 @@ def _estimate(cell: str) -> tuple[float, float, float]:
 
 def format_table(gains: Sequence[Gain], left_out: Sequence[str]) -> str:
     """The table in Markdown, numbered as in the figure, with what was left out."""
-    heading = [
-        "",
-        "study",
-        "members",
-        "best member",
-        "gain of the concatenation",
-        "does it help?",
-        "minus the best control",
-    ]
+    heading = ["", "study", "members", "best member", "gain of the concatenation", "minus the best control", "helps?"]
     heading += ["kappa of errors", "R2 of features (from untrained)", "worth of pretraining"]
     rows = []
     for number, each in enumerate(gains, 1):
         untrained = "" if each.untrained_overlap is None else f" ({each.untrained_overlap:.2f})"
         overlap = "" if each.overlap is None else f"{each.overlap:.2f}{untrained}"
         gain = format_points(each.gain, each.interval)
-        cells = [
-            str(number),
-            each.study,
-            str(each.members),
-            f"{100 * each.best:.1f}",
-            gain,
-            each.helps,
-            format_points(*each.control),
-        ]
+        best, control = f"{100 * each.best:.1f}", format_points(*each.control)
+        cells = [str(number), each.study, str(each.members), best, gain, control, each.helps]
         kappa = "" if each.kappa is None else f"{each.kappa:.2f}"
         rows.append([*cells, kappa, overlap, f"{each.pretraining:.2f}"])
     counts = {verdict: sum(each.helps == verdict for each in gains) for verdict in COLORS}
     families = len({each.study.split(",")[0] for each in gains})
     summary = f"{len(gains)} results of {families} studies, which share networks and images: it helps in "
     summary += (
-        f"{counts['yes']}, in {counts['not beyond chance']} not beyond chance, in {counts['no, it loses']} it loses.\n"
+        f"{counts['yes']}, in {counts['not beyond chance']} not beyond chance, in {counts['a control is as good']} "
     )
+    summary += f"a control is as good, in {counts['no, it loses']} it loses.\n"
     skipped = f"\nLeft out for want of members' numbers: {', '.join(left_out)}.\n" if left_out else ""
     lines = [f"| {' | '.join(cells)} |\n" for cells in (heading, ["---"] * len(heading), *rows)]
     return f"{''.join(lines)}\n{summary}{skipped}"
@@ -221,7 +209,7 @@ def plot_gains(gains: Sequence[Gain], path: Path) -> None:
         axes.set_xlabel(label, fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     title = "Does the concatenation help?"
-    figure.legend(handles, labels, title=title, fontsize=10, frameon=False, loc="outside upper center", ncols=3)
+    figure.legend(handles, labels, title=title, fontsize=10, frameon=False, loc="outside upper center", ncols=2)
     with replace_file(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
 
@@ -235,10 +223,8 @@ def _plot_panel(axes: Axes, gains: Sequence[Gain], quantity: str) -> None:
         axes.errorbar(x, y, bars, color=color, marker="o", linestyle="none", capsize=3, label=verdict)
     for number, each in enumerate(gains, 1):
         if (x := getattr(each, quantity)) is not None:
-            side = (
-                ("left", 5) if number % 2 else ("right", -5)
-            )  # neighbors in the order are often neighbors in the plot
-            where = {"xytext": (side[1], 3), "textcoords": "offset points", "ha": side[0]}
+            side, distance = ("right", -5) if number % 2 else ("left", 5)  # neighbors in the order are near each other
+            where = {"xytext": (distance, 3), "textcoords": "offset points", "ha": side}
             axes.annotate(str(number), (x, 100 * each.gain), fontsize=11, **where)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.grid(axis="y", color=LIGHT_GREY)

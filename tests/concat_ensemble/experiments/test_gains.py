@@ -64,3 +64,9 @@ def test_nothing_to_read_and_a_page_without_marks_are_errors(tmp_path):
         gains.read_gains(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="the page must have the lines"):
         gains.replace_table("# A page", "| a |")
+
+
+def test_a_gain_that_a_control_has_too_is_no_help():
+    plain = gains.read_results(CARDS / "efficientnet-lite-0-1" / "results" / "digits.json")
+    assert plain.interval[0] > 0 and plain.control[0] < 0  # raw pixels are better
+    assert plain.helps == "a control is as good"
