@@ -119,6 +119,7 @@ def reader(tmp_path_factory):
         client = Client(hub, home, TOKEN, package=True)
         client(SMALL_IMAGES)
         rng = np.random.default_rng(1)
+        shutil.copytree(ROOT / "model_cards", home / "model_cards")
         (home / "photo.jpg").write_bytes(png(rng, 0))
         for number, kind in enumerate(("cat", "dog", "owl")):
             (home / "photos" / kind).mkdir(parents=True)

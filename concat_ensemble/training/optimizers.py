@@ -23,8 +23,8 @@ ParameterGroups = Callable[[Any], list[dict]]
 
 
 def count_warmup_steps(settings: Settings, steps: int) -> int:
-    """Steps of the warm-up: at least one, if there is a warm-up at all."""
-    return max(round(settings.warmup * steps), 1 if settings.warmup else 0)
+    """Steps of the warm-up: at least one, if there is a warm-up at all, and never all steps."""
+    return min(max(round(settings.warmup * steps), 1 if settings.warmup else 0), steps - 1)
 
 
 def create_optimizer(

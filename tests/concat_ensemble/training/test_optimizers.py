@@ -42,8 +42,8 @@ def test_a_schedule_ends_at_its_least_rate(schedule, network):
     assert min(values) >= 0.03
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(4, 1), (100, 5), (10, 1)])
-def test_a_warm_up_has_a_step_at_least(steps, expected):
+@pytest.mark.parametrize(("steps", "expected"), [(4, 1), (100, 5), (10, 1), (2, 1), (1, 0)])
+def test_a_warm_up_has_a_step_at_least_and_leaves_one(steps, expected):
     assert count_warmup_steps(settings(warmup=0.05), steps) == expected
     assert count_warmup_steps(settings(warmup=0.0), steps) == 0
 
