@@ -104,15 +104,6 @@ def _register_models(auto) -> None:
     auto.AutoModelForImageClassification.register(modeling.ConcatEnsembleConfig, classifier)
 
 
-@wrapt.when_imported("transformers.models.auto.image_processing_auto")
-def _register_image_processor(auto) -> None:
-    from concat_ensemble.modeling import image_processing_concat_ensemble as processing
-
-    classes = dict.fromkeys(("torchvision", "pil"), processing.ConcatEnsembleImageProcessor)
-    auto.AutoImageProcessor.register(processing.ConcatEnsembleConfig, image_processor_classes=classes)
-    wrapt.wrap_function_wrapper(auto, "AutoImageProcessor.from_pretrained", _load_image_processor)
-
-
 def _load_image_processor(load, instance, args, kwargs):
     """Called in place of `AutoImageProcessor.from_pretrained(repo, **options)`, which goes by the class that the
     processor's file names: an ensemble's processor is ours."""
@@ -124,6 +115,15 @@ def _load_image_processor(load, instance, args, kwargs):
     choices = ("backend", "code_revision", "config", "trust_remote_code", "use_fast")  # between classes
     options = {key: value for key, value in kwargs.items() if key not in choices}
     return ConcatEnsembleImageProcessor.from_pretrained(*args, **options)
+
+
+@wrapt.when_imported("transformers.models.auto.image_processing_auto")
+def _register_image_processor(auto) -> None:
+    from concat_ensemble.modeling import image_processing_concat_ensemble as processing
+
+    classes = dict.fromkeys(("torchvision", "pil"), processing.ConcatEnsembleImageProcessor)
+    auto.AutoImageProcessor.register(processing.ConcatEnsembleConfig, image_processor_classes=classes)
+    wrapt.wrap_function_wrapper(auto, "AutoImageProcessor.from_pretrained", _load_image_processor)
 
 
 def _is_ensemble(name, options) -> bool:

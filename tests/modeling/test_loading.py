@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -488,3 +490,10 @@ def test_the_error_for_a_bad_config_on_disk_names_the_member_and_the_value(folde
     for load in (AutoConfig, AutoModel):
         with pytest.raises(ValueError, match=r"members\[1\].*'pretrained'"):
             load.from_pretrained(folder)
+
+
+def test_the_package_can_be_imported_after_the_auto_classes():
+    """As in a notebook that has used transformers already."""
+    program = "from transformers import AutoImageProcessor; import concat_ensemble; print(AutoImageProcessor.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "AutoImageProcessor\n", done.stderr
