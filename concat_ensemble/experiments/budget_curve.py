@@ -35,7 +35,7 @@ TITLES = {
     "few labels": "5 to 9, ten labels a class",
     "in distribution": "digits 0 to 4",
 }
-COLORS = ("#8a8a8a", "#7fb3d5", "#2e75b6", "#123a63")  # the more members, the darker
+COLORS = {1: "#8a8a8a", 2: "#7fb3d5", 4: "#2e75b6", 8: "#123a63"}  # the more members, the darker
 CONTROL_COLOR = "#c0504d"
 Top1 = dict[str, dict[str, float]]  # shares of one by task and system
 Curve = dict[int, list[Top1]]  # one entry per repeat, by budget
@@ -92,30 +92,31 @@ def select_top1(curve: Curve, budget: int, task: str, system: str) -> np.ndarray
     return np.array([top1[task][system] for top1 in curve[budget]])
 
 
-def format_curve(budgets: Sequence[int], select: Select) -> str:
-    """A Markdown table for each task, with a column for each budget; `select` gives the values of a system."""
-    tables = []
+def format_curve(budgets: Sequence[int], select: Select, counts: Sequence[int] = COUNTS) -> str:
+    """A Markdown table for each task, with a column for each budget; `select` gives the values of a system, of which
+    there is one for each of `counts`."""
+    tables, systems = [], [f"cat{count}" for count in counts]
     for task, title in TITLES.items():
         rows = []
-        for system in (*SYSTEMS, *desk.CONTROLS):
+        for system in (*systems, *desk.CONTROLS):
             rows.append([system, *(desk.format_mean(select(budget, task, system)) for budget in budgets)])
-        single = {budget: select(budget, task, SYSTEMS[0]) for budget in budgets}
-        for system in SYSTEMS[1:]:
+        single = {budget: select(budget, task, systems[0]) for budget in budgets}
+        for system in systems[1:]:
             # A paired difference has less variance than the difference of two means.
             gains = [select(budget, task, system) - single[budget] for budget in budgets]
-            rows.append([f"{system} minus {SYSTEMS[0]}, paired", *map(desk.format_difference, gains)])
+            rows.append([f"{system} minus {systems[0]}, paired", *map(desk.format_difference, gains)])
         tables.append(desk.format_markdown([title, *(f"{budget:,} steps" for budget in budgets)], rows))
     return "\n".join(tables)
 
 
-def plot_curve(budgets: Sequence[int], select: Select, path: Path) -> None:
-    """A panel for each task, with a line for each K, its 95% interval, and dashed lines for the controls."""
+def plot_curve(budgets: Sequence[int], select: Select, path: Path, counts: Sequence[int] = COUNTS) -> None:
+    """A panel for each task: a line with its 95% interval for each K of `counts`, and dashed lines for the controls."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, len(desk.TASKS))
     for axes, task in zip(panels, desk.TASKS, strict=True):
-        _plot_task(axes, budgets, partial(_select_task, select, task), TITLES[task])
+        _plot_task(axes, budgets, counts, partial(_select_task, select, task), TITLES[task])
     panels[0].set_ylabel("linear probe, top-1 (%)")
-    legend = {"loc": "outside lower center", "ncols": len(COUNTS) + len(desk.CONTROLS), "frameon": False}
+    legend = {"loc": "outside lower center", "ncols": len(counts) + len(desk.CONTROLS), "frameon": False}
     figure.legend(*panels[0].get_legend_handles_labels(), **legend)
     figure.savefig(path, dpi=150)
 
@@ -124,18 +125,25 @@ def _select_task(select: Select, task: str, budget: int, system: str) -> np.ndar
     return select(budget, task, system)
 
 
-def _plot_task(axes: Axes, budgets: Sequence[int], select: Callable[[int, str], np.ndarray], title: str) -> None:
+def _plot_task(
+    axes: Axes,
+    budgets: Sequence[int],
+    counts: Sequence[int],
+    select: Callable[[int, str], np.ndarray],
+    title: str,
+) -> None:
     def interval(system: str) -> np.ndarray:
         """(3, budgets): mean, and both ends of the interval."""
         return np.transpose([desk.mean_and_interval(select(budget, system)) for budget in budgets])
 
-    for count, color in zip(COUNTS, COLORS, strict=True):
+    for count in counts:
+        color = COLORS[count]
         mean, low, high = interval(f"cat{count}")
         label = f"{count} network{'s' if count > 1 else ''}"
         axes.plot(budgets, mean, color=color, marker="o", markersize=4, label=label)
         axes.fill_between(budgets, low, high, color=color, alpha=0.12, linewidth=0)
     for system, style in zip(desk.CONTROLS, ("--", ":"), strict=True):
-        label = f"{COUNTS[-1]} untrained networks" if "untrained" in system else system
+        label = f"{counts[-1]} untrained networks" if "untrained" in system else system
         axes.plot(budgets, interval(system)[0], color=CONTROL_COLOR, linestyle=style, label=label)
     axes.set(title=title, xscale="log", xlabel="training steps in all, shared by the networks")
     axes.set_xticks(budgets)

@@ -57,7 +57,7 @@ def plan_probes(setup: desk.Setup, *, full: bool) -> dict[str, list[str]]:
     """The baselines that each task has, as folders of a repeat."""
     baselines = [*BASELINES, *(MORE_BASELINES if full else ())]
     if desk.STUDIES[setup.study].recipe == "seeds":
-        baselines = ["w2"]
+        baselines = ["w2"] if desk.STUDIES[setup.study].wide else []
     # Two-stage fine-tuning has used all labels of the unseen classes, so it is compared on that task only.
     frozen = [name for name in baselines if "two-stage" not in name]
     tasks = [name for name, task in desk.TASKS.items() if full or not task.shots]

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,7 @@ class Study:
     dataset: str
     limit: int | None = None  # images of each split at most
     recipe: str = "timecat"  # or "seeds": networks of several seeds, each trained in full, as SwAV's are in the paper
+    wide: bool = True  # whether its recipe has W2
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ STUDIES = {
     "scattered_mnist": Study("ylecun/mnist", limit=3_000),
     "scattered_digits_labeled": Study("digits", recipe="seeds"),
     "scattered_digits_turned": Study("digits", recipe="seeds"),
-    "scattered_digits_vit": Study("digits", recipe="seeds"),
+    "scattered_digits_vit": Study("digits", recipe="seeds", wide=False),
 }
 TASKS = {
     "unseen": Task(range(5, 10), 0.5),
@@ -176,11 +178,22 @@ def _run_main(module: str, arguments: list[str], environment: dict[str, str], pr
 
 def map_two_at_a_time(function: Callable, arguments: Iterable) -> list:
     """`function` for each argument, in processes of one core with random generators of their own."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-        return list(pool.map(function, arguments))
+    try:
+        return list(_workers().map(function, arguments))
+    except BaseException:
+        _workers().shutdown(cancel_futures=True)
+        _workers.cache_clear()
+        raise
+
+
+@cache
+def _workers() -> ProcessPoolExecutor:
+    """Two processes, which one experiment leaves to the next, since they and their imports take 20 s to start."""
+    return ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C ends workers, too, but without a traceback
     torch.set_num_threads(1)
     be_quiet()
 

@@ -95,10 +95,11 @@ class Mixture:
     setup: desk.Setup
     components: str
     steps: int
+    counts: tuple[int, ...] = COUNTS  # of networks on the mixture; the first is CAT1
 
     def measure_repeat(self, seed: int) -> Top1:
         """Top-1 of one repeat, from its file if it has been measured before."""
-        settings = [self.setup.study, self.components, self.setup.dataset, self.steps, seed]
+        settings = [self.setup.study, self.components, self.setup.dataset, self.steps, list(self.counts), seed]
         folder = self.setup.output / "members" / f"seed-{seed}"
 
         def measure() -> Top1:
@@ -124,14 +125,14 @@ class Mixture:
     def _train(self, folder: Path, names: list[str], seed: int) -> None:
         for number, name in enumerate(names):
             self._train_on(folder / str(number), f"train on component {name}", [1], self.steps, seed)
-        self._train_on(folder / MIXTURE, "train on the mixture", COUNTS, self.steps * len(names), seed)
+        self._train_on(folder / MIXTURE, "train on the mixture", self.counts, self.steps * len(names), seed)
 
     def _train_on(self, folder: Path, label: str, counts: Iterable[int], steps: int, seed: int) -> None:
         data = {"dataset": f"parquet:{folder / 'data'}", "classes": None}
         self.setup.train(desk.plan_members(folder, label, list(counts), steps, **data), seed)
 
     def _probe(self, folder: Path, names: list[str], seed: int) -> Top1:
-        models = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in COUNTS}
+        models = {f"cat{count}": assemble(folder / MIXTURE / f"cat{count}") for count in self.counts}
         models["untrained members"] = untrained_like(models[LARGEST], seed)
         top1 = {}
         for number, component in enumerate(names):
@@ -152,6 +153,12 @@ def _write_splits(folder: Path, data: DatasetDict) -> None:
         split.to_parquet(folder / f"{name}.parquet")
 
 
+def list_systems(repeats: list[Top1]) -> list[str]:
+    """The systems that were measured, in the order of the table."""
+    measured = next(iter(repeats[0].values()))
+    return [system for system in COLORS if system in measured]
+
+
 def select_top1(repeats: list[Top1], system: str) -> dict[str, np.ndarray]:
     """(repeats,) top-1 of a system by component, and as "mean" over the components."""
     top1 = {name: np.array([repeat[name][system] for repeat in repeats]) for name in repeats[0]}
@@ -170,7 +177,7 @@ def format_table(repeats: list[Top1]) -> str:
     """A Markdown table with a row for each system."""
     single = select_top1(repeats, SINGLE)["mean"]
     rows = []
-    for system in COLORS:
+    for system in list_systems(repeats):
         top1 = select_top1(repeats, system)
         paired = "" if system == SINGLE else desk.format_difference(top1["mean"] - single)
         share = format_recovered(repeats, system) if system.startswith("cat") and system != SINGLE else ""
@@ -183,18 +190,19 @@ def plot_table(repeats: list[Top1], path: Path) -> None:
     names = [*repeats[0], "mean"]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots()
-    for place, (system, color) in enumerate(COLORS.items()):
+    systems = list_systems(repeats)
+    for place, system in enumerate(systems):
         mean, bars = desk.error_bars(select_top1(repeats, system).values())
         style = {"marker": "s" if system == DIRECT else "o", "markersize": 5, "linestyle": "none", "capsize": 2}
-        x = np.arange(len(names)) + (place - 3.5) * 0.09
-        axes.errorbar(x, mean, bars, color=color, label=system, **style)
+        x = np.arange(len(names)) + (place - (len(systems) - 1) / 2) * 0.09
+        axes.errorbar(x, mean, bars, color=COLORS[system], label=system, **style)
     axes.set_xticks(range(len(names)), [name.replace(", ", "\n") if len(name) > 6 else name for name in names])
     for k in range(len(names) - 1):
         axes.axvline(k + 0.5, color="#dddddd", linewidth=1)
     axes.set(xlabel="component", ylabel="linear probe on the component, top-1 (%)")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS), frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(systems), frameon=False)
     figure.savefig(path, dpi=150)
 
 

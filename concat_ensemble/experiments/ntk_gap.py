@@ -4,11 +4,12 @@
     python -m concat_ensemble.experiments.ntk_gap scattered_mnist --repeats 6
 
 Trains CAT1 and CAT4 for as many steps, and probes the unseen digits on gradients (neural tangent kernel features,
-hashed to 2,048 columns) beside plain features: gradients of a random combination of the pooled features, of the logits
-of the probe on these features, summed over the classes (the sum of the kernels), by layer, and by PCA at CAT4's number
-of features. The same gradients of CAT4 have as many columns. Beside them: CAT1 and CAT4 fine-tuned, with labels of the
-same images, and gradients of an untrained network, which need no pretraining at all. Every repeat has other networks
-and other test images, is measured once and stored in a file. Prints a table.
+hashed to 2,048 columns) beside plain features: gradients of a random combination of the pooled features, of all
+parameters and of one layer's, and gradients of the logits of the probe on these features, summed over the classes (the
+sum of the kernels), also by PCA at CAT4's number of features. The gradients of CAT4 have as many columns. Beside them:
+CAT1 and CAT4 fine-tuned, with labels of the same images, and gradients of an untrained network, which need no
+pretraining at all. Every repeat has other networks and other test images, is measured once and stored in a file.
+Prints a table.
 """
 
 from functools import partial
@@ -33,7 +34,7 @@ from concat_ensemble.studies.results import RESULTS, Results
 STEPS = 1_600  # of CAT1, and of CAT4's members together
 NUM_FEATURES = 2_048  # of each system's gradients, so that CAT4's four members get a quarter each
 SINGLE, UNTRAINED = "cat1", "untrained cat1"
-RANDOM, OWN, TUNED = ", gradients", ", gradients of the probe's logits", ", fine-tuned"
+RANDOM, OWN, TUNED = ", gradients", ", gradients of logits", ", fine-tuned"
 PROJECTED = f"{SINGLE}{OWN}, PCA to {SUBJECT}'s features"
 LAYERS = {"the stem": "^(conv1|bn1)", **{f"layer {n}": rf"^layer{n}\." for n in range(1, 5)}}  # regular expressions
 
@@ -71,7 +72,8 @@ def probe_networks(setup: desk.Setup, folder: Path, seed: int) -> dict[str, floa
         tables[name + RANDOM] = extract(model, data, ntk=NTK(_columns(model), seed=seed))
         tables[name + OWN] = of_logits(model, data, tables[name])
     for layer, parameters in LAYERS.items():
-        tables[f"{SINGLE}{OWN} by {layer}"] = of_logits(models[SINGLE], data, tables[SINGLE], parameters=parameters)
+        ntk = NTK(NUM_FEATURES, parameters, seed=seed)
+        tables[f"{SINGLE}{RANDOM} by {layer}"] = extract(models[SINGLE], data, ntk=ntk)
     gradients = tables[SINGLE + OWN]
     tables[PROJECTED] = principal_projection(gradients, sum(tables[SUBJECT].feature_dims))(gradients)
     return desk.probe_tables(tables, seed, projected=PROJECTED)
@@ -82,7 +84,6 @@ def logit_gradients(
     data: DatasetDict,
     table: FeatureTable,
     *,
-    parameters: str = "",
     seed: int,
     store: Path | None = None,
 ) -> FeatureTable:
@@ -95,7 +96,7 @@ def logit_gradients(
     heads = probe.coef_ / probe.scale_
     total: dict = dict.fromkeys(table, 0.0)
     for number, head in enumerate(heads):
-        ntk = NTK(_columns(model), parameters, seed=len(heads) * seed + number, head=head)
+        ntk = NTK(_columns(model), seed=len(heads) * seed + number, head=head)
         gradients = extract_features(model, data, ntk=ntk, store=store, quiet=True)
         total = {split: gradients[split].features + total[split] for split in total}
     return FeatureTable.from_arrays({split: (rows, table[split].labels) for split, rows in total.items()})

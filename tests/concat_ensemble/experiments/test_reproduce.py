@@ -21,6 +21,8 @@ from concat_ensemble.experiments.reproduce import (
     describe_figure,
     format_page,
     judge_above_zero,
+    judge_below_a_point,
+    judge_level,
     reproduce,
 )
 from concat_ensemble.features.ntk import NTK
@@ -39,6 +41,20 @@ def test_a_conclusion_holds_only_where_the_interval_says_so(differences, verdict
     assert conclusion.result.startswith(f"{100 * np.mean(differences):+.1f} [")
 
 
+@pytest.mark.parametrize(
+    ("differences", "level", "below"),
+    [
+        ([0.001, -0.001, 0.002], HELD, HELD),
+        ([-0.4, -0.41, -0.42], FAILED, HELD),  # far below is no parity
+        ([0.4, 0.41, 0.42], FAILED, FAILED),
+        ([0.1, -0.1, 0.02], OPEN, OPEN),
+    ],
+)
+def test_parity_has_two_sides(differences, level, below):
+    assert judge_level("level", np.array(differences)).verdict == level
+    assert judge_below_a_point("below", np.array(differences)).verdict == below
+
+
 def test_the_page_in_docs_is_made_of_the_files_beside_it():
     assert (ROOT / "docs" / "reproduction.md").read_text() == format_page(MEASURED)
     assert {path.stem for path in MEASURED.glob("*.json")} == set(FIGURES) == set(RUNS)
@@ -54,7 +70,7 @@ def test_the_texts_of_a_figure_have_their_numbers(figure, tmp_path):
     assert {"title", "setting", "paper"} <= set(texts)
     assert not [text for text in texts.values() if "{" in text or "}" in text]
     if figure == "domains":
-        assert "600 steps for every system" in texts["setting"] and "With 600 steps shared" in texts["not_shown"]
+        assert "each in full (1,500 steps)" in texts["setting"]
 
 
 def test_the_time_that_is_stated_covers_what_was_measured():
