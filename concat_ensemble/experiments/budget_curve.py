@@ -110,7 +110,7 @@ def format_curve(budgets: Sequence[int], select: Select, counts: Sequence[int] =
 
 
 def plot_curve(budgets: Sequence[int], select: Select, path: Path, counts: Sequence[int] = COUNTS) -> None:
-    """A panel for each task: a line with its 95% interval for each K of `counts`, and dashed lines for the controls."""
+    """A panel for each task: a line with its 95% interval for each K of `counts`, and dashed ones for the controls."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, len(desk.TASKS))
     for axes, task in zip(panels, desk.TASKS, strict=True):

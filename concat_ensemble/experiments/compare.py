@@ -127,7 +127,7 @@ def build_table(studies: dict[str, Results]) -> tuple[list[str], list[list[str]]
     """The heading, and rows from the worst system to the best on the unseen classes."""
     unseen = studies["unseen"]
     others = [task for task in studies if task != "unseen"]
-    heading = ["", "columns", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired"]
+    heading = ["", "features", "steps", "unseen 5 to 9", f"{SUBJECT} minus it, paired"]
     heading += [HEADINGS[task] for task in others]
     rows = []
     for row in sorted(select_rows(unseen), key=lambda row: row.mean):

@@ -2,8 +2,8 @@
 
     python -m concat_ensemble.experiments.gains
 
-Run it in a clone. It reads the results of `model_cards`, the comparisons in `overlap` beside them and the tables of
-`docs/reproduction`, and writes the figure and the table of docs/choosing_members.md.
+Run it in a clone. It reads the results of `model_cards`, the tables of `docs/reproduction` and the comparisons in the
+folder `overlap` of each, and writes the figure and the table of docs/choosing_members.md.
 """
 
 from __future__ import annotations
@@ -131,16 +131,18 @@ def worth_of_pretraining(best: float, untrained: float) -> float:
 
 
 def read_overlap(folder: Path, dataset: dict) -> tuple[float | None, float | None]:
-    """Mean R2 of each member's features from all the others together, and from untrained networks; None and None
-    where no comparison is on the same images."""
+    """`mean_r2` of the comparison on the same images; None and None where there is none."""
     for overlap in map(Overlap.load, sorted(folder.glob("*.json"))):
         if all(overlap.dataset.get(key) == dataset.get(key) for key in SAME_IMAGES):
-            most = len(overlap.subjects) - 1
-            relations = [relation for relation in overlap.relations if len(relation.sources) == most]
-            untrained = [each.untrained_r2 for each in relations if each.untrained_r2 is not None]
-            mean = float(np.mean([relation.r2 for relation in relations]))
-            return mean, float(np.mean(untrained)) if untrained else None
+            return mean_r2(overlap)
     return None, None
+
+
+def mean_r2(overlap: Overlap) -> tuple[float, float | None]:
+    """Mean R2 of each member's features from all the others together, and from untrained networks."""
+    relations = [each for each in overlap.relations if len(each.sources) == len(overlap.subjects) - 1]
+    untrained = [each.untrained_r2 for each in relations if each.untrained_r2 is not None]
+    return float(np.mean([each.r2 for each in relations])), float(np.mean(untrained)) if untrained else None
 
 
 def read_table(path: Path) -> Gain:
@@ -161,8 +163,10 @@ def read_table(path: Path) -> Gain:
     worth = worth_of_pretraining(top1, untrained)
     controls = [_estimate(names[name][column]) for name in (UNTRAINED, PIXELS) if name in names]
     least, *interval = min(controls)
-    control = least, (interval[0], interval[1])
-    return Gain(f"reproduce {path.stem}, unseen*", len(members), top1, gain, (low, high), worth, control)
+    control, compared = (least, (interval[0], interval[1])), path.parent / "overlap" / path.name
+    overlap = mean_r2(Overlap.load(compared)) if compared.is_file() else (None, None)
+    study = f"reproduce {path.stem}, unseen*"
+    return Gain(study, len(members), top1, gain, (low, high), worth, control, None, *overlap)
 
 
 def _estimate(cell: str) -> tuple[float, float, float]:

@@ -185,7 +185,7 @@ def figure_2(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
         components = ", ".join(f"{100 * accuracy:.0f}" for accuracy in row.components)
         cells = [row.name, f"{row.width}", f"{row.steps:,}", f"{row.features:.2f}", f"{100 * row.mixture:.1f}"]
         rows.append([*cells, components, f"{share:.0f} [{low:.0f}, {high:.0f}]"])
-    heading = ["", "columns", "steps", "features in use", "accuracy on the mixture", "on each component"]
+    heading = ["", "units", "steps", "features in use", "accuracy on the mixture", "on each component"]
     direct, single, wider, *_, together, _ = counterexample.rows
     fewer = HELD if single.features < direct.features else FAILED
     features = f"{single.features:.2f} against {direct.features:.2f}"
@@ -258,7 +258,7 @@ def ntk(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
         judge_above_zero("also at CAT4's number of features (by PCA)", whole - top1[ntk_gap.PROJECTED]),
         judge_above_zero("gradients tell more than features of the same network (CAT1, logits)", logits - single),
         judge_above_zero(
-            "CAT4 stays ahead if its gradients are probed, too, in as many columns", whole_logits - logits
+            "CAT4 stays ahead if its gradients are probed, too, hashed to as many numbers", whole_logits - logits
         ),
         judge_above_zero("CAT1 fine-tuned is above CAT4 probed", tuned - whole),
         judge_above_zero("and CAT4 fine-tuned is above CAT1 fine-tuned", tuned_whole - tuned),
