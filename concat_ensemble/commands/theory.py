@@ -49,7 +49,8 @@ def theory(
 
 def counterexample_table(rows: list, initialisations: int) -> Table:
     """For each kind of network the accuracies in %, and how many of the initializations fit all components."""
-    table = Table("", "units", "steps", "features in use", "mixture, %", "components, %", "all fitted, % [95% interval]")
+    accuracies = ("mixture, %", "components, %", "all fitted, % [95% interval]")
+    table = Table("", "units", "steps", "features in use", *accuracies)
     for row in rows:
         share, low, high = (100 * value for value in (row.all_fitted / initialisations, *row.interval))
         components = " ".join(f"{100 * part:.1f}" for part in row.components)
