@@ -183,7 +183,7 @@ def test_each_mistake_gives_the_message_that_stands_beside_it(reader):
 
 
 def test_links_lead_somewhere():
-    for page in [*PAGES, "training/README.md", "model_cards/README.md"]:
+    for page in [*PAGES, "training/README.md", "examples/README.md", "model_cards/README.md"]:
         for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert not target or (ROOT / page).parent.joinpath(target).exists(), (page, target)
 
