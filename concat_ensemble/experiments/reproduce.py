@@ -444,7 +444,8 @@ def format_page(output: Path) -> str:
     counts = {"held": verdicts.count(HELD), "undecided": verdicts.count(OPEN), "failed": verdicts.count(FAILED)}
     repeats = " or ".join(map(str, sorted({finding.options.repeats for finding in findings.values()})))
     first_seeds = sorted({finding.options.first_seed for finding in findings.values()} - {0})
-    command = " ".join(["concat-ensemble reproduce all", *(f"--first-seed {seed}" for seed in first_seeds)])
+    name = next(iter(findings)) if len(findings) == 1 else "all"
+    command = " ".join([f"concat-ensemble reproduce {name}", *(f"--first-seed {seed}" for seed in first_seeds)])
     minutes = sum(finding.minutes for finding in findings.values())
     intro = load_texts()["page"].format(
         command=command, repeats=repeats, minutes=minutes, conclusions=len(verdicts), **counts
