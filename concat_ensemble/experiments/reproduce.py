@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.markdown import Markdown
 
+from concat_ensemble.errors import check_at_least
 from concat_ensemble.experiments import (
     budget_curve,
     compare,
@@ -468,8 +469,8 @@ def reproduce(
         ValueError: when there are too few repeats.
         RuntimeError: when a training fails.
     """
-    desk.check_at_least("repeats", repeats, 2)
-    desk.check_at_least("first-seed", first_seed, 0)
+    check_at_least("repeats", repeats, 2)
+    check_at_least("first_seed", first_seed, 0)
     output = output / "smoke" if smoke else output
     output.mkdir(parents=True, exist_ok=True)
     workplace = Workplace(output / "networks", repeats, smoke, first_seed)
