@@ -56,6 +56,7 @@ def undeclared(path: Path, *extras: str, inside_functions: bool = True) -> dict[
         ("concat_ensemble", set(EXTRAS) - {"test"}),
         ("modeling", {"finetune", "multichannel"}),
         ("training", {"train"}),
+        ("examples", {"train"}),
         ("tests", EXTRAS),
     ],
 )
