@@ -4,6 +4,9 @@ export HF_HUB_OFFLINE = 1
 # Building, saving, loading and probing ensembles, from the command line too.
 QUICK = tests/test_dependencies.py tests/test_golden.py tests/test_wheel.py tests/modeling \
         $(addprefix tests/concat_ensemble/,members features probes commands)
+# Of them, those that are found are tried by `make dist`, each in an environment of about 6 GB. With
+# DIST_PACKAGES=.venv/lib/python3.11/site-packages the dependencies are taken from there.
+DIST_PYTHONS ?= 3.11 3.12 3.13
 
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -23,9 +26,16 @@ gpu: .venv/installed     ## what needs a CUDA device: its tests, and the table o
 	.venv/bin/python tests/benchmarks/gpu.py --output runs/gpu
 check: .venv/installed   ## lint, formatting, types, and pages written from docstrings
 	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/pyright && .venv/bin/python docs/make_api.py --check
+dist:            ## sdist and wheel in dist/, checked, and tried in a new environment of each Python (DIST_PYTHONS="3.11")
+	rm -rf dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --disable-pip-version-check -q build twine
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python tests/try_wheel.py dist $(DIST_PYTHONS) $(if $(DIST_PACKAGES),--packages $(DIST_PACKAGES))
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,export]'
 	@touch $@
 
-.PHONY: help demo test quick lowest gpu check
+.PHONY: help demo test quick lowest gpu check dist

@@ -20,6 +20,8 @@ from rich.progress import Progress as ProgressBar
 from rich.protocol import is_renderable
 from rich.text import Text
 
+from concat_ensemble.errors import describe_error
+
 
 def printable(value: object) -> str:
     """Text on one line, without the characters that control a terminal or the direction of the text: line ends and
@@ -63,7 +65,7 @@ def let_main_process_speak() -> None:
 def print_error(error: Exception) -> None:
     """Print an error on stderr: one line, or the several lines that a process of ours has ended with."""
     let_main_process_speak()
-    for line in f"error: {error}".splitlines():
+    for line in f"error: {describe_error(error)}".splitlines():
         errors.print(line, soft_wrap=True)
 
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import yaml
 
+from concat_ensemble.errors import suggest
+
 MAX_BYTES, MAX_DEPTH = 100_000, 16  # far beyond any recipe
 AT_CURRENT_FOLDER, RENAME_EXCHANGE = -100, 2  # of Linux
 # Where a path begins that leads from the root, a home folder or a drive: at the start, or after what may stand before
@@ -146,14 +148,28 @@ def without_folders(text: str) -> str:
     return re.sub(PATH_START + end, lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], text, flags=re.DOTALL)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repo on the Hub, such as "me/two-resnets" or "me/two-resnets@main", and is not
+    that of a file or folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", name)) and not Path(name).exists()
+
+
+def describe_missing_folder(folder: str | Path) -> str:
+    """Error message for a folder that does not exist, with the name of a similar one beside it."""
+    beside = (str(path) for path in Path(folder).parent.glob("*") if path.is_dir())
+    return f"no such folder: {folder}{suggest(folder, beside, limit=1)}"
+
+
 def is_special(path: Path) -> bool:
     """Whether it is a pipe, a socket or a device."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise OSError for a pipe, a socket or a device in a folder of an ensemble, or in its folders: whoever opens one
-    may wait, or read, without end. Links are followed."""
+    """Raise OSError for a folder that does not exist, and for a pipe, a socket or a device in a folder of an ensemble,
+    or in its folders: whoever opens one may wait, or read, without end. Links are followed."""
+    if not folder.exists():
+        raise FileNotFoundError(describe_missing_folder(folder))
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if is_special(path):
             raise OSError(f"{path} is not a regular file; remove it.")

@@ -20,6 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.console import errors
+from concat_ensemble.errors import argument, describe_error
+from concat_ensemble.files import check_regular_files
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME, copy_card
 from concat_ensemble.schema import check_type, decode_json
@@ -48,10 +50,12 @@ def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, **options)
     """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
     A folder without a card gets one. Unless `quiet`, stderr says first which other files are not published. Arguments
     and errors are those of `push_folder`, and ValueError if the folder holds no ensemble."""
+    check_regular_files(folder)
     try:
         kind = check_type(decode_json(folder / "config.json"), dict[str, Any]).get("model_type")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no ensemble ({error}); make one with concat-ensemble build.") from error
+        problem = f"{folder} holds no ensemble ({describe_error(error)})"
+        raise ValueError(f"{problem}; make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
     _, others = choose_files(folder, options.get("include", ()))
@@ -151,7 +155,7 @@ def choose_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, P
             others.append(name)
     if unused:
         problem = f"no file in {folder} has such a name, or only hidden ones, keys and tokens"
-        raise ValueError(f"--include {sorted(unused)[0]}: {problem}; give its whole name.")
+        raise ValueError(f"{argument('include', sorted(unused)[0])}: {problem}; give its whole name.")
     _refuse_secrets(path for name, path in files.items() if not SHARD_NAME.fullmatch(name))
     return files, others
 
@@ -169,7 +173,7 @@ def _own_names(folder: Path) -> _OwnNames:
         if wrong := [shard for shard in shards if not SHARD_NAME.fullmatch(shard)]:
             raise ValueError(f"{wrong[0]!r} is no name of a file of weights")
     except (ValueError, OSError) as error:
-        reason = f"{INDEX_NAME}: {error}"
+        reason = f"{INDEX_NAME}: {describe_error(error)}"
         raise OSError(f"{folder} holds no whole ensemble ({reason}); save or build it again.") from error
     hashes = members_sha256(ConcatEnsembleConfig.from_pretrained(folder))
     optional = {*OTHER_FILES, *PAYLOAD_FILES}

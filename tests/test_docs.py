@@ -182,9 +182,15 @@ def test_each_mistake_gives_the_message_that_stands_beside_it(reader):
         assert code == 2 and re.search(wanted, " ".join(said.replace("│", " ").split())), (command, said)
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_links_lead_somewhere():
+    """Those to `../../actions` lead to the pages of a repository on GitHub."""
     for page in [*PAGES, "training/README.md", "examples/README.md", "model_cards/README.md"]:
-        for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        text = (ROOT / page).read_text()
+        for target in re.findall(r"\]\((?!https?://|\.\./\.\./actions/)([^)#]*)(?:#[^)]*)?\)", text):
             assert not target or (ROOT / page).parent.joinpath(target).exists(), (page, target)
 
 

@@ -24,6 +24,7 @@ from concat_ensemble.commands.select import select
 from concat_ensemble.commands.theory import theory
 from concat_ensemble.commands.verify import verify
 from concat_ensemble.console import be_quiet, errors, let_main_process_speak, printable
+from concat_ensemble.errors import one_line
 from concat_ensemble.processes import refuse_several
 
 UsageError: Any = typer.BadParameter.__base__  # click's; recent versions of typer have a copy of click
@@ -46,6 +47,18 @@ COMMANDS = [
     reproduce,
 ]
 SHARED = ("probe", "select", "compare")  # whose extraction the processes of `accelerate launch` share
+FEATURES_KEPT = "features that were extracted are kept"
+# What a command that was stopped by Ctrl-C has kept; the others write each file whole or not at all.
+KEPT = {
+    "probe": f"{FEATURES_KEPT}, and so are the results of finished datasets",
+    "select": FEATURES_KEPT,
+    "compare": FEATURES_KEPT,
+    "verify": FEATURES_KEPT,
+    "predict": "predictions are not kept",
+    "push": "files that have arrived are not sent again",
+    "mixture": "finished trainings and measured numbers are kept",
+    "reproduce": "finished trainings and measured numbers are kept",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,6 +91,13 @@ def _options(
         refuse_several(str(context.invoked_subcommand))
 
 
+def describe_kept(words: list[str]) -> str:
+    """How a command line that was stopped goes on, and with what."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    goes_on = "begins again" if command == "predict" else "goes on"
+    return f"the same command {goes_on}: {KEPT.get(command, 'no file is left half-written')}."
+
+
 def main() -> None:
     """Run a command. A user's mistake is answered by one line and exit code 2, Ctrl-C by exit code 130."""
     be_quiet()
@@ -91,11 +111,11 @@ def main() -> None:
         code = 2
     except (ValueError, OSError) as error:
         let_main_process_speak()
-        errors.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+        errors.print(f"error: {one_line(error)}", soft_wrap=True)
         code = 2
     if code == 130:
         errors.print()
-        errors.print("stopped; the same command goes on")
+        errors.print(f"stopped; {describe_kept(sys.argv[1:])}", soft_wrap=True)
     sys.exit(code)
 
 

@@ -21,9 +21,12 @@ def build(
     preprocessing: Annotated[
         str, typer.Option(help="own: each member's evaluation transform. shared: the first member's for all.")
     ] = "own",
-    model_arg: Annotated[
+    model_args: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of timm's networks as NAME=VALUE, such as img_size=384; may be repeated."),
+        typer.Option(
+            "--model-arg",
+            help="Argument of timm's networks as NAME=VALUE, such as img_size=384; may be repeated.",
+        ),
     ] = None,
     channels: Annotated[
         str | None, typer.Option(help="Numbers of the channels that each member sees, from 0, such as 2,1,0.")
@@ -59,7 +62,7 @@ def build(
         recipe=recipe,
         checkpoints=checkpoints,
         preprocessing=preprocessing,
-        model_args=_parse_model_args(model_arg or []),
+        model_args=_parse_model_args(model_args or []),
         channels=_parse_list("--channels", channels, int),
         mean=_parse_list("--mean", mean, float),
         std=_parse_list("--std", std, float),
@@ -75,20 +78,20 @@ def build(
 
 def _parse_model_args(texts: list[str]) -> dict[str, Any]:
     """Python literals become values and anything else strings, as in timm's `--model-kwargs`."""
-    model_args = {}
+    parsed = {}
     for text in texts:
         name, _, value = text.partition("=")
         if not name.isidentifier() or not value:
             raise ValueError(f"--model-arg {text}: give NAME=VALUE, such as img_size=384.")
-        if name in model_args:
+        if name in parsed:
             raise ValueError(f"--model-arg {text}: {name} is given twice; give it once.")
         if value.lower() in ("true", "false", "none"):  # as a string, "false" would count as true
             value = value.capitalize()
         try:
-            model_args[name] = ast.literal_eval(value)
+            parsed[name] = ast.literal_eval(value)
         except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-            model_args[name] = value
-    return model_args
+            parsed[name] = value
+    return parsed
 
 
 def _parse_list(option: str, text: str | None, kind: Callable[[str], Any]) -> list | None:

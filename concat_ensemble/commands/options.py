@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.table import Table
+from typer.models import OptionInfo
 
 from concat_ensemble.console import PlainConsole, out, print_error
+from concat_ensemble.errors import name_options, option_name
 from concat_ensemble.files import without_folders
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of an ensemble, or any member that build accepts.")]
@@ -32,6 +34,7 @@ def expand_options(command: Callable) -> Callable:
 
     The metadata of a field are arguments of `typer.Option`: `help`, `min`, ..., and `flags` where they do not follow
     from its name. A field without metadata, or with the name of a parameter of the command, is left at its default.
+    Messages of errors name the options in place of the parameters and fields.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters, groups = [], {}
@@ -43,11 +46,14 @@ def expand_options(command: Callable) -> Callable:
         else:
             parameters.append(parameter.replace(annotation=hint))
 
+    flags = {parameter.name: flag for parameter in parameters if (flag := _find_flag(parameter))}
+
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
-        for name, (cls, fields) in groups.items():
-            values[name] = cls(**{field.name: values.pop(field.name) for field in fields})
-        command(**values)
+        with name_options(flags.get):
+            for name, (cls, fields) in groups.items():
+                values[name] = cls(**{field.name: values.pop(field.name) for field in fields})
+            command(**values)
 
     setattr(expanded, "__signature__", inspect.Signature(parameters))  # noqa: B010 (no attribute of a function's type)
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -56,10 +62,20 @@ def expand_options(command: Callable) -> Callable:
 
 def _as_parameter(cls: type, field: dataclasses.Field) -> inspect.Parameter:
     settings = dict(field.metadata)
-    flags = settings.pop("flags", [f"--{field.name.replace('_', '-')}"])
+    flags = settings.pop("flags", [option_name(field.name)])
     option = typer.Option(*flags, rich_help_panel=cls.__name__.removesuffix("Options"), **settings)
     annotation = Annotated[get_type_hints(cls)[field.name], option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+
+
+def _find_flag(parameter: inspect.Parameter) -> str | None:
+    """The long form of the option that sets a parameter; None for an argument without a name."""
+    for each in get_args(parameter.annotation):
+        if isinstance(each, OptionInfo):
+            names = (each.default, *(each.param_decls or ()))  # in `Annotated`, the first name is the default
+            flags = [name for name in names if isinstance(name, str) and name.startswith("--")]
+            return flags[0] if flags else option_name(parameter.name)
+    return None
 
 
 def one_of(names: tuple[str, ...]) -> dict[str, Any]:

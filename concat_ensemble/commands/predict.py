@@ -72,7 +72,7 @@ def predict(
     try:
         summary = write_predictions(path, source.heading, names, predictions, top=top)
     except KeyboardInterrupt:
-        errors.print(f"{where}: nothing was written; predict begins anew.", soft_wrap=True)
+        errors.print(f"{where}: nothing was written.", soft_wrap=True)
         raise
     if not extraction.quiet:
         print_left_out(source, summary)

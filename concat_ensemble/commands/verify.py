@@ -19,16 +19,17 @@ def verify(
     *,
     ensemble: Annotated[str, typer.Argument(help="Folder or Hub id of an ensemble with a card and results.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the ensemble on the Hub.")] = None,
-    dataset: Annotated[
+    datasets: Annotated[
         list[str] | None,
         typer.Option(
+            "--dataset",
             help="Your own copy of a dataset that is not on the Hub, as for probe; may be repeated. No other local "
-            "data are read."
+            "data are read.",
         ),
     ] = None,
-    baseline: Annotated[
+    baselines: Annotated[
         list[str] | None,
-        typer.Option(help="A baseline of the results, as for probe, or NAME=ENSEMBLE; may be repeated."),
+        typer.Option("--baseline", help="A baseline of the results, as for probe, or NAME=ENSEMBLE; may be repeated."),
     ] = None,
     extraction: ExtractionOptions,
     as_json: AsJson = False,
@@ -48,7 +49,7 @@ def verify(
     check_card(folder)
     settings = dataclasses.asdict(extraction) | {"quiet": extraction.quiet or as_json}
     model = load_ensemble(str(folder))
-    checks = verify_ensemble(folder, model, datasets=dataset or (), baselines=baseline or (), **settings)
+    checks = verify_ensemble(folder, model, datasets=datasets or (), baselines=baselines or (), **settings)
     if as_json:
         print_json([dataclasses.asdict(check) | {"holds": check.holds} for check in checks])
     else:

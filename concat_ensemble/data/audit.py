@@ -14,6 +14,7 @@ from msgspec import Meta
 from concat_ensemble.data.groups import number_images, number_values
 from concat_ensemble.data.images import image_hashes, with_hashes
 from concat_ensemble.data.labels import class_names, read_groups, read_labels
+from concat_ensemble.errors import argument
 from concat_ensemble.schema import Count, Share, Text
 
 FEW_IMAGES = 5  # below, the recall of a class moves by more than 20 points with one image
@@ -237,10 +238,9 @@ def _nothing_left(name: str, total: int, audit: Audit) -> str:
     earlier += [pair.partition("/")[0] for pair, count in audit.groups_across.items() if pair.endswith(name) and count]
     what = "share an image or a group with" if audit.groups_across else "are copies of images of"
     where = "training" if set(earlier) == {"train"} else "training or validation"
-    return (
-        f"all {total:,} {name} images {what} the {where} split, so that none is left to {_purpose(name)}; name "
-        f"another split with --{name}-split, or cut one, as in --train-split train[:80%] --{name}-split train[80%:]."
-    )
+    problem = f"all {total:,} {name} images {what} the {where} split, so that none is left to {_purpose(name)}"
+    example = f"{argument('train_split', 'train[:80%]')} and {argument(f'{name}_split', 'train[80%:]')}"
+    return f"{problem}; name another split with {argument(f'{name}_split')}, or cut one, as in {example}."
 
 
 def _purpose(name: str) -> str:

@@ -7,11 +7,10 @@ from datasets import Dataset, DatasetDict
 
 from concat_ensemble.data.images import describe_image
 from concat_ensemble.data.labels import class_names, read_labels
+from concat_ensemble.errors import argument
 
 BadImages = dict[str, dict[int, str]]  # split -> row -> why its image cannot be used
 NAMED = 20  # images that an error names; it counts the others
-WAY_OUT = "remove or repair it, or leave it out with skip_bad=True (--skip-bad)"
-WAY_OUT_OF_MANY = "remove or repair them, or leave them out with skip_bad=True (--skip-bad)"
 
 
 def describe_bad_images(splits: Mapping[str, Dataset], bad: BadImages) -> str:
@@ -23,6 +22,12 @@ def describe_bad_images(splits: Mapping[str, Dataset], bad: BadImages) -> str:
     return f"{len(images):,} of {total:,} images cannot be used: {'; '.join(names)}{more}"
 
 
+def _describe_remedy(bad: BadImages) -> str:
+    """What to do about bad images that are not left out yet."""
+    images = "it" if sum(map(len, bad.values())) == 1 else "them"
+    return f"remove or repair {images}, or leave {images} out with {argument('skip_bad', True)}"
+
+
 def usable_rows(splits: Mapping[str, Dataset], bad: BadImages, *, skip_bad: bool) -> dict[str, np.ndarray]:
     """Numbers of the rows of each split whose images can be used, in order.
 
@@ -31,8 +36,7 @@ def usable_rows(splits: Mapping[str, Dataset], bad: BadImages, *, skip_bad: bool
             all images of a class in the training split or in all splits.
     """
     if any(bad.values()) and not skip_bad:
-        remedy = WAY_OUT if sum(map(len, bad.values())) == 1 else WAY_OUT_OF_MANY
-        raise ValueError(f"{describe_bad_images(splits, bad)}; {remedy}.")
+        raise ValueError(f"{describe_bad_images(splits, bad)}; {_describe_remedy(bad)}.")
     rows = {name: np.setdiff1d(np.arange(len(split)), list(bad.get(name, ()))) for name, split in splits.items()}
     if any(bad.values()):
         _refuse_empty(splits, bad, rows)
@@ -60,4 +64,4 @@ def _refuse_empty(splits: Mapping[str, Dataset], bad: BadImages, rows: Mapping[s
     if len(lost):
         classes = ", ".join(class_names(next(iter(splits.values())))[label] for label in lost[:NAMED])
         problem = f"no training image of these classes can be used: {classes}; {describe_bad_images(splits, bad)}"
-        raise ValueError(f"{problem}; repair some of them, or choose the other classes with classes=[...].")
+        raise ValueError(f"{problem}; repair some of them, or choose the other classes with {argument('classes')}.")

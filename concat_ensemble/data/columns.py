@@ -21,6 +21,7 @@ from datasets import (
 from datasets.features.features import require_decoding
 
 from concat_ensemble.data.arrays import array_type, encode_column
+from concat_ensemble.errors import argument
 
 IMAGE_NAMES = ("image", "img", "picture", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "category", "y", "cls")
@@ -51,7 +52,7 @@ def select_columns(
         columns["group"] = _choose_column("group", group_column, [], features=features, kind=kind)
     for first, second in combinations(columns, 2):
         if columns[first] == columns[second]:
-            both = f"{first}_column and {second}_column are both {columns[first]!r}"
+            both = f"{argument(f'{first}_column')} and {argument(f'{second}_column')} are both {columns[first]!r}"
             raise ValueError(f"{both}; the dataset has {', '.join(features)}.")
     _check_images(image, features[image], kind)
     names = getattr(features[label], "names", None) or []
@@ -60,7 +61,8 @@ def select_columns(
         raise ValueError(f"{problem}; write the names as text.")
     for role in ("label", "group"):
         if role in columns and require_decoding(features[columns[role]]):
-            raise ValueError(f"column {columns[role]!r} of the {kind} split holds files; name another {role}_column.")
+            problem = f"column {columns[role]!r} of the {kind} split holds files"
+            raise ValueError(f"{problem}; name another {argument(f'{role}_column')}.")
     split = _without_decoding(split, image).select_columns(list(columns.values()))
     # By way of names that no column has, since a dataset may use these names for other columns.
     split = split.rename_columns({name: f"{role} of {name}" for role, name in columns.items()})
@@ -125,7 +127,8 @@ def _choose_column(role: str, name: str | None, candidates: list[str], *, featur
     if name is not None and name not in features:
         raise ValueError(f"the {kind} split has no column {name!r}; it has {columns}.")
     if name is None and not candidates:
-        raise ValueError(f"found no {role} column among {columns} in the {kind} split; name it with {role}_column.")
+        problem = f"found no {role} column among {columns} in the {kind} split"
+        raise ValueError(f"{problem}; name it with {argument(f'{role}_column')}.")
     return candidates[0] if name is None else name
 
 
@@ -140,7 +143,8 @@ def _check_images(name: str, feature: Any, kind: str) -> None:
     if _holds_images(feature):
         raise ValueError(f"column {name!r} of the {kind} split has several images a row; write one image in each row.")
     what = feature.dtype if isinstance(feature, Value) else type(feature).__name__
-    raise ValueError(f"column {name!r} of the {kind} split holds {what}, not images; name another image_column.")
+    problem = f"column {name!r} of the {kind} split holds {what}, not images"
+    raise ValueError(f"{problem}; name another {argument('image_column')}.")
 
 
 def _refuse_lists(features: Features, kind: str) -> None:

@@ -9,6 +9,7 @@ from sklearn.model_selection import train_test_split
 from concat_ensemble.data.groups import number_images, number_units
 from concat_ensemble.data.images import with_hashes
 from concat_ensemble.data.labels import read_labels
+from concat_ensemble.errors import argument, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,8 @@ class Sampling:
     hash_images: bool = False
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} must be at least 1.")
-        if self.shots is not None and self.shots < 2:
-            raise ValueError(f"shots={self.shots} must be at least 2: some are for validation.")
+        check_at_least("limit", self.limit, 1)
+        check_at_least("shots", self.shots, 2, ": some are for validation")
         if self.test_size is None and not self.for_training:
             raise ValueError("test_size=None must be a fraction between 0 and 1, except for_training.")
 
@@ -84,16 +83,17 @@ def cut_split(
     Without any of these the cut is scikit-learn's `train_test_split`; else see `assign_units`.
     """
     if not 0 < size < 1:
-        raise ValueError(f"{name}={size} must be a fraction between 0 and 1.")
+        raise ValueError(f"{argument(name, size)} must be a fraction between 0 and 1.")
     if copies:
         split = with_hashes(split, shared=shared)
     units, labels = number_units(split, copies=copies), read_labels(split)
     if units is not None:
         side = assign_units(units, labels, size, seed)
         if side.all() or not side.any():
-            problem = f"cannot cut {name}={size} off {len(labels)} images"
+            problem = f"cannot cut {argument(name, size)} off {len(labels)} images"
             what = "belong together by their groups" if "group" in split.column_names else "are copies of one image"
-            raise ValueError(f"{problem}: they all {what}; name another split with {name[:-4]}split.")
+            remedy = f"name another split with {argument(f'{name[:-4]}split')}"
+            raise ValueError(f"{problem}: they all {what}; {remedy}.")
         return split.select(np.flatnonzero(~side)), split.select(np.flatnonzero(side))
     side = cut_rows(labels, name, size, seed)
     return split.select(np.flatnonzero(~side)), split.select(np.flatnonzero(side))
@@ -106,16 +106,17 @@ def cut_rows(labels: np.ndarray, name: str, size: float, seed: int) -> np.ndarra
     counts = counts[counts > 0]
     can_stratify = counts.min() >= 2 and min(size, 1 - size) * len(labels) >= len(counts)
     stratify = labels if can_stratify else None
+    problem = f"cannot cut {argument(name, size)} off {len(labels)} images"
     try:
         _, part = train_test_split(np.arange(len(labels)), test_size=size, random_state=seed, stratify=stratify)
     except ValueError as error:
-        raise ValueError(f"cannot cut {name}={size} off {len(labels)} images: {error}") from error
+        raise ValueError(f"{problem}: {error}") from error
     side = np.zeros(len(labels), dtype=bool)
     side[part] = True
     if len(np.unique(labels[~side])) < 2 <= len(counts):
         side = _spare_classes(labels, len(part), seed)
         if not side.any():
-            raise ValueError(f"cannot cut {name}={size} off {len(labels)} images: each class needs one to train on.")
+            raise ValueError(f"{problem}: each class needs one to train on.")
     return side
 
 
@@ -181,7 +182,7 @@ def _draw_shots(split: Dataset, shots: int, seed: int) -> Dataset:
     by_class = np.argsort(labels, kind="stable")  # in the random order within each class
     _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
     if counts.min() < shots:
-        problem = f"shots={shots}: a class has {counts.min()} images for training and validation"
+        problem = f"{argument('shots', shots)}: a class has {counts.min()} images for training and validation"
         raise ValueError(f"{problem}; use fewer.")
     place = np.arange(len(labels)) - np.repeat(starts, counts)  # within the class
     return split.select(np.sort(order[by_class[place < shots]]))

@@ -10,6 +10,7 @@ from datasets import DatasetDict
 from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.data.naming import METRICS
+from concat_ensemble.errors import argument
 from concat_ensemble.recipe_files import find_recipe, read_recipe
 
 LOAD_ARGUMENTS = ("name", "config", "revision", "image_column", "label_column")
@@ -63,10 +64,9 @@ class DatasetRecipe:
         expected = {"classes": self.num_classes, "test images": min(self.test_images, limit or self.test_images)}
         for what, number in actual.items():
             if number != expected[what]:
-                raise ValueError(
-                    f"{self.name} has {number:,} {what} where recipe {self.recipe} expects {expected[what]:,}; it is "
-                    "another dataset: name it, its columns and its splits with --dataset instead."
-                )
+                problem = f"{self.name} has {number:,} {what} where recipe {self.recipe} expects {expected[what]:,}"
+                remedy = f"name it with {argument('name')}, and its columns and splits, instead of the recipe"
+                raise ValueError(f"{problem}; it is another dataset: {remedy}.")
         return data
 
 

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from concat_ensemble.data.splits import split_kind
+from concat_ensemble.errors import argument
 from concat_ensemble.files import is_special
 from concat_ensemble.modeling.image_processing_concat_ensemble import IMAGE_FORMATS
 
@@ -85,7 +86,7 @@ def folder_hint(name: object, use_folders: bool) -> str:
     folder = Path(str(name).removeprefix("imagefolder:"))
     if not folder.is_dir() or not any(path[-1] in METADATA for path in _walk(folder)[0]):
         return ""
-    return " To take the classes from the folders instead of the metadata file, set use_folders (--use-folders)."
+    return f" To take the classes from the folders instead of the metadata file, set {argument('use_folders')}."
 
 
 def _walk(folder: Path) -> tuple[list[Parts], set[Parts]]:

@@ -10,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 from concat_ensemble.data.columns import add_column, read_column
 from concat_ensemble.data.images import NO_IMAGE, image_hashes
+from concat_ensemble.errors import argument
 
 
 def check_groups(splits: Mapping[str, Dataset], group_column: str) -> dict[str, Dataset]:
@@ -20,7 +21,7 @@ def check_groups(splits: Mapping[str, Dataset], group_column: str) -> dict[str, 
         dtype = feature.dtype if isinstance(feature, Value) else type(feature).__name__
         whole = dtype.startswith(("int", "uint")) or isinstance(feature, ClassLabel)
         if not whole and dtype not in ("string", "large_string", "bool"):
-            problem = f"the groups of the {kind} split (group_column={group_column!r}) are {dtype}"
+            problem = f"the groups of the {kind} split ({argument('group_column', group_column)}) are {dtype}"
             raise ValueError(f"{problem}; they must be whole numbers or text.")
     as_numbers = all(isinstance(each, Value) and each.dtype.startswith(("int", "uint")) for each in features)
     return {kind: _rewrite_groups(split, kind, group_column, as_numbers) for kind, split in splits.items()}
@@ -84,7 +85,8 @@ def _rewrite_groups(split: Dataset, kind: str, group_column: str, as_numbers: bo
         missing += sum(value == -1 for value in values)
     if missing:
         problem = f"{missing:,} of {len(split):,} images of the {kind} split have no group"
-        raise ValueError(f"{problem} (group_column={group_column!r}); fill them in, or leave these images out.")
+        named = argument("group_column", group_column)
+        raise ValueError(f"{problem} ({named}); fill them in, or leave these images out.")
     if as_numbers:
         return split
     names = [feature.names[value] if isinstance(feature, ClassLabel) else str(value) for value in values]

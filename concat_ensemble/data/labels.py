@@ -7,6 +7,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from concat_ensemble.data.columns import add_column, read_column, read_features
+from concat_ensemble.errors import argument
 
 HIDDEN = ("", "-1")  # texts that stand for a hidden label, beside -1 and None
 
@@ -37,7 +38,8 @@ def to_class_labels(split: Dataset, kind: str) -> Dataset:
     missing = read_column(split, "label").null_count
     if 0 < missing < len(split):
         problem = f"the {kind} split has {missing:,} images without a label"
-        raise ValueError(f"{problem}, of {len(split):,}; remove them or name another label_column.")
+        remedy = f"remove them or name another {argument('label_column')}"
+        raise ValueError(f"{problem}, of {len(split):,}; {remedy}.")
     if missing:
         raise ValueError(_all_hidden(kind, "None"))
     if not dtype.startswith(("int", "uint")) and dtype not in ("string", "large_string", "bool"):
@@ -69,7 +71,7 @@ def _refuse_hidden(labels: np.ndarray, kind: str) -> None:
 
 
 def _all_hidden(kind: str, value: str) -> str:
-    example = ", such as --test-split validation" if kind == "test" else ""
+    example = f", such as {argument('test_split', 'validation')}" if kind == "test" else ""
     return f"the {kind} split's labels are hidden ({value}); name a split that has them{example}."
 
 
@@ -90,7 +92,7 @@ def select_classes(splits: dict[str, Dataset], classes: list[int | str]) -> dict
     unknown = [c for c in classes if (c not in numbers_by_name if isinstance(c, str) else not 0 <= c < len(names))]
     if unknown or not classes:
         listing = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-        raise ValueError(f"classes={unknown or classes!r}: the dataset has {len(names)}, {listing}.")
+        raise ValueError(f"{argument('classes', unknown or classes)}: the dataset has {len(names)}, {listing}.")
     numbers = sorted({numbers_by_name[c] if isinstance(c, str) else c for c in classes})
     selected = [names[number] for number in numbers]
     renumbered = {kind: _renumber(split, selected) for kind, split in splits.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from concat_ensemble.errors import argument, check_at_least
 from concat_ensemble.files import without_folders
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class DatasetOptions:
 
     The fields are arguments of `load_data`, except that `classes` is a text, and that a `recipe` may take the place of
     the name, columns and splits. Raises ValueError for classes that cannot be parsed, or a recipe together with a
-    field that it determines.
+    field that it determines, and for sizes that no subset can have.
     """
 
     name: str | None = option(
@@ -61,10 +62,14 @@ class DatasetOptions:
 
     def __post_init__(self):
         _parse_classes(self.classes)
+        check_at_least("limit", self.limit, 1)
+        check_at_least("shots", self.shots, 2, ": some are for validation")
+        if self.test_size is not None and not 0 < self.test_size < 1:
+            raise ValueError(f"{argument('test_size', self.test_size)} must be a fraction between 0 and 1.")
         chosen = [name for name in self._naming if getattr(self, name) is not None]
         if self.recipe and chosen:
-            flags = ["--dataset" if name == "name" else f"--{name.replace('_', '-')}" for name in chosen]
-            raise ValueError(f"--recipe {self.recipe} does not go with {' and '.join(flags)}; leave one out.")
+            others = " and ".join(map(argument, chosen))
+            raise ValueError(f"{argument('recipe', self.recipe)} does not go with {others}; leave one out.")
 
     @property
     def _naming(self) -> list[str]:
@@ -167,6 +172,6 @@ def _parse_classes(text: str | None) -> list[int | str] | None:
     if match := re.fullmatch(r"(\d+)-(\d+)", text):
         first, last = int(match[1]), int(match[2])
         if first > last:
-            raise ValueError(f"--classes {text} runs backwards; write {last}-{first}.")
+            raise ValueError(f"{argument('classes', text)} runs backwards; write {last}-{first}.")
         return list(range(first, last + 1))
     return [int(part) if part.isdigit() else part for part in text.split(",")]

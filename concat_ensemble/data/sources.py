@@ -28,6 +28,7 @@ from concat_ensemble.data.images import encode_image
 from concat_ensemble.data.splits import find_split_kind
 from concat_ensemble.data.streams import load_tars
 from concat_ensemble.errors import first_line
+from concat_ensemble.files import describe_missing_folder
 
 DIGITS = "digits"
 BUILDERS = ("parquet", "imagefolder", "csv", "json", "webdataset")
@@ -114,6 +115,8 @@ def _load(
             HfApi(library_name="concat-ensemble").dataset_info(location, revision=revision, timeout=10)
         return load_dataset(location, config, revision=revision, streaming=streaming)
     if builder == "imagefolder":
+        if "://" not in location and not Path(location).exists():
+            raise FileNotFoundError(describe_missing_folder(location))
         return load_dataset("imagefolder", data_dir=location, streaming=streaming)
     return load_dataset(builder, data_files=_find_data_files(location, builder), streaming=streaming)
 

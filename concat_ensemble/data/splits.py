@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from concat_ensemble.errors import argument
+
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -25,7 +27,7 @@ def pick_splits(
     picked = {kind: pick_split(source, kind, name, exclude=named) for kind, name in names.items()}
     splits = {kind: split for kind, split in picked.items() if split is not None}
     if "train" not in splits:
-        raise ValueError(f"no training split among {sorted(source)}; name it with train_split.")
+        raise ValueError(f"no training split among {sorted(source)}; name it with {argument('train_split')}.")
     if not for_training and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     return splits
@@ -48,19 +50,20 @@ def pick_split(
             common = candidates if len(source) == 1 else similar if len(similar) == 1 else []
         return source[common[0]] if common else None
     base, bracket, bounds = name.partition("[")
+    named = argument(f"{kind}_split", name)
     if base not in source:
-        raise ValueError(f"{kind}_split={name!r} does not exist; the dataset has {', '.join(source)}.")
+        raise ValueError(f"{named} does not exist; the dataset has {', '.join(source)}.")
     split = source[base]
     if not bracket:
         return split
     if isinstance(split, IterableDataset):
-        raise ValueError(f"{kind}_split={name!r} is a slice, which a stream does not have; set streaming=False.")
+        raise ValueError(f"{named} is a slice, which a stream does not have; set streaming=False.")
     try:
         if not bounds.endswith("]"):
             raise ValueError("no closing bracket")
         start, stop = (_parse_bound(bound, len(split)) for bound in bounds[:-1].split(":"))
     except ValueError as error:
-        raise ValueError(f"{kind}_split={name!r} is not a slice such as train[:80%] or train[1000:2000].") from error
+        raise ValueError(f"{named} is not a slice such as train[:80%] or train[1000:2000].") from error
     start, stop, _ = slice(start, stop).indices(len(split))
     return split.select(np.arange(start, max(start, stop)))
 
@@ -83,7 +86,8 @@ def find_split_kind(name: str) -> str | None:
 def refuse_empty(split: Dataset, kind: str) -> None:
     """Raise ValueError for a split without images."""
     if not len(split):
-        raise ValueError(f"the {kind} split is empty; name another with {kind}_split, or keep more of it.")
+        remedy = f"name another with {argument(f'{kind}_split')}, or keep more of it"
+        raise ValueError(f"the {kind} split is empty; {remedy}.")
 
 
 def _parse_bound(text: str, total: int) -> int | None:

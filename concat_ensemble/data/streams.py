@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from concat_ensemble.data.columns import read_column, read_features
 from concat_ensemble.data.folders import IMAGE_ENDINGS
-from concat_ensemble.errors import first_line
+from concat_ensemble.errors import argument, first_line
 
 BUFFER = 1000  # images among which a stream is shuffled
 LOOKED_AT = 100  # samples of a tar that are read to find its fields
@@ -32,7 +32,7 @@ def take_images(stream: IterableDataset, kind: str, *, limit: int | None, seed: 
     a temporary file. Raises ValueError without a limit, for a stream that fails, and where all labels are the same."""
     if limit is None:
         problem = f"the {kind} split is a stream, which is read only as far as needed"
-        raise ValueError(f"{problem}; set limit=... (--limit), or load the dataset without streaming.")
+        raise ValueError(f"{problem}; set {argument('limit')}, or load the dataset without streaming.")
     folder = tempfile.mkdtemp(prefix="concat-ensemble-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "images.arrow")
@@ -48,7 +48,8 @@ def take_images(stream: IterableDataset, kind: str, *, limit: int | None, seed: 
     labels = read_column(split, "label").to_pylist()
     if len(labels) > 1 and set(labels) == {labels[0]} and labels[0] not in (None, -1, "", "-1"):
         problem = f"the first {len(labels):,} images of the {kind} stream have the one label {labels[0]!r}"
-        raise ValueError(f"{problem}; it may be sorted by class: shuffle the stream, or use a larger limit.")
+        remedy = f"shuffle the stream, or use a larger {argument('limit')}"
+        raise ValueError(f"{problem}; it may be sorted by class: {remedy}.")
     return split
 
 

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from concat_ensemble.errors import check_at_least
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.names import STUDIES
 from concat_ensemble.features.extraction import extract_features
@@ -171,8 +172,8 @@ def main() -> None:
     parser = desk.create_parser(__doc__, repeats=3, studies=STUDIES)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="training steps in all")
     options = parser.parse_args()
-    desk.check_at_least("repeats", options.repeats, 2)
-    desk.check_at_least("budgets", min(options.budgets), COUNTS[-1])
+    check_at_least("repeats", options.repeats, 2)
+    check_at_least("budgets", min(options.budgets), COUNTS[-1])
     name = f"{options.study}-budget"
     setup = desk.create_setup(options.study, options.dataset, options.output, name=name, smoke=options.smoke)
     curve = measure_curve(setup, options.budgets, options.repeats)

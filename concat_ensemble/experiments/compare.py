@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from concat_ensemble.errors import check_at_least
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.desk import SUBJECT
 from concat_ensemble.reporting.model_card import FIGURES, renew_card
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train every system of the paper, not only CAT and W2")
     options = parser.parse_args()
     repeats = 2 if options.smoke else options.repeats
-    desk.check_at_least("repeats", repeats, 2)
+    check_at_least("repeats", repeats, 2)
     if options.full and not desk.training_recipe_path(f"{options.study}_finetune").is_file():
         raise ValueError(f"--full needs a recipe for fine-tuning, which {options.study} lacks; leave --full out.")
     setup = desk.create_setup(options.study, options.dataset, options.output, name=options.study, smoke=options.smoke)

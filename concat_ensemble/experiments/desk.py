@@ -24,6 +24,7 @@ from rich.console import RenderableType
 
 from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_error
 from concat_ensemble.data.loading import load_data
+from concat_ensemble.errors import name_options, option_name
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
@@ -303,21 +304,17 @@ def create_setup(study: str, dataset: str | None, output: Path | None, *, name: 
     return Setup(study, dataset or STUDIES[study].dataset, folder / "smoke" if smoke else folder, smoke)
 
 
-def check_at_least(option: str, value: int, minimum: int) -> None:
-    """Raise ValueError for a value that is too small."""
-    if value < minimum:
-        raise ValueError(f"--{option} {value} must be at least {minimum}.")
-
-
 def run_script(main: Callable[[], None]) -> None:
     """Run a command line. It exits with 2 after a mistake or a training that fails, and with 130 after Ctrl-C."""
     be_quiet()
     try:
         refuse_several(Path(sys.argv[0]).stem)
-        main()
+        with name_options(option_name):
+            main()
     except KeyboardInterrupt:
         errors.print()
-        errors.print("stopped; the same command goes on")
+        kept = "finished trainings and measured numbers are kept"
+        errors.print(f"stopped; the same command goes on: {kept}.", soft_wrap=True)
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
         print_error(error)

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from concat_ensemble.data.labels import read_labels
 from concat_ensemble.data.loading import load_data
+from concat_ensemble.errors import check_at_least
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.names import COMPONENTS, STUDIES
 from concat_ensemble.features.extraction import extract_features
@@ -238,8 +239,8 @@ def run_mixture(
         ValueError: when there are too few repeats or steps.
         RuntimeError: when a training fails.
     """
-    desk.check_at_least("repeats", repeats, 2)
-    desk.check_at_least("steps", steps, COUNTS[-1])
+    check_at_least("repeats", repeats, 2)
+    check_at_least("steps", steps, COUNTS[-1])
     setup = desk.create_setup(study, dataset, output, name=f"{study}-mixture-{components}", smoke=smoke)
     measured = measure_mixture(Mixture(setup, components, steps), repeats)
     desk.print_table(format_table(measured), repeats, setup.output / "mixture.png")

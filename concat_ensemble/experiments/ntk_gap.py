@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict
 
+from concat_ensemble.errors import check_at_least
 from concat_ensemble.experiments import desk
 from concat_ensemble.experiments.desk import SUBJECT
 from concat_ensemble.experiments.names import STUDIES
@@ -127,7 +128,7 @@ def format_table(top1: dict[str, np.ndarray]) -> str:
 def main() -> None:
     parser = desk.create_parser(__doc__, repeats=6, studies=STUDIES)
     options = parser.parse_args()
-    desk.check_at_least("repeats", options.repeats, 2)
+    check_at_least("repeats", options.repeats, 2)
     name = f"{options.study}_ntk"
     setup = desk.create_setup(options.study, options.dataset, options.output, name=name, smoke=options.smoke)
     table = format_table(measure_gap(setup, options.repeats))

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.markdown import Markdown
 
+from concat_ensemble.errors import check_at_least
 from concat_ensemble.experiments import (
     budget_curve,
     compare,
@@ -444,7 +445,8 @@ def format_page(output: Path) -> str:
     counts = {"held": verdicts.count(HELD), "undecided": verdicts.count(OPEN), "failed": verdicts.count(FAILED)}
     repeats = " or ".join(map(str, sorted({finding.options.repeats for finding in findings.values()})))
     first_seeds = sorted({finding.options.first_seed for finding in findings.values()} - {0})
-    command = " ".join(["concat-ensemble reproduce all", *(f"--first-seed {seed}" for seed in first_seeds)])
+    name = next(iter(findings)) if len(findings) == 1 else "all"
+    command = " ".join([f"concat-ensemble reproduce {name}", *(f"--first-seed {seed}" for seed in first_seeds)])
     minutes = sum(finding.minutes for finding in findings.values())
     intro = load_texts()["page"].format(
         command=command, repeats=repeats, minutes=minutes, conclusions=len(verdicts), **counts
@@ -467,8 +469,8 @@ def reproduce(
         ValueError: when there are too few repeats.
         RuntimeError: when a training fails.
     """
-    desk.check_at_least("repeats", repeats, 2)
-    desk.check_at_least("first-seed", first_seed, 0)
+    check_at_least("repeats", repeats, 2)
+    check_at_least("first_seed", first_seed, 0)
     output = output / "smoke" if smoke else output
     output.mkdir(parents=True, exist_ok=True)
     workplace = Workplace(output / "networks", repeats, smoke, first_seed)

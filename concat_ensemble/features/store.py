@@ -27,12 +27,13 @@ import numpy as np
 import torch
 import xxhash
 from filelock import FileLock
-from huggingface_hub import cached_assets_path
+from huggingface_hub import cached_assets_path, constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from concat_ensemble.data.images import HASH_BYTES
+from concat_ensemble.errors import describe_error
 from concat_ensemble.features.index import HASH, HashIndex, to_bytes, to_hashes
 from concat_ensemble.features.table import Rows
 from concat_ensemble.files import replace_file, write_json
@@ -48,8 +49,13 @@ LAYER_SETTINGS = ("active_adapters", "disable_adapters", "scaling", "weight_qtyp
 
 
 def default_store() -> Path:
-    """The folder of all blocks by default, in `HF_ASSETS_CACHE`."""
-    return cached_assets_path("concat-ensemble", namespace="features")
+    """The folder of all blocks by default, in `HF_ASSETS_CACHE`. Raises OSError where it cannot be made."""
+    try:
+        return cached_assets_path("concat-ensemble", namespace="features")
+    except (OSError, ValueError) as error:  # ValueError: a file is in its place
+        reason = error.strerror if isinstance(error, OSError) else "a file is in its place"
+        problem = f"features cannot be stored in {constants.HF_ASSETS_CACHE} ({reason})"
+        raise OSError(f"{problem}; set HF_ASSETS_CACHE to a folder that can be written.") from error
 
 
 def block_key(backbone: nn.Module, fields: dict[str, Any]) -> str:
@@ -160,7 +166,7 @@ class Block:
                 save_file(tensors, aside, metadata={"checksum": _checksum(hashes, features)})
         except (OSError, SafetensorError) as error:
             remedy = "free some space or set HF_ASSETS_CACHE to a larger disk. Stored features are not touched."
-            raise OSError(f"cannot write features to {self.folder} ({error}); {remedy}") from error
+            raise OSError(f"cannot write features to {self.folder} ({describe_error(error)}); {remedy}") from error
 
     def rows(self, images: Sequence[bytes] | np.ndarray) -> StoredRows:
         """The rows (n, D) of n images in this order, read when they are sliced. Raises KeyError for an image that has

@@ -20,6 +20,7 @@ from concat_ensemble.data.loading import SCATTERED, load_data
 from concat_ensemble.data.local_files import confine_files
 from concat_ensemble.data.sources import identify_source, load_source
 from concat_ensemble.data.splits import pick_split
+from concat_ensemble.errors import argument
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def open_images(
     location = _find_files(images, split)
     if location is None and isinstance(images, str | Path | Dataset | DatasetDict | IterableDataset):
         return _open_dataset(images, **options)
-    given = [name for name, value in options.items() if value is not None]
+    given = [argument(name) for name, value in options.items() if value is not None]
     if given:
         problem = f"{' and '.join(given)} go with a dataset, and these are files"
         raise ValueError(f"{problem}; leave them out, or name a dataset, as in imagefolder:FOLDER.")
@@ -151,9 +152,9 @@ def _open_dataset(
             "the images are a stream; give a dataset that is stored, such as Dataset.from_list(list(...))."
         )
     if chosen is None:
-        raise ValueError(f"there is no test split among {', '.join(source)}; name one with split.")
+        raise ValueError(f"there is no test split among {', '.join(source)}; name one with {argument('split')}.")
     if not len(chosen):
-        raise ValueError(f"the {split or 'test'} split is empty; name another with split.")
+        raise ValueError(f"the {split or 'test'} split is empty; name another with {argument('split')}.")
     column = None if isinstance(name, str) and name.startswith(SCATTERED) else image_column
     rows = select_images(chosen, split or "test", column)
     rows = confine_files(rows, split or "test", name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -17,10 +16,10 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedConfig
 
 from concat_ensemble.console import show_progress
-from concat_ensemble.errors import first_line
+from concat_ensemble.errors import argument, first_line
 from concat_ensemble.features.memory import keep_freed_memory
 from concat_ensemble.features.standardized import default_device
-from concat_ensemble.files import check_regular_files
+from concat_ensemble.files import check_regular_files, is_hub_id
 from concat_ensemble.inference.folding import fold_batchnorm
 from concat_ensemble.inference.image_sources import ImageSource, open_images
 from concat_ensemble.modeling.image_processing_concat_ensemble import ConcatEnsembleImageProcessor
@@ -111,9 +110,10 @@ def load_classifier(name: str | Path) -> ConcatEnsembleForImageClassification:
             choose one of several classes.
     """
     hub_id, _, revision = str(name).partition("@")
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not Path(name).exists()
-    location, arguments = (hub_id, {"revision": revision or "main"}) if is_hub_id else (str(name), {})
-    if not is_hub_id:
+    if is_hub_id(str(name)):
+        location, arguments = hub_id, {"revision": revision or "main"}
+    else:
+        location, arguments = str(name), {}
         check_regular_files(Path(name))
     try:
         settings = PreTrainedConfig.get_config_dict(location, **arguments)[0]
@@ -231,4 +231,5 @@ def _describe_problems(problems: list[str]) -> str:
     named = "; ".join(problem.rstrip(".").removesuffix("; remove or repair it") for problem in problems[:MAX_NAMED])
     rest = f"; and {len(problems) - MAX_NAMED:,} more" if len(problems) > MAX_NAMED else ""
     count = "1 image" if len(problems) == 1 else f"{len(problems):,} images"
-    return f"{count} cannot be read: {named}{rest}. Remove or repair them, or go on without them by --skip-bad."
+    remedy = f"Remove or repair them, or go on without them by {argument('skip_bad', True)}"
+    return f"{count} cannot be read: {named}{rest}. {remedy}."

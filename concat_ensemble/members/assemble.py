@@ -26,8 +26,8 @@ from timm.models._hub import _get_safe_alternatives
 from torch import nn
 from transformers import TimmWrapperConfig
 
-from concat_ensemble.errors import first_line, suggest
-from concat_ensemble.files import check_regular_files
+from concat_ensemble.errors import argument, first_line, suggest
+from concat_ensemble.files import check_regular_files, describe_missing_folder
 from concat_ensemble.members.checkpoints import (
     PICKLES,
     Tensors,
@@ -91,6 +91,10 @@ class NetworkConfig(PretrainedConfig, total=False):
     provenance: Provenance | None
 
 
+class UnknownRepoError(ValueError):
+    """A repo that is not on the Hub or, without a network, not in the cache."""
+
+
 @dataclass
 class _Member:
     backbone: nn.Module
@@ -147,7 +151,7 @@ def assemble(
         ValueError, FileNotFoundError: for a member that cannot be loaded, in one line that names it and the remedy.
     """
     if preprocessing not in ("own", "shared"):
-        raise ValueError(f"preprocessing={preprocessing!r} must be 'own' or 'shared'.")
+        raise ValueError(f"{argument('preprocessing', preprocessing)} must be 'own' or 'shared'.")
     sources = [members] if isinstance(members, Source) else list(members)
     model_args = _check_model_args(model_args or {})
     loaded: list[_Member] = []
@@ -217,9 +221,18 @@ def _load_name(text: str, model_args: dict[str, Any]) -> list[_Member]:
     if architecture or Path(path).is_file() or path.endswith((".safetensors", ".npz", *PICKLES)):
         return _load_file(Path(path), architecture, model_args)
     if "/" in text:
-        hint = suggest(text, map(str, Path(text).parent.glob("*")), limit=1)
-        raise ValueError(f"there is no folder {text}{hint} For a model on the Hub, write {HUB}ORG/NAME.")
+        raise ValueError(f"{describe_missing_folder(text)} For a model on the Hub, write {HUB}ORG/NAME.")
+    if text.split(".")[0] not in timm_architectures():
+        raise ValueError(_describe_unknown(text))
     return _load_from_hub(HUB + _find_pretrained(text), model_args)
+
+
+def _describe_unknown(name: str) -> str:
+    """Error message for a name of neither a folder nor a model of timm, with a similar one of either kind."""
+    missing = describe_missing_folder(name)
+    if not missing.endswith("?") and suggest(name.split(".")[0], timm_architectures()) != ".":
+        return f"{describe_unknown_architecture(name)} There is no folder {name} either."
+    return f"{missing} timm has no model of this name either; for one on the Hub, write {HUB}ORG/NAME."
 
 
 def _check_model_args(model_args: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +251,7 @@ def _check_model_args(model_args: dict[str, Any]) -> dict[str, Any]:
 def _refuse_model_args(model_args: dict[str, Any], source: str) -> None:
     """Raise ValueError if there are arguments for members that have their own."""
     if model_args:
-        problem = f"model_args={model_args} cannot be applied to {source}, whose networks are built"
+        problem = f"{argument('model_args', model_args)} cannot be applied to {source}, whose networks are built"
         raise ValueError(f"{problem}; give the members that they are for in a call of their own.")
 
 
@@ -383,12 +396,12 @@ def _find_commit(repo: str, revision: str | None) -> str | None:
         return HfApi(library_name="concat-ensemble").model_info(repo, revision=revision, timeout=10).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         remedy = "check its name and revision, or log in with hf auth login"
-        raise ValueError(f"{name} is not on the Hub ({first_line(error)}); {remedy}.") from error
+        raise UnknownRepoError(f"{name} is not on the Hub ({first_line(error)}); {remedy}.") from error
     except (ConnectionError, HTTPError):
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(cached, str):
             problem = f"cannot reach the Hub for {name}, and it is not in the cache"
-            raise ValueError(f"{problem}; give ARCHITECTURE=FILE or a folder.") from None
+            raise UnknownRepoError(f"{problem}; give ARCHITECTURE=FILE or a folder.") from None
         return Path(cached).parent.name  # the cache has a folder for each commit
 
 

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from concat_ensemble.errors import argument
 from concat_ensemble.recipe_files import find_recipe, read_recipe
 
 ENSEMBLES = files("concat_ensemble.members") / "recipes"
@@ -29,7 +30,7 @@ class EnsembleRecipe:
         for source, own in self.members.items():
             architecture, is_file, name = source.rpartition("=")
             if is_file and not (folder / name).is_file():
-                remedy = f"it is in {self.checkpoints}; name its folder with --checkpoints FOLDER"
+                remedy = f"it is in {self.checkpoints}; name its folder with {argument('checkpoints')}"
                 raise ValueError(f"no {folder / name}; {remedy}.")
             member = f"{architecture}={folder / name}" if is_file else name
             members[member] = {"ensemble_recipe": self.recipe} | (self.provenance or {}) | (own or {})

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from concat_ensemble.data.naming import describe_dataset
-from concat_ensemble.files import replace_file
+from concat_ensemble.files import check_regular_files, replace_file
 from concat_ensemble.members.ensemble_recipes import ENSEMBLES, ensemble_recipe
 from concat_ensemble.recipe_files import recipe_names
 from concat_ensemble.reporting.model_card import CARD
@@ -43,7 +43,9 @@ def write_index(folder: Path) -> Path:
 
 
 def index_text(folder: Path) -> str:
-    """The text of README.md for a folder of ensembles. Raises ValueError if none of them has results."""
+    """The text of README.md for a folder of ensembles. Raises ValueError if none of them has results, and OSError if
+    there is no such folder."""
+    check_regular_files(folder)
     paths = sorted(folder.glob(f"*/{RESULTS}/*.json"))
     if not paths:
         raise ValueError(f"{folder} has no ensemble with results; probe one with concat-ensemble probe {folder}/NAME.")

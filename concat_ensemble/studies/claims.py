@@ -13,6 +13,7 @@ import numpy as np
 
 from concat_ensemble.data.audit import Audit
 from concat_ensemble.data.naming import describe_dataset
+from concat_ensemble.errors import argument
 from concat_ensemble.probes.intervals import wilson_interval
 from concat_ensemble.studies.results import MAJORITY, Results, Row, Run
 
@@ -49,7 +50,8 @@ def compare_results(claim: Results, again: Results) -> list[Check]:
             if all(earlier.holds for earlier in checks[:1]):  # the differences to a wrong row are wrong, too
                 check.differences += _gain_differences(claim, again, row.name)
         else:
-            remedy = "name it with --baseline" if row.kind == "baseline" else "probe has no such row"
+            is_baseline = row.kind == "baseline"
+            remedy = f"name it with {argument('baselines')}" if is_baseline else "probe has no such row"
             check.differences = [f"it was not measured again: {remedy}"]
         checks.append(check)
     checks[0].differences[:0] = _shared_differences(claim, again)

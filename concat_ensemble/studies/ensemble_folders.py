@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from concat_ensemble.console import errors
+from concat_ensemble.errors import argument
 from concat_ensemble.files import replace_folder
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME
@@ -23,21 +24,21 @@ MEASURED = ("results/*.json", "selection/*.json", "selection/*.png", "overlap/*.
 def check_folder(path: Path, overwrite: bool) -> None:
     """Raise ValueError where a new ensemble's folder cannot be written, or may not take the place of what is there,
     and OSError for a link where a file of the ensemble would be written."""
+    output, replace = argument("output"), argument("overwrite", True)
     if path.is_file():
-        raise ValueError(f"{path} is a file; name a folder with --output.")
+        raise ValueError(f"{path} is a file; name a folder with {output}.")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise ValueError(f"{path} holds something already; add --overwrite or name another --output.")
+            raise ValueError(f"{path} holds something already; add {replace} or name another {output}.")
         if not (path / INDEX_NAME).is_file():
-            reason = "something other than an ensemble, which --overwrite does not delete"
-            raise ValueError(f"{path} holds {reason}; name another --output.")
+            reason = f"something other than an ensemble, which {replace} does not delete"
+            raise ValueError(f"{path} holds {reason}; name another {output}.")
         if (path / "adapter_config.json").exists():
-            raise ValueError(
-                f"{path} holds an adapter, which new members would be loaded with; name another --output."
-            )
+            problem = f"{path} holds an adapter, which new members would be loaded with"
+            raise ValueError(f"{problem}; name another {output}.")
         for file in path.iterdir():
             if file.is_symlink() and (file.name in MODEL_FILES or SHARD_NAME.fullmatch(file.name)):
-                raise OSError(f"{file} is a link to {file.readlink()}; remove it, or name another --output.")
+                raise OSError(f"{file} is a link to {file.readlink()}; remove it, or name another {output}.")
     check_parent(path.resolve())
 
 

@@ -1,14 +1,15 @@
 """Ensembles by name: loading one from anywhere, and building one from members or from a recipe of the paper."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from concat_ensemble.members.assemble import HUB, assemble
+from concat_ensemble.errors import argument
+from concat_ensemble.files import is_hub_id
+from concat_ensemble.members.assemble import HUB, UnknownRepoError, assemble
 from concat_ensemble.members.ensemble_recipes import ensemble_recipe
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 
@@ -17,9 +18,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def load_ensemble(name: str, seed: int = 0) -> ConcatEnsembleModel:
     """Load an ensemble, such as "two-resnets" or "me/two-resnets@main", or make one of any member that `assemble`
-    accepts, such as "random:resnet18", whose weights `seed` determines."""
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not Path(name).exists()
-    return assemble([HUB + name if is_hub_id else name], seed=seed)
+    accepts, such as "random:resnet18", whose weights `seed` determines. Errors are those of `assemble`."""
+    if not is_hub_id(name):
+        return assemble([name], seed=seed)
+    try:
+        return assemble([HUB + name], seed=seed)
+    except UnknownRepoError as error:
+        raise ValueError(f"no such folder: {name}, and {error}") from error
 
 
 def is_local_ensemble(name: str) -> bool:
@@ -56,9 +61,10 @@ def build_ensemble(
         ValueError: for an unknown dtype or recipe, members beside a recipe, and as `assemble`.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: give {', '.join(DTYPES)}.")
+        raise ValueError(f"{argument('dtype', dtype)}: give {', '.join(DTYPES)}.")
     if recipe and members:
-        raise ValueError(f"--recipe {recipe} names its members; leave out {' '.join(members)}, or --recipe.")
+        named = f"{argument('recipe', recipe)} names its members"
+        raise ValueError(f"{named}; leave out {' '.join(members)}, or {argument('recipe')}.")
     provenances = ensemble_recipe(recipe).resolve_members(checkpoints) if recipe else {}
     sources = list(provenances) if recipe else list(members)
     pixels = {"preprocessing": preprocessing, "channels": channels, "mean": mean, "std": std}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from concat_ensemble.data.naming import METRICS
 from concat_ensemble.data.options import option
+from concat_ensemble.errors import argument
 
 CONTROLS = ("none", "quick", "all")  # no control; those that need no network; also untrained members
 
@@ -41,9 +42,9 @@ class ProbeOptions:
     command: str = ""  # the command line, recorded in the results
 
     def __post_init__(self):
-        _check_choice("--metric", self.metric, METRICS)
-        _check_choice("--class-weight", self.class_weight, ("balanced",))
-        _check_choice("--controls", self.controls, CONTROLS)
+        _check_choice("metric", self.metric, METRICS)
+        _check_choice("class_weight", self.class_weight, ("balanced",))
+        _check_choice("controls", self.controls, CONTROLS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,10 @@ class SelectOptions:
 
     def __post_init__(self):
         if not 0 < self.margin < 100:  # also for NaN
-            raise ValueError(f"--margin {self.margin:g} must be between 0 and 100 points, such as 1.")
-        _check_choice("--metric", self.metric, METRICS)
+            raise ValueError(f"{argument('margin', self.margin)} must be between 0 and 100 points, such as 1.")
+        _check_choice("metric", self.metric, METRICS)
 
 
-def _check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
-        raise ValueError(f"{flag} {value} must be one of {', '.join(choices)}.")
+        raise ValueError(f"{argument(name, value)} must be one of {', '.join(choices)}.")

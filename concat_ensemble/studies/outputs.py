@@ -3,13 +3,16 @@
 import tempfile
 from pathlib import Path
 
+from concat_ensemble.errors import argument
+
 
 def check_file(path: Path, overwrite: bool) -> None:
     """Raise ValueError where a new file cannot be written, or may not take the place of what is there."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file with --output.")
+        raise ValueError(f"{path} is a folder; name a file with {argument('output')}.")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already; add --overwrite or name another --output.")
+        remedy = f"add {argument('overwrite', True)} or name another {argument('output')}"
+        raise ValueError(f"{path} is there already; {remedy}.")
     check_parent(path)
 
 
@@ -25,4 +28,5 @@ def check_parent(path: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); name another --output.") from error
+        remedy = f"name another {argument('output')}"
+        raise ValueError(f"{path} cannot be written ({error.strerror}); {remedy}.") from error

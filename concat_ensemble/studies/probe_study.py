@@ -19,6 +19,7 @@ from concat_ensemble.data.bad_images import without_rows
 from concat_ensemble.data.images import image_hashes
 from concat_ensemble.data.labels import class_names
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.errors import argument
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel, ConcatEnsemblePreTrainedModel
 from concat_ensemble.probes.linear import LinearProbe
@@ -115,15 +116,17 @@ def run_probe_studies(
 
 
 def _check_options(model: str, datasets: Sequence[DatasetOptions], options: ProbeOptions) -> None:
-    single = {"--output": options.output, "--save-head": options.save_head}
-    chosen = [option for option, value in single.items() if value]
+    chosen = [argument(name) for name in ("output", "save_head") if getattr(options, name)]
     if len(datasets) > 1 and chosen:
-        raise ValueError(f"more than one --recipe does not go with {' and '.join(chosen)}; leave one out.")
+        problem = f"more than one {argument('recipe')} does not go with {' and '.join(chosen)}"
+        raise ValueError(f"{problem}; leave one out.")
     if options.save_head and not is_local_ensemble(model):
-        raise ValueError(f"--save-head writes into the ensemble's folder, and {model} is not a folder here.")
+        problem = f"{argument('save_head', True)} writes into the ensemble's folder"
+        raise ValueError(f"{problem}, and {model} is not a folder here.")
     name, others = Path(model).name, [Path(baseline).name for baseline in (options.baselines or [])]
     if len({name, *others}) <= len(others):
-        raise ValueError(f"--baseline {' and '.join(others)} beside {name}: they share a name; rename a folder.")
+        named = f"{argument('baselines')} {' and '.join(others)} beside {name}"
+        raise ValueError(f"{named}: they share a name; rename a folder.")
 
 
 def _run_study(
@@ -137,7 +140,8 @@ def _run_study(
 ) -> ProbeStudy:
     if study := _read_study(ensemble, model, dataset, options):
         if not extraction.quiet:
-            errors.print(f"{study.path} is there already; --overwrite probes again.", soft_wrap=True)
+            again = f"{argument('overwrite', True)} probes again"
+            errors.print(f"{study.path} is there already; {again}.", soft_wrap=True)
         return study
     path, page = _find_files(model, dataset, options)
     about = {"baselines": _name_baselines(options), "options": options, "extraction": extraction}
@@ -154,7 +158,8 @@ def _find_files(model: str, dataset: DatasetOptions, options: ProbeOptions) -> t
     home = Path(model) if is_local_ensemble(model) else Path()
     path = options.output or home / RESULTS / f"{dataset.file_stem}.json"
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a results file, as in --output {path / 'probe.json'}.")
+        example = argument("output", str(path / "probe.json"))
+        raise ValueError(f"{path} is a folder; name a results file, as in {example}.")
     return path, find_errors_page(model, path) if options.errors else None
 
 
@@ -175,7 +180,7 @@ def _read_study(
     if not is_whole or not _is_same(results, ensemble, dataset, options):
         problem = f"{path} holds the results of other weights, data or settings, or lacks a repeat, a baseline, "
         problem += "controls, the head or the page of errors"
-        raise ValueError(f"{problem}; add --overwrite, or name another --output.")
+        raise ValueError(f"{problem}; add {argument('overwrite', True)}, or name another {argument('output')}.")
     return ProbeStudy(results, path, is_new=False, errors_page=page)
 
 
@@ -288,6 +293,6 @@ def load_repeats(dataset: DatasetOptions, number: int) -> list[DatasetDict]:
     repeats = [dataclasses.replace(dataset, seed=dataset.seed + k).load_splits() for k in range(number)]
     if number > 1 and not dataset.shots and image_hashes(repeats[0]["test"]) == image_hashes(repeats[1]["test"]):
         reason = f"since {dataset.record['name']} has a test split of its own"
-        remedy = "draw from it with --limit or --shots, or leave --repeats out."
-        raise ValueError(f"--repeats {number} would measure the same images each time, {reason}; {remedy}")
+        remedy = f"draw from it with {argument('limit')} or {argument('shots')}, or leave {argument('repeats')} out."
+        raise ValueError(f"{argument('repeats', number)} would measure the same images each time, {reason}; {remedy}")
     return repeats

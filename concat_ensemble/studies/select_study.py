@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
+from concat_ensemble.errors import argument
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection, with_projection
 from concat_ensemble.features.table import FeatureTable
@@ -55,7 +56,8 @@ def run_select_study(
     """
     options, extraction = options or SelectOptions(), extraction or ExtractionOptions()
     if options.quick and (options.output or options.num_components):
-        raise ValueError("--quick only looks; leave out --output and --columns, or leave out --quick.")
+        others = f"{argument('output')} and {argument('num_components')}"
+        raise ValueError(f"{argument('quick', True)} only looks; leave it out, or {others}.")
     home = Path(model) if is_local_ensemble(model) else Path()
     path = home / "selection" / f"{dataset.file_stem}{'-quick' if options.quick else ''}.json"
     if is_local_ensemble(model):

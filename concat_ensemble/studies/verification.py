@@ -14,7 +14,8 @@ from concat_ensemble.data.loading import SCATTERED
 from concat_ensemble.data.naming import describe_dataset
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 from concat_ensemble.data.sources import DIGITS
-from concat_ensemble.errors import first_line
+from concat_ensemble.errors import argument, describe_error, first_line
+from concat_ensemble.files import describe_missing_folder, is_hub_id
 from concat_ensemble.modeling.modeling_concat_ensemble import ConcatEnsembleModel
 from concat_ensemble.studies.claims import Check, compare_results
 from concat_ensemble.studies.options import ProbeOptions
@@ -59,7 +60,7 @@ def verify_ensemble(
             again = measure_again(study, model, datasets=datasets, baselines=baselines, extraction=options)
         except (ValueError, OSError) as error:
             dataset, row = describe_dataset(study.dataset), study.rows[0]
-            checks.append(Check(dataset, row.name, row.mean, metric=study.metric, differences=[str(error)]))
+            checks.append(Check(dataset, row.name, row.mean, metric=study.metric, differences=[describe_error(error)]))
         else:
             checks += compare_results(study, again)
     if not checks:
@@ -128,7 +129,7 @@ def read_dataset(recorded: dict[str, Any], own: Sequence[str] = ()) -> DatasetOp
     if len(own) == 1 and not options.recipe:
         return dataclasses.replace(options, name=own[0])
     problem = f"{name!r} is not a dataset on the Hub, or also a path here, which results do not open by themselves"
-    raise ValueError(f"{problem}; name your copy of it, as in --dataset imagefolder:FOLDER")
+    raise ValueError(f"{problem}; name your copy of it with {argument('datasets')}, such as imagefolder:FOLDER")
 
 
 def is_public(name: str) -> bool:
@@ -147,6 +148,8 @@ def fetch_ensemble(ensemble: str, revision: str | None = None) -> Path:
     """The folder of an ensemble, downloaded where `ensemble` is a Hub id. Raises ValueError if it is neither."""
     if Path(ensemble).is_dir():
         return Path(ensemble)
+    if not is_hub_id(ensemble):
+        raise FileNotFoundError(describe_missing_folder(ensemble))
     try:
         return Path(snapshot_download(ensemble, revision=revision, library_name="concat-ensemble"))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError) as error:

@@ -54,7 +54,7 @@ def test_every_recipe_runs(path, digits, members, tmp_path):
     data = ["--dataset", digits] if "mnist" in path.stem else []
     if path.stem.endswith(("timecat", "seeds")):
         run(pretraining, *smoke, *data)
-        made = "cat4-s" if path.stem.endswith("timecat") else "w2"
+        made = "cat4-s" if path.stem.endswith("timecat") else "cat4" if "vit" in path.stem else "w2"
         assert (tmp_path / made / "config.json").is_file()
     elif path.stem.endswith("distill"):
         teachers = f"[{members / 'members' / 'cat2-0'}, {members / 'members' / 'cat2-1'}]"

@@ -126,7 +126,10 @@ BAD_BUILDS = {
         ["resnet10t) has no pooled features", "set its global_pool"],
     ),
     "refused model_args": (["meddled"], ["model_args may not hold 'checkpoint_path'"]),
-    "bad preprocessing": (["random:test_vit", "--preprocessing", "same"], ["'same' must be 'own' or 'shared'"]),
+    "bad preprocessing": (
+        ["random:test_vit", "--preprocessing", "same"],
+        ["--preprocessing same must be 'own' or 'shared'"],
+    ),
 }
 
 
@@ -346,14 +349,17 @@ BAD_PROBES = {
     "one column for both": (["--dataset", "good", "--image-column", "label"], ["label"]),
     "missing split": (
         ["--dataset", "good", "--test-split", "holdout"],
-        ["test_split='holdout' does not exist", "the dataset has train"],
+        ["--test-split holdout does not exist", "the dataset has train"],
     ),
     "slice beyond the end": (["--dataset", "good", "--train-split", "train[900:]"], ["train"]),
-    "empty split": (["--dataset", "good", "--train-split", "train[:0]"], ["the train split is empty", "train_split"]),
+    "empty split": (
+        ["--dataset", "good", "--train-split", "train[:0]"],
+        ["the train split is empty", "--train-split"],
+    ),
     "empty test split": (["--dataset", "empty"], ["'empty'", "no data"]),
     "one class": (["--dataset", "one-class"], ["the one class 'a'; a probe needs two"]),
     "one class kept": (["--dataset", "digits", "--classes", "3"], ["the one class '3'; a probe needs two"]),
-    "unknown class": (["--dataset", "digits", "--classes", "3,eleven"], ["classes=['eleven']", "the dataset has 10"]),
+    "unknown class": (["--dataset", "digits", "--classes", "3,eleven"], ["--classes eleven", "the dataset has 10"]),
     "classes backwards": (["--dataset", "digits", "--classes", "9-5"], ["9-5"]),
     "float labels": (["--dataset", "floats"], ["class names or whole numbers"]),
     "text file named .png": (["--dataset", "text"], ["3.png", "remove or repair it"]),
@@ -362,9 +368,9 @@ BAD_PROBES = {
     "NaN pixels": (["--dataset", "nan"], ["nan.tiff", "NaN", "remove or repair it"]),
     "unknown dataset": (["--dataset", "nonesuch"], ["no dataset 'nonesuch'", "digits"]),
     "missing folder": (["--dataset", "imagefolder:nonesuch"], ["imagefolder:nonesuch"]),
-    "no images": ([*DIGITS, "--limit", "0"], ["limit"]),
-    "fewer than no images": ([*DIGITS, "--limit", "-5"], ["limit", "-5"]),
-    "share that is none": ([*DIGITS, "--test-size", "50"], ["test_size=50", "between 0 and 1"]),
+    "no images": ([*DIGITS, "--limit", "0"], ["--limit 0 must be at least 1"]),
+    "fewer than no images": ([*DIGITS, "--limit", "-5"], ["--limit -5"]),
+    "share that is none": ([*DIGITS, "--test-size", "50"], ["--test-size 50 must be", "between 0 and 1"]),
     "output that is a folder": ([*DIGITS, "--output", "good"], ["good is a folder; name a results file"]),
     "output that cannot be written": ([*DIGITS, "--output", "/proc/nonesuch/x.json"], ["/proc", "--output"]),
     "missing baseline": ([*DIGITS, "--baseline", "nonesuch"], ["nonesuch"]),
@@ -467,7 +473,7 @@ def test_ctrl_c_ends_with_130_and_nothing_written(folder, tmp_path, contents):
     before = contents(place)
     code, shown = interrupted(place)
     assert code == 130, shown
-    assert "Traceback" not in shown and "stopped; the same command goes on" in shown
+    assert "Traceback" not in shown and "stopped; the same command goes on: features that were extracted" in shown
     assert contents(place) == before
 
 
@@ -481,7 +487,7 @@ def test_card_is_written_anew(run, folder):
 
 
 def test_card_refuses(folder, refused, study, tmp_path):
-    refused(["card", "nonesuch"], "nonesuch holds no ensemble", "concat-ensemble build")
+    refused(["card", "nonesuch"], "no such folder: nonesuch")
     study(pair=[0.5]).save(folder / "results" / "old.json")
     refused(["card", "pair"], "old.json was measured on other weights", "--overwrite")
     (folder / "results" / "old.json").write_text("{")
@@ -521,7 +527,8 @@ def test_verify_probes_again(run, folder, refused, monkeypatch):
     run("card", "pair")
     code, _, err = run("verify", "pair")
     assert code == 2 and f"1 of {len(found)} numbers are not confirmed: pair on digits" in err
-    refused(["verify", "no-such-ensemble"], "neither a folder nor on the Hub")
+    refused(["verify", "no-such-ensemble"], "no such folder: no-such-ensemble")
+    refused(["verify", "me/none"], "me/none is neither a folder nor on the Hub")
 
 
 def test_what_writes_a_file_says_so_as_json(run, folder, study, ensemble, tmp_path):

@@ -67,7 +67,7 @@ def test_a_test_split_that_is_a_copy_of_random_training_rows_is_refused(numbered
     data = load_data(DatasetDict(train=split, test=split))
     with pytest.raises(ValueError, match="all 60 test images are copies of images of the training") as error:
         audit_splits(data)
-    assert "--test-split train" in str(error.value) and "\n" not in str(error.value)
+    assert "test_split='train" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_validation_split_that_is_a_copy_is_refused(numbered):

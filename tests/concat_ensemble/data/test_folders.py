@@ -183,7 +183,7 @@ def test_links_are_followed_and_loops_are_not(tree, tmp_path):
 def test_folders_are_used_although_there_is_a_metadata_file(tree):
     folder = tree("cat", "dog")
     (folder / "metadata.csv").write_text("file_name,text\ncat/0.png,one\ndog/0.png,two\n")
-    with pytest.raises(ValueError, match=r"found no label column.*set use_folders \(--use-folders\)"):
+    with pytest.raises(ValueError, match=r"found no label column.*set use_folders\."):
         load_data(folder)
     data = load_data(folder, use_folders=True)
     assert sum(map(len, data.values())) == 8 and data["train"].features["label"].names == ["cat", "dog"]

@@ -40,7 +40,7 @@ def test_a_split_of_hidden_labels_is_refused_where_it_is_used_and_ignored_where_
     train = labelled(known, feature)
     with pytest.raises(ValueError, match="the test split's labels are hidden") as error:
         load_data(DatasetDict(train=train, validation=train, test=labelled(hidden, feature)))
-    assert f"hidden ({value}); name a split that has them, such as --test-split validation" in str(error.value)
+    assert f"hidden ({value}); name a split that has them, such as test_split='validation'" in str(error.value)
     splits = DatasetDict(train=train, validation=labelled(known, feature), test=labelled(hidden, feature))
     assert {k: len(split) for k, split in load_data(splits, test_split="validation").items()} == {
         "train": 16,

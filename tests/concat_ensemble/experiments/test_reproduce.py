@@ -55,6 +55,14 @@ def test_parity_has_two_sides(differences, level, below):
     assert judge_below_a_point("below", np.array(differences)).verdict == below
 
 
+def test_the_page_of_fresh_seeds_has_the_same_claims():
+    fresh = MEASURED.with_name("reproduction-fresh")
+    assert fresh.with_suffix(".md").read_text() == format_page(fresh)
+    first, second = (json.loads((folder / "figure-6.json").read_text()) for folder in (MEASURED, fresh))
+    claims = [[each["claim"] for each in content["conclusions"]] for content in (first, second)]
+    assert claims[0] == claims[1] and first["asked"] | {"first_seed": 200} == second["asked"]
+
+
 def test_the_page_in_docs_is_made_of_the_files_beside_it():
     assert (ROOT / "docs" / "reproduction.md").read_text() == format_page(MEASURED)
     assert {path.stem for path in MEASURED.glob("*.json")} == set(FIGURES) == set(RUNS)
@@ -90,7 +98,7 @@ def test_a_figure_is_reproduced_once(script, tmp_path):
     assert (output / "proposition-2.1.json").stat().st_mtime_ns == before
     reproduce("proposition-2.1", output=output, repeats=4, first_seed=5)
     assert (output / "proposition-2.1.json").stat().st_mtime_ns > before
-    assert "`concat-ensemble reproduce all --first-seed 5`" in page.read_text()
+    assert "`concat-ensemble reproduce proposition-2.1 --first-seed 5`" in page.read_text()
 
 
 def test_the_table_of_gradients_is_paired_with_both_networks():

@@ -216,7 +216,7 @@ def test_all_bad_images_are_named_and_the_others_are_stored_first(
     assert "the validation split, image 3 (cut.jpg): " in message, "the same bytes as in the training split"
     assert "the test split, image 3 (text.png): it is not an image in one of the formats BMP" in message
     assert "the test split, image 4 (/nonesuch/missing.png): " in message
-    assert message.endswith("remove or repair them, or leave them out with skip_bad=True (--skip-bad).")
+    assert message.endswith("remove or repair them, or leave them out with skip_bad=True.")
     assert "\n" not in message and "0x" not in message and "more" not in message
     assert stored_rows(tmp_path) == 50 - 11
     again = extract_features(ensemble, data, store=tmp_path, skip_bad=True, quiet=True)

@@ -262,7 +262,7 @@ def test_models_that_do_not_predict_a_class_are_refused(folder, make_classifier,
         ["predict", "pair", images], "pair has no classification head", "concat-ensemble probe pair", "--save-head"
     )
     refused(["predict", images, images], "holds no model", "concat-ensemble build")
-    refused(["predict", "no-such-model", images], "no-such-model is neither a folder with a model nor one on the Hub")
+    refused(["predict", "no-such-model", images], "no such folder: no-such-model")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "resnet"}')
     refused(["predict", "other", images], "'resnet', not an ensemble")
@@ -333,6 +333,7 @@ def test_a_kill_leaves_no_half_written_file(signal_number, saved, photos, tmp_pa
     assert lines[0] == b"batch\n" and (tmp_path / "x.csv").read_text() == "before"
     if signal_number == signal.SIGINT:
         assert process.returncode == 130 and "x.csv: nothing was written" in rest and "Traceback" not in rest
+        assert "stopped; the same command begins again" in rest
         assert not list(tmp_path.glob(".x.csv*"))
 
 

@@ -206,7 +206,7 @@ BAD_MEMBERS = {
     ),
     "missing folder": (
         lambda t, _: [str(broken_folder(t, "cat4")).replace("cat4", "cat44")],
-        "there is no folder .*cat44; did you mean .*cat4\\?.*hf-hub:ORG/NAME",
+        "no such folder: .*cat44; did you mean .*cat4\\?.*hf-hub:ORG/NAME",
     ),
     "missing file": (lambda t, _: [f"resnet18={t / 'no.pth'}"], r"no checkpoint file .*no\.pth"),
     "folder of something else": (

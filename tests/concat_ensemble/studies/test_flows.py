@@ -32,7 +32,7 @@ def test_a_probe_study_is_measured_once(folder, capsys):
     assert study.results == Results.load(study.path) and study.results.command == ""
     again = run_probe_study(str(folder), DIGITS)
     assert not again.is_new and again.results == study.results
-    assert "--overwrite probes again" in capsys.readouterr().err
+    assert "overwrite=True probes again" in capsys.readouterr().err
 
 
 def test_a_dataset_that_fails_does_not_stop_the_others(folder):
@@ -80,7 +80,7 @@ def test_the_metric_of_the_first_repeat_is_that_of_all(folder, tmp_path, images)
 def test_results_with_more_controls_serve_and_those_with_fewer_do_not(folder):
     run_probe_study(str(folder), DIGITS, ProbeOptions(controls="quick"), QUIET)
     assert not run_probe_study(str(folder), DIGITS, ProbeOptions(controls="none"), QUIET).is_new
-    with pytest.raises(ValueError, match=r"lacks .*controls.*--overwrite"):
+    with pytest.raises(ValueError, match=r"lacks .*controls.*overwrite=True"):
         run_probe_study(str(folder), DIGITS, extraction=QUIET)
 
 
@@ -152,7 +152,7 @@ def test_a_selection_is_reported_before_the_chosen_members_are_probed(folder, tm
 def test_members_are_compared_and_the_file_is_not_replaced_by_mistake(folder, tmp_path):
     study = run_compare_study([str(folder)], DIGITS, QUIET, output=tmp_path / "overlap")
     assert study.path == tmp_path / "overlap" / f"{DIGITS.file_stem}.json" and len(study.overlap.subjects) == 2
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="overwrite=True"):
         run_compare_study([str(folder)], DIGITS, QUIET, output=tmp_path / "overlap")
 
 
@@ -181,5 +181,5 @@ def test_no_group_is_on_two_sides_of_a_comparison(images, tmp_path):
 
 def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"file/x.json cannot be written .* --output"):
+    with pytest.raises(ValueError, match=r"file/x.json cannot be written .*another output"):
         check_file(tmp_path / "file" / "x.json", overwrite=False)
