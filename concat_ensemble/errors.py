@@ -76,7 +76,7 @@ def _drop_number(text: str) -> str:
 
 def _cache_remedy(code: int, names: list[str]) -> str:
     """What to do about a file that cannot be written because of the place of a cache; empty for any other file."""
-    for path in (Path(name).resolve() for name in names):
+    for path in (Path(os.path.realpath(name)) for name in names):  # `resolve` fails for a link to itself
         for variable, cache in _cache_folders().items():
             is_inside = path.is_relative_to(cache) and not (code == errno.ENOENT and os.access(cache, os.F_OK))
             is_above = cache.is_relative_to(path) and not os.access(path, os.F_OK)
@@ -92,7 +92,7 @@ def _cache_folders() -> dict[str, Path]:
     names = ("HF_ASSETS_CACHE", "HF_HUB_CACHE", "HF_XET_CACHE")
     folders = {name: getattr(constants, name, None) for name in names}
     folders |= {name: getattr(config, name, None) for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE")}
-    return {name: Path(folder).expanduser().resolve() for name, folder in folders.items() if folder}
+    return {name: Path(os.path.realpath(Path(folder).expanduser())) for name, folder in folders.items() if folder}
 
 
 def first_line(error: Exception) -> str:

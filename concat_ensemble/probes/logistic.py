@@ -431,6 +431,10 @@ def minimize(problem: Problem, start: Coefficients, eigen: Eigenbasis, *, tol: f
         products += used
         step, slope = problem.point(direction), float(gradient.dot(direction))
         length, new_value = line_search(problem, point, value, step, slope)
+        if not new_value < value:  # rounding can spoil the products; without them the step still leads downhill
+            direction = precondition(Coefficients(-gradient.weight, -gradient.bias))
+            step, slope = problem.point(direction), float(gradient.dot(direction))
+            length, new_value = line_search(problem, point, value, step, slope)
         if not new_value < value:  # no progress is possible in this precision, which is the end if little was left
             precision = max(tol, 100 * torch.finfo(problem.X.dtype).eps)
             converged = -slope / 2 <= precision * float(value)

@@ -156,7 +156,7 @@ LIES = {
     "majority": (in_metrics("majority class", top1=0.02), "2.0 where"),
     "pixels": (in_metrics("raw pixels", top1=0.02), "2.0 where"),
     "untrained": (in_metrics("untrained members", top1=0.02), "2.0 where"),
-    "baseline": (baseline, "it was not measured again: name it with --baseline"),
+    "baseline": (baseline, "it was not measured again: name it with baselines"),
     "fewer-rows": (without_rivals, "the results leave it out"),
     "another-first-row": (another_first_row, "the first row='the best of all'"),
     "a-row-twice": (twice, "rows that share a name"),

@@ -112,9 +112,7 @@ def test_fine_tuning_and_distillation_start(name, data, member, tmp_path, capsys
     if name != "cifar100":
         with pytest.raises(SystemExit):
             run(finetuning, *finetune)
-        assert (
-            "labels are hidden (-1); name a split that has them, such as --test-split val" in capsys.readouterr().err
-        )
+        assert "labels are hidden (-1); name a split that has them, such as test_split='val" in capsys.readouterr().err
         finetune += ["--test-split", "validation"]
     run(finetuning, *finetune)
     assert (tmp_path / "tuned" / "two-stage" / "config.json").is_file()
