@@ -1,6 +1,6 @@
 """Run the notebooks of examples/, and store their outputs in them.
 
-    python -m tests.run_notebooks                       run all
+    python -m tests.run_notebooks                       run all three, about twenty minutes on 2 cores
     python -m tests.run_notebooks publish_and_load      run one
     python -m tests.run_notebooks --weights FOLDER      read timm's weights from FOLDER/NAME.safetensors
 

@@ -16,7 +16,7 @@ import torch
 from nbformat import NotebookNode
 
 from tests.hub_server import HubServer
-from tests.run_notebooks import NOTEBOOKS, publish_backbones, run_notebook, text_of
+from tests.run_notebooks import BACKBONES, NOTEBOOKS, publish_backbones, run_notebook, text_of
 
 ROOT = Path(__file__).parents[1]
 SIZE = (3, 48, 48)
@@ -66,6 +66,22 @@ def tables(notebook: NotebookNode) -> list[list[list[str]]]:
     return [[re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in each] for each in rows]
 
 
+def test_which_backbones_compares_all_combinations(hub, tmp_path):
+    datasets = {"DATASET": "digits", "ANOTHER_DATASET": "scattered:digits"}
+    path, parameters = NOTEBOOKS["which_backbones"], {"LIMIT": 24, **datasets}
+    notebook = run_notebook(path, tmp_path, hub, parameters=parameters, before=SMALL_IMAGES)
+    names = [name.partition(".")[0] for name in (*BACKBONES, "random:mobilenetv3_small_100")]
+    combinations, pairs, chosen, other = tables(notebook)
+    expected = {" + ".join(part) for size in (1, 2, 3) for part in itertools.combinations(names, size)}
+    assert {row[1] for row in combinations} == expected
+    assert {row[1] for row in pairs} == {name for name in expected if name.count("+") == 1}
+    for rows in (chosen, other):
+        assert {"chosen", "untrained members", "raw pixels", "majority class"} <= {row[0] for row in rows}
+    text = all_text(notebook)
+    assert "gain:" in text and all(f"member {k} ({name})" in text for k, name in enumerate(names))
+    assert len(figures(notebook)) == 2
+
+
 def test_publish_and_load_gives_the_same_features(hub, tmp_path):
     path, parameters = NOTEBOOKS["publish_and_load"], {"LIMIT": 24, "DATASET": "digits"}
     notebook = run_notebook(path, tmp_path, hub, parameters=parameters, before=SMALL_IMAGES)
@@ -78,6 +94,22 @@ def test_publish_and_load_gives_the_same_features(hub, tmp_path):
     predicted, confirmed = tables(notebook)
     assert len(predicted) == 3
     assert confirmed and {row[-1] for row in confirmed} == {"yes"}
+
+
+def test_paper_in_ten_minutes_compares_all_systems(hub, tmp_path):
+    path = NOTEBOOKS["paper_in_ten_minutes"]
+    notebook = run_notebook(path, tmp_path, hub, parameters={"REPEATS": 2, "SMOKE": True})
+    costs, results = tables(notebook)
+    assert [row[:3] for row in costs] == [
+        ["CAT1", "1", "64"],
+        ["CAT2", "2", "128"],
+        ["CAT4", "4", "256"],
+        ["W2", "1", "128"],
+    ]
+    names = {"raw pixels", "CAT4 untrained", "W2", "CAT1", "CAT2", "CAT4, PCA", "CAT4"}
+    assert {row[0] for row in results} == names
+    assert all(0 <= float(row[column]) <= 100 for row in results for column in (1, 4))
+    assert len(figures(notebook)) == 2 and "20 repeats" in all_text(notebook)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=NOTEBOOKS)
