@@ -36,7 +36,8 @@ SUBJECT = "cat4"  # the ensemble that everything else is compared with
 CONTROLS = ("untrained members", "raw pixels")
 SMOKE_LIMIT = 100  # images of each split
 PRELOADED = [
-    f"concat_ensemble.{name}" for name in ("training.pretraining", "training.finetuning", "studies.probe_study")
+    f"concat_ensemble.{name}"
+    for name in ("training.pretraining", "training.finetuning", "studies.probe_study", "reporting.training_curves")
 ]
 
 
