@@ -23,7 +23,14 @@ from concat_ensemble.commands.reproduce import reproduce
 from concat_ensemble.commands.select import select
 from concat_ensemble.commands.theory import theory
 from concat_ensemble.commands.verify import verify
-from concat_ensemble.console import be_quiet, errors, let_main_process_speak, printable
+from concat_ensemble.console import (
+    MEASURED_KEPT,
+    be_quiet,
+    errors,
+    let_main_process_speak,
+    print_stopped,
+    printable,
+)
 from concat_ensemble.errors import one_line
 from concat_ensemble.processes import refuse_several
 
@@ -47,17 +54,17 @@ COMMANDS = [
     reproduce,
 ]
 SHARED = ("probe", "select", "compare")  # whose extraction the processes of `accelerate launch` share
-FEATURES_KEPT = "features that were extracted are kept"
-# What a command that was stopped by Ctrl-C has kept; the others write each file whole or not at all.
+FEATURES_KEPT = "goes on: features that were extracted are kept"
+# How a command that was stopped by Ctrl-C goes on; the others write each file whole or not at all.
 KEPT = {
     "probe": f"{FEATURES_KEPT}, and so are the results of finished datasets",
     "select": FEATURES_KEPT,
     "compare": FEATURES_KEPT,
     "verify": FEATURES_KEPT,
-    "predict": "predictions are not kept",
-    "push": "files that have arrived are not sent again",
-    "mixture": "finished trainings and measured numbers are kept",
-    "reproduce": "finished trainings and measured numbers are kept",
+    "predict": "begins again: predictions are not kept",
+    "push": "goes on: files that have arrived are not sent again",
+    "mixture": MEASURED_KEPT,
+    "reproduce": MEASURED_KEPT,
 }
 
 app = typer.Typer(
@@ -94,8 +101,7 @@ def _options(
 def describe_kept(words: list[str]) -> str:
     """How a command line that was stopped goes on, and with what."""
     command = next((word for word in words if not word.startswith("-")), "")
-    goes_on = "begins again" if command == "predict" else "goes on"
-    return f"the same command {goes_on}: {KEPT.get(command, 'no file is left half-written')}."
+    return KEPT.get(command, "goes on: no file is left half-written")
 
 
 def main() -> None:
@@ -114,8 +120,7 @@ def main() -> None:
         errors.print(f"error: {one_line(error)}", soft_wrap=True)
         code = 2
     if code == 130:
-        errors.print()
-        errors.print(f"stopped; {describe_kept(sys.argv[1:])}", soft_wrap=True)
+        print_stopped(describe_kept(sys.argv[1:]))
     sys.exit(code)
 
 

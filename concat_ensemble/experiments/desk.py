@@ -22,7 +22,7 @@ import torch
 from datasets import DatasetDict
 from rich.console import RenderableType
 
-from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_error
+from concat_ensemble.console import MEASURED_KEPT, PlainConsole, be_quiet, out, print_error, print_stopped
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.errors import name_options, option_name
 from concat_ensemble.features.table import FeatureTable
@@ -313,9 +313,7 @@ def run_script(main: Callable[[], None]) -> None:
         with name_options(option_name):
             main()
     except KeyboardInterrupt:
-        errors.print()
-        kept = "finished trainings and measured numbers are kept"
-        errors.print(f"stopped; the same command goes on: {kept}.", soft_wrap=True)
+        print_stopped(MEASURED_KEPT)
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
         print_error(error)

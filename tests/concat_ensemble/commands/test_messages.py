@@ -154,5 +154,5 @@ def test_a_cache_of_datasets_that_cannot_be_written_names_its_variable(folder, r
 @pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
 def test_ctrl_c_says_whether_the_same_command_goes_on_and_with_what(command):
     said = describe_kept([command, "pair", "--quiet"])
-    assert said.startswith(f"the same command {'begins again' if command == 'predict' else 'goes on'}: ")
+    assert said.startswith("begins again: " if command == "predict" else "goes on: ")
     assert ("features that were extracted are kept" in said) == (command in ("probe", "select", "compare", "verify"))
