@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.console import errors
-from concat_ensemble.errors import argument, describe_error
+from concat_ensemble.errors import argument, describe_error, first_line
 from concat_ensemble.files import check_regular_files
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME, copy_card
@@ -119,7 +119,7 @@ def push_folder(
     _check_token(token)
     choose_files(folder, include)  # an incomplete one is refused before a repo is made
     api = HfApi(token=token, library_name="concat-ensemble")
-    with _advise_to_push_again(repo_id):
+    with _explain_failures(repo_id):
         repo_id = _prepare_repo(api, repo_id, private, revision)
         remote = _read_remote(api, repo_id, revision)
         return api.create_commit(
@@ -285,12 +285,16 @@ def _describe_public(repo_id: str) -> str:
 
 
 @contextmanager
-def _advise_to_push_again(repo_id: str) -> Iterator[None]:
-    """Turn an error of the connection into an OSError that says to push again; answers of the Hub stay as they are."""
+def _explain_failures(repo_id: str) -> Iterator[None]:
+    """Turn an error of the connection into an OSError that says to push again, and one of a token that is missing or
+    wrong into one that says to log in; other answers of the Hub stay as they are."""
     try:
         yield
-    except HfHubHTTPError:
-        raise
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        remedy = "log in with hf auth login, or set HF_TOKEN to a token that may write"
+        raise OSError(f"{repo_id}: {first_line(error).rstrip('.')}; {remedy}.") from error
     except (HTTPError, RuntimeError) as error:
         raise OSError(f"{repo_id}: {error} Push again: what has arrived is not sent a second time.") from error
 

@@ -1,6 +1,8 @@
 """`concat-ensemble`: build an ensemble, probe it, write its card."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -77,8 +79,15 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 a mistake, which one line explains, or a check that failed; 130 stopped by Ctrl-C: "
     "what is finished is kept, and the same command goes on.",
 )
+
+
+def _help_text(command: Callable) -> str:
+    """The docstring of a command, each paragraph on one line: typer would keep the line ends of the source."""
+    return "\n\n".join(" ".join(text.split()) for text in (inspect.getdoc(command) or "").split("\n\n"))
+
+
 for command in COMMANDS:
-    app.command()(expand_options(command))
+    app.command(help=_help_text(command))(expand_options(command))
 
 
 def _print_version(requested: bool) -> None:

@@ -69,6 +69,11 @@ def test_a_dataset_in_a_missing_folder(folder, refused):
     refused(["probe", "pair", "--dataset", "imagefolder:nowhere"], "no such folder: nowhere")
 
 
+def test_a_dataset_with_a_mistyped_name_may_be_a_folder_here(folder, tmp_path, refused):
+    (tmp_path / "photos").mkdir()
+    refused(["probe", "pair", "--dataset", "photo"], "no dataset 'photo'", "; did you mean photos?")
+
+
 @pytest.mark.parametrize(
     "words",
     [
