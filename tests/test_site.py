@@ -24,6 +24,7 @@ PAGES = sorted(path for pattern in SITE["PAGES"] for path in ROOT.glob(pattern))
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 # Elements that a browser loads something for, and where they name it.
 LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"}
+LINKING = LOADING | {"a": "href", "link": "href"}
 BLOCKS = re.compile(r"<(table|tr|td|ul|ol|li|pre|h[1-6]|img|p|a|code|strong|em)\b")
 
 
@@ -89,7 +90,7 @@ def test_every_page_is_in_the_navigation(site):
 def test_what_pages_link_to_is_in_the_site(site):
     for page in site.rglob("*.html"):
         for tag, attributes in elements(page):
-            address = urlsplit(attributes.get("href" if tag == "a" else LOADING.get(tag, "")) or "")
+            address = urlsplit(attributes.get(LINKING.get(tag, "")) or "")
             if address.path and not address.scheme and page.name != "404.html":
                 assert (page.parent / address.path).exists(), (page.name, address.path)
 
