@@ -41,6 +41,7 @@ def serve_page(page: Any, host: str, port: int, on_start: Callable[[str], None])
     name, number = listening.getsockname()[:2]
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount_gradio_app(application, page, "/", server_name=host, server_port=number, **page_settings())
+    page.has_launched = True  # else Gradio lets any program name a file of this computer as if it had uploaded it
     settings = uvicorn.Config(
         application, log_level="error", access_log=False, timeout_graceful_shutdown=CLOSING_SECONDS, ws="none"
     )
