@@ -25,6 +25,7 @@ LONGEST_FILES = [
     "test_prediction.py",
     "test_reproduce.py",
     "test_serving.py",
+    "test_spaces.py",
 ]
 
 

@@ -1,6 +1,6 @@
 """The page of `concat-ensemble app`, made with Gradio.
 
-It imports nothing of the package, so that a copy of this file runs elsewhere, too.
+A Space on the Hub runs a copy of this file without the package, so it imports nothing of the package.
 
 Names of classes and members come from strangers' files: `escape` writes them as text wherever they are shown.
 """
