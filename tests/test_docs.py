@@ -51,6 +51,7 @@ ELSEWHERE = {
     "make test": "this run",
     "make demo": "tests/concat_ensemble/experiments/test_compare.py",
     "concat-ensemble reproduce all": "tests/concat_ensemble/experiments/test_reproduce.py",
+    "concat-ensemble app two-resnets --dataset imagefolder:photos": "tests/concat_ensemble/inference/test_serving.py",
     "concat-ensemble mixture scattered_digits": "tests/concat_ensemble/experiments/test_mixture.py",
 }
 # Of datasets; what another page made is replaced.

@@ -16,6 +16,7 @@ from concat_ensemble.commands.compare import compare
 from concat_ensemble.commands.export import export
 from concat_ensemble.commands.mixture import mixture
 from concat_ensemble.commands.options import expand_options
+from concat_ensemble.commands.page import app as show_page
 from concat_ensemble.commands.power import power
 from concat_ensemble.commands.predict import predict
 from concat_ensemble.commands.probe import probe
@@ -44,6 +45,7 @@ COMMANDS = [
     select,
     compare,
     predict,
+    show_page,
     card,
     power,
     verify,
