@@ -172,4 +172,4 @@ def load_explorer(
 
 def _rank(names: Sequence[str], shares: np.ndarray) -> list[tuple[str, float]]:
     """Names with their shares, the largest first."""
-    return [(names[k], float(shares[k])) for k in np.argsort(-shares, kind="stable").tolist()]
+    return [(names[int(k)], float(shares[k])) for k in np.argsort(-shares, kind="stable")]
