@@ -115,6 +115,12 @@ def describe_kept(words: list[str]) -> str:
     return KEPT.get(command, "goes on: no file is left half-written")
 
 
+def _dataset_hint(message: str, words: list[str]) -> str:
+    """What to add to the message about a dataset that stands after the model, without its option."""
+    misplaced = message.startswith("Got unexpected extra argument") and words[:1] in (["probe"], ["select"])
+    return ". A dataset is named with --dataset." if misplaced else ""
+
+
 def main() -> None:
     """Run a command. A user's mistake is answered by one line and exit code 2, Ctrl-C by exit code 130."""
     be_quiet()
@@ -123,7 +129,8 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
         let_main_process_speak()
-        error.message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
+        message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
+        error.message = f"{message}{_dataset_hint(message, sys.argv[1:])}"
         rich_format_error(error)
         code = 2
     except (ValueError, OSError) as error:

@@ -94,6 +94,13 @@ def test_a_mistake_in_an_experiment_exits_with_2(words, texts, run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["probe", "select"])
+def test_a_dataset_without_its_option_is_told_where_it_goes(command, run):
+    code, out, err = run(command, "pair", "photos")
+    said = " ".join(err.replace("│", " ").split())
+    assert code == 2 and out == "" and "(photos). A dataset is named with --dataset." in said
+
+
 def test_every_field_of_an_options_class_is_an_option():
     """A field that has the name of a parameter of the command keeps its default."""
     received = []
