@@ -167,7 +167,7 @@ def push_space(
     from concat_ensemble.reporting.space import space_files
 
     api = HfApi(token=token, library_name="concat-ensemble")
-    with _advise_to_push_again(repo_id):
+    with _explain_failures(repo_id):
         api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         if private and not api.space_info(repo_id).private:
             raise ValueError(_describe_public(f"the Space {repo_id}"))
@@ -183,7 +183,7 @@ def _refuse_other_space(api: HfApi, repo_id: str) -> None:
     """Raise ValueError for a Space of this name with an app.py that is not ours."""
     from concat_ensemble.reporting.space import MARK
 
-    with _advise_to_push_again(repo_id):
+    with _explain_failures(repo_id):
         if not api.file_exists(repo_id, "app.py", repo_type="space"):
             return
         path = api.hf_hub_download(repo_id, "app.py", repo_type="space")
