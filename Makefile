@@ -24,8 +24,10 @@ lowest:          ## the same with the lowest versions that pyproject.toml declar
 gpu: .venv/installed     ## what needs a CUDA device: its tests, and the table of tests/benchmarks/gpu.py in runs/gpu
 	.venv/bin/python -m pytest -m gpu -n 0
 	.venv/bin/python tests/benchmarks/gpu.py --output runs/gpu
-check: .venv/installed   ## lint, formatting, types, and pages written from docstrings
-	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/pyright && .venv/bin/python docs/make_api.py --check
+check: .venv/installed   ## lint, formatting, types, and the list of files in CONTRIBUTING.md
+	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/pyright && .venv/bin/python docs/list_files.py --check
+docs: .venv/installed    ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 dist:            ## sdist and wheel in dist/, checked, and tried in a new environment of each Python (DIST_PYTHONS="3.11")
 	rm -rf dist
 	$(PYTHON) -m venv .venv-dist
@@ -38,4 +40,4 @@ dist:            ## sdist and wheel in dist/, checked, and tried in a new enviro
 	.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,export]'
 	@touch $@
 
-.PHONY: help demo test quick lowest gpu check dist
+.PHONY: help demo test quick lowest gpu check docs dist

@@ -54,6 +54,8 @@ class PlainConsole(Console):
 out = PlainConsole()
 errors = PlainConsole(stderr=True)
 
+MEASURED_KEPT = "goes on: finished trainings and measured numbers are kept"  # after Ctrl-C in an experiment
+
 
 def let_main_process_speak() -> None:
     """Wait in the other processes of a launch before an error is printed: one that all of them meet is then printed
@@ -67,6 +69,12 @@ def print_error(error: Exception) -> None:
     let_main_process_speak()
     for line in f"error: {describe_error(error)}".splitlines():
         errors.print(line, soft_wrap=True)
+
+
+def print_stopped(goes_on: str) -> None:
+    """Say on stderr, after Ctrl-C, how the same command goes on."""
+    errors.print()
+    errors.print(f"stopped; the same command {goes_on}.", soft_wrap=True)
 
 
 OTHERS_WAIT = 15.0  # seconds, in which a busy machine too comes to the end of the main process

@@ -156,8 +156,14 @@ def is_hub_id(name: str) -> bool:
 
 def describe_missing_folder(folder: str | Path) -> str:
     """Error message for a folder that does not exist, with the name of a similar one beside it."""
+    return f"no such folder: {folder}{suggest_folder(folder)}"
+
+
+def suggest_folder(folder: str | Path) -> str:
+    """The end of a sentence about a folder that does not exist: "; did you mean photos?" for a similar one beside it,
+    else "."."""
     beside = (str(path) for path in Path(folder).parent.glob("*") if path.is_dir())
-    return f"no such folder: {folder}{suggest(folder, beside, limit=1)}"
+    return suggest(folder, beside, limit=1)
 
 
 def is_special(path: Path) -> bool:

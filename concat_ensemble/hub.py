@@ -20,12 +20,18 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from concat_ensemble.console import errors
-from concat_ensemble.errors import argument, describe_error
+from concat_ensemble.errors import argument, describe_error, first_line
 from concat_ensemble.files import check_regular_files
 from concat_ensemble.modeling.configuration_concat_ensemble import PAYLOAD_FILES, ConcatEnsembleConfig
 from concat_ensemble.modeling.weights_concat_ensemble import INDEX_NAME, SHARD_NAME, copy_card
 from concat_ensemble.schema import check_type, decode_json
-from concat_ensemble.studies.ensemble_folders import MODEL_FILES, TRAINING_FIGURE, card_files, is_measured_on
+from concat_ensemble.studies.ensemble_folders import (
+    MODEL_FILES,
+    TRAINING_FIGURE,
+    WRITTEN_BY,
+    card_files,
+    is_measured_on,
+)
 from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS
 
@@ -46,10 +52,11 @@ class WeightIndex(TypedDict):
     weight_map: dict[str, str]
 
 
-def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, **options) -> CommitInfo:
+def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, space: bool = False, **options) -> CommitInfo:
     """Publish an ensemble's folder: weights, config, image processor, code, card, results and figures, in one commit.
-    A folder without a card gets one. Unless `quiet`, stderr says first which other files are not published. Arguments
-    and errors are those of `push_folder`, and ValueError if the folder holds no ensemble."""
+    A folder without a card gets one. Unless `quiet`, stderr says first which other files are not published. With
+    `space`, also publish a Space that shows the ensemble, which the card links; see `push_space`. Arguments and errors
+    are those of `push_folder`, and ValueError if the folder holds no ensemble."""
     check_regular_files(folder)
     try:
         kind = check_type(decode_json(folder / "config.json"), dict[str, Any]).get("model_type")
@@ -58,10 +65,17 @@ def push_ensemble(folder: Path, repo_id: str, *, quiet: bool = False, **options)
         raise ValueError(f"{problem}; make one with concat-ensemble build.") from error
     if kind != "concat_ensemble":
         raise ValueError(f"{folder} holds a model of type {kind!r}, not an ensemble; publish it with hf upload.")
+    if space:
+        _check_space(folder, **options)
+        _refuse_other_space(HfApi(token=options.get("token"), library_name="concat-ensemble"), repo_id)
     _, others = choose_files(folder, options.get("include", ()))
     if others and not quiet:
         errors.print(f"not uploaded: {describe_names(others)}", soft_wrap=True)
-    return push_folder(folder, repo_id, **options)
+    commit = push_folder(folder, repo_id, link_space=space, **options)
+    if space:
+        access = {"private": options.get("private"), "token": options.get("token")}
+        push_space(ConcatEnsembleConfig.from_pretrained(folder), commit.repo_url.repo_id, commit.oid, **access)
+    return commit
 
 
 def push_model(
@@ -90,6 +104,7 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    link_space: bool = False,
 ) -> CommitInfo:
     """Make a Hub repo hold an ensemble's folder, in one commit, or none if nothing changed.
 
@@ -104,6 +119,7 @@ def push_folder(
             name is that of a key, a token or a password, only the name itself is such a pattern.
         repo_id: `namespace/name`, made if there is none.
         private: Make the repo private. `revision`: A branch, made if there is none. `create_pr`: Open a pull request.
+        link_space: Link the Space of the same name in the folder's card, if that is one of ours.
 
     Returns:
         The commit: the last one of the repo if nothing changed.
@@ -119,18 +135,71 @@ def push_folder(
     _check_token(token)
     choose_files(folder, include)  # an incomplete one is refused before a repo is made
     api = HfApi(token=token, library_name="concat-ensemble")
-    with _advise_to_push_again(repo_id):
+    with _explain_failures(repo_id):
         repo_id = _prepare_repo(api, repo_id, private, revision)
         remote = _read_remote(api, repo_id, revision)
         return api.create_commit(
             repo_id,
-            _plan_commit(api, folder, include, remote),
+            _plan_commit(api, folder, include, remote, repo_id if link_space else None),
             commit_message=commit_message or "Upload ensemble",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
             parent_commit=remote.commit,
         )
+
+
+def push_space(
+    config: ConcatEnsembleConfig,
+    repo_id: str,
+    commit: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Publish the Space of an ensemble that was pushed to `repo_id` as this commit, under the same name. The Hub
+    builds it and runs it.
+
+    Raises:
+        ValueError: with `private=True` for a Space that is public, and for one with an app.py that is not ours.
+        OSError: if the Hub refuses the upload or cannot be reached.
+    """
+    from concat_ensemble.reporting.space import space_files
+
+    api = HfApi(token=token, library_name="concat-ensemble")
+    with _explain_failures(repo_id):
+        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        if private and not api.space_info(repo_id).private:
+            raise ValueError(_describe_public(f"the Space {repo_id}"))
+        _refuse_other_space(api, repo_id)
+        texts = space_files(config, repo_id, commit)
+        operations = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+        return api.create_commit(
+            repo_id, operations, repo_type="space", commit_message=f"Show {repo_id} at {commit[:12]}"
+        )
+
+
+def _refuse_other_space(api: HfApi, repo_id: str) -> None:
+    """Raise ValueError for a Space of this name with an app.py that is not ours."""
+    from concat_ensemble.reporting.space import MARK
+
+    with _explain_failures(repo_id):
+        if not api.file_exists(repo_id, "app.py", repo_type="space"):
+            return
+        path = api.hf_hub_download(repo_id, "app.py", repo_type="space")
+    if MARK not in Path(path).read_text(encoding="utf-8", errors="replace"):
+        problem = f"the Space {repo_id} has an app.py of its own, which would be lost"
+        raise ValueError(f"{problem}; rename that Space, or leave out {argument('space', True)}.")
+
+
+def _check_space(folder: Path, *, create_pr: bool = False, **options) -> None:
+    """Raise ValueError for an ensemble that a Space cannot show, before anything is sent."""
+    if create_pr:
+        problem = f"{argument('space', True)} shows what was merged"
+        raise ValueError(f"{problem}; leave it out, or leave out {argument('create_pr', True)}.")
+    if ConcatEnsembleConfig.from_pretrained(folder).architectures != ["ConcatEnsembleForImageClassification"]:
+        problem = f"{argument('space', True)} shows classes, and {folder} has no classification head"
+        raise ValueError(f"{problem}; fit one: concat-ensemble probe {folder} --dataset ... --save-head.")
 
 
 def choose_files(folder: Path, include: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
@@ -228,14 +297,18 @@ def _read_remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
 
 
 def _plan_commit(
-    api: HfApi, folder: Path, include: Sequence[str], remote: _Remote
+    api: HfApi, folder: Path, include: Sequence[str], remote: _Remote, space: str | None = None
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Upload the shards that changed and all other files; delete what is stale. A missing card is written first."""
+    """Upload the shards that changed and all other files; delete what is stale. A missing card is written first, and
+    one of ours gets a link to the Space if there is one."""
     files, _ = choose_files(folder, include)
     shards = {name: CommitOperationAdd(name, path) for name, path in files.items() if SHARD_NAME.fullmatch(name)}
     digests = {name: shard.upload_info.sha256.hex() for name, shard in shards.items()}
     if "README.md" not in files and digests != remote.shards:
-        _add_card(api, folder, remote)
+        _add_card(api, folder, remote, space)
+        files, _ = choose_files(folder, include)
+    elif space and "README.md" in files and WRITTEN_BY in files["README.md"].read_text(errors="replace"):
+        _write_card(folder, None, space=space)
         files, _ = choose_files(folder, include)
     changed = [shard for name, shard in shards.items() if digests[name] != remote.shards.get(name)]
     others = [CommitOperationAdd(name, path) for name, path in files.items() if name not in shards]
@@ -251,17 +324,17 @@ def _find_stale(files: dict[str, Path], remote_paths: list[str]) -> list[str]:
     return [path for path in absent if SHARD_NAME.fullmatch(path) or path in owned]
 
 
-def _add_card(api: HfApi, folder: Path, remote: _Remote) -> None:
+def _add_card(api: HfApi, folder: Path, remote: _Remote, space: str | None) -> None:
     earlier = None
     if "README.md" in remote.paths:  # so that text written by hand stays
         earlier = Path(api.hf_hub_download(remote.repo_id, "README.md", revision=remote.commit)).read_text()
-    _write_card(folder, remote.repo_id, earlier)
+    _write_card(folder, remote.repo_id, earlier, space)
 
 
-def _write_card(folder: Path, title: str | None, earlier: str | None = None) -> None:
+def _write_card(folder: Path, title: str | None, earlier: str | None = None, space: str | None = None) -> None:
     from concat_ensemble.reporting.model_card import write_card  # loads matplotlib
 
-    write_card(folder, title, earlier=earlier)
+    write_card(folder, title, redraw=space is None, earlier=earlier, space=space)
 
 
 def _check_token(token: str | bool | None) -> None:
@@ -285,12 +358,16 @@ def _describe_public(repo_id: str) -> str:
 
 
 @contextmanager
-def _advise_to_push_again(repo_id: str) -> Iterator[None]:
-    """Turn an error of the connection into an OSError that says to push again; answers of the Hub stay as they are."""
+def _explain_failures(repo_id: str) -> Iterator[None]:
+    """Turn an error of the connection into an OSError that says to push again, and one of a token that is missing or
+    wrong into one that says to log in; other answers of the Hub stay as they are."""
     try:
         yield
-    except HfHubHTTPError:
-        raise
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        remedy = "log in with hf auth login, or set HF_TOKEN to a token that may write"
+        raise OSError(f"{repo_id}: {first_line(error).rstrip('.')}; {remedy}.") from error
     except (HTTPError, RuntimeError) as error:
         raise OSError(f"{repo_id}: {error} Push again: what has arrived is not sent a second time.") from error
 

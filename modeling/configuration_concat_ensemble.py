@@ -106,7 +106,7 @@ class ConcatEnsembleConfig(PreTrainedConfig):
     """Everything is checked when a config is made: a ValueError names the member and the bad value.
 
     Args:
-        members (`list[dict]`): The backbones, in the order of their features. Each has
+        members (list[dict]): The backbones, in the order of their features. Each has
 
             - `architecture` (`str`): one of `timm.list_models()`;
             - `model_args` (`dict`): further arguments of `timm.create_model`, plain JSON values;
@@ -116,14 +116,16 @@ class ConcatEnsembleConfig(PreTrainedConfig):
               `timm.data.create_transform` gives them; with the `image_mode` `"channels"` also `channels`, a list of C
               numbers: which channels of an image the member sees (C from 1 to 32, numbers from 0 to 255);
             - `provenance` (`dict`): where the weights come from; shown on the card, never used to compute.
-        active_members (`list[int]`, *optional*): Numbers of the members to build; defaults to all of them.
-        projection_dim (`int`, *optional*): Number of features of a stored linear projection of the concatenation, such
+        active_members (list[int], optional): Numbers of the members to build; defaults to all of them.
+        projection_dim (int, optional): Number of features of a stored linear projection of the concatenation, such
             as its principal directions; `pooler_output` has as many columns then. A projection needs all members.
-        standardize (`bool`, defaults to `False`): Whether a classification head first standardizes the features with a
-            stored mean and scale.
-        dynamic_img_size (`bool`, defaults to `False`): Whether the model takes images of any height and width that its
-            members can take, instead of those of their `preprocessing` alone. All members must resize and crop alike.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the weights of a new classification head.
+        standardize (bool, optional): Whether a classification head first standardizes the features with a stored mean
+            and scale. Default: False.
+        dynamic_img_size (bool, optional): Whether the model takes images of any height and width that its members can
+            take, instead of those of their `preprocessing` alone. All members must resize and crop alike. Default:
+            False.
+        initializer_range (float, optional): Standard deviation of the weights of a new classification head. Default:
+            0.02.
     """
 
     model_type = "concat_ensemble"

@@ -104,10 +104,10 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
     below to the largest.
 
     Args:
-        geometries (`list[dict]`): `ConcatEnsembleConfig.geometries`; use `from_config` rather than writing them.
-        size (`int` or `dict`, *optional*): Input size of all members in place of their own, which the model takes if
-            its config has `dynamic_img_size`: the side of a square, or `{"height": 96, "width": 128}`. `crop_pct` and
-            the rest stay. `from_pretrained` takes it, too; all else that would change the pixels is refused.
+        geometries: `ConcatEnsembleConfig.geometries`; use `from_config` rather than writing them.
+        size: Input size of all members in place of their own, which the model takes if its config has
+            `dynamic_img_size`: the side of a square, or `{"height": 96, "width": 128}`. `crop_pct` and the rest stay.
+            `from_pretrained` takes it, too; all else that would change the pixels is refused.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers has it)
@@ -202,8 +202,8 @@ class ConcatEnsembleImageProcessor(BaseImageProcessor):
             kwargs: Other arguments of transformers' image processors, only with the value that changes nothing.
 
         Returns:
-            `pixel_values`, float32: (B, C, H, W) with one geometry, (B, G, C, H, W) with several. ValueError with the
-            image's number in the batch if it cannot be read, has only one pixel or holds NaN.
+            `pixel_values`, float32, (B, C, H, W) with one geometry and (B, G, C, H, W) with several. ValueError with
+            the image's number in the batch if it cannot be read, has only one pixel or holds NaN.
         """
         _check_settings(kwargs)
         processor = self if size is None else type(self)(self.geometries, size=size)

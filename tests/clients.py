@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from tests.hub_server import HubServer
 
@@ -39,8 +40,9 @@ class Client:
         if not package:  # -S leaves out the editable install; the dependencies come by path
             environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
             options = ["-S"]
+        self.python, self.environment = [sys.executable, *options], environment
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, *options, "-c", CLIENT], cwd=home, env=environment, **pipes)
+        self.process = subprocess.Popen([*self.python, "-c", CLIENT], cwd=home, env=environment, **pipes)
         self.transcript = ""
 
     def send(self, code: str) -> None:
@@ -68,3 +70,26 @@ class Client:
 
     def push(self, folder: Path, repo: str, *options: str) -> dict:
         return json.loads(self(COMMAND.format(words=["push", str(folder), repo, "--json", *options])))
+
+
+def ask_page(address: str, image: Path) -> list | dict:
+    """What a page of `concat-ensemble app`, or of a Space, answers to a program that uploads an image: the documented
+    HTTP calls of Gradio."""
+    boundary = "--of-the-tests"
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{image.name}"\r\n\r\n'
+    body = head.encode() + image.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    [path] = _read_json(Request(f"{address}/gradio_api/upload", body, kind))
+    file = {"path": path, "orig_name": image.name, "meta": {"_type": "gradio.FileData"}}
+    call, kind = f"{address}/gradio_api/call/predict", {"Content-Type": "application/json"}
+    event = _read_json(Request(call, json.dumps({"data": [file]}).encode(), kind))["event_id"]
+    with urlopen(f"{call}/{event}") as stream:
+        lines = [line.decode().strip() for line in stream]
+    assert "event: complete" in lines, lines
+    _, answer = json.loads(lines[lines.index("event: complete") + 1].removeprefix("data: "))
+    return answer
+
+
+def _read_json(request: Request):
+    with urlopen(request) as answer:
+        return json.load(answer)

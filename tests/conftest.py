@@ -24,6 +24,8 @@ LONGEST_FILES = [
     "test_dataset_recipes.py",
     "test_prediction.py",
     "test_reproduce.py",
+    "test_serving.py",
+    "test_spaces.py",
 ]
 
 

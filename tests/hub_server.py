@@ -26,8 +26,8 @@ import yaml
 TOKEN = "hf_loopbackTokenOfTheTests"
 OWNER = "me"
 LFS = re.compile(r".*\.(safetensors|parquet|png|bin)")  # as a fresh repo's .gitattributes has it, in short
-REPO = r"(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
-GIT = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)"
+REPO = r"(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"
+GIT = r"(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)"
 
 
 class Refusal(Exception):
@@ -140,7 +140,7 @@ class HubServer:
         return {"oid": oid, "sha256": sha256, "size": size, "lfs": lfs}
 
     def page(self, kind: str, name: str) -> str:
-        return f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        return f"{self.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / "repos" / f"{kind}--{name.replace('/', '--')}.json"
@@ -210,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
         request, user = json.loads(self.body), self._user(needed=True)
         kind, name = f"{request.get('type', 'model')}s", f"{request['organization'] or user}/{request['name']}"
         url = self.hub.page(kind, name)
+        if kind == "spaces" and request.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, "sdk must be one of gradio, docker, static")
         with self.hub.lock:
             if self.hub.repo(kind, name):
                 self._send({"error": "You already created this repo", "url": url}, 409)
@@ -238,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"files": answers})
 
     def lfs_batch(self, kind: str | None, repo: str) -> None:
-        self._repo("datasets" if kind else "models", repo, write=True)
+        self._repo(kind or "models", repo, write=True)
         answers = []
         for item in json.loads(self.body)["objects"]:
             if not self.hub.has(item["oid"]):
@@ -337,7 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(entries)
 
     def resolve(self, kind: str | None, repo: str, revision: str, path: str) -> None:
-        state = self._repo("datasets" if kind else "models", repo)
+        state = self._repo(kind or "models", repo)
         commit = self.hub.commit(state, revision)
         file = state["commits"][commit]["files"].get(path)
         if file is None:

@@ -57,6 +57,7 @@ def undeclared(path: Path, *extras: str, inside_functions: bool = True) -> dict[
         ("modeling", {"finetune", "multichannel"}),
         ("training", {"train"}),
         ("examples", set()),
+        ("docs", {"docs"}),
         ("tests", EXTRAS),
     ],
 )

@@ -1,6 +1,8 @@
 """`concat-ensemble`: build an ensemble, probe it, write its card."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from concat_ensemble.commands.compare import compare
 from concat_ensemble.commands.export import export
 from concat_ensemble.commands.mixture import mixture
 from concat_ensemble.commands.options import expand_options
+from concat_ensemble.commands.page import app as show_page
 from concat_ensemble.commands.power import power
 from concat_ensemble.commands.predict import predict
 from concat_ensemble.commands.probe import probe
@@ -23,7 +26,14 @@ from concat_ensemble.commands.reproduce import reproduce
 from concat_ensemble.commands.select import select
 from concat_ensemble.commands.theory import theory
 from concat_ensemble.commands.verify import verify
-from concat_ensemble.console import be_quiet, errors, let_main_process_speak, printable
+from concat_ensemble.console import (
+    MEASURED_KEPT,
+    be_quiet,
+    errors,
+    let_main_process_speak,
+    print_stopped,
+    printable,
+)
 from concat_ensemble.errors import one_line
 from concat_ensemble.processes import refuse_several
 
@@ -35,6 +45,7 @@ COMMANDS = [
     select,
     compare,
     predict,
+    show_page,
     card,
     power,
     verify,
@@ -47,17 +58,17 @@ COMMANDS = [
     reproduce,
 ]
 SHARED = ("probe", "select", "compare")  # whose extraction the processes of `accelerate launch` share
-FEATURES_KEPT = "features that were extracted are kept"
-# What a command that was stopped by Ctrl-C has kept; the others write each file whole or not at all.
+FEATURES_KEPT = "goes on: features that were extracted are kept"
+# How a command that was stopped by Ctrl-C goes on; the others write each file whole or not at all.
 KEPT = {
     "probe": f"{FEATURES_KEPT}, and so are the results of finished datasets",
     "select": FEATURES_KEPT,
     "compare": FEATURES_KEPT,
     "verify": FEATURES_KEPT,
-    "predict": "predictions are not kept",
-    "push": "files that have arrived are not sent again",
-    "mixture": "finished trainings and measured numbers are kept",
-    "reproduce": "finished trainings and measured numbers are kept",
+    "predict": "begins again: predictions are not kept",
+    "push": "goes on: files that have arrived are not sent again",
+    "mixture": MEASURED_KEPT,
+    "reproduce": MEASURED_KEPT,
 }
 
 app = typer.Typer(
@@ -70,8 +81,15 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 a mistake, which one line explains, or a check that failed; 130 stopped by Ctrl-C: "
     "what is finished is kept, and the same command goes on.",
 )
+
+
+def _help_text(command: Callable) -> str:
+    """The docstring of a command, each paragraph on one line: typer would keep the line ends of the source."""
+    return "\n\n".join(" ".join(text.split()) for text in (inspect.getdoc(command) or "").split("\n\n"))
+
+
 for command in COMMANDS:
-    app.command()(expand_options(command))
+    app.command(help=_help_text(command))(expand_options(command))
 
 
 def _print_version(requested: bool) -> None:
@@ -94,8 +112,13 @@ def _options(
 def describe_kept(words: list[str]) -> str:
     """How a command line that was stopped goes on, and with what."""
     command = next((word for word in words if not word.startswith("-")), "")
-    goes_on = "begins again" if command == "predict" else "goes on"
-    return f"the same command {goes_on}: {KEPT.get(command, 'no file is left half-written')}."
+    return KEPT.get(command, "goes on: no file is left half-written")
+
+
+def _dataset_hint(message: str, words: list[str]) -> str:
+    """What to add to the message about a dataset that stands after the model, without its option."""
+    misplaced = message.startswith("Got unexpected extra argument") and words[:1] in (["probe"], ["select"])
+    return ". A dataset is named with --dataset." if misplaced else ""
 
 
 def main() -> None:
@@ -106,7 +129,8 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
         let_main_process_speak()
-        error.message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
+        message = printable(error.message)  # it repeats what was typed, or what the shell made of a *
+        error.message = f"{message}{_dataset_hint(message, sys.argv[1:])}"
         rich_format_error(error)
         code = 2
     except (ValueError, OSError) as error:
@@ -114,8 +138,7 @@ def main() -> None:
         errors.print(f"error: {one_line(error)}", soft_wrap=True)
         code = 2
     if code == 130:
-        errors.print()
-        errors.print(f"stopped; {describe_kept(sys.argv[1:])}", soft_wrap=True)
+        print_stopped(describe_kept(sys.argv[1:]))
     sys.exit(code)
 
 

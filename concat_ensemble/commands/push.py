@@ -21,6 +21,10 @@ def push(
         str | None, typer.Option(help="A branch, created where it does not exist; main when left out.")
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    space: Annotated[
+        bool,
+        typer.Option("--space", help="Publish a Space of the same name, too, on which visitors drop an image."),
+    ] = False,
     token: Annotated[
         str | None,
         typer.Option(
@@ -36,10 +40,13 @@ def push(
     Files that are on the Hub already are not sent again: run it once more after an upload that was cut off.
 
     concat-ensemble push two-resnets me/two-resnets --private
+
+    concat-ensemble push two-resnets me/two-resnets --space
     """
     from concat_ensemble.hub import push_ensemble
 
     options = {"private": private or None, "revision": revision, "create_pr": create_pr, "token": token}
-    commit = push_ensemble(folder, repo_id, include=include or [], quiet=quiet, **options)
+    commit = push_ensemble(folder, repo_id, include=include or [], quiet=quiet, space=space, **options)
     facts = {"repo": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.commit_url}
+    facts |= {"space": commit.repo_url.repo_id} if space else {}
     print_written(commit.pr_url or commit.commit_url, facts | {"pull_request": commit.pr_url}, as_json, quiet)

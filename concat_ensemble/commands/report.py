@@ -17,7 +17,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Compare ensembles on one self-contained HTML page: a table to sort, accuracy against cost, what each member
-    adds, and what they have in common.
+    adds, and what they have in common. `app` shows the page of one ensemble as a tab; this writes it into a file.
 
     concat-ensemble report two-resnets three-backbones --output report.html
     """

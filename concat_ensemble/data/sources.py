@@ -28,7 +28,7 @@ from concat_ensemble.data.images import encode_image
 from concat_ensemble.data.splits import find_split_kind
 from concat_ensemble.data.streams import load_tars
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import describe_missing_folder
+from concat_ensemble.files import describe_missing_folder, suggest_folder
 
 DIGITS = "digits"
 BUILDERS = ("parquet", "imagefolder", "csv", "json", "webdataset")
@@ -64,7 +64,7 @@ def load_source(
         loaded = _load(builder, location, config=config, revision=revision, streaming=streaming)
     except (DatasetNotFoundError, HFValidationError, HTTPError, ConnectionError) as error:
         problem = f"no dataset {str(name)!r}: it is neither {DIGITS} nor a local path, and the Hub does not have it"
-        raise ValueError(f"{problem} ({first_line(error)}).") from error
+        raise ValueError(f"{problem} ({first_line(error)}){suggest_folder(str(name))}") from error
     except (DatasetsError, OSError, LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = first_line(cause if isinstance(cause, Exception) else error)

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -18,26 +17,22 @@ from pathlib import Path
 from typing import Any, Required, TypedDict
 
 import numpy as np
-import torch
 from datasets import DatasetDict
 from rich.console import RenderableType
 
-from concat_ensemble.console import PlainConsole, be_quiet, errors, out, print_error
+from concat_ensemble.console import MEASURED_KEPT, PlainConsole, be_quiet, out, print_error, print_stopped
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.errors import name_options, option_name
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.repeats import Estimate, estimate_over_repeats, estimate_over_repeats_and_images
-from concat_ensemble.processes import refuse_several
+from concat_ensemble.processes import refuse_several, start_worker
 from concat_ensemble.schema import Share, read_json
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with
 CONTROLS = ("untrained members", "raw pixels")
 SMOKE_LIMIT = 100  # images of each split
-PRELOADED = [
-    f"concat_ensemble.{name}" for name in ("training.pretraining", "training.finetuning", "studies.probe_study")
-]
 
 
 @dataclass(frozen=True)
@@ -159,12 +154,12 @@ def run_module(module: str, arguments: list[str], label: str) -> None:
 
 @cache
 def _warm_start() -> Any:  # a context of multiprocessing, whose types lack Process
-    """Starts processes as forks of one that has imported `PRELOADED`, where the system has such a start."""
+    """Starts processes as forks of one that has imported `preloaded`, where the system has such a start."""
     os.environ["OMP_NUM_THREADS"] = "1"  # one core each: these networks are too small to share several
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["concat_ensemble.experiments.preloaded"])
     return context
 
 
@@ -190,13 +185,7 @@ def map_two_at_a_time(function: Callable, arguments: Iterable) -> list:
 @cache
 def _workers() -> ProcessPoolExecutor:
     """Two processes, which one experiment leaves to the next, since they and their imports take 20 s to start."""
-    return ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C ends workers, too, but without a traceback
-    torch.set_num_threads(1)
-    be_quiet()
+    return ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=start_worker)
 
 
 class Measured(TypedDict, total=False):
@@ -312,9 +301,7 @@ def run_script(main: Callable[[], None]) -> None:
         with name_options(option_name):
             main()
     except KeyboardInterrupt:
-        errors.print()
-        kept = "finished trainings and measured numbers are kept"
-        errors.print(f"stopped; the same command goes on: {kept}.", soft_wrap=True)
+        print_stopped(MEASURED_KEPT)
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
         print_error(error)

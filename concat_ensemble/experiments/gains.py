@@ -2,8 +2,8 @@
 
     python -m concat_ensemble.experiments.gains
 
-Run it in a clone. It reads the results of `model_cards`, the tables of `docs/reproduction` and the comparisons in the
-folder `overlap` of each, and writes the figure and the table of docs/choosing_members.md.
+Run it in a clone. It reads the results of `model_cards` and `docs/difficult_cuts`, the tables of `docs/reproduction`
+and the comparisons in the folder `overlap` of each, and writes the figure and the table of docs/choosing_members.md.
 """
 
 from __future__ import annotations
@@ -71,16 +71,18 @@ class Gain:
         return "no, it loses" if high < 0 else "not beyond chance"
 
 
-def read_gains(cards: Path, reproduction: Path) -> tuple[list[Gain], list[str]]:
+def read_gains(folders: Sequence[Path], reproduction: Path) -> tuple[list[Gain], list[str]]:
     """The studies, from the smallest gain on, and the files that have no numbers of members."""
     gains, left_out = [], []
-    for path in [*sorted(cards.glob(f"*/{RESULTS}/*.json")), *sorted(reproduction.glob("*.json"))]:
+    results = [path for folder in folders for path in sorted(folder.glob(f"*/{RESULTS}/*.json"))]
+    for path in [*results, *sorted(reproduction.glob("*.json"))]:
         try:
             gains.append(read_table(path) if path.parent == reproduction else read_results(path))
         except LookupError:
             left_out.append(f"{path.parent.name}/{path.name}")
     if not gains:
-        raise ValueError(f"no results with members in {cards} or {reproduction}; run this in a clone.")
+        searched = ", ".join(map(str, [*folders, reproduction]))
+        raise ValueError(f"no results with members in {searched}; run this in a clone.")
     return sorted(gains, key=lambda each: each.gain), left_out
 
 
@@ -94,12 +96,12 @@ def read_results(path: Path) -> Gain:
     whole = results.rows[0]
     compared = dataclasses.replace(results, rows=[whole, best])
     gain, interval, _ = compared.difference(whole.name, best.name)
-    card = path.parents[1]
-    overlap, untrained = read_overlap(card / "overlap", results.dataset)
+    folder = path.parents[1]
+    overlap, untrained = read_overlap(folder / "overlap", results.dataset)
     pretraining = worth_of_pretraining(best.mean, results[UNTRAINED].mean)
     controls = [results.difference(whole.name, row.name)[:2] for row in results.rows if row.kind == "control"]
     least = min(controls, key=lambda difference: difference[0])
-    study, kappa = f"{card.name}, {path.stem}", error_consistency(members)
+    study, kappa = f"{folder.name}, {path.stem}", error_consistency(members)
     return Gain(study, len(members), best.mean, gain, interval, pretraining, least, kappa, overlap, untrained)
 
 
@@ -247,9 +249,9 @@ def replace_table(page: str, table: str) -> str:
     return f"{before}{START}\n{table}\n{END}{after}"
 
 
-def write_page(cards: Path, reproduction: Path, page: Path) -> str:
+def write_page(folders: Sequence[Path], reproduction: Path, page: Path) -> str:
     """Write the table into the page and the figure beside it; returns the table."""
-    gains, left_out = read_gains(cards, reproduction)
+    gains, left_out = read_gains(folders, reproduction)
     table = format_table(gains, left_out)
     content = replace_table(page.read_text(), table)
     plot_gains(gains, page.with_name(FIGURE))
@@ -259,12 +261,13 @@ def write_page(cards: Path, reproduction: Path, page: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cards", type=Path, default=Path("model_cards"), help="folders with results and overlap")
+    folders = [Path("model_cards"), Path("docs/difficult_cuts")]
+    parser.add_argument("--folders", type=Path, nargs="+", default=folders, help="folders of results and overlap")
     parser.add_argument("--reproduction", type=Path, default=Path("docs/reproduction"), help="output of reproduce")
     parser.add_argument("--page", type=Path, default=Path("docs/choosing_members.md"), help="page with the table")
     options = parser.parse_args()
     try:
-        for line in write_page(options.cards, options.reproduction, options.page).splitlines():
+        for line in write_page(options.folders, options.reproduction, options.page).splitlines():
             out.print(line, soft_wrap=True)
     except (ValueError, OSError) as error:
         print_error(error)

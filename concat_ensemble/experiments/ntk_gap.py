@@ -3,15 +3,16 @@
     concat-ensemble reproduce ntk
     python -m concat_ensemble.experiments.ntk_gap scattered_mnist --repeats 6
 
-Trains CAT1 and CAT4 for as many steps, and probes the unseen digits on gradients (neural tangent kernel features,
-hashed to 2,048 columns) beside plain features: gradients of a random combination of the pooled features, of all
-parameters and of one layer's, and gradients of the logits of the probe on these features, summed over the classes (the
-sum of the kernels), also by PCA at CAT4's number of features. The gradients of CAT4 have as many columns. Beside them:
-CAT1 and CAT4 fine-tuned, with labels of the same images, and gradients of an untrained network, which need no
-pretraining at all. Every repeat has other networks and other test images, is measured once and stored in a file.
-Prints a table.
+Trains CAT1 and CAT4 for as many steps (`reproduce` takes those of Figure 6), and probes the unseen digits on gradients
+(neural tangent kernel features, hashed to 2,048 columns) beside plain features: gradients of a random combination of
+the pooled features, of all parameters and of one layer's, and gradients of the logits of the probe on these features,
+summed over the classes (the sum of the kernels), also by PCA at CAT4's number of features. The gradients of CAT4 have
+as many columns. Beside them: CAT1 and CAT4 fine-tuned, with labels of the same images, and gradients of an untrained
+network, which need no pretraining at all. Every repeat has other networks and other test images, is measured once and
+stored in a file. Prints a table.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,37 +33,48 @@ from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.studies.controls import pixel_table, untrained_like
 from concat_ensemble.studies.results import RESULTS, Results
 
-STEPS = 1_600  # of CAT1, and of CAT4's members together
+STEPS = 1_600  # of CAT1, and of CAT4's members together, where they are trained here
 NUM_FEATURES = 2_048  # of each system's gradients, so that CAT4's four members get a quarter each
 SINGLE, UNTRAINED = "cat1", "untrained cat1"
 RANDOM, OWN, TUNED = ", gradients", ", gradients of logits", ", fine-tuned"
 PROJECTED = f"{SINGLE}{OWN}, PCA to {SUBJECT}'s features"
+Train = Callable[[int], Path]
 LAYERS = {"the stem": "^(conv1|bn1)", **{f"layer {n}": rf"^layer{n}\." for n in range(1, 5)}}  # regular expressions
 
 
-def measure_repeat(setup: desk.Setup, seed: int) -> dict[str, float]:
-    """Top-1 by system in one repeat, from its file if it has been measured before."""
-    settings = {"asked": [setup.study, setup.dataset, seed, NUM_FEATURES, STEPS]}
+def train_networks(setup: desk.Setup, seed: int) -> Path:
+    """The folder of CAT1 and CAT4 of `STEPS` steps, trained if they are not there."""
     folder = setup.output / f"seed-{seed}"
-    return desk.measure_once(setup.output / f"ntk-seed-{seed}.json", settings, lambda: run_repeat(setup, folder, seed))
-
-
-def run_repeat(setup: desk.Setup, folder: Path, seed: int) -> dict[str, float]:
-    """Train the networks, fine-tune them and probe them."""
     setup.train(desk.plan_members(folder, f"CAT1 and CAT4, {STEPS:,} steps each", (1, 4), STEPS), seed)
+    return folder
+
+
+def measure_repeat(setup: desk.Setup, train: Train, seed: int) -> dict[str, float]:
+    """Top-1 by system in one repeat, from its file if it has been measured before."""
+    settings = {"asked": [setup.study, setup.dataset, seed, NUM_FEATURES]}
+
+    def measure() -> dict[str, float]:
+        networks, own = train(seed), setup.output / f"seed-{seed}"
+        return tune_networks(setup, networks, own, seed) | probe_networks(setup, networks, own, seed)
+
+    return desk.measure_once(setup.output / f"ntk-seed-{seed}.json", settings, measure)
+
+
+def tune_networks(setup: desk.Setup, networks: Path, folder: Path, seed: int) -> dict[str, float]:
+    """Top-1 of the fine-tuned networks."""
     top1 = {}
     for name in (SINGLE, SUBJECT):
         tuned = folder / "tuned" / name
-        options = {"dataset": f"scattered:{setup.dataset}", "model": str(folder / name), "stages": "one"}
+        options = {"dataset": f"scattered:{setup.dataset}", "model": str(networks / name), "stages": "one"}
         setup.train(desk.Training("finetuning", "finetune", tuned, f"fine-tune {name}", options), seed)
         (row,) = Results.load(tuned / "whole" / RESULTS / "fine-tuned.json").rows
         top1[name + TUNED] = float(row.top1.mean())
-    return top1 | probe_networks(setup, folder, seed)
+    return top1
 
 
-def probe_networks(setup: desk.Setup, folder: Path, seed: int) -> dict[str, float]:
+def probe_networks(setup: desk.Setup, networks: Path, folder: Path, seed: int) -> dict[str, float]:
     """Top-1 of all probes on the unseen digits."""
-    models = {name: assemble(folder / name) for name in (SINGLE, SUBJECT)}
+    models = {name: assemble(networks / name) for name in (SINGLE, SUBJECT)}
     models[UNTRAINED] = untrained_like(models[SINGLE], seed)
     data = setup.load_task("unseen", seed)
     extract = partial(extract_features, store=folder / "features", quiet=True)
@@ -88,19 +100,10 @@ def logit_gradients(
     seed: int,
     store: Path | None = None,
 ) -> FeatureTable:
-    """Gradients of the logits of a linear probe on the pooled features `table`, summed over the classes.
-
-    Each class is hashed with a matrix of its own. The sum is then a hash of all classes' rows end to end, so that
-    inner products estimate the sum of the classes' kernels.
-    """
+    """Gradients of the logits of a linear probe on the pooled features `table`, summed over the classes."""
     probe = LinearProbe(seed=seed).fit(table["train"], validation=table["validation"])
-    heads = probe.coef_ / probe.scale_
-    total: dict = dict.fromkeys(table, 0.0)
-    for number, head in enumerate(heads):
-        ntk = NTK(_columns(model), seed=len(heads) * seed + number, head=head)
-        gradients = extract_features(model, data, ntk=ntk, store=store, quiet=True)
-        total = {split: gradients[split].features + total[split] for split in total}
-    return FeatureTable.from_arrays({split: (rows, table[split].labels) for split, rows in total.items()})
+    ntk = NTK(_columns(model), seed=seed, head=probe.coef_ / probe.scale_)
+    return extract_features(model, data, ntk=ntk, store=store, quiet=True)
 
 
 def _columns(model: ConcatEnsembleModel) -> int:
@@ -108,10 +111,12 @@ def _columns(model: ConcatEnsembleModel) -> int:
     return NUM_FEATURES // len(model.members)
 
 
-def measure_gap(setup: desk.Setup, repeats: int) -> dict[str, np.ndarray]:
-    """(repeats,) top-1 of each system, two repeats at a time."""
+def measure_gap(setup: desk.Setup, repeats: int, train: Train | None = None) -> dict[str, np.ndarray]:
+    """(repeats,) top-1 of each system, two repeats at a time. `train` returns the folder of a seed's CAT1 and CAT4;
+    default: `train_networks`."""
     setup.output.mkdir(parents=True, exist_ok=True)
-    measured = desk.map_two_at_a_time(partial(measure_repeat, setup), setup.seeds(repeats))
+    measure = partial(measure_repeat, setup, train or partial(train_networks, setup))
+    measured = desk.map_two_at_a_time(measure, setup.seeds(repeats))
     return {system: np.array([top1[system] for top1 in measured]) for system in measured[0]}
 
 

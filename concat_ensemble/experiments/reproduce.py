@@ -41,6 +41,7 @@ from concat_ensemble.studies.results import Results
 STUDY = "scattered_digits"
 BUDGETS, SMOKE_BUDGETS = [800, time_concatenation.BUDGET], [8, 16]
 HELD, FAILED, OPEN = "holds", "does not hold", "not beyond chance"
+FIGURE_6 = "time-concatenation"  # the folder of its networks
 OUTPUT = Path("runs/reproduction")
 
 
@@ -245,8 +246,11 @@ def plot_points(panels: dict[str, dict[str, np.ndarray]], image: Path, subject: 
 
 
 def ntk(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
-    repeats = 3 * workplace.repeats // 2
-    top1 = ntk_gap.measure_gap(workplace.setup(STUDY, "ntk"), repeats)
+    repeats, budget = 3 * workplace.repeats // 2, _budgets(workplace)[-1]
+    figure_6 = workplace.setup(STUDY, FIGURE_6)
+    time_concatenation.write_images(time_concatenation.images_folder(figure_6), figure_6)
+    train = partial(_train_figure_6, figure_6, budget)
+    top1 = ntk_gap.measure_gap(workplace.setup(STUDY, "ntk"), repeats, train)
     plot_points({"unseen digits 5 to 9": top1}, image)
     whole, single = top1[SUBJECT], top1[ntk_gap.SINGLE]
     gradients, logits, tuned = (top1[ntk_gap.SINGLE + kind] for kind in (ntk_gap.RANDOM, ntk_gap.OWN, ntk_gap.TUNED))
@@ -264,6 +268,10 @@ def ntk(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
         judge_above_zero("CAT1 fine-tuned is above CAT4 probed", tuned - whole),
         judge_above_zero("and CAT4 fine-tuned is above CAT1 fine-tuned", tuned_whole - tuned),
     ]
+
+
+def _train_figure_6(setup: desk.Setup, budget: int, seed: int) -> Path:
+    return time_concatenation.train_networks(setup, budget, time_concatenation.FIRST_SEED + seed)
 
 
 def time_concatenation_claims(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
@@ -309,7 +317,7 @@ def _budgets(workplace: Workplace) -> list[int]:
 
 def _measure_budgets(workplace: Workplace, budgets: list[int], repeats: int) -> dict[int, time_concatenation.Study]:
     """The networks of Figure 6, where those of the largest budget are its own."""
-    return time_concatenation.measure_budgets(workplace.setup(STUDY, "time-concatenation"), budgets, repeats)
+    return time_concatenation.measure_budgets(workplace.setup(STUDY, FIGURE_6), budgets, repeats)
 
 
 def spurious(workplace: Workplace, image: Path) -> tuple[str, list[Conclusion]]:
@@ -411,7 +419,7 @@ def find_figure(figure: str, workplace: Workplace, output: Path) -> Finding:
 def describe_figure(figure: str, workplace: Workplace) -> dict[str, str]:
     """The texts of a figure with the numbers that it was reproduced with."""
     values: dict = {"steps": mixture.STEPS, "budget": f"{BUDGETS[-1]:,}"}
-    values |= {"num_features": f"{ntk_gap.NUM_FEATURES:,}", "ntk_steps": f"{ntk_gap.STEPS:,}"}
+    values["num_features"] = f"{ntk_gap.NUM_FEATURES:,}"
     values["shifts"] = shifts.EXPERIMENTS
     values["initializations"] = workplace.initializations
     return {key: text.format(**values) for key, text in load_texts()[figure].items()}

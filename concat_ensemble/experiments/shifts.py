@@ -213,8 +213,8 @@ def _balanced_counts(size: float) -> list[list[int]]:
 
 EXPERIMENTS = {
     "spurious": Shift(make_spurious, (1, 2, 4, 8), 2_400, wide_steps=600),
-    "domains": Shift(make_domains, (4,), 4 * 1_500, wide_steps=1_500),
-    "long-tail": Shift(make_long_tail, (1, 2, 4, 8), 2_400, wide_steps=600),
+    "domains": Shift(make_domains, (4,), 4 * 1_200, wide_steps=1_200),
+    "long-tail": Shift(make_long_tail, (1, 4, 8), 2_400, wide_steps=600),
 }
 
 

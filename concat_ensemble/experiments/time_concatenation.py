@@ -129,17 +129,23 @@ def measure_repeat(setup: desk.Setup, point: tuple[int, int]) -> Outcomes:
     """Train and probe the networks of a budget and a seed, unless their file is there."""
     budget, seed = point
     path, settings = setup.output / f"seed-{seed}-steps-{budget}.json", [setup.study, setup.dataset, seed, budget]
-    networks = setup.output / "networks" / path.stem
     if not path.is_file():
-        data = f"parquet:{images_folder(setup) / 'in-distribution'}"
-        options = {"wide_steps": budget // 4, "dataset": data, "classes": None}
-        setup.train(desk.plan_members(networks, f"{budget:,} steps", COUNTS, budget, **options), seed)
+        networks = train_networks(setup, budget, seed)
         write_json(path, msgspec.to_builtins(Outcomes(settings, *probe_networks(setup, networks, seed))))
-    shutil.rmtree(networks, ignore_errors=True)  # not earlier: a kill before this loses no training
+        shutil.rmtree(networks / "features")
     outcomes = read_json(path, Outcomes, "delete it")
     if outcomes.settings != settings:
         raise ValueError(f"{path} is of {outcomes.settings}, not {settings}; name another --output, or delete it.")
     return outcomes
+
+
+def train_networks(setup: desk.Setup, budget: int, seed: int) -> Path:
+    """The folder of the networks of a budget and a seed, trained if they are not there; `write_images` comes first."""
+    networks = setup.output / "networks" / f"seed-{seed}-steps-{budget}"
+    data = f"parquet:{images_folder(setup) / 'in-distribution'}"
+    options = {"wide_steps": budget // 4, "dataset": data, "classes": None}
+    setup.train(desk.plan_members(networks, f"{budget:,} steps", COUNTS, budget, **options), seed)
+    return networks
 
 
 def probe_networks(setup: desk.Setup, networks: Path, seed: int) -> tuple[dict[str, int], dict[str, dict[str, str]]]:

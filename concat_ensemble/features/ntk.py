@@ -18,13 +18,14 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
@@ -41,8 +42,10 @@ class NTK:
             sqrt(2 / dim) of the product of their norms.
         parameters: Regular expression, searched for in the names of a member's parameters. Default: all parameters.
         seed: Random seed for the hashing and for the random head.
-        head: (sum of D_k,) weights of the pooled features, in member order: a probe's `coef_[c] / scale_`. Default: a
-            random unit vector for each member.
+        head: (sum of D_k,) weights of the pooled features, in member order: a probe's `coef_[c] / scale_`. Or (C, sum
+            of D_k), all of `coef_ / scale_`: the gradients of C outputs, each hashed with a matrix of its own, are
+            added. This is a hash of the C rows end to end, so inner products estimate the sum of the outputs'
+            kernels. Default: a random unit vector for each member.
         memory: Approximate bytes for gradients and activations, which decide how many images a member takes at a time.
 
     Raises:
@@ -52,7 +55,7 @@ class NTK:
     dim: int = 1024
     parameters: str = ""
     seed: int = 0
-    head: Sequence[float] | np.ndarray | None = None
+    head: Sequence | np.ndarray | None = None
     memory: int = 1 << 30
 
     def __post_init__(self):
@@ -64,8 +67,8 @@ class NTK:
             re.compile(self.parameters)
         except (re.error, TypeError) as error:
             raise ValueError(f"NTK parameters={self.parameters!r} is not a regular expression: {error}.") from error
-        if self.head is not None and not (np.ndim(self.head) == 1 and np.isfinite(self.head).all()):
-            raise ValueError("NTK head must be one row of finite numbers, one for each pooled feature of the members.")
+        if self.head is not None and not (np.ndim(self.head) in (1, 2) and np.isfinite(self.head).all()):
+            raise ValueError("NTK head must be rows of finite numbers, one for each pooled feature of the members.")
 
     def for_members(self, model: nn.Module) -> list[NTK]:
         """The settings of each built member, with its own part of the head. Raises ValueError if the head does not
@@ -75,8 +78,8 @@ class NTK:
         if self.head is None:
             return [self] * len(model.members)
         feature_dims = [model.config.members[int(number)]["num_features"] for number in model.members]
-        _check_head(len(self.head), sum(feature_dims))
-        heads = np.split(np.asarray(self.head), np.cumsum(feature_dims)[:-1])
+        _check_head(np.shape(self.head)[-1], sum(feature_dims))
+        heads = np.split(np.asarray(self.head), np.cumsum(feature_dims)[:-1], axis=-1)
         return [dataclasses.replace(self, head=head) for head in heads]
 
     def features(self, member: nn.Module, pixels: Tensor) -> Tensor:
@@ -84,18 +87,22 @@ class NTK:
         return torch.cat([self._hash(chunk) for chunk in self._gradients(member, pixels)])
 
     @torch.no_grad()
-    def _gradients(self, member: nn.Module, pixels: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """For each chunk of b images, a (b, *shape) tensor per selected parameter."""
+    def _gradients(self, member: nn.Module, pixels: Tensor) -> Iterator[list[tuple[Tensor, ...]]]:
+        """For each chunk of b images and each output, a (b, *shape) tensor per selected parameter."""
         parameters = self._select_parameters(member)
 
-        def output(parameters, image):
+        def outputs(parameters, image):
             pooled = _pool(member, parameters, image[None])[0].float()
-            return pooled @ self._head_weights(pooled)
+            return self._head_weights(pooled) @ pooled
+
+        def gradients(parameters, image):
+            values, pull_back = vjp(partial(outputs, image=image), parameters)
+            return [tuple(pull_back(unit)[0].values()) for unit in torch.eye(len(values)).to(values)]
 
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for vmap
                 for images in pixels.split(self._chunk_size(member, parameters, pixels)):
-                    yield tuple(vmap(grad(output), in_dims=(None, 0))(parameters, images).values())
+                    yield vmap(gradients, in_dims=(None, 0))(parameters, images)
         except RuntimeError as error:
             problem = f"torch.func finds no gradients per image for {_architecture(member)} ({first_line(error)})"
             raise ValueError(f"{problem}; turn gradient checkpointing off, and use its processor's pixels.") from error
@@ -109,17 +116,19 @@ class NTK:
         return selected
 
     def _head_weights(self, pooled: Tensor) -> Tensor:
-        """(D,) head for the pooled features (D,) of one member."""
+        """(C, D) weights of C outputs for the pooled features (D,) of one member."""
         if self.head is None:
-            direction = np.random.default_rng([self.seed, 1]).normal(size=len(pooled))
+            direction = np.random.default_rng([self.seed, 1]).normal(size=(1, len(pooled)))
             return torch.from_numpy(direction / np.linalg.norm(direction)).to(pooled)
-        _check_head(len(self.head), len(pooled))
-        return torch.from_numpy(np.asarray(self.head)).to(pooled)
+        head = np.atleast_2d(self.head)
+        _check_head(head.shape[1], len(pooled))
+        return torch.from_numpy(head).to(pooled)
 
     def _chunk_size(self, member: nn.Module, parameters: dict[str, Tensor], pixels: Tensor) -> int:
         """How many images fit into `memory`. Each takes its gradients and what its forward pass saves for them; the
         backward pass takes as much again."""
-        sizes = [weight.nbytes for weight in parameters.values()]
+        num_outputs = 1 if self.head is None else len(np.atleast_2d(self.head))
+        sizes = [num_outputs * weight.nbytes for weight in parameters.values()]
 
         def record(tensor: Tensor) -> Tensor:
             sizes.append(tensor.nbytes)
@@ -130,15 +139,16 @@ class NTK:
             _pool(member, tracked, pixels[:1])
         return max(1, self.memory // (2 * sum(sizes)))
 
-    def _hash(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _hash(self, outputs: Sequence[Sequence[Tensor]]) -> Tensor:
         """(b, `dim`). One random integer below 2 `dim` gives a parameter's column and sign: sums of the second half of
         the columns are subtracted from those of the first."""
-        rng = np.random.default_rng(self.seed)
-        sums = gradients[0].new_zeros(len(gradients[0]), 2 * self.dim)
-        for gradient in gradients:
-            rows = gradient.flatten(1)
-            columns = torch.from_numpy(rng.integers(2 * self.dim, size=rows.shape[1])).to(rows.device)
-            sums.scatter_add_(1, columns.expand_as(rows), rows)
+        sums = outputs[0][0].new_zeros(len(outputs[0][0]), 2 * self.dim)
+        for number, gradients in enumerate(outputs):
+            rng = np.random.default_rng(len(outputs) * self.seed + number)
+            for gradient in gradients:
+                rows = gradient.flatten(1)
+                columns = torch.from_numpy(rng.integers(2 * self.dim, size=rows.shape[1])).to(rows.device)
+                sums.scatter_add_(1, columns.expand_as(rows), rows)
         return sums[:, : self.dim] - sums[:, self.dim :]
 
 

@@ -100,7 +100,7 @@ def predict_images(
 
 
 def load_classifier(name: str | Path) -> ConcatEnsembleForImageClassification:
-    """Load an ensemble with a head for fast predictions: in float32, on the GPU if there is one, BatchNorm folded.
+    """Load an ensemble with a head for fast predictions, as `prepare_classifier` says.
 
     Args:
         name: A folder, or a Hub id such as "me/two-resnets" or "me/two-resnets@main".
@@ -109,6 +109,16 @@ def load_classifier(name: str | Path) -> ConcatEnsembleForImageClassification:
         ValueError: for something else than an ensemble, and for an ensemble without a head or with one that does not
             choose one of several classes.
     """
+    model = read_classifier(name)
+    if model is None:
+        remedy = f"fit one: concat-ensemble probe {name} --dataset ... --save-head"
+        raise ValueError(f"{name} has no classification head; {remedy}.")
+    return prepare_classifier(model)
+
+
+def read_classifier(name: str | Path) -> ConcatEnsembleForImageClassification | None:
+    """An ensemble with a head as it was saved, in float32; None for an ensemble without a head. Other errors are those
+    of `load_classifier`."""
     hub_id, _, revision = str(name).partition("@")
     if is_hub_id(str(name)):
         location, arguments = hub_id, {"revision": revision or "main"}
@@ -125,13 +135,19 @@ def load_classifier(name: str | Path) -> ConcatEnsembleForImageClassification:
         content = f"a model of type {kind!r}, not an ensemble" if kind else "no model (no config.json)"
         raise ValueError(f"{name} holds {content}; make an ensemble with concat-ensemble build.")
     if ConcatEnsembleForImageClassification.__name__ not in (settings.get("architectures") or ()):
-        remedy = f"fit one: concat-ensemble probe {name} --dataset ... --save-head"
-        raise ValueError(f"{name} has no classification head; {remedy}.")
+        return None
     model: Any = ConcatEnsembleForImageClassification.from_pretrained(location, dtype=torch.float32, **arguments)
     _check_head(model)
+    return model
+
+
+def prepare_classifier(model: ConcatEnsembleForImageClassification) -> ConcatEnsembleForImageClassification:
+    """Make a classifier fast, in place: on the GPU if there is one, with BatchNorm folded and the layout for
+    convolutions."""
     with suppress(ValueError):  # a member whose features folding would change runs as it is
         fold_batchnorm(model.eval())
-    return model.to(default_device(), memory_format=torch.channels_last)  # convolutions run faster in it
+    prepared: Any = model
+    return prepared.to(default_device(), memory_format=torch.channels_last)
 
 
 def class_names(model: ConcatEnsembleForImageClassification) -> list[str]:
@@ -212,13 +228,18 @@ class _PixelDataset(TorchDataset):
 
     def __getitem__(self, number: int) -> torch.Tensor | str:
         try:
-            image = self.source.read(number, self.processor)
+            return read_pixels(self.source, number, self.processor)
         except ValueError as error:
             return str(error)
-        try:
-            return self.processor([image], return_tensors="pt")["pixel_values"][0]
-        except ValueError as error:
-            return f"{self.source.describe(number)}: {error.__cause__ or error}"
+
+
+def read_pixels(source: ImageSource, number: int, processor: ConcatEnsembleImageProcessor) -> torch.Tensor:
+    """`pixel_values` of an image, without a batch dimension. Raises ValueError naming it if it cannot be read."""
+    image = source.read(number, processor)
+    try:
+        return processor([image], return_tensors="pt")["pixel_values"][0]
+    except ValueError as error:
+        raise ValueError(f"{source.describe(number)}: {error.__cause__ or error}") from error
 
 
 def _collate(items: Sequence[torch.Tensor | str]) -> tuple[torch.Tensor | None, list[str | None]]:

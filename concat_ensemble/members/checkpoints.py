@@ -43,7 +43,7 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
         FileNotFoundError: if it does not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}.")
+        raise FileNotFoundError(_describe_missing_file(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if not path.name.endswith(PICKLES):
@@ -115,10 +115,14 @@ def find_network(backbone: nn.Module, tensors: Tensors, source: str) -> str:
     raise ValueError(f"{source} holds this network several times, below {names}; save one of them alone: {remedy}.")
 
 
+def _describe_missing_file(path: Path) -> str:
+    return f"no checkpoint file {path}{': it is a folder; name a file in it' if path.is_dir() else ''}."
+
+
 def check_holds(path: Path, network: nn.Module) -> None:
     """Raise FileNotFoundError if there is no such file, and ValueError if it is too small for a network's weights."""
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}.")
+        raise FileNotFoundError(_describe_missing_file(path))
     refuse_bomb(path)
     needed = sum(tensor.numel() for tensor in network.parameters())
     if needed > MAX_UNPACKED * path.stat().st_size:

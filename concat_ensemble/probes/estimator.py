@@ -32,7 +32,7 @@ class FeatureProbe(ClassifierMixin, BaseEstimator, ABC):
 
     Attributes:
         classes_ (C,): The classes of the training and validation rows.
-        n_features_in_: Number of features.
+        n_features_in_ (int): Number of features.
     """
 
     classes_: np.ndarray

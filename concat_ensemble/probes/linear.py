@@ -57,14 +57,16 @@ class LinearProbe(LinearModelMixin, WeightedProbe):
             once.
 
     Attributes:
-        coef_ (C, D), intercept_ (C,): Coefficients of the standardized features.
-        mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
-        l2_strength_: The chosen strength.
-        l2_strengths_: The strengths that were tried, from strong to weak.
-        at_edge_: Whether the metric still rose at an edge of these.
-        path_: Metric on the held-out rows by strength; empty if there was nothing to choose.
-        selection_: Which rows were held out, in words, such as "validation rows" or "5-fold cross-validation".
-        n_iter_: Largest number of Newton steps for a strength.
+        coef_ (C, D): Coefficients of the standardized features.
+        intercept_ (C,): Intercepts of the same.
+        mean_ (D,): The features are standardized as (x - mean_) / scale_.
+        scale_ (D,): See `mean_`; ones without `standardize`.
+        l2_strength_ (float): The chosen strength.
+        l2_strengths_ (tuple[float, ...]): The strengths that were tried, from strong to weak.
+        at_edge_ (bool): Whether the metric still rose at an edge of these.
+        path_ (dict[float, float]): Metric on the held-out rows by strength; empty if there was nothing to choose.
+        selection_ (str): Which rows were held out, in words, such as "validation rows" or "5-fold cross-validation".
+        n_iter_ (int): Largest number of Newton steps for a strength.
     """
 
     l2_strengths: Sequence[float] = L2_STRENGTHS

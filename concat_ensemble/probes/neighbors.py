@@ -94,12 +94,13 @@ class KNNProbe(FeatureProbe):
             votes in the whole bank. It does not change which rows are the nearest.
 
     Attributes:
-        k_: The chosen k.
-        path_: Metric on the held-out rows by k; empty if there was nothing to choose.
-        selection_: Which rows were held out, in words.
-        bank_: The split whose rows vote, not a copy; a pickle has its features inside.
-        feature_dims_: Number of features of each member.
-        mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
+        k_ (int): The chosen k.
+        path_ (dict[int, float]): Metric on the held-out rows by k; empty if there was nothing to choose.
+        selection_ (str): Which rows were held out, in words.
+        bank_ (TableSplit): The split whose rows vote, not a copy; a pickle has its features inside.
+        feature_dims_ (list[int]): Number of features of each member.
+        mean_ (D,): The features are standardized as (x - mean_) / scale_.
+        scale_ (D,): See `mean_`; ones without `standardize`.
     """
 
     ks: Sequence[int] = (1, 5, 10, 20, 50)

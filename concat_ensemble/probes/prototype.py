@@ -58,8 +58,9 @@ class PrototypeProbe(FeatureProbe):
 
     Attributes:
         prototypes_ (C, D): Prototypes of length 1.
-        feature_dims_: Number of features of each member.
-        mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
+        feature_dims_ (list[int]): Number of features of each member.
+        mean_ (D,): The features are standardized as (x - mean_) / scale_.
+        scale_ (D,): See `mean_`; ones without `standardize`.
     """
 
     standardize: bool = False

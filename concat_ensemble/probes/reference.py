@@ -60,13 +60,16 @@ class ReferenceProbe(LinearModelMixin, WeightedProbe):
         class_weight: "balanced", so that each class counts the same, or weights by class.
 
     Attributes:
-        coef_ (C, D), intercept_ (C,): Coefficients of the normalized features, with gain and shift multiplied in.
-        mean_, scale_ (D,): BatchNorm's running mean and sqrt(variance + 1e-5).
-        l2_strength_: The chosen decay.
-        l2_strengths_: The decays that were tried, from strong to weak: those of the protocol, without extension.
-        at_edge_: Whether the metric still rose at an edge of these.
-        path_: Metric on the held-out rows by decay; empty if there was nothing to choose.
-        selection_: Which rows were held out, in words.
+        coef_ (C, D): Coefficients of the normalized features, with gain and shift multiplied in.
+        intercept_ (C,): Intercepts of the same.
+        mean_ (D,): BatchNorm's running mean.
+        scale_ (D,): BatchNorm's sqrt(variance + 1e-5).
+        l2_strength_ (float): The chosen decay.
+        l2_strengths_ (tuple[float, ...]): The decays that were tried, from strong to weak: those of the protocol,
+            without extension.
+        at_edge_ (bool): Whether the metric still rose at an edge of these.
+        path_ (dict[float, float]): Metric on the held-out rows by decay; empty if there was nothing to choose.
+        selection_ (str): Which rows were held out, in words.
     """
 
     l2_strengths: Sequence[float] = CIFAR_DECAYS

@@ -116,13 +116,15 @@ class RidgeProbe(LinearModelMixin, WeightedProbe):
         class_weight: "balanced", so that each class counts the same, or weights by class.
 
     Attributes:
-        coef_ (C, D), intercept_ (C,): Coefficients of the standardized features.
-        mean_, scale_ (D,): The features are standardized as (x - mean_) / scale_.
-        l2_strength_: The chosen strength.
-        l2_strengths_: The strengths that were tried, from strong to weak.
-        at_edge_: Whether the metric still rose at an edge of these.
-        path_: Metric on the held-out rows by strength; empty if there was nothing to choose.
-        selection_: Which rows were held out, in words, such as "validation rows" or "leave-one-out".
+        coef_ (C, D): Coefficients of the standardized features.
+        intercept_ (C,): Intercepts of the same.
+        mean_ (D,): The features are standardized as (x - mean_) / scale_.
+        scale_ (D,): See `mean_`; ones without `standardize`.
+        l2_strength_ (float): The chosen strength.
+        l2_strengths_ (tuple[float, ...]): The strengths that were tried, from strong to weak.
+        at_edge_ (bool): Whether the metric still rose at an edge of these.
+        path_ (dict[float, float]): Metric on the held-out rows by strength; empty if there was nothing to choose.
+        selection_ (str): Which rows were held out, in words, such as "validation rows" or "leave-one-out".
     """
 
     l2_strengths: Sequence[float] = L2_STRENGTHS

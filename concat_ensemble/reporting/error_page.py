@@ -88,7 +88,7 @@ def _describe_mistake(
     name = f"image {row}" + (f" ({Path(file).name})" if file else "")
     return {
         "name": name,
-        "image": _thumbnail(encoded, name),
+        "image": make_thumbnail(encoded, name),
         "true": names[true],
         "true_share": f"{100 * shares[true]:.1f}%",
         "predicted": names[guess],
@@ -96,7 +96,7 @@ def _describe_mistake(
     }
 
 
-def _thumbnail(encoded: dict[str, Any], name: str) -> str | None:
+def make_thumbnail(encoded: dict[str, Any], name: str) -> str | None:
     """A data URI of an image of at most 256 pixels a side, without its metadata; None if it cannot be read."""
     try:
         image = convert_image(decode_image(encoded, name), "RGB")

@@ -37,7 +37,20 @@ class NamedRow(NamedTuple):
 
 
 def write_report(folders: list[Path], output: Path) -> Path:
-    """Write one page that needs no other file.
+    """Write the page of `render_report` into a file of its own; `concat-ensemble app` shows it as a tab."""
+    page = render_report(folders)
+    with replace_file(output) as aside:
+        aside.write_text(page, encoding="utf-8")
+    return output
+
+
+def has_results(folder: Path) -> bool:
+    """Whether an ensemble's folder has results to report."""
+    return any((folder / RESULTS).glob("*.json"))
+
+
+def render_report(folders: list[Path]) -> str:
+    """One page that needs no other file.
 
     Folders are those of ensembles, or others with JSON files of `probe`, `select` and `compare`, in them or in their
     subfolders `results`, `selection` and `overlap`. Raises ValueError for one without results, or a malformed file.
@@ -59,10 +72,7 @@ def write_report(folders: list[Path], output: Path) -> Path:
         datasets.setdefault((describe_dataset(study.dataset), study.metric), []).append((folder, study))
     described = [_describe_dataset(name, metric, studies) for (name, metric), studies in datasets.items()]
     template = environment.get_template("report.html.jinja")
-    page = template.render(datasets=described, selections=selections, overlaps=overlaps)
-    with replace_file(output) as aside:
-        aside.write_text(page, encoding="utf-8")
-    return output
+    return template.render(datasets=described, selections=selections, overlaps=overlaps)
 
 
 def _name_folders(folders: list[Path]) -> list[str]:

@@ -49,6 +49,7 @@ from concat_ensemble.studies.provenance import members_sha256
 from concat_ensemble.studies.results import RESULTS, Results
 
 FIGURES, CARD = "figures", "README.md"
+SPACE = "space"  # key of the metadata with the Hub id of a Space that shows the ensemble
 EVAL_RESULTS = ".eval_results"  # where the Hub looks for results on the benchmarks that it registers
 NOTE = (
     f"{WRITTEN_BY} from config.json and results/. It keeps your own sections (##) and metadata where you put them and "
@@ -67,14 +68,22 @@ PROBE_DESCRIPTIONS = {
 }
 
 
-def write_card(folder: Path, title: str | None = None, *, redraw: bool = True, earlier: str | None = None) -> Path:
+def write_card(
+    folder: Path,
+    title: str | None = None,
+    *,
+    redraw: bool = True,
+    earlier: str | None = None,
+    space: str | None = None,
+) -> Path:
     """Write `README.md` and the figures of an ensemble's folder, and `LICENSE.md` where no licence covers all members.
 
     What users wrote into an earlier card stays: sections (`## `) under other headings, each after the section that it
     followed, and metadata under other keys.
     The title is that of the earlier card, or the folder's name, when left out. Without `redraw`, figures newer than
-    their results stay as they are. `earlier`: The text of the earlier card; when left out, that of the folder. Each
-    file is written whole or not at all, the card last.
+    their results stay as they are. `earlier`: The text of the earlier card; when left out, that of the folder.
+    `space`: Hub id of a Space that shows the ensemble, to link; it stands in the metadata, so that later cards keep
+    it. Each file is written whole or not at all, the card last.
 
     Raises:
         ValueError: when the folder holds no ensemble, or results of other weights.
@@ -82,7 +91,7 @@ def write_card(folder: Path, title: str | None = None, *, redraw: bool = True, e
     """
     config, studies = _read(folder)
     refuse_links(folder, RESULTS, FIGURES, EVAL_RESULTS)  # only for writing: in the Hub's cache every file is a link
-    texts = _render_files(folder, title, config, studies, earlier)  # first, as the earlier card may be bad
+    texts = _render_files(folder, title, config, studies, earlier, space)  # first, as the earlier card may be bad
     for stem, study in studies.items():
         if redraw or not _figures_are_current(folder, study, stem):
             _draw_figures(study, folder / FIGURES, stem)
@@ -192,15 +201,19 @@ def _render_files(
     config: ConcatEnsembleConfig,
     studies: dict[str, Results],
     earlier: str | None = None,
+    space: str | None = None,
 ) -> dict[Path, str]:
     """The texts of all files but the figures."""
     if earlier is None:
         earlier = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     earlier_metadata, body = split_metadata(earlier, folder / CARD)
+    earlier_metadata |= {} if space is None else {SPACE: space}
     if title is None:
         heading = re.search(r"^# (.+)$", body, re.MULTILINE)
         title = re.sub(r"\\(.)", r"\1", heading[1]) if heading else folder.resolve().name
     content, environment = _card_content(title, config, studies), make_markdown_environment()
+    space = earlier_metadata.get(SPACE)
+    content["space"] = space if is_hub_id(space) else None
     content["training_figure"] = TRAINING_FIGURE if (folder / TRAINING_FIGURE).is_file() else None
     metadata = card_metadata(title, config, studies, earlier_metadata)
     text = environment.get_template("card.md.jinja").render(**content)

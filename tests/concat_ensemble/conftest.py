@@ -25,8 +25,15 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from threadpoolctl import threadpool_limits
+from torch import nn
 
-from concat_ensemble import assemble, extract_features, load_data
+from concat_ensemble import (
+    ConcatEnsembleConfig,
+    ConcatEnsembleForImageClassification,
+    assemble,
+    extract_features,
+    load_data,
+)
 from concat_ensemble.commands.app import main
 from concat_ensemble.studies.results import Results, Row, Run, pack_bits
 
@@ -67,6 +74,31 @@ def folder(ensemble, tmp_path):
     """The same, saved."""
     ensemble.save_pretrained(tmp_path / "pair")
     return tmp_path / "pair"
+
+
+@pytest.fixture(scope="session")
+def make_classifier(ensemble):
+    """`make_classifier(names)`: the pair with a random head."""
+
+    def make(names, **settings):
+        settings = {"members": ensemble.config.members, "standardize": True, **settings}
+        config = ConcatEnsembleConfig(**settings, id2label=dict(enumerate(names)))
+        model = ConcatEnsembleForImageClassification(config).eval()
+        model.members.load_state_dict(ensemble.members.state_dict())
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            nn.init.normal_(model.classifier.weight)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved(make_classifier, tmp_path_factory):
+    """A folder of the pair with a head of three classes."""
+    folder = tmp_path_factory.mktemp("saved") / "headed"
+    make_classifier(["cat", "dog", "emu"]).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -275,7 +275,8 @@ def test_a_private_repo_needs_a_token_and_no_message_shows_it(publisher, visitor
 
     publisher.push(folder, "me/public")
     assert "me/public is public already" in refusal("me/public", "--private")
-    assert "401" in refusal("me/public", "--token", "hf_somebodyElse") and "hf_somebody" not in publisher.transcript
+    error = refusal("me/public", "--token", "hf_somebodyElse")
+    assert "401" in error and "log in with hf auth login" in error and "hf_somebody" not in publisher.transcript
     for odd in ("hf_odd\nToken", "hf_oddTokén"):
         assert "hf auth login" in refusal("me/public", "--token", odd)
     assert "hf_odd" not in publisher.transcript

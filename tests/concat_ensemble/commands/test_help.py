@@ -63,6 +63,16 @@ def test_the_program_lists_its_commands_and_exit_codes(run):
     assert code == 0 and all(f"│ {name} " in out for name in NAMES) and "Exit codes: 0 done; 2 a mistake" in out
 
 
+def test_the_line_ends_of_a_docstring_are_not_those_of_the_screen(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    _, commands, _ = run("-h")
+    assert "not looked at: members may be chosen by this." in next(
+        line for line in commands.splitlines() if "Report which members repeat each other" in line
+    )
+    _, verify, _ = run("verify", "-h")
+    assert "and within one point of it." in verify
+
+
 def test_the_version_is_that_of_the_distribution(run):
     assert run("--version") == (0, f"{version('concat-ensemble')}\n", "")
     assert concat_ensemble.__version__ == version("concat-ensemble")
@@ -82,6 +92,13 @@ def test_a_mistake_in_an_experiment_exits_with_2(words, texts, run, tmp_path):
     code, out, err = run(*words)
     assert code == 2 and out == "" and all(text in err for text in texts)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["probe", "select"])
+def test_a_dataset_without_its_option_is_told_where_it_goes(command, run):
+    code, out, err = run(command, "pair", "photos")
+    said = " ".join(err.replace("│", " ").split())
+    assert code == 2 and out == "" and "(photos). A dataset is named with --dataset." in said
 
 
 def test_every_field_of_an_options_class_is_an_option():

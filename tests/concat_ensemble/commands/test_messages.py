@@ -69,6 +69,11 @@ def test_a_dataset_in_a_missing_folder(folder, refused):
     refused(["probe", "pair", "--dataset", "imagefolder:nowhere"], "no such folder: nowhere")
 
 
+def test_a_dataset_with_a_mistyped_name_may_be_a_folder_here(folder, tmp_path, refused):
+    (tmp_path / "photos").mkdir()
+    refused(["probe", "pair", "--dataset", "photo"], "no dataset 'photo'", "; did you mean photos?")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -154,5 +159,5 @@ def test_a_cache_of_datasets_that_cannot_be_written_names_its_variable(folder, r
 @pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
 def test_ctrl_c_says_whether_the_same_command_goes_on_and_with_what(command):
     said = describe_kept([command, "pair", "--quiet"])
-    assert said.startswith(f"the same command {'begins again' if command == 'predict' else 'goes on'}: ")
+    assert said.startswith("begins again: " if command == "predict" else "goes on: ")
     assert ("features that were extracted are kept" in said) == (command in ("probe", "select", "compare", "verify"))

@@ -11,13 +11,14 @@ from concat_ensemble.experiments import gains
 from concat_ensemble.studies.results import Results
 
 ROOT = Path(__file__).parents[3]
-CARDS, REPRODUCTION, PAGE = ROOT / "model_cards", ROOT / "docs" / "reproduction", ROOT / "docs" / "choosing_members.md"
+CARDS, CUTS = ROOT / "model_cards", ROOT / "docs" / "difficult_cuts"
+REPRODUCTION, PAGE = ROOT / "docs" / "reproduction", ROOT / "docs" / "choosing_members.md"
 UNSEEN = CARDS / "digits-cat4" / "results" / "unseen.json"
 
 
 def test_the_page_has_what_the_command_writes(tmp_path):
     page = Path(shutil.copy(PAGE, tmp_path))
-    gains.write_page(CARDS, REPRODUCTION, page)
+    gains.write_page([CARDS, CUTS], REPRODUCTION, page)
     assert page.read_text() == PAGE.read_text()
     assert (tmp_path / gains.FIGURE).stat().st_size > 10_000
 
@@ -52,7 +53,7 @@ def test_a_table_gives_its_best_member_and_files_without_members_are_named(tmp_p
     text += "| cat4, member 1 alone | 9 | 80.0 [79.0, 81.0] | +5.0 [+4.0, +6.0] |\n"
     (tmp_path / "one.json").write_text(json.dumps({"table": text}))
     (tmp_path / "two.json").write_text(json.dumps({"table": "| a | b |\n|---|---|\n| 1 | 2 |\n"}))
-    (found,), left_out = gains.read_gains(tmp_path / "none", tmp_path)
+    (found,), left_out = gains.read_gains([tmp_path / "none"], tmp_path)
     assert (found.gain, found.interval, found.helps) == (-0.05, (-0.06, -0.04), "no, it loses")
     assert found.pretraining == pytest.approx(0.8) and found.control[0] == 0.35
     assert left_out == [f"{tmp_path.name}/two.json"]
@@ -61,9 +62,15 @@ def test_a_table_gives_its_best_member_and_files_without_members_are_named(tmp_p
 
 def test_nothing_to_read_and_a_page_without_marks_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no results with members"):
-        gains.read_gains(tmp_path, tmp_path)
+        gains.read_gains([tmp_path], tmp_path)
     with pytest.raises(ValueError, match="the page must have the lines"):
         gains.replace_table("# A page", "| a |")
+
+
+def test_overlap_is_that_of_the_same_images():
+    (forty,) = (gain for gain in gains.read_gains([CUTS], REPRODUCTION)[0] if gain.study.endswith("forty"))
+    relations = json.loads((CUTS / "efficientnet-lite-0-1" / "overlap" / "forty.json").read_text())["relations"]
+    assert forty.overlap == pytest.approx(np.mean([each["r2"] for each in relations if each["r2"] is not None]))
 
 
 def test_a_gain_that_a_control_has_too_is_no_help():

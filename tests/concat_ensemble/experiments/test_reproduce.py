@@ -78,7 +78,7 @@ def test_the_texts_of_a_figure_have_their_numbers(figure, tmp_path):
     assert {"title", "setting", "paper"} <= set(texts)
     assert not [text for text in texts.values() if "{" in text or "}" in text]
     if figure == "domains":
-        assert "each in full (1,500 steps)" in texts["setting"]
+        assert "each in full (1,200 steps)" in texts["setting"]
 
 
 def test_the_time_that_is_stated_covers_what_was_measured():

@@ -69,11 +69,11 @@ def naive_hash(member, rows, dim, seed=0):
 
 
 def exact_kernels(model, pixels, ntk=None):
-    """(n, n) float64 of each member: inner products of the whole gradients, nothing hashed."""
+    """(n, n) float64 of each member: inner products of the whole gradients, nothing hashed, summed over outputs."""
     members = list(model.members.values()) if is_ensemble(model) else [model]
     kernels = []
     for member, own in zip(members, (ntk or NTK()).for_members(model), strict=True):
-        chunks = own._gradients(member, pixels)
+        chunks = ([part for output in chunk for part in output] for chunk in own._gradients(member, pixels))
         parts = [torch.cat(parts).flatten(1).double() for parts in zip(*chunks, strict=True)]
         kernels.append(sum(part @ part.T for part in parts).numpy())
     return kernels
@@ -143,7 +143,7 @@ def test_hashing_has_the_documented_mean_and_variance(seed, num_parameters, dim,
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(2, num_parameters)) * rng.random(num_parameters) ** heavy
     x, y = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    hashed = [NTK(dim=dim, seed=s)._hash([torch.tensor(np.stack([x, y]))]) for s in range(400)]
+    hashed = [NTK(dim=dim, seed=s)._hash([[torch.tensor(np.stack([x, y]))]]) for s in range(400)]
     errors = np.array([float(a @ b) for a, b in hashed]) - x @ y
     bound = (1 + (x @ y) ** 2) / dim
     assert bound <= 2 / dim and abs(errors.mean()) < 5 * np.sqrt(bound / 400)
@@ -226,6 +226,17 @@ def test_the_head_of_a_probe_is_used(ensemble, digits, table):
     np.testing.assert_allclose(kernel, rows @ rows.T, atol=1e-5 * np.abs(rows @ rows.T).max())
 
 
+def test_the_kernel_of_several_outputs_is_the_sum_of_theirs(ensemble, digits):
+    heads = np.random.default_rng(0).normal(size=(3, 32))
+    pixels = pixels_of(ensemble, digits["test"])[:6]
+    expected = sum(exact_kernel(ensemble, pixels, NTK(head=head)) for head in heads)
+    np.testing.assert_allclose(exact_kernel(ensemble, pixels, NTK(head=heads)), expected, rtol=1e-4)
+    settings = NTK(dim=4_000, head=heads).for_members(ensemble)
+    members = zip(settings, ensemble.members.values(), strict=True)
+    rows = np.hstack([own.features(member, pixels).numpy() for own, member in members])
+    np.testing.assert_allclose(rows @ rows.T, expected, atol=0.15 * np.abs(expected).max())
+
+
 def test_only_selected_parameters_count(ensemble, digits):
     pixels = pixels_of(ensemble, digits["test"])[:3]
     parts = [exact_kernel(ensemble, pixels, NTK(parameters=p)) for p in ("", r"layer4", r"^(?!layer4)")]
@@ -253,6 +264,8 @@ def test_a_transformers_model_has_gradients_too():
         ({"parameters": "attn"}, "parameters='attn' .* resnet10t: conv1.0.weight"),
         ({"head": [1.0, 2.0]}, "head has 2 weights; .* 32"),
         ({"head": [np.nan]}, "head must be .* finite numbers"),
+        ({"head": np.zeros((2, 2, 2))}, "head must be rows of finite numbers"),
+        ({"head": np.zeros((3, 31))}, "head has 31 weights; .* 32"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message, ensemble, digits):

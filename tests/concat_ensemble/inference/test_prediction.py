@@ -16,40 +16,14 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
-from torch import nn
 from transformers import AutoModel, pipeline
 
-from concat_ensemble import ConcatEnsembleConfig, ConcatEnsembleForImageClassification, load_data
+from concat_ensemble import ConcatEnsembleForImageClassification, load_data
 from concat_ensemble.inference.image_sources import open_images
 from concat_ensemble.inference.prediction import Prediction, load_classifier, predict_images
 from concat_ensemble.inference.prediction_file import escape_name, escape_path, unique_names, write_predictions
 
 STRANGE = ['a, "quoted".png', "=CMD()|'calc'!A0.png", "line\nbreak.png", "ünïcode 图.png", "-1.png", "+x/@y.png"]
-
-
-@pytest.fixture(scope="session")
-def make_classifier(ensemble):
-    """`make_classifier(names)`: the pair with a random head."""
-
-    def make(names, **settings):
-        settings = {"members": ensemble.config.members, "standardize": True, **settings}
-        config = ConcatEnsembleConfig(**settings, id2label=dict(enumerate(names)))
-        model = ConcatEnsembleForImageClassification(config).eval()
-        model.members.load_state_dict(ensemble.members.state_dict())
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            nn.init.normal_(model.classifier.weight)
-        return model
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def saved(make_classifier, tmp_path_factory):
-    """A folder of the pair with a head of three classes."""
-    folder = tmp_path_factory.mktemp("saved") / "headed"
-    make_classifier(["cat", "dog", "emu"]).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

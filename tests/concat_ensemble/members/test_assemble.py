@@ -209,6 +209,7 @@ BAD_MEMBERS = {
         "no such folder: .*cat44; did you mean .*cat4\\?.*hf-hub:ORG/NAME",
     ),
     "missing file": (lambda t, _: [f"resnet18={t / 'no.pth'}"], r"no checkpoint file .*no\.pth"),
+    "folder of files": (lambda t, _: [f"resnet18={t}"], "no checkpoint file .*: it is a folder; name a file in it"),
     "folder of something else": (
         lambda t, _: [broken_folder(t, "f")],
         "has no config.json; give a folder saved by timm",
