@@ -1,14 +1,10 @@
-"""Processes: those that `accelerate launch` or torchrun starts for one command, and those of a pool."""
+"""The processes that `accelerate launch` or torchrun starts for one command: sharing out rows, and ending together."""
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from concat_ensemble.console import be_quiet
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -26,15 +22,6 @@ def refuse_several(name: str) -> None:
     """Raise ValueError in a launch of several processes, which would all do the same and write the same files."""
     if (number := count_launched()) > 1:
         raise ValueError(f"{name} takes one process and was started in {number}; leave accelerate launch out.")
-
-
-def start_worker() -> None:
-    """Begin a process of a pool: one core, none of other libraries' warnings, and no traceback after Ctrl-C."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    be_quiet()  # before torch is imported, here or for the pool's functions
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def process_state() -> PartialState:

@@ -62,7 +62,7 @@ def test_it_holds_every_source_file_the_template_and_the_recipes(wheel):
         expected |= {
             f"concat_ensemble/training/recipes/{path.name}" for path in ROOT.glob(f"training/recipes/{pattern}")
         }
-    for kind in ("*.jinja", "*.yaml", "py.typed"):
+    for kind in ("*.jinja", "*.yaml", "*.txt", "py.typed"):
         expected |= {str(path.relative_to(ROOT)) for path in ROOT.glob(f"concat_ensemble/**/{kind}")}
     assert len(expected) >= 15
     with zipfile.ZipFile(wheel) as archive:

@@ -1,6 +1,7 @@
 """`app`: a page on this computer that shows what an ensemble and its members say of an image."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -49,11 +50,10 @@ def app(
     def on_start(address: str) -> None:
         out.print(f"{address} shows {model}; Ctrl-C ends it", soft_wrap=True)
 
-    try:
+    with suppress(KeyboardInterrupt):  # not raised where a shell started this in the background
         serve_page(page, host, port, on_start)
-    except KeyboardInterrupt:
-        if not extraction.quiet:
-            errors.print("ended")
+    if not extraction.quiet:
+        errors.print("ended")
 
 
 def choose_dataset(name: str | None, dataset: DatasetOptions) -> DatasetOptions | None:

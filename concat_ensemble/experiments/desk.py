@@ -23,11 +23,12 @@ from rich.console import RenderableType
 from concat_ensemble.console import MEASURED_KEPT, PlainConsole, be_quiet, out, print_error, print_stopped
 from concat_ensemble.data.loading import load_data
 from concat_ensemble.errors import name_options, option_name
+from concat_ensemble.experiments.workers import start_worker
 from concat_ensemble.features.table import FeatureTable
 from concat_ensemble.files import write_json
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.repeats import Estimate, estimate_over_repeats, estimate_over_repeats_and_images
-from concat_ensemble.processes import refuse_several, start_worker
+from concat_ensemble.processes import refuse_several
 from concat_ensemble.schema import Share, read_json
 
 SUBJECT = "cat4"  # the ensemble that everything else is compared with

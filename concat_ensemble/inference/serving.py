@@ -22,7 +22,7 @@ def require_gradio() -> None:
 
 
 def serve_page(page: Any, host: str, port: int, on_start: Callable[[str], None]) -> None:
-    """Serve a `gradio.Blocks` until Ctrl-C, which is raised as KeyboardInterrupt when all connections are closed.
+    """Serve a `gradio.Blocks` until SIGINT or SIGTERM, which take effect when all connections are closed.
 
     Args:
         host, port: Where to listen; 0 for any free port.
