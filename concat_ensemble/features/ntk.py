@@ -96,7 +96,7 @@ class NTK:
             return self._head_weights(pooled) @ pooled
 
         def gradients(parameters, image):
-            values, pull_back = vjp(partial(outputs, image=image), parameters)
+            values, pull_back, *_ = vjp(partial(outputs, image=image), parameters)
             return [tuple(pull_back(unit)[0].values()) for unit in torch.eye(len(values)).to(values)]
 
         try:
