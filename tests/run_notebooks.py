@@ -113,6 +113,13 @@ def replace_text(notebook: NotebookNode, old: str, new: str) -> None:
             place[key] = text.replace(old, new)
 
 
+def drop_stderr(notebook: NotebookNode) -> None:
+    """Leave out the warnings of other libraries, which name folders of this computer. An error ends the run."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
@@ -127,6 +134,7 @@ def main() -> None:
                 hub, Path(temporary, "backbones"), lambda backbone: load_pretrained(backbone, options.weights)
             )
             notebook = run_notebook(NOTEBOOKS[name], Path(temporary, "run"), hub, features=options.features)
+            drop_stderr(notebook)
             replace_text(notebook, hub.url, "https://huggingface.co")
             notebook.metadata.language_info = {"name": "python"}  # without the version of this Python
             nbformat.write(notebook, NOTEBOOKS[name])
