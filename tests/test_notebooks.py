@@ -27,7 +27,7 @@ for name, cfg in _registry._model_pretrained_cfgs.items():
     if name.startswith(("tf_efficientnet_lite", "mobilenetv3_small")):
         cfg.input_size, cfg.test_input_size = {SIZE}, None
 """
-MAX_FIGURE = 100_000  # bytes
+MAX_FIGURE = 150_000  # bytes
 LOCAL = re.compile(r"/tmp|/home|/root|/work|/Users|site-packages|dist-packages|127\.0\.0\.1|localhost")
 
 
