@@ -2,18 +2,21 @@
 
 import ctypes
 import errno
+import glob
 import json
 import math
 import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import yaml
 
 from concat_ensemble.errors import suggest
@@ -28,10 +31,11 @@ PATH_START = r"(?:(?<![^=:,\s\[('\"])(?:[\\/](?!/)|~[^\\/]*[\\/]|[A-Za-z]:[\\/](
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to. It replaces `path` when the block ends without an error, so a killed
-    process leaves either the old file or the whole new one. The parent folder is made.
+    process leaves either the old file or the whole new one, and of several at once the last one wins. The parent
+    folder is made; what killed processes have left is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = _name_aside(path)
     aside.unlink(missing_ok=True)  # writing to a link would change its target
     try:
         aside.touch()
@@ -46,7 +50,8 @@ def replace_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def replace_folder(path: Path, is_stale: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which takes its place in one step when the block ends without an error, so
-    a killed process leaves either the old folder or the whole new one. What a killed process has left is removed.
+    a killed process leaves either the old folder or the whole new one, and of several at once the last one wins. What
+    killed processes have left is removed.
 
     Files of the old folder that the new one does not have go along, as the same files and not as copies, links as
     links; except those that are stale, by their name in the folder.
@@ -56,11 +61,11 @@ def replace_folder(path: Path, is_stale: Callable[[str], bool] = lambda name: Fa
             is on another disk; then nothing changes.
     """
     path = path.resolve()
-    aside, replaced = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "replaced"))
+    replaced = path.with_name(f".{path.name}.replaced")
     if replaced.exists() and not path.exists():  # a kill between the two steps of `_exchange`
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
-    with new_folder(aside):
+    with folder_beside(path) as aside:
         yield aside
         give_usual_access(aside)
         if path.exists():
@@ -69,14 +74,28 @@ def replace_folder(path: Path, is_stale: Callable[[str], bool] = lambda name: Fa
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Make an empty folder, in place of one that a killed process has left, and remove it in the end."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Make an empty folder beside `path`, and remove it in the end. What killed processes have left is removed."""
+    aside = _name_aside(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        yield path
+        yield aside
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_aside(path: Path) -> Path:
+    """The path beside `path` to which this thread writes it: no other writes there. Those of processes that are no
+    more, and that of earlier versions, which all processes shared, are removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+        writer = re.fullmatch(r"(?:(\d{1,9})-\d+\.)?tmp", left.name[len(path.name) + 2 :])
+        if writer and not (writer[1] and psutil.pid_exists(int(writer[1]))):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
 def give_usual_access(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,8 +204,11 @@ def replace_files(folder: Path) -> Iterator[Path]:
     without an error: first the weights, at last their index. Shards that a new index does not name are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{ASIDE}*"):  # by a process that was killed
-        shutil.rmtree(left_over)
-    aside = folder / f"{ASIDE}{os.getpid()}"
+        writer = re.fullmatch(r"(\d{1,9})-\d+", left_over.name.removeprefix(ASIDE))
+        if not (writer and _is_running(int(writer[1]))):
+            shutil.rmtree(left_over, ignore_errors=True)
+    aside = folder / f"{ASIDE}{os.getpid()}-{threading.get_native_id()}"
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
@@ -219,6 +223,18 @@ def replace_files(folder: Path) -> Iterator[Path]:
         for path in folder.glob("*.safetensors"):
             if SHARD_NAME.fullmatch(path.name) and path.name not in shards:
                 path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    """Whether this machine has a process of this number. On Windows, where asking would stop it, none counts."""
+    try:
+        if os.name == "posix":
+            os.kill(process, 0)
+        return os.name == "posix"
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:

@@ -28,7 +28,7 @@ from concat_ensemble.experiments import desk
 from concat_ensemble.features.extraction import extract_features
 from concat_ensemble.features.projection import principal_projection
 from concat_ensemble.features.table import labeled_split
-from concat_ensemble.files import write_json
+from concat_ensemble.files import replace_folder, write_json
 from concat_ensemble.members.assemble import assemble
 from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.repeats import adjust_p_values
@@ -111,12 +111,9 @@ def write_images(folder: Path, setup: desk.Setup) -> None:
             continue
         options = {"test_size": task.test_size, "limit": setup.limit, "seed": TEST_SEED + setup.first_seed}
         data = load_data(setup.dataset, classes=task.classes, **options)
-        new = path.with_name(f".{path.name}")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        concatenate_datasets([data["train"], data["validation"]]).to_parquet(new / "train.parquet")
-        data["test"].to_parquet(new / "test.parquet")
-        new.rename(path)
+        with replace_folder(path) as new:
+            concatenate_datasets([data["train"], data["validation"]]).to_parquet(new / "train.parquet")
+            data["test"].to_parquet(new / "test.parquet")
 
 
 def load_task(folder: Path, task: str, seed: int) -> DatasetDict:

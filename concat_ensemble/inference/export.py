@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import check_regular_files, give_usual_access, new_folder
+from concat_ensemble.files import check_regular_files, give_usual_access, folder_beside
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,
@@ -126,7 +126,7 @@ def _export(
         raise ValueError(f"{path} is a folder; name a file.")
     module, generator = _TupleModel(model).eval(), torch.Generator().manual_seed(0)
     shape = model.config.pixel_shape
-    with new_folder(path.with_name(f".{path.name}.tmp")) as folder:
+    with folder_beside(path) as folder:
         aside = folder / path.name
         write(module, torch.rand(TRACED_BATCH, *shape, generator=generator), aside)
         if check:

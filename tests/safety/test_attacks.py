@@ -4,10 +4,12 @@ nothing is executed, written outside, lost, or takes a gigabyte.
 
 import io
 import json
+import os
 import pickle
 import re
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
 from argparse import Namespace
@@ -518,7 +520,8 @@ def test_a_link_where_a_model_would_be_saved(name, folder):
 
 
 def test_a_link_where_results_are_written_aside(made, world):
-    (world / ".x.json.tmp").symlink_to(world.parent / "outside/precious.txt")
+    for name in (".x.json.tmp", f".x.json.{os.getpid()}-{threading.get_native_id()}.tmp"):
+        (world / name).symlink_to(world.parent / "outside/precious.txt")
     Results.load(made / "results/digits.json").save(world / "x.json")
     assert Results.load(world / "x.json")["pair"].mean == 0.5
 
