@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from concat_ensemble.errors import first_line
-from concat_ensemble.files import check_regular_files, give_usual_access, folder_beside
+from concat_ensemble.files import check_regular_files, folder_beside, give_usual_access
 from concat_ensemble.modeling.configuration_concat_ensemble import ConcatEnsembleConfig
 from concat_ensemble.modeling.modeling_concat_ensemble import (
     ConcatEnsembleForImageClassification,

@@ -60,7 +60,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_keeps_its_own(wr
     path = tmp_path / "results"
     write(path, "old")
     name = f"from {__name__} import {write.__name__} as write; from pathlib import Path; import os, sys\n"
-    script = f"write(Path(sys.argv[1]), 'half', {{}})"
+    script = "write(Path(sys.argv[1]), 'half', {{}})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def start(during, **options):
