@@ -68,6 +68,8 @@ def probe(
             out.print(f"results: {study.path}", soft_wrap=True)
             if study.errors_page:
                 out.print(f"errors: {study.errors_page}", soft_wrap=True)
+        if probing.save_head:
+            out.print(f"classification head: {Path(model) / 'head.safetensors'}", soft_wrap=True)
     if studies.failures:
         reasons = "; ".join(f"{name}: {error}" for name, error in studies.failures.items())
         raise ValueError(f"{len(studies.failures)} of {len(datasets)} recipes failed: {reasons}")

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def extract_features(
         extracted = run.extract_missing(exchange)
         seconds = time.perf_counter() - started
         splits, hashes = run.share.gather(exchange)
-    table = _build_table(run, splits, hashes, keys=tuple(key for key, _ in names), skip_bad=skip_bad)
+    table = _build_table(run, splits, hashes, names, skip_bad=skip_bad)
     table = dataclasses.replace(
         table, extracted=extracted, images_per_second=extracted / seconds if extracted else None
     )
@@ -144,11 +145,12 @@ def _build_table(
     run: _Run,
     splits: Mapping[str, Dataset],
     hashes: Mapping[str, np.ndarray],
+    names: list[tuple[str, str]],
     *,
-    keys: tuple[str, ...],
     skip_bad: bool,
 ) -> FeatureTable:
-    """The table of the rows whose images can be used."""
+    """The table of the rows whose images can be used; `names` are those of `block_names`."""
+    architectures = Counter(architecture for _, architecture in names)
     bad = _bad_rows(hashes, run.unreadable)
     rows = usable_rows(splits, bad, skip_bad=skip_bad)
     used = {split: hashes[split][rows[split]] if bad[split] else hashes[split] for split in splits}
@@ -157,9 +159,10 @@ def _build_table(
         {split: [block.rows(used[split]) for block in run.blocks] for split in splits},
         {split: read_labels(images)[rows[split]] for split, images in splits.items()},
         class_names(next(iter(splits.values()))),
-        keys,
+        tuple(key for key, _ in names),
         groups=None if groups is None else {split: groups[split][rows[split]] for split in splits},
         skipped={split: sorted(bad[split]) for split in splits} if run.unreadable else None,
+        names=tuple(name if architectures[name] == 1 else f"{name} ({k})" for k, (_, name) in enumerate(names)),
     )
 
 

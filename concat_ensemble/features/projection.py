@@ -28,7 +28,7 @@ class Projection:
         """The table with one block of d features, which are computed when they are read."""
         blocks = {split: [ProjectedRows(table[split], self)] for split in table}
         digest = hashlib.sha256(self.weight.tobytes() + self.bias.tobytes() + str(table.keys).encode()).hexdigest()
-        return dataclasses.replace(table, blocks=blocks, keys=(digest[:32],))
+        return dataclasses.replace(table, blocks=blocks, keys=(digest[:32],), names=("projection",))
 
 
 class ProjectedRows(Rows):

@@ -161,6 +161,7 @@ class FeatureTable:
     images_per_second: float | None = None  # for those images
     groups: dict[str, np.ndarray] | None = None  # split -> (N,), as in `TableSplit`
     skipped: dict[str, list[int]] | None = None  # split -> rows of the dataset left out, whose images cannot be used
+    names: tuple[str, ...] | None = None  # what the members are called, where `keys` are those of the store
 
     @classmethod
     def from_arrays(
@@ -237,7 +238,7 @@ class FeatureTable:
 
     def __repr__(self) -> str:
         lines = [f"  {kind}: {len(labels):,} rows" for kind, labels in self.labels.items()]
-        lines.append(f"  members: {_describe_members(self.feature_dims, self.keys)}")
+        lines.append(f"  members: {_describe_members(self.feature_dims, self.names or self.keys)}")
         names = ", ".join(map(str, self.class_names[:6])) + ", ..." * (len(self.class_names) > 6)
         lines.append(f"  classes: {len(self.class_names):,} ({names})")
         if self.groups is not None:
@@ -252,8 +253,8 @@ class FeatureTable:
 
     @property
     def member_names(self) -> list[str]:
-        """The names given to `from_arrays`, else the beginning of each block's key, else "member 0" and so on."""
-        return _name_members(len(self.feature_dims), self.keys)
+        """The names given to `from_arrays`, the architectures of an ensemble's members, or "member 0" and so on."""
+        return _name_members(len(self.feature_dims), self.names or self.keys)
 
     @property
     def feature_dims(self) -> list[int]:
@@ -263,8 +264,9 @@ class FeatureTable:
     def members(self, numbers: Sequence[int]) -> FeatureTable:
         """The table of the members with these numbers, in this order."""
         blocks = {split: [blocks[k] for k in numbers] for split, blocks in self.blocks.items()}
-        keys = None if self.keys is None else tuple(self.keys[k] for k in numbers)
-        return FeatureTable(blocks, self.labels, self.class_names, keys, groups=self.groups, skipped=self.skipped)
+        keys, names = (None if of is None else tuple(of[k] for k in numbers) for of in (self.keys, self.names))
+        kept = {"groups": self.groups, "skipped": self.skipped}
+        return FeatureTable(blocks, self.labels, self.class_names, keys, names=names, **kept)
 
     def _cut(self, kind: str, size: float, seed: int) -> FeatureTable:
         """The table with a part of its training rows as the split `kind`; no row is copied."""

@@ -134,5 +134,6 @@ def _compare(study: Results, row: Row, other: Row, title: str = "") -> str:
     points, name = f"{abs(100 * difference):.1f}", f"{title}{_in_words(study, other)}"
     if points == "0.0":
         return f"level with {name}"
-    doubt = "" if (low > 0 or high < 0) and p < 0.05 else " (not beyond chance)"
+    signs = [low > 0 or high < 0, p < SIGNIFICANT]  # the interval and the test, which may differ near the limit
+    doubt = "" if all(signs) else f" (at the limit of chance, p = {p:.2g})" if any(signs) else " (not beyond chance)"
     return f"{points} points {'above' if difference > 0 else 'below'} {name}{doubt}"

@@ -43,6 +43,9 @@ def test_rows_are_the_models_own_features_in_order(batch_size, num_workers, ense
         np.testing.assert_allclose(table[kind].features, one_by_one(ensemble, digits[kind]), atol=1e-5)
         assert table[kind].labels.tolist() == digits[kind]["label"][:]
     assert table["test"].features.dtype == np.float32 and table["test"].labels.dtype == np.int64
+    first, second = (member["architecture"] for member in ensemble.config.members)
+    assert table.member_names == [f"{first} (0)", f"{second} (1)"] and f"{second} (1) (16)" in repr(table)
+    assert table.members([1]).member_names == [f"{second} (1)"]
     assert table.images_per_second > 0 and table.extracted == sum(map(len, digits.values()))
 
 

@@ -208,6 +208,7 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
         ({"pair": [0.7, 0.71], "one": [0.9001, 0.9099]}, "pair is 20.0 points below one."),
         ({"pair": [0.8, 0.9], "one": [0.9, 0.7]}, "5.0 points above one (not beyond chance)"),
         ({"pair": [0.5], "one": [0.45]}, "5.0 points above one (not beyond chance)"),
+        ({"pair": [1.0], "one": [0.95]}, "5.0 points above one (at the limit of chance, p = 0.062)."),
         ({"pair": [0.9], "one": [0.5]}, "40.0 points above one."),
         ({"pair": [0.9], "raw pixels": [0.86]}, "Raw pixels do about as well, so this dataset does not show"),
         ({"pair": [0.9], "untrained members": [0.95], "raw pixels": [0.2]}, "Untrained members do about as well"),
