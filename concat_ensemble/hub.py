@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
@@ -369,7 +369,8 @@ def _explain_failures(repo_id: str) -> Iterator[None]:
         remedy = "log in with hf auth login, or set HF_TOKEN to a token that may write"
         raise OSError(f"{repo_id}: {first_line(error).rstrip('.')}; {remedy}.") from error
     except (HTTPError, RuntimeError) as error:
-        raise OSError(f"{repo_id}: {error} Push again: what has arrived is not sent a second time.") from error
+        problem = f"{repo_id}: the connection to {constants.ENDPOINT} failed ({first_line(error)})"
+        raise OSError(f"{problem}. Push again: what has arrived is not sent a second time.") from error
 
 
 def push_features(table: FeatureTable, repo_id: str, **options) -> CommitInfo | None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from concat_ensemble.commands import options
 from concat_ensemble.commands.options import AsJson, Output, Overwrite, Recipes
-from concat_ensemble.console import out
+from concat_ensemble.console import out, stack_lines
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 
 if TYPE_CHECKING:
@@ -43,23 +43,29 @@ def compare(
     if as_json:
         options.print_file(study.path)
         return
-    options.print_table(overlap_table(study.overlap))
+    out.print(overlap_table(study.overlap))
     for sentence in study.overlap.verdict:
+        out.print()
         out.print(sentence, soft_wrap=True)
+    out.print()
     if not extraction.quiet:
         out.print(f"written: {study.path}, {figure}", soft_wrap=True)
 
 
 def overlap_table(overlap: "Overlap") -> Table:
     """Each member or ensemble by itself, and below it how well the others predict it."""
-    table = Table("", "from", "features", "dead", "rank", "CKA", "R2", "from untrained", "top-1 (of the rest) in %")
+    headings = "", "features", "dead", "rank", "CKA", "R2", ("R2 un-", "trained"), ("top-1", "(rest)")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in headings:
+        lines = (heading,) if isinstance(heading, str) else heading
+        table.add_column(stack_lines(*lines), justify="right" if heading else "left", no_wrap=bool(heading))
     for k, subject in enumerate(overlap.subjects):
         own = f"{subject.num_features:,}", f"{subject.dead_share:.1%}", f"{subject.effective_rank:.1f}"
-        table.add_row(subject.name, "", *own, "", "", "", f"{100 * subject.top1:.1f}", style="bold")
+        table.add_row(subject.name, *own, "", "", "", f"{100 * subject.top1:.1f}", style="bold")
         for relation in overlap.relations:
             if relation.target == k:
                 untrained = "" if relation.untrained_r2 is None else f"{relation.untrained_r2:.2f}"
                 r2 = f"{relation.r2:.2f}", untrained
                 rest = f"{100 * relation.residual_top1:.1f}"
-                table.add_row("", relation.source_name, "", "", "", f"{relation.cka:.2f}", *r2, rest)
+                table.add_row(f"  from {relation.source_name}", "", "", "", f"{relation.cka:.2f}", *r2, rest)
     return table

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from concat_ensemble.commands.options import AsJson, print_table
-from concat_ensemble.console import out
+from concat_ensemble.commands.options import AsJson
+from concat_ensemble.console import out, stack_lines
 
 
 def power(
@@ -42,10 +42,13 @@ def power(
     counts = f"{plan.repeats} repeats, each with {images} {plan.designs[0].images:,} test images"
     if plan.repeats == 1:
         counts = f"one repeat, {plan.designs[0].images:,} test images: nothing is known of the spread between repeats"
-    out.print(f"{plan.name} minus {plan.other}: {measured} points; {counts}.", soft_wrap=True)
+    out.print(f"{plan.name} minus {plan.other}: {measured} points; {counts}.")
     title = f"To find {difference:g} points (two-sided test at 5%)"
-    have = f"{plan.repeats} repeat{'s' if plan.repeats > 1 else ''}"
-    table = Table("test images", "repeats for a power of 80%", f"power of {have}", f"{have} find in 80%", title=title)
+    have, find = ("1 repeat", "finds") if plan.repeats == 1 else (f"{plan.repeats} repeats", "find")
+    headings = ("test", "images"), ("repeats for a", "power of 80%"), ("power of", have), (have, f"{find} in 80%")
+    table = Table(title=title)
+    for lines in headings:
+        table.add_column(stack_lines(*lines))
     for design in plan.designs:
         needed = "not known" if plan.spread.repeats is None else design.repeats_needed or "more images"
         cells = [
@@ -55,4 +58,4 @@ def power(
             f"{100 * design.smallest:.1f} points",
         ]
         table.add_row(*cells)
-    print_table(table)
+    out.print(table)

@@ -117,6 +117,8 @@ def _load(
     if builder == "imagefolder":
         if "://" not in location and not Path(location).exists():
             raise FileNotFoundError(describe_missing_folder(location))
+        if Path(location).is_file():
+            raise NotADirectoryError(f"{location} is a file; name the folder that has a folder of images per class.")
         return load_dataset("imagefolder", data_dir=location, streaming=streaming)
     return load_dataset(builder, data_files=_find_data_files(location, builder), streaming=streaming)
 

@@ -61,6 +61,7 @@ def extract_features(
     store: Path | None = None,
     skip_bad: bool = False,
     quiet: bool = False,
+    title: str = "features",
 ) -> FeatureTable:
     """Features of a frozen model for all images of a dataset. Only what is not stored yet is extracted.
 
@@ -87,6 +88,7 @@ def extract_features(
         store: Folder of the stored features. Default: one in `HF_ASSETS_CACHE`.
         skip_bad: Leave images out of the table that cannot be read; `FeatureTable.skipped` has their rows.
         quiet: Show no progress; else stderr gets a bar on a terminal, and lines elsewhere.
+        title: What the progress is called.
 
     Raises:
         ValueError: naming the images that cannot be read, of all splits (with `skip_bad` only if no image of a split
@@ -117,6 +119,7 @@ def extract_features(
         compute=compute,
         storage=STORAGE[storage],
         quiet=quiet,
+        title=title,
     )
     with shared_folder(folder) as exchange:
         started = time.perf_counter()
@@ -227,6 +230,7 @@ class _Run:
     compute: torch.dtype
     storage: torch.dtype
     quiet: bool
+    title: str
     unreadable: dict[bytes, str] = field(default_factory=dict)  # image hash -> why; in the end, of all processes
     _bad: BadImages = field(default_factory=dict)  # where this process met them
     _met: HashIndex = field(default_factory=HashIndex)  # usable images
@@ -295,7 +299,7 @@ class _Run:
         share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
         self._resolve_processor()
         batches = self._read(self._batches(self.share.images()), decode=True)
-        with show_progress(f"features{share}", self.share.total, quiet=self.quiet) as advance:
+        with show_progress(f"{self.title}{share}", self.share.total, quiet=self.quiet) as advance:
             advance(start)
             try:
                 for batch in itertools.chain(batches, [None]):

@@ -34,6 +34,7 @@ from concat_ensemble.probes.linear import LinearProbe
 from concat_ensemble.probes.ridge import Gram
 from concat_ensemble.studies.controls import untrained_like
 from concat_ensemble.studies.overlap_results import DEAD_SHARE, Overlap, Relation, Subject
+from concat_ensemble.studies.results import UNTRAINED
 
 L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 # So weak that the residual of a copy or of a linear map does no better than guessing (test_overlap.py).
@@ -73,7 +74,8 @@ def extract_subjects(
     control = untrained_like(whole, seed + len(whole.config.members))
     dataset = split_for_choice(dataset, seed)
     table = extract_features(whole, dataset, **extraction)
-    return table, extract_features(control, dataset, **extraction), subjects
+    untrained = extract_features(control, dataset, title=f"features of {UNTRAINED}", **extraction)
+    return table, untrained, subjects
 
 
 def split_for_choice(dataset: DatasetDict, seed: int = 0) -> DatasetDict:

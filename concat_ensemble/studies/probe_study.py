@@ -31,7 +31,7 @@ from concat_ensemble.studies.options import CONTROLS, ProbeOptions
 from concat_ensemble.studies.outputs import check_own_folder, check_parent
 from concat_ensemble.studies.probing import probe_ensemble, with_head
 from concat_ensemble.studies.provenance import members_sha256
-from concat_ensemble.studies.results import RESULTS, Results
+from concat_ensemble.studies.results import RESULTS, UNTRAINED, Results
 
 
 class Predictions(NamedTuple):
@@ -189,13 +189,14 @@ def _extract_all(
 ) -> list[DatasetDict]:
     """Store the features of every network that `probe_repeats` measures. Returns the splits of each repeat."""
     repeats = load_repeats(dataset, options.repeats)
-    networks = [ensemble, *_load_baselines(_name_baselines(options), dataset.seed).values()]
+    networks = {"": ensemble, **_load_baselines(_name_baselines(options), dataset.seed)}
     if options.controls == "all":
-        networks.append(untrained_like(ensemble, dataset.seed))
+        networks[UNTRAINED] = untrained_like(ensemble, dataset.seed)
     for splits in repeats:
         data = audit_splits(splits).data
-        for network in networks:
-            extract_features(network, data, **dataclasses.asdict(extraction))
+        for name, network in networks.items():
+            title = f"features of {name}" if name else "features"
+            extract_features(network, data, title=title, **dataclasses.asdict(extraction))
     return repeats
 
 

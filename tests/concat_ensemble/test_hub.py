@@ -497,3 +497,14 @@ def test_arguments_to_which_timm_cannot_adapt_weights_are_refused(publisher, hub
         failed = publisher.run(f"assemble('hf-hub:org/two-channels', model_args={{'{name}': {value}}})")[2]
         message = str(failed).strip().splitlines()[-1]
         assert message.startswith("ValueError: timm cannot") and name in message, f"{name}: {failed}"
+
+
+def test_a_hub_that_cannot_be_reached_is_named(publisher, grown):
+    words = ["push", str(grown[0]), "me/unreachable"]
+    publisher(
+        "from huggingface_hub import constants; kept, constants.ENDPOINT = constants.ENDPOINT, 'http://127.0.0.1:9'"
+    )
+    _, said, code = publisher.run(COMMAND.format(words=words))
+    publisher("constants.ENDPOINT = kept")
+    assert code == 2 and "me/unreachable: the connection to http://127.0.0.1:9 failed (" in said
+    assert said.strip().endswith(". Push again: what has arrived is not sent a second time.")

@@ -67,6 +67,8 @@ def test_a_mistyped_model_of_timm_still_suggests_a_similar_name(mistyped, simila
 
 def test_a_dataset_in_a_missing_folder(folder, refused):
     refused(["probe", "pair", "--dataset", "imagefolder:nowhere"], "no such folder: nowhere")
+    Path("photo.png").write_bytes(b"")
+    refused(["probe", "pair", "--dataset", "imagefolder:photo.png"], "photo.png is a file; name the folder")
 
 
 def test_a_dataset_with_a_mistyped_name_may_be_a_folder_here(folder, tmp_path, refused):
