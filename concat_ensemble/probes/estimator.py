@@ -20,6 +20,7 @@ from concat_ensemble.features.standardized import CHUNK, moments
 from concat_ensemble.features.table import TableSplit, shorten_key
 from concat_ensemble.probes.choice import HeldOut, LabeledRows, Search
 from concat_ensemble.probes.scores import RANKING_METRICS, check_metric
+from concat_ensemble.probes.threads import pass_threads
 
 L2_STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)  # that the linear and the ridge probe choose from by default
 
@@ -63,7 +64,9 @@ class FeatureProbe(ClassifierMixin, BaseEstimator, ABC):
     def logits(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """Scores (N, C), one column for each of `classes_`."""
         check_is_fitted(self)
-        return self._logits(self._validate(X))
+        split = self._validate(X)
+        with pass_threads(split.blocks[0].shape[0], split.num_features, len(self.classes_)):
+            return self._logits(split)
 
     def decision_function(self, X: TableSplit | ArrayLike) -> np.ndarray:
         """Scores (N, C); for two classes (N,), the second score minus the first, as scikit-learn defines it."""
@@ -103,14 +106,16 @@ class FeatureProbe(ClassifierMixin, BaseEstimator, ABC):
             weight = check_sample_weight(sample_weight, train.split.blocks[0].shape[0])
             train = LabeledRows(train.split, weight)
         labels = train.counted().labels
-        if len(np.unique(labels)) < 2:
+        num_classes = len(np.unique(labels))
+        if num_classes < 2:
             raise ValueError(
                 f"a probe needs two classes; the training rows have the one class {labels.tolist()[0]!r}."
             )
         if validation is not None:
             validation = self._validate(*((validation,) if isinstance(validation, TableSplit) else validation))
         class_weights(self.class_weight, train.with_validation(validation))  # raises
-        self._fit(train, validation)
+        with pass_threads(len(labels), train.split.num_features, num_classes):
+            self._fit(train, validation)
         return self
 
     def _validate(self, X: Any, y: Any = None, *, reset: bool = False) -> TableSplit:

@@ -1,9 +1,8 @@
 """Files and folders are replaced whole, also by several writers at once and after kills."""
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -55,28 +54,34 @@ def test_of_two_writers_at_once_the_last_one_wins_and_is_whole(write, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
+def fork(work):
+    """The number of a new process that does this work; it exits with 0 if that does not fail."""
+    process = os.fork()
+    if not process:
+        with suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(2)
+    return process
+
+
 @pytest.mark.parametrize("write", [write_file, write_folder, save])
 def test_what_a_killed_process_left_is_removed_and_a_living_one_keeps_its_own(write, tmp_path):
     path = tmp_path / "results"
     write(path, "old")
-    name = f"from {__name__} import {write.__name__} as write; from pathlib import Path; import os, sys\n"
-    script = "write(Path(sys.argv[1]), 'half', {{}})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def start(during, **options):
-        command = [sys.executable, "-c", name + script.format(during), path]
-        return subprocess.Popen(command, env=environment, **options)
-
-    start("lambda: os._exit(1)").wait()
+    killed = fork(lambda: write(path, "half", lambda: os._exit(1)))
+    os.waitpid(killed, 0)
     assert list(tmp_path.rglob(".*")), "a kill leaves something"
     write(path, "new")
     assert read(path) == {"new"} and not list(tmp_path.rglob(".*"))
 
-    waiting = "lambda: (print('writing', flush=True), sys.stdin.readline())"
-    with start(waiting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
-        write(path, "newer")
-        assert list(tmp_path.rglob(".*")), "it is still being written"
-        process.communicate("\n\n")
-    assert process.returncode == 0
-    assert read(path) == {"half"} and not list(tmp_path.rglob(".*"))
+    started, go_on = os.pipe(), os.pipe()
+    living = fork(lambda: write(path, "living", lambda: (os.write(started[1], b"."), os.read(go_on[0], 1))))
+    os.read(started[0], 1)
+    write(path, "newer")
+    assert list(tmp_path.rglob(".*")), "it is still being written"
+    os.write(go_on[1], b"..")
+    assert os.waitpid(living, 0)[1] == 0
+    assert read(path) == {"living"} and not list(tmp_path.rglob(".*"))
+    for end in (*started, *go_on):
+        os.close(end)
