@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from timm.models import save_for_hf
@@ -25,7 +24,6 @@ from typer.testing import CliRunner
 
 from concat_ensemble.commands.app import app
 from concat_ensemble.data.dataset_recipes import dataset_recipe
-from concat_ensemble.training import pretraining
 from tests.clients import COMMAND, Client
 from tests.hub_server import TOKEN, HubServer
 
@@ -86,9 +84,7 @@ def parquet(labels: list[int], names: list[str], image: str, label: str, seed: i
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A process with the package, in a folder with some photos, the demo's networks and the ensembles that the pages
-    speak of.
-    """
+    """A process with the package, in a folder with some photos and the ensembles that the pages speak of."""
     with HubServer(tmp_path_factory.mktemp("hub")) as hub:
         torch.manual_seed(0)
         for name in BACKBONES:
@@ -126,9 +122,6 @@ def reader(tmp_path_factory):
             (home / "photos" / kind).mkdir(parents=True)
             for k in range(10):
                 (home / "photos" / kind / f"{k}.png").write_bytes(png(rng, 60 * number))
-        recipe = str(ROOT / "training/recipes/scattered_digits_timecat.yaml")
-        pretraining.main([recipe, "--cpu", "--smoke", "--output", str(home / "runs/demo")])
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this process, for later tests
         client.commands = []
         lines = [line for page in PAGES for _, text in blocks(page) for line in text.splitlines()]
         for ensemble in ("two-resnets", "three-backbones"):
@@ -156,9 +149,7 @@ def test_every_block_runs(page, reader):
             if line in ELSEWHERE or [program, *words] in reader.commands:
                 continue
             if program == "accelerate":
-                assert all(
-                    (ROOT / word).is_file() for word in words if "/" in word
-                )  # the reader's networks are its smoke run
+                assert all((ROOT / word).is_file() for word in words if "/" in word)  # tests/training run it
                 continue
             assert program == "concat-ensemble", line
             reader.commands.append([program, *words])  # a command that stands on two pages runs once

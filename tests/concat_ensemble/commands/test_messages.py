@@ -1,12 +1,11 @@
 """What the commands say of mistakes that any of them may meet: folders, files, options and caches."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _cache_assets
 
 from concat_ensemble.commands.app import COMMANDS, describe_kept
 from concat_ensemble.data.sources import load_digits
@@ -14,7 +13,6 @@ from concat_ensemble.experiments import desk
 from concat_ensemble.files import read_yaml
 from concat_ensemble.training.options import exit_on_error
 
-PROGRAM = Path(sys.executable).with_name("concat-ensemble")
 DIGITS = ["--dataset", "digits", "--classes", "0-2", "--limit", "30"]
 OF_A_FOLDER = {
     "build": ["build", "FOLDER", "--output", "new"],
@@ -140,14 +138,15 @@ def test_messages_name_options(words, message, folder, photo, run):
     assert code == 2 and message in " ".join(err.split()), err
 
 
-def test_a_features_cache_that_cannot_be_written_names_its_variable(folder, tmp_path):
+def test_a_features_cache_that_cannot_be_written_names_its_variable(folder, run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    environment = os.environ | {"HF_ASSETS_CACHE": str(tmp_path / "file" / "assets")}
+    for module in (constants, _cache_assets):
+        monkeypatch.setattr(module, "HF_ASSETS_CACHE", str(tmp_path / "file" / "assets"))
     for words in (["cache"], ["probe", "pair", *DIGITS, "--quiet"]):
-        done = subprocess.run([PROGRAM, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith(f"error: features cannot be stored in {tmp_path / 'file' / 'assets'} (")
-        assert "; set HF_ASSETS_CACHE to a folder that can be written." in done.stderr
+        code, out, err = run(*words)
+        assert code == 2 and out == ""
+        assert err.startswith(f"error: features cannot be stored in {tmp_path / 'file' / 'assets'} (")
+        assert "; set HF_ASSETS_CACHE to a folder that can be written." in err
 
 
 def test_a_cache_of_datasets_that_cannot_be_written_names_its_variable(folder, run, tmp_path, monkeypatch):
