@@ -15,17 +15,20 @@ settings.load_profile("deterministic")
 # The longest first.
 LONGEST_FILES = [
     "test_docs.py",
-    "test_pretrain_members.py",
+    "test_hub.py",
     "test_app.py",
+    "test_notebooks.py",
+    "test_pretrain_members.py",
+    "test_probing.py",
+    "test_remote_code.py",
     "test_compare.py",
-    "test_store.py",
-    "test_teams.py",
+    "test_flows.py",
     "test_wheel.py",
-    "test_dataset_recipes.py",
+    "test_rebuilding.py",
+    "test_kills.py",
     "test_prediction.py",
-    "test_reproduce.py",
-    "test_serving.py",
-    "test_spaces.py",
+    "test_trainer.py",
+    "test_select.py",
 ]
 
 
