@@ -74,7 +74,7 @@ def extract_subjects(
     control = untrained_like(whole, seed + len(whole.config.members))
     dataset = split_for_choice(dataset, seed)
     table = extract_features(whole, dataset, **extraction)
-    untrained = extract_features(control, dataset, title=f"features of {UNTRAINED}", **extraction)
+    untrained = extract_features(control, dataset, title=f"features: {UNTRAINED}", **extraction)
     return table, untrained, subjects
 
 

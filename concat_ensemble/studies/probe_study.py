@@ -195,7 +195,7 @@ def _extract_all(
     for splits in repeats:
         data = audit_splits(splits).data
         for name, network in networks.items():
-            title = f"features of {name}" if name else "features"
+            title = f"features: {name}" if name else "features"
             extract_features(network, data, title=title, **dataclasses.asdict(extraction))
     return repeats
 

@@ -117,7 +117,7 @@ def probe_ensemble(
     candidates += _baseline_candidates(baselines, dataset, device, extraction)
     if controls == "all":
         untrained = untrained_like(model, seed if untrained_seed is None else untrained_seed)
-        features = extract_features(untrained, dataset, title=f"features of {UNTRAINED}", **extraction)
+        features = extract_features(untrained, dataset, title=f"features: {UNTRAINED}", **extraction)
         candidates.append(untrained_candidate(features, len(costs), sum(costs, NO_COST)))
     if controls != "none":
         candidates += [pixel_candidate(model, dataset, quiet=quiet), majority_candidate(table)]
@@ -226,7 +226,7 @@ def _baseline_candidates(
 ) -> list[Candidate]:
     candidates = []
     for name, baseline in baselines.items():
-        features = extract_features(baseline, dataset, title=f"features of {name}", **extraction)
+        features = extract_features(baseline, dataset, title=f"features: {name}", **extraction)
         row = Row(name, "baseline", sum(features.feature_dims), len(baseline.members), *training_cost(baseline))
         row.cost = sum(member_costs(baseline, device), NO_COST)
         candidates.append(Candidate(row, features))
