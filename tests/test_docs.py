@@ -2,7 +2,7 @@
 
 They run in order, a page after the other, in one folder and one process, with a Hub on loopback: its backbones have
 random weights and see small images, and its datasets have a few images, so commands get a smaller `--limit`. What
-trains for long is run in a few steps, or stands in `ELSEWHERE` with the test that runs it.
+takes long stands in `ELSEWHERE` with the test that runs it.
 """
 
 import io

@@ -24,7 +24,7 @@ SMALL_IMAGES = f"""
 from timm.models import _registry
 
 for name, cfg in _registry._model_pretrained_cfgs.items():
-    if name.startswith(("tf_efficientnet_lite", "mobilenetv3_small")):
+    if name.startswith("tf_efficientnet_lite"):
         cfg.input_size, cfg.test_input_size = {SIZE}, None
 """
 MAX_FIGURE = 150_000  # bytes

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from concat_ensemble.commands import options
 from concat_ensemble.commands.options import AsJson, Output, Overwrite, Recipes
-from concat_ensemble.console import out, stack_lines
+from concat_ensemble.console import out
 from concat_ensemble.data.options import DatasetOptions, ExtractionOptions
 
 if TYPE_CHECKING:
@@ -54,11 +54,8 @@ def compare(
 
 def overlap_table(overlap: "Overlap") -> Table:
     """Each member or ensemble by itself, and below it how well the others predict it."""
-    headings = "", "features", "dead", "rank", "CKA", "R2", ("R2 un-", "trained"), ("top-1", "(rest)")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in headings:
-        lines = (heading,) if isinstance(heading, str) else heading
-        table.add_column(stack_lines(*lines), justify="right" if heading else "left", no_wrap=bool(heading))
+    headings = "", "features", "dead", "rank", "CKA", "R2", "R2 un-\ntrained", "top-1\n(rest)"
+    table = options.number_table(heading.split("\n") for heading in headings)
     for k, subject in enumerate(overlap.subjects):
         own = f"{subject.num_features:,}", f"{subject.dead_share:.1%}", f"{subject.effective_rank:.1f}"
         table.add_row(subject.name, *own, "", "", "", f"{100 * subject.top1:.1f}", style="bold")

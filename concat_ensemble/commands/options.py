@@ -6,16 +6,16 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from rich.table import Table
 from typer.models import OptionInfo
 
-from concat_ensemble.console import PlainConsole, out, print_error
+from concat_ensemble.console import PlainConsole, out, print_error, stack_lines
 from concat_ensemble.errors import name_options, option_name
 from concat_ensemble.files import without_folders
 
@@ -119,6 +119,16 @@ def print_written(text: str | Table, facts: dict[str, Any], as_json: bool, quiet
         print_json(facts)
     elif not quiet:
         out.print(text, soft_wrap=isinstance(text, str))
+
+
+def number_table(headings: Iterable[Sequence[object]], *, wide: bool = False) -> Table:
+    """A table of a name and its numbers, from the lines of each heading: names are folded where the screen is narrow,
+    numbers never. Unless `wide`, it has no rules, which saves room."""
+    table = Table() if wide else Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for number, lines in enumerate(headings):
+        justify: Literal["left", "right"] = "right" if number else "left"
+        table.add_column(stack_lines(*lines), justify=justify, no_wrap=bool(number), overflow="fold")
+    return table
 
 
 def print_table(table: Table) -> None:

@@ -99,15 +99,13 @@ def probe_table(results: "Results", *, wide: bool) -> Table:
     rows = ordered_rows(results)
     texts = [row_texts(results, row) for row in rows]
     columns = headings(results.metric, results.rows[0].name, texts)
-    table = Table() if wide else Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     if not wide:
         columns = {key: columns[key] for key in SCREEN if key in columns}
-    for key, heading in columns.items():
-        is_name = key == "name"
-        lines = [heading] if wide else SCREEN[key] or heading.replace(" per ", "\nper ").split("\n")
-        table.add_column(
-            stack_lines(*lines), justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold"
-        )
+    lines = [
+        [heading] if wide else SCREEN[key] or heading.replace(" per ", "\nper ").split("\n")
+        for key, heading in columns.items()
+    ]
+    table = options.number_table(lines, wide=wide)
     for row, cells in zip(rows, texts, strict=True):
         name = cells["name"] if wide else shorten_middle(cells["name"], NAME_LENGTH)
         shown = cells | {"name": name}

@@ -189,13 +189,14 @@ def _extract_all(
 ) -> list[DatasetDict]:
     """Store the features of every network that `probe_repeats` measures. Returns the splits of each repeat."""
     repeats = load_repeats(dataset, options.repeats)
-    networks = {"": ensemble, **_load_baselines(_name_baselines(options), dataset.seed)}
+    networks: list[tuple[str, ConcatEnsemblePreTrainedModel]] = [("features", ensemble)]
+    baselines = _load_baselines(_name_baselines(options), dataset.seed)
+    networks += [(f"features: {name}", baseline) for name, baseline in baselines.items()]
     if options.controls == "all":
-        networks[UNTRAINED] = untrained_like(ensemble, dataset.seed)
+        networks.append((f"features: {UNTRAINED}", untrained_like(ensemble, dataset.seed)))
     for splits in repeats:
         data = audit_splits(splits).data
-        for name, network in networks.items():
-            title = f"features: {name}" if name else "features"
+        for title, network in networks:
             extract_features(network, data, title=title, **dataclasses.asdict(extraction))
     return repeats
 

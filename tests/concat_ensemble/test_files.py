@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -17,28 +18,27 @@ def write_file(path, text, during=lambda: None):
         during()
 
 
-def write_folder(path, text, during=lambda: None):
-    with replace_folder(path) as aside:
+def write_files(replace, path, text, during=lambda: None):
+    """Write two files into a folder with one of the functions that replace them."""
+    with replace(path) as aside:
         (aside / "first").write_text(text)
         during()
         (aside / "second").write_text(text)
         during()
 
 
-def save(path, text, during=lambda: None):
-    """As `save_pretrained` writes: into a folder that stays."""
-    with replace_files(path) as aside:
-        (aside / "first").write_text(text)
-        during()
-        (aside / "second").write_text(text)
-        during()
+WRITERS = {
+    "a file": write_file,
+    "a folder": partial(write_files, replace_folder),
+    "the files of save_pretrained": partial(write_files, replace_files),
+}
 
 
 def read(path):
     return {file.read_text() for file in ([path] if path.is_file() else path.glob("[!.]*"))}
 
 
-@pytest.mark.parametrize("write", [write_file, write_folder, save])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_of_two_writers_at_once_the_last_one_wins_and_is_whole(write, tmp_path):
     """The second begins and ends while the first one writes, and again before the first has its place."""
     path = tmp_path / "results"
@@ -65,7 +65,7 @@ def fork(work):
     return process
 
 
-@pytest.mark.parametrize("write", [write_file, write_folder, save])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_what_a_killed_process_left_is_removed_and_a_living_one_keeps_its_own(write, tmp_path):
     path = tmp_path / "results"
     write(path, "old")
